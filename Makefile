@@ -1,0 +1,64 @@
+# make demo    trains a GPT without and with ssdtrain and compares them; DEMO="--layers 6" passes options on
+# make test    runs all tests; PYTEST="-k demo" passes options on
+# make lint    ruff, mypy, clang-format
+# make clean   removes what was built, and the virtual environment
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO ?=
+PYTEST ?=
+
+# Every pip, those of isolated builds included, keeps to the pinned torch: another may be gigabytes larger.
+export PIP_CONSTRAINT := $(CURDIR)/.constraints.txt
+export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test lint format clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+demo: $(VENV)/.installed
+	$(BIN)/ssdtrain demo $(DEMO)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest $(PYTEST)
+
+lint: $(VENV)/.linters
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict ssdtrain
+	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h
+
+format: $(VENV)/.linters
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h
+
+# torch comes first: whatever is installed later finds it there and asks for no other.
+$(VENV)/.torch: .constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit( \
+	    "Expected Python 3.10 or newer, got " + sys.version.split()[0] + " from `$(PYTHON)`. " \
+	    "Name another one: make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	    echo "Expected $(PYTHON) to have venv and ensurepip. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install torch
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*)
+	$(BIN)/pip install -e '.[test]'
+	@touch $@
+
+$(VENV)/.linters: .constraints.txt | $(VENV)/.installed
+	$(BIN)/pip install ruff mypy clang-format
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info ssdtrain/*.so .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

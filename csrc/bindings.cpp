@@ -1,0 +1,289 @@
+// The Python face of the engine; see ssdtrain/_C.pyi for the types and ssdtrain/engine.py for the
+// contract. The only file that knows pybind11.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <chrono>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "crc32c.h"
+#include "engine.h"
+#include "fork_guard.h"
+#include "posix_error.h"
+#include "read_state.h"
+#include "spill_file.h"
+#include "write_state.h"
+
+namespace py = pybind11;
+
+namespace ssdtrain {
+namespace {
+
+using PySpillFile = ForkGuard<SpillFile>;
+using PyEngine = ForkGuard<Engine>;
+using PyWrite = ForkGuard<WriteState>;
+using PyRead = ForkGuard<ReadState>;
+using Seconds = std::chrono::duration<double>;
+using PieceTuple = std::tuple<uintptr_t, size_t, uint64_t>;
+
+constexpr Seconds kSignalCheckInterval{0.25};
+
+// Sleeps in `wait(slice)` without the GIL. It wakes now and then to let Python handle signals, so
+// that Ctrl-C ends a wait on a device that does not answer.
+template <typename Wait>
+bool wait_interruptibly(std::optional<double> timeout_seconds, Wait wait) {
+  using Clock = std::chrono::steady_clock;
+  Clock::time_point start = Clock::now();
+  for (;;) {
+    Seconds slice = kSignalCheckInterval;
+    if (timeout_seconds) {
+      Seconds left = Seconds(*timeout_seconds) - Seconds(Clock::now() - start);
+      slice = std::clamp(left, Seconds(0), kSignalCheckInterval);
+    }
+    bool is_over;
+    {
+      py::gil_scoped_release released;
+      is_over = wait(slice);
+    }
+    if (is_over) return true;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    if (timeout_seconds && Seconds(Clock::now() - start).count() >= *timeout_seconds) return false;
+  }
+}
+
+void raise_os_error(const PosixError& error) {
+  py::object path = error.path().empty() ? py::object(py::none()) : py::str(error.path());
+  py::tuple arguments = py::make_tuple(error.errnum(), error.what(), path);
+  PyErr_SetObject(PyExc_OSError, arguments.ptr());
+}
+
+size_t checked_piece(const WriteState& write, size_t piece) {
+  if (piece < write.num_pieces()) return piece;
+  throw py::index_error("Expected a piece below " + std::to_string(write.num_pieces()) + ", got " +
+                        std::to_string(piece));
+}
+
+PyEngine open_engine(const std::string& kind, const std::vector<PySpillFile*>& files,
+                     size_t staging_nbytes, size_t slab_nbytes, bool checksum, size_t num_threads,
+                     size_t queue_depth) {
+  Engine::Files shared;
+  for (const PySpillFile* file : files) shared.push_back(file->get());
+  EngineOptions options{kind, staging_nbytes, slab_nbytes, checksum, num_threads, queue_depth};
+  // The destructor waits for what is in flight, which must not stop other Python threads.
+  auto destroy = [](Engine* engine) {
+    py::gil_scoped_release released;
+    delete engine;
+  };
+  py::gil_scoped_release released;
+  return PyEngine(std::shared_ptr<Engine>(new Engine(std::move(shared), options), destroy),
+                  "an engine");
+}
+
+PyWrite start_write(const PyEngine& engine, size_t file, uint64_t offset, uint64_t nbytes,
+                    const std::vector<PieceTuple>& pieces) {
+  std::vector<PieceSource> sources;
+  sources.reserve(pieces.size());
+  for (const auto& [address, piece_nbytes, piece_offset] : pieces) {
+    sources.push_back({reinterpret_cast<const char*>(address), piece_nbytes, piece_offset});
+  }
+  return PyWrite(engine->write({file, offset, nbytes}, std::move(sources)), "a write");
+}
+
+PyRead start_read(const PyEngine& engine, const PyWrite& write, size_t piece, uintptr_t address,
+                  size_t capacity) {
+  checked_piece(*write.get(), piece);
+  Destination destination{reinterpret_cast<char*>(address), capacity};
+  return PyRead(engine->read(write.get(), piece, destination), "a read");
+}
+
+py::object write_error(const PyWrite& write) {
+  std::optional<WriteError> error = write->error();
+  if (!error) return py::none();
+  return py::make_tuple(error->errnum, error->offset, error->nbytes);
+}
+
+py::object read_error(const PyRead& read) {
+  std::optional<ReadError> error = read->error();
+  if (!error) return py::none();
+  return py::make_tuple(error->errnum, error->offset, error->nbytes, error->message);
+}
+
+void bind_spill_file(py::module_& module) {
+  py::class_<PySpillFile>(module, "SpillFile")
+      .def(py::init([](const std::string& directory, std::optional<uint64_t> cap_nbytes) {
+             return PySpillFile(std::make_shared<SpillFile>(directory, cap_nbytes), "a spill file");
+           }),
+           py::arg("directory"), py::arg("cap_nbytes") = py::none())
+      .def(
+          "grow",
+          [](const PySpillFile& file, uint64_t nbytes) {
+            SpillFile* target = file.get().get();
+            py::gil_scoped_release released;
+            target->grow(nbytes);
+          },
+          py::arg("nbytes"))
+      .def("close", [](const PySpillFile& file) { file->close(); })
+      .def_property_readonly("directory", [](const PySpillFile& f) { return f->directory(); })
+      .def_property_readonly("fd", [](const PySpillFile& f) { return f->fd(); })
+      .def_property_readonly("block_nbytes",
+                             [](const PySpillFile& f) { return f->io().block_nbytes; })
+      .def_property_readonly("memory_alignment",
+                             [](const PySpillFile& f) { return f->io().memory_alignment; })
+      .def_property_readonly("is_direct", [](const PySpillFile& f) { return f->io().is_direct; })
+      .def_property_readonly("direct_reason", [](const PySpillFile& f) { return f->io().reason; })
+      .def_property_readonly("nbytes", [](const PySpillFile& f) { return f->nbytes(); })
+      .def_property_readonly("cap_nbytes", [](const PySpillFile& f) { return f->cap_nbytes(); })
+      .def_property_readonly("fallocate_reason",
+                             [](const PySpillFile& f) { return f->fallocate_reason(); });
+}
+
+void bind_write(py::module_& module) {
+  py::class_<PyWrite>(module, "Write")
+      .def(
+          "is_piece_copied",
+          [](const PyWrite& write, size_t piece) {
+            return write->is_piece_copied(checked_piece(*write.get(), piece));
+          },
+          py::arg("piece"))
+      .def(
+          "cancel",
+          [](const PyWrite& write, size_t piece) {
+            write->cancel(checked_piece(*write.get(), piece));
+          },
+          py::arg("piece"))
+      .def("wait",
+           [](const PyWrite& write) {
+             WriteState* state = write.get().get();
+             wait_interruptibly(std::nullopt, [&](Seconds t) { return state->wait_done(t); });
+           })
+      .def("wait_copied",
+           [](const PyWrite& write) {
+             WriteState* state = write.get().get();
+             wait_interruptibly(std::nullopt, [&](Seconds t) { return state->wait_copied(t); });
+           })
+      .def_property_readonly("is_copied", [](const PyWrite& w) { return w->is_copied(); })
+      .def_property_readonly("is_done", [](const PyWrite& w) { return w->is_done(); })
+      .def_property_readonly("error", &write_error)
+      .def_property_readonly("written_nbytes", [](const PyWrite& w) { return w->written_nbytes(); })
+      .def_property_readonly("cancelled_nbytes",
+                             [](const PyWrite& w) { return w->cancelled_nbytes(); })
+      .def_property_readonly("rescued_nbytes",
+                             [](const PyWrite& w) { return w->rescued_nbytes(); });
+}
+
+void bind_read(py::module_& module) {
+  py::class_<PyRead>(module, "Read")
+      .def(
+          "wait",
+          [](const PyRead& read, std::optional<double> timeout_seconds) {
+            ReadState* state = read.get().get();
+            return wait_interruptibly(timeout_seconds,
+                                      [&](Seconds t) { return state->wait_done(t); });
+          },
+          py::arg("timeout_seconds") = py::none())
+      .def_property_readonly("is_done", [](const PyRead& r) { return r->is_done(); })
+      .def_property_readonly("error", &read_error)
+      .def_property_readonly("read_nbytes", [](const PyRead& r) { return r->read_nbytes(); })
+      .def_property_readonly("forwarded_nbytes",
+                             [](const PyRead& r) { return r->forwarded_nbytes(); });
+}
+
+void bind_engine_methods(py::class_<PyEngine>& engine) {
+  engine
+      .def(py::init(&open_engine), py::arg("kind"), py::arg("files"), py::arg("staging_nbytes"),
+           py::arg("slab_nbytes"), py::arg("checksum") = false, py::arg("num_threads") = 4,
+           py::arg("queue_depth") = 64)
+      .def("write", &start_write, py::arg("file"), py::arg("offset"), py::arg("nbytes"),
+           py::arg("pieces"))
+      .def("read", &start_read, py::arg("write"), py::arg("piece"), py::arg("address"),
+           py::arg("capacity"))
+      .def(
+          "wait_inflight",
+          [](const PyEngine& engine, uint64_t max_nbytes, std::optional<double> timeout_seconds) {
+            Engine* target = engine.get().get();
+            return wait_interruptibly(
+                timeout_seconds, [&](Seconds t) { return target->wait_inflight(max_nbytes, t); });
+          },
+          py::arg("max_nbytes"), py::arg("timeout_seconds") = py::none())
+      .def("drain",
+           [](const PyEngine& engine) {
+             Engine* target = engine.get().get();
+             wait_interruptibly(std::nullopt, [&](Seconds t) { return target->wait_idle(t); });
+           })
+      .def("close", [](const PyEngine& engine) {
+        Engine* target = engine.get().get();
+        py::gil_scoped_release released;
+        target->close();
+      });
+}
+
+template <auto Counter>
+uint64_t counter(const PyEngine& engine) {
+  return (engine->counters().*Counter).load();
+}
+
+void bind_engine_counters(py::class_<PyEngine>& engine) {
+  engine.def_property_readonly("num_events", &counter<&Monitor::num_events>)
+      .def_property_readonly("inflight_nbytes", &counter<&Monitor::inflight_nbytes>)
+      .def_property_readonly("written_nbytes", &counter<&Monitor::written_nbytes>)
+      .def_property_readonly("read_nbytes", &counter<&Monitor::read_nbytes>)
+      .def_property_readonly("num_retries", &counter<&Monitor::num_retries>)
+      .def_property_readonly("num_write_errors", &counter<&Monitor::num_write_errors>)
+      .def_property_readonly("num_read_errors", &counter<&Monitor::num_read_errors>)
+      .def_property_readonly("rescued_nbytes", &counter<&Monitor::rescued_nbytes>)
+      .def_property_readonly("write_busy_seconds",
+                             [](const PyEngine& e) { return e->write_busy_seconds(); })
+      .def_property_readonly("read_busy_seconds",
+                             [](const PyEngine& e) { return e->read_busy_seconds(); });
+}
+
+void bind_engine_properties(py::class_<PyEngine>& engine) {
+  engine.def_property_readonly("kind", [](const PyEngine& e) { return e->kind(); })
+      .def_property_readonly("is_closed", [](const PyEngine& e) { return e->is_closed(); })
+      .def_property_readonly("notes", [](const PyEngine& e) { return e->notes(); })
+      .def_property_readonly("registered_buffers",
+                             [](const PyEngine& e) { return e->has_registered_buffers(); })
+      .def_property_readonly("staging_nbytes", [](const PyEngine& e) { return e->staging_nbytes(); })
+      .def_property_readonly("slab_nbytes", [](const PyEngine& e) { return e->slab_nbytes(); })
+      .def_property_readonly("staging_in_use_nbytes",
+                             [](const PyEngine& e) { return e->staging_in_use_nbytes(); })
+      .def_property_readonly("peak_staging_nbytes",
+                             [](const PyEngine& e) { return e->peak_staging_nbytes(); });
+}
+
+}  // namespace
+}  // namespace ssdtrain
+
+PYBIND11_MODULE(_C, module) {
+  using namespace ssdtrain;
+  module.doc() = "Moves bytes between memory and spill files.";
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const PosixError& error) {
+      raise_os_error(error);
+    }
+  });
+  bind_spill_file(module);
+  bind_write(module);
+  bind_read(module);
+  py::class_<PyEngine> engine(module, "Engine");
+  bind_engine_methods(engine);
+  bind_engine_counters(engine);
+  bind_engine_properties(engine);
+  module.def(
+      "crc32c",
+      [](const py::bytes& data, bool use_table) {
+        std::string_view view = data;
+        return use_table ? crc32c_table(0, view.data(), view.size())
+                         : crc32c(0, view.data(), view.size());
+      },
+      py::arg("data"), py::arg("use_table") = false);
+}

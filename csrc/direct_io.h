@@ -1,0 +1,21 @@
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+namespace ssdtrain {
+
+// What a file asks of transfers, and why.
+struct DirectIo {
+  bool is_direct = false;
+  size_t block_nbytes = 512;    // alignment of offsets and lengths in the file
+  size_t memory_alignment = 1;  // alignment of addresses
+  std::string reason;
+};
+
+// Switches the empty file `fd` to direct I/O where its file system can do it, checked by writing
+// and reading one block, and leaves it empty. Throws PosixError when the check fails for a reason
+// that is not about alignment (a full disk, a broken one).
+DirectIo enable_direct_io(int fd, const std::string& directory);
+
+}  // namespace ssdtrain

@@ -1,0 +1,106 @@
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "copier.h"
+#include "doorbell.h"
+#include "io_backend.h"
+#include "monitor.h"
+#include "read_state.h"
+#include "scheduler.h"
+#include "slab_pool.h"
+#include "spill_file.h"
+#include "uring_backend.h"
+#include "write_state.h"
+
+namespace ssdtrain {
+
+struct EngineOptions {
+  std::string kind = "threads";  // "io_uring" or "threads"
+  size_t staging_nbytes = 0;
+  size_t slab_nbytes = 0;
+  bool has_checksum = false;
+  size_t num_threads = 4;
+  size_t queue_depth = 64;
+};
+
+// Where a piece comes back to.
+struct Destination {
+  char* address;
+  size_t capacity;
+};
+
+// Moves bytes between memory and spill files, in the background. Thread-safe.
+//
+// A write goes source -> slab (copy threads) -> file (backend); a read goes file -> destination, or
+// slab -> destination while the bytes are still in memory.
+class Engine {
+ public:
+  using Files = std::vector<std::shared_ptr<SpillFile>>;
+  using Seconds = std::chrono::duration<double>;
+  // Lets a caller wrap the backend; gets the staging memory worth registering.
+  using OpenBackend = std::function<std::unique_ptr<IoBackend>(
+      const EngineOptions& options, StagingSpan staging, const std::string& directory,
+      IoBackend::OnComplete on_complete)>;
+
+  static std::unique_ptr<IoBackend> open_backend(const EngineOptions& options, StagingSpan staging,
+                                                 const std::string& directory,
+                                                 IoBackend::OnComplete on_complete);
+
+  Engine(Files files, EngineOptions options, const OpenBackend& open = open_backend);
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+  ~Engine();
+
+  std::shared_ptr<WriteState> write(Extent extent, std::vector<PieceSource> sources);
+  std::shared_ptr<ReadState> read(const std::shared_ptr<WriteState>& write, size_t piece,
+                                  Destination destination);
+  // False when the time is over first.
+  bool wait_inflight(uint64_t max_nbytes, Seconds timeout);
+  bool wait_idle(Seconds timeout);
+  // Idempotent. Gives up what has not begun, waits for what has, joins the threads.
+  void close();
+  bool is_closed() const;
+
+  const char* kind() const { return kind_; }
+  bool has_registered_buffers() const { return has_registered_buffers_; }
+  const std::vector<std::string>& notes() const { return notes_; }
+  size_t staging_nbytes() const { return staging_nbytes_; }
+  size_t slab_nbytes() const { return options_.slab_nbytes; }
+  size_t staging_in_use_nbytes() const;
+  size_t peak_staging_nbytes() const;
+  double write_busy_seconds() const;
+  double read_busy_seconds() const;
+  const Monitor& counters() const { return *monitor_; }
+
+ private:
+  void check_open() const;
+  void check_extent(const Extent& extent) const;
+  void check_destination(const WriteState& write, size_t piece, Destination destination) const;
+  void add_read(const std::shared_ptr<WriteState>& write, const Part& part,
+                const std::shared_ptr<ReadState>& read, char* address);
+
+  const EngineOptions options_;
+  Files files_;
+  std::vector<std::shared_ptr<const OpenFile>> open_files_;
+  const std::shared_ptr<Monitor> monitor_;
+  const std::shared_ptr<Doorbell> doorbell_;
+  std::shared_ptr<SlabPool> pool_;
+  std::unique_ptr<Scheduler> scheduler_;
+  std::unique_ptr<Copier> copier_;
+  const char* kind_ = "";
+  bool has_registered_buffers_ = false;
+  std::vector<std::string> notes_;
+  size_t staging_nbytes_ = 0;
+  size_t final_peak_nbytes_ = 0;  // once the pool is gone
+  std::mutex close_mutex_;
+  bool is_stopped_ = false;  // guarded by close_mutex_
+};
+
+}  // namespace ssdtrain

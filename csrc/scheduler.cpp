@@ -1,0 +1,82 @@
+#include "scheduler.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace ssdtrain {
+
+Scheduler::Scheduler(std::shared_ptr<Monitor> monitor, const BackendFactory& open_backend,
+                     size_t max_depth)
+    : monitor_(std::move(monitor)),
+      backend_(open_backend([this](void* context, int64_t result) {
+        complete(static_cast<Transfer*>(context), result);
+      })),
+      depth_(std::min(max_depth, backend_->depth())) {}
+
+void Scheduler::enqueue(std::unique_ptr<Transfer> transfer) {
+  Queue& queue = transfer->is_write() ? writes_ : reads_;
+  queue.push_back(std::move(transfer));
+}
+
+void Scheduler::start() {
+  std::vector<IoOp> ops;
+  {
+    std::lock_guard<std::mutex> lock(monitor_->mutex);
+    ops = take_startable();
+  }
+  for (const IoOp& op : ops) backend_->submit(op);
+}
+
+std::vector<IoOp> Scheduler::take_startable() {
+  std::vector<IoOp> ops;
+  while (num_active_ < depth_) {
+    std::unique_ptr<Transfer> transfer = next(&reads_);
+    if (!transfer) transfer = next(&writes_);
+    if (!transfer) break;
+    ++num_active_;
+    clock(*transfer)->begin();
+    ops.push_back(transfer.release()->op());  // the backend's context owns it until complete()
+  }
+  return ops;
+}
+
+std::unique_ptr<Transfer> Scheduler::next(Queue* queue) {
+  while (!queue->empty()) {
+    std::unique_ptr<Transfer> transfer = std::move(queue->front());
+    queue->pop_front();
+    if (transfer->begin()) return transfer;
+  }
+  return nullptr;
+}
+
+void Scheduler::complete(Transfer* context, int64_t result) {
+  if (context->advance(result, monitor_.get()) == Transfer::Outcome::kAgain) {
+    backend_->submit(context->op());
+    return;
+  }
+  std::unique_ptr<Transfer> transfer(context);
+  transfer->settle();
+  std::vector<IoOp> ops;
+  {
+    std::lock_guard<std::mutex> lock(monitor_->mutex);
+    --num_active_;
+    clock(*transfer)->end();
+    transfer->finish();
+    transfer.reset();
+    ops = take_startable();
+  }
+  for (const IoOp& op : ops) backend_->submit(op);
+}
+
+void Scheduler::cancel_queued() {
+  for (Queue* queue : {&reads_, &writes_}) {
+    for (std::unique_ptr<Transfer>& transfer : *queue) transfer->cancel();
+    queue->clear();
+  }
+}
+
+BusyClock* Scheduler::clock(const Transfer& transfer) {
+  return transfer.is_write() ? &monitor_->write_clock : &monitor_->read_clock;
+}
+
+}  // namespace ssdtrain

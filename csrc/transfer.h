@@ -1,0 +1,68 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "io_backend.h"
+#include "monitor.h"
+#include "spill_file.h"
+
+namespace ssdtrain {
+
+// One block-aligned range on its way to or from a file: the operations it takes (short transfers
+// continued, temporary errors tried again, the page cache let go where the file is buffered) until
+// it is whole or has failed for good.
+class Transfer {
+ public:
+  enum class Outcome { kAgain, kDone, kFailed };
+
+  Transfer(IoOp::Kind kind, const OpenFile& file, char* address, size_t nbytes, uint64_t offset);
+  virtual ~Transfer() = default;
+  Transfer(const Transfer&) = delete;
+  Transfer& operator=(const Transfer&) = delete;
+
+  bool is_write() const { return kind_ == IoOp::Kind::kWrite; }
+  size_t nbytes() const { return nbytes_; }
+  uint64_t offset() const { return offset_; }
+  char* address() const { return address_; }
+
+  // The operation to submit now.
+  IoOp op();
+  // Takes the result of that operation.
+  Outcome advance(int64_t result, Monitor* monitor);
+  int errnum() const { return errnum_; }
+  const std::string& message() const { return message_; }
+
+  // monitor->mutex held: false when nobody wants it any more.
+  virtual bool begin() = 0;
+  // After the last operation, no lock held: whatever takes long.
+  virtual void settle() = 0;
+  // monitor->mutex held: tell the request. After settle().
+  virtual void finish() = 0;
+  // monitor->mutex held: instead of begin(), when the engine closes.
+  virtual void cancel() = 0;
+
+ protected:
+  void fail(int errnum, std::string message);
+
+ private:
+  Outcome advance_transfer(int64_t nbytes);
+  Outcome advance_error(int errnum, Monitor* monitor);
+  Outcome next_stage();
+
+  const IoOp::Kind kind_;
+  const OpenFile& file_;
+  char* const address_;
+  const size_t nbytes_;
+  const uint64_t offset_;
+  IoOp::Kind stage_;
+  size_t num_done_ = 0;  // bytes
+  int num_interrupted_ = 0;
+  int num_failures_ = 0;
+  int errnum_ = 0;
+  std::string message_;
+};
+
+}  // namespace ssdtrain

@@ -1,0 +1,8 @@
+"""Makes `python -m ssdtrain` the same as the `ssdtrain` command."""
+
+from __future__ import annotations
+
+from ssdtrain.cli import main
+
+if __name__ == "__main__":
+    main()

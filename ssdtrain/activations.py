@@ -1,0 +1,333 @@
+"""Saved activations: the hooks autograd calls, and the context manager that installs them.
+
+The pack hook turns a saved tensor into a handle that autograd owns; the unpack hook turns it back. This file decides
+what travels and when a trip may start; the store moves the bytes and the schedule says what to prefetch.
+
+[Note: when a store may start]
+An operator may save a tensor before its kernel has filled it, without bumping its version. A saved tensor is therefore
+only copied once autograd's sequence number has moved on, which happens when the next operator makes its node: by then
+the saving one is over. What the very last operator saved is needed first by backward, and simply stays.
+
+[Note: version checks]
+PyTorch does not check for in-place changes of saved tensors that went through hooks. Every handle remembers the version
+at save time and shares the counter, so that unpack can raise what autograd would have raised.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ssdtrain.directories import check_directories
+from ssdtrain.identity import byte_range, is_weight, rebuild, version_probe, view_spec, why_not
+from ssdtrain.index import Index
+from ssdtrain.modules import ModuleNames
+from ssdtrain.policy import ActivationPolicy
+from ssdtrain.record import Handle, Record
+from ssdtrain.schedule import Schedule
+from ssdtrain.stats import Counters, Stats
+from ssdtrain.store import Store
+from ssdtrain.trace import Pass
+
+_sequence_number = torch._C._autograd._get_sequence_nr
+_graph_task = torch._C._current_graph_task_id
+
+_SMALL = "smaller than min_nbytes"
+_WEIGHT = "weight"
+_ALIGNMENT = 64  # of the first byte of a record: a multiple of every element size
+_WHOLE_STORAGE_FRACTION = 4  # a view of at least a quarter of its storage takes the whole storage along
+
+
+class _Resident:
+    """Handle of a saved tensor that stays in memory: keeps it, its version, and the account of held bytes."""
+
+    __slots__ = ("counters", "nbytes", "tensor", "version")
+
+    def __init__(self, tensor: torch.Tensor, nbytes: int, counters: Counters) -> None:
+        self.tensor = tensor.detach()  # not the tensor itself: an operator's own output would keep its node alive
+        self.version = tensor._version
+        self.nbytes = nbytes
+        self.counters = counters
+
+    def __del__(self) -> None:
+        self.counters.held_nbytes -= self.nbytes
+
+
+class _Thread(threading.local):
+    """What belongs to one forward thread."""
+
+    def __init__(self) -> None:
+        self.pending: list[Record] = []  # saved by an operator that may not be over
+        self.sequence_number = -1
+        self.pass_: Pass | None = None
+        self.entered: list[saved_tensors_hooks] = []
+
+
+class ActivationOffload:
+    """A context manager inside which saved activations travel. Made by `offload_activations`, which documents it."""
+
+    def __init__(
+        self, directories: Sequence[str], policy: ActivationPolicy, model: torch.nn.Module | None = None
+    ) -> None:
+        """Checks the directories and opens the engine, so that what is wrong shows before training starts."""
+        self.policy = policy
+        self._counters = Counters()
+        self._index = Index()
+        self._schedule = Schedule()
+        self._names = ModuleNames(model)
+        self._model = model
+        self._thread = _Thread()
+        self._is_closed = False
+        self._store = Store(directories, policy, self._counters, self._index)
+        if policy.enabled:
+            for text in check_directories(directories):
+                self._store.note_fallback(text)
+            self._store.open()
+
+    # -- context -------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> ActivationOffload:
+        """Installs the hooks for this thread.
+
+        Raises:
+            RuntimeError: the context was closed.
+            OSError: a directory cannot be used any more.
+        """
+        if self._is_closed:
+            raise RuntimeError("Expected an open offload, got one after close(); make a new one")
+        if not self.policy.enabled:
+            return self
+        with self._store.lock:
+            self._store.num_entered += 1
+        try:
+            self._store.open()
+            self._enter_hooks()
+        except BaseException:
+            with self._store.lock:
+                self._store.num_entered -= 1
+            raise
+        return self
+
+    def _enter_hooks(self) -> None:
+        if self._model is not None:
+            with self._store.lock:
+                self._index.mark_weights([*self._model.parameters(), *self._model.buffers()])
+        hooks = saved_tensors_hooks(self._pack, self._unpack)
+        hooks.__enter__()
+        self._thread.entered.append(hooks)
+        self._names.watch()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Takes the hooks away; what was saved stays available for backward."""
+        if not self.policy.enabled:
+            return
+        self._names.unwatch()
+        self._thread.entered.pop().__exit__(kind, error, trace)
+        with self._store.lock:
+            self._store.num_entered -= 1
+        self._store.close_if_idle()
+
+    def close(self) -> None:
+        """Frees slabs, threads and spill files at once. A later backward through records on disk raises an error."""
+        self._is_closed = True
+        self._store.close()
+
+    @property
+    def stats(self) -> Stats:
+        """What it did and what it cost so far."""
+        return Stats.of(self._store.engine_totals())
+
+    # -- pack ----------------------------------------------------------------------------------------------------
+
+    def _pack(self, tensor: torch.Tensor) -> _Resident | Handle:
+        self._counters.num_saved += 1
+        try:
+            nbytes = tensor.nbytes
+        except RuntimeError:  # sparse and other layouts have no bytes to count
+            return self._stay(tensor, why_not(tensor) or "not strided", 0)
+        if nbytes < self.policy.min_nbytes and tensor._base is None:
+            return self._stay(tensor, _SMALL, nbytes)
+        return self._pack_large(tensor, nbytes)
+
+    def _stay(self, tensor: torch.Tensor, reason: str, nbytes: int) -> _Resident:
+        counters = self._counters
+        counters.skip(reason, nbytes)
+        if reason is _WEIGHT:
+            nbytes = 0  # in memory anyway
+        counters.hold(nbytes)
+        return _Resident(tensor, nbytes, counters)
+
+    def _pack_large(self, tensor: torch.Tensor, nbytes: int) -> _Resident | Handle:
+        reason = why_not(tensor)
+        if reason is not None or nbytes == 0:
+            return self._stay(tensor, reason or "empty", nbytes)
+        storage = tensor.untyped_storage()
+        if storage.nbytes() < self.policy.min_nbytes:
+            return self._stay(tensor, _SMALL, storage.nbytes())
+        if self._index.is_weight(storage._cdata) or is_weight(tensor):
+            return self._stay(tensor, _WEIGHT, nbytes)
+        if _graph_task() != -1:
+            return self._stay(tensor, "saved during backward", nbytes)
+        if self._store.is_forked or not self._store.is_open:
+            return self._stay(tensor, "no engine in this process", nbytes)
+        self._start_due()
+        return self._pack_travelling(tensor, storage, byte_range(tensor, nbytes))
+
+    def _pack_travelling(
+        self, tensor: torch.Tensor, storage: torch.UntypedStorage, span: tuple[int, int]
+    ) -> _Resident | Handle:
+        version = tensor._version
+        spec = view_spec(tensor)
+        with self._store.lock:
+            record = self._index.find(storage._cdata, version, *span)
+            if record is not None:
+                self._counters.deduplicated_nbytes += span[1] - span[0]
+            else:
+                span = _widen(span, storage.nbytes())
+                reason = self._why_keep(storage, span)
+                if reason is None:
+                    record = self._new_record(storage, span, version)
+                    record.spec, record.where = spec, self._names.where()
+            if record is not None:
+                record.num_handles += 1
+        if record is None:
+            assert reason is not None
+            return self._stay(tensor, reason, span[1] - span[0])
+        return Handle(record, spec, version_probe(tensor), version, self._store.bereave)
+
+    def _why_keep(self, storage: torch.UntypedStorage, span: tuple[int, int]) -> str | None:
+        if span[1] - span[0] < self.policy.min_nbytes:
+            return _SMALL
+        if self.policy.mode == "auto" and self._index.outlives_graphs(storage._cdata):
+            return "outlives its graph"
+        return None
+
+    def _new_record(self, storage: torch.UntypedStorage, span: tuple[int, int], version: int) -> Record:
+        thread = self._thread
+        if thread.pass_ is None or thread.pass_.is_closed:
+            thread.pass_ = self._schedule.new_pass()
+        record = Record(storage, StorageWeakRef(storage), span, version, thread.pass_)
+        self._store.adopt(record)
+        thread.pending.append(record)
+        return record
+
+    def _start_due(self) -> None:
+        """Starts what earlier operators of this thread saved: see [Note: when a store may start]."""
+        thread = self._thread
+        number = _sequence_number()
+        if number != thread.sequence_number:
+            thread.sequence_number = number
+            if thread.pending:
+                due, thread.pending = thread.pending, []
+                for record in due:
+                    self._store.offload(record)
+
+    # -- unpack --------------------------------------------------------------------------------------------------
+
+    def _unpack(self, handle: _Resident | Handle) -> torch.Tensor:
+        if type(handle) is _Resident:
+            if handle.tensor._version != handle.version:
+                raise _modified(handle.tensor, handle.tensor._version, handle.version)
+            return handle.tensor
+        assert isinstance(handle, Handle)
+        if handle.probe._version != handle.version:
+            raise _modified(handle.spec, handle.probe._version, handle.version)
+        return self._unpack_record(handle)
+
+    def _unpack_record(self, handle: Handle) -> torch.Tensor:
+        record, store = handle.record, self._store
+        is_first = not record.is_wanted
+        is_miss = store.request(record)
+        self._schedule.note_unpacked(record, is_first=is_first, is_miss=is_miss)
+        for upcoming in self._schedule.upcoming(record.pass_):
+            if not store.prefetch(upcoming):
+                break
+        storage, shift = store.wait(record, handle.epoch)
+        handle.epoch = record.epoch
+        return rebuild(storage, handle.spec, shift)
+
+
+def _widen(span: tuple[int, int], storage_nbytes: int) -> tuple[int, int]:
+    """The range a record takes: the whole storage unless the view is a small part of it."""
+    start, end = span
+    if (end - start) * _WHOLE_STORAGE_FRACTION >= storage_nbytes:
+        return 0, storage_nbytes
+    return start - start % _ALIGNMENT, end
+
+
+def _modified(what: object, version: int, expected: int) -> RuntimeError:
+    if isinstance(what, torch.Tensor):
+        what = f"{str(what.dtype).removeprefix('torch.')}{list(what.shape)}"
+    return RuntimeError(
+        "one of the variables needed for gradient computation has been modified by an inplace operation: "
+        f"{what} is at version {version}; expected version {expected} instead. Hint: find the in-place operation on a "
+        "tensor that was saved for backward, and use its out-of-place form or clone the tensor first"
+    )
+
+
+def offload_activations(
+    directory: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    policy: ActivationPolicy | Mapping[str, Any] | None = None,
+    model: torch.nn.Module | None = None,
+) -> ActivationOffload:
+    """Keeps saved activations on the drive between forward and backward.
+
+    Lowers peak memory by what autograd would hold between forward and backward; results are equal to the bit. It may
+    wrap one forward, one step or the whole loop (best: the engine stays open), be entered again, and be left before
+    backward, which may run in another thread. The hooks act in the thread that entered.
+
+    Args:
+        directory: where the spill files go, on a fast local drive. Several are striped. The files are unlinked at once:
+            nothing is ever left behind.
+        policy: an `ActivationPolicy` or a mapping with its fields.
+        model: names modules in messages and marks its parameters and buffers as weights. Never needed for correctness.
+
+    Returns:
+        A context manager with `stats` and `close()`. Everything is freed by `close()`, or when the context is left and
+        the last graph is gone.
+
+    Raises:
+        OSError: a directory is missing, not writable or full.
+        ValueError: the policy has an unknown key or a bad value, or no directory is given.
+        RuntimeError: the engine asked for by name is not available.
+
+    Example:
+        >>> with offload_activations("/mnt/nvme") as offload:
+        ...     for batch in loader:
+        ...         model(batch).backward()
+        ...         optimizer.step(); optimizer.zero_grad()
+        >>> print(offload.stats)
+    """
+    several = [directory] if isinstance(directory, str | os.PathLike) else directory
+    return ActivationOffload([os.fspath(path) for path in several], ActivationPolicy.of(policy), model)
+
+
+@contextmanager
+def keep_resident() -> Iterator[None]:
+    """Inside, saved tensors are left alone: they stay in memory, also in a surrounding `offload_activations`.
+
+    Example:
+        >>> with offload_activations("/mnt/nvme"):
+        ...     hidden = body(batch)
+        ...     with keep_resident():
+        ...         loss = head(hidden)  # needed first by backward
+    """
+    counters = Counters()
+    with saved_tensors_hooks(lambda tensor: _Resident(tensor, 0, counters), _unpack_resident):
+        yield
+
+
+def _unpack_resident(handle: _Resident) -> torch.Tensor:
+    if handle.tensor._version != handle.version:
+        raise _modified(handle.tensor, handle.tensor._version, handle.version)
+    return handle.tensor

@@ -1,0 +1,158 @@
+"""The `ssdtrain` command. It turns options into calls, results into exit codes, and knows nothing else.
+
+Exit codes: 0 all is as promised; 1 a run failed or its numbers differ; 2 the options or the directory cannot
+be used; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+from pydantic import ValidationError
+
+from ssdtrain.demo.compare import Comparison, LimitError, compare
+from ssdtrain.demo.process import WorkerError
+from ssdtrain.demo.report import ProgressLines, print_json, print_table
+from ssdtrain.demo.settings import DEFAULT_POLICY, DemoSettings
+from ssdtrain.directories import check_directories
+from ssdtrain.policy import ActivationPolicy, parse_nbytes
+
+app = typer.Typer(
+    name="ssdtrain",
+    help="Train with saved activations on NVMe.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Entry point of the installed command and of `python -m ssdtrain`."""
+    app()
+
+
+@app.callback()
+def _group() -> None:
+    """Train with saved activations on NVMe."""
+
+
+_FIELDS = ", ".join(ActivationPolicy.model_fields)
+_POLICY_HELP = f"One field of the policy, as FIELD=VALUE; repeatable. Fields: {_FIELDS}."
+_LIMIT_HELP = (
+    "Cap on the private memory each run may add for training, such as 1GiB; `auto` measures both runs first "
+    "and takes the middle. The plain run is expected to run out of memory, the other one to finish."
+)
+
+
+@app.command()
+def demo(
+    *,
+    layers: Annotated[int, typer.Option(min=1, help="Transformer blocks.")] = DemoSettings.layers,
+    width: Annotated[int, typer.Option(min=1, help="Size of the residual stream.")] = DemoSettings.width,
+    heads: Annotated[int, typer.Option(min=1, help="Attention heads per block.")] = DemoSettings.heads,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = DemoSettings.batch,
+    sequence: Annotated[int, typer.Option(min=1, help="Bytes of text per sequence.")] = DemoSettings.sequence,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps, after 1 warm-up step.")] = DemoSettings.steps,
+    seed: Annotated[int, typer.Option(help="Seed of the weights and batches.")] = DemoSettings.seed,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of each run.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Text to train on.", show_default="Python's own sources")] = None,
+    directory: Annotated[
+        Path | None, typer.Option(help="Folder on the drive.", show_default="the current one, if writable")
+    ] = None,
+    policy: Annotated[list[str] | None, typer.Option(metavar="FIELD=VALUE", help=_POLICY_HELP)] = None,
+    memory_limit: Annotated[str | None, typer.Option(metavar="SIZE|auto", help=_LIMIT_HELP)] = None,
+    json_line: Annotated[bool, typer.Option("--json", help="End stdout with one line of JSON.")] = False,
+) -> None:
+    """Train a GPT without and with ssdtrain, step by step in turn, and compare memory, time and losses."""
+    try:
+        settings = DemoSettings(
+            directory=str(directory or _default_directory()),
+            layers=layers,
+            width=width,
+            heads=heads,
+            batch=batch,
+            sequence=sequence,
+            steps=steps,
+            seed=seed,
+            threads=threads,
+            data=str(data) if data else None,
+            policy=DEFAULT_POLICY | _parse_policy(policy or []),
+        )
+        limit = _parse_limit(memory_limit)
+        warnings = check_directories([settings.directory])
+    except (ValueError, OSError) as error:
+        _quit(2, _one_line(error))
+    comparison = _run(settings, limit, warnings)
+    print_table(comparison)
+    if json_line:
+        print_json(comparison)
+    if comparison.problem is not None:
+        _quit(1, comparison.problem)
+
+
+def _run(settings: DemoSettings, memory_limit: int | Literal["auto"] | None, warnings: list[str]) -> Comparison:
+    """Runs the comparison and turns what goes wrong into a message and an exit code."""
+    try:
+        with ProgressLines() as progress:
+            for warning in warnings:
+                progress(f"Warning: {warning}")
+            return compare(settings, memory_limit=memory_limit, progress=progress)
+    except WorkerError as failure:
+        if failure.kind == "usage":
+            _quit(2, str(failure))
+        kind = failure.kind.replace("_", " ")
+        _quit(1, f"the {failure.role} run failed ({kind}): {failure}\n{failure.detail}")
+    except LimitError as error:
+        _quit(2, str(error))
+    except KeyboardInterrupt:
+        _quit(130, "interrupted; both runs were ended.")
+
+
+def _parse_policy(pairs: list[str]) -> dict[str, Any]:
+    policy = dict(_parse_field(pair) for pair in pairs)
+    ActivationPolicy.of(policy)
+    return policy
+
+
+def _parse_field(pair: str) -> tuple[str, Any]:
+    name, equals, text = pair.partition("=")
+    if not equals:
+        raise ValueError(f"Expected --policy FIELD=VALUE, got {pair!r}. Fields: {_FIELDS}.")
+    try:
+        return name, json.loads(text.lower())
+    except json.JSONDecodeError:
+        return name, text
+
+
+def _parse_limit(text: str | None) -> int | Literal["auto"] | None:
+    if text is None:
+        return None
+    if text == "auto":
+        return "auto"
+    nbytes = parse_nbytes(text)
+    if not isinstance(nbytes, int) or nbytes < 1:
+        raise ValueError(f"Expected --memory-limit to be `auto` or a size such as 1GiB, got {text!r}.")
+    return nbytes
+
+
+def _default_directory() -> str:
+    return str(Path.cwd()) if os.access(Path.cwd(), os.W_OK) else tempfile.gettempdir()
+
+
+def _one_line(error: ValueError | OSError) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    return "; ".join(
+        ": ".join([*map(str, item["loc"]), item["msg"].removeprefix("Value error, ")]) for item in error.errors()
+    )
+
+
+def _quit(code: int, message: str) -> NoReturn:
+    print(f"ssdtrain demo: {message}", file=sys.stderr)
+    raise typer.Exit(code)

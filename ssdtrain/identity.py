@@ -1,0 +1,111 @@
+"""Which storage is this, may it travel and why not, how is the view rebuilt.
+
+Knows tensors, and neither records nor files. A storage is identified by its live `StorageImpl`, pinned through a weak
+reference for as long as anything is filed under its address, so that an address can never be taken for another storage.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+_EMPTY = torch.empty(0)
+
+# Operators that give a weight another shape or precision and compute nothing new.
+_RESHAPES = frozenset(
+    f"{name}Backward0"
+    for name in (
+        "Alias AsStrided Expand Permute ReshapeAlias Select Slice Split SplitWithSizes Squeeze T ToCopy Transpose "
+        "UnsafeView Unsqueeze View"
+    ).split()
+)
+_MAX_RESHAPES = 6
+
+
+class ViewSpec(NamedTuple):
+    """Enough to rebuild a saved tensor from a storage: dtype, sizes, strides and offset in elements."""
+
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+    storage_offset: int
+
+    def __str__(self) -> str:
+        """``float32[8, 512]``."""
+        return f"{str(self.dtype).removeprefix('torch.')}{list(self.size)}"
+
+
+def view_spec(tensor: torch.Tensor) -> ViewSpec:
+    """The view a strided tensor is of its storage."""
+    return ViewSpec(tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+
+
+def rebuild(storage: torch.UntypedStorage, spec: ViewSpec, shift_nbytes: int) -> torch.Tensor:
+    """The saved tensor again, on `storage`, which begins `shift_nbytes` into the original one."""
+    offset = spec.storage_offset - shift_nbytes // spec.dtype.itemsize
+    return torch.empty(0, dtype=spec.dtype, device=storage.device).set_(storage, offset, spec.size, spec.stride)
+
+
+def byte_range(tensor: torch.Tensor, nbytes: int) -> tuple[int, int]:
+    """First byte and end of what a strided, non-empty tensor touches in its storage."""
+    itemsize = tensor.element_size()
+    start = int(tensor.storage_offset()) * itemsize
+    if tensor.is_contiguous():
+        return start, start + nbytes
+    last = sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
+    return start, start + (last + 1) * itemsize
+
+
+def version_probe(tensor: torch.Tensor) -> torch.Tensor:
+    """An empty tensor that shares `tensor`'s version counter and keeps none of its memory alive.
+
+    Autograd checks the counter itself only for tensors without hooks; with the probe we can check it when the saved
+    bytes are long gone from memory.
+    """
+    probe = tensor.detach()
+    probe.data = _EMPTY
+    return probe
+
+
+def why_not(tensor: torch.Tensor) -> str | None:
+    """Why a tensor is not a plain strided CPU tensor that may travel, or None."""
+    if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
+        return "weight" if _is_marked(tensor) else "tensor subclass"
+    if tensor.layout is not torch.strided:
+        return "not strided"
+    if not tensor.is_cpu:
+        return f"device {tensor.device.type}"
+    if tensor.is_quantized:
+        return "quantised"
+    if tensor.is_conj() or tensor.is_neg():
+        return "conjugate or negative view"
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return "functorch"
+    return None
+
+
+def is_weight(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a parameter or buffer, a view of one, or a low-precision copy autocast made of one."""
+    if _is_marked(tensor) or _is_marked(tensor._base):
+        return True
+    node = tensor.grad_fn
+    for _ in range(_MAX_RESHAPES):
+        if node is None or node.name() not in _RESHAPES:
+            return False
+        node = next((n for n, _ in node.next_functions if n is not None), None)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            return _is_marked(variable)
+    return False
+
+
+def _is_marked(tensor: torch.Tensor | None) -> bool:
+    return isinstance(tensor, torch.nn.Parameter | torch.nn.Buffer)
+
+
+def live_storage(weak: StorageWeakRef) -> torch.UntypedStorage | None:
+    """The storage a weak reference stands for, if anybody still holds it."""
+    storage: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(weak.cdata)
+    return storage

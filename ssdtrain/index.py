@@ -1,0 +1,70 @@
+"""Which storages are known: those with records, those of weights, and those that outlive every graph.
+
+Everything here is filed under the address of a `StorageImpl`, and a weak reference to the impl is kept as long as the
+entry exists: the address cannot become another storage's meanwhile. Guarded by the store's lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ssdtrain.record import Record, Residency
+
+_PURGE_AT = 256
+
+
+class Index:
+    """Finds the record of a saved tensor by storage, version and byte range."""
+
+    def __init__(self) -> None:
+        """Empty."""
+        self._records: dict[int, list[Record]] = {}
+        self._weights: dict[int, StorageWeakRef] = {}
+        self._lasting: dict[int, StorageWeakRef] = {}
+
+    def find(self, key: int, version: int, start: int, end: int) -> Record | None:
+        """The record that holds bytes [start, end) of this storage as of `version`."""
+        for record in self._records.get(key, ()):
+            if record.version == version and record.start <= start and end <= record.start + record.nbytes:
+                return record
+        return None
+
+    def add(self, record: Record) -> None:
+        """Files a new record."""
+        self._records.setdefault(record.identity.cdata, []).append(record)
+
+    def forget(self, record: Record) -> None:
+        """Takes a released record out. A storage that lives on although its graph is gone is somebody else's."""
+        assert record.residency is Residency.RELEASED
+        key = record.identity.cdata
+        siblings = self._records[key]
+        siblings.remove(record)
+        if not siblings:
+            del self._records[key]
+        if not record.identity.expired():
+            self._lasting[key] = record.identity
+            self._purge()
+
+    def mark_weights(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Marks the storages of a model's parameters and buffers."""
+        self._weights = {
+            ref.cdata: ref
+            for tensor in tensors
+            if tensor.layout is torch.strided
+            for ref in (StorageWeakRef(tensor.untyped_storage()),)
+        }
+
+    def is_weight(self, key: int) -> bool:
+        """Whether the storage at `key` belongs to a marked parameter or buffer."""
+        return key in self._weights
+
+    def outlives_graphs(self, key: int) -> bool:
+        """Whether the storage at `key` was still held by somebody when a graph that saved it was gone."""
+        return key in self._lasting
+
+    def _purge(self) -> None:
+        if len(self._lasting) > _PURGE_AT:
+            self._lasting = {key: ref for key, ref in self._lasting.items() if not ref.expired()}

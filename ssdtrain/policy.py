@@ -1,0 +1,123 @@
+"""What the user asks for: frozen, validated, from keywords, a mapping, JSON or the environment.
+
+Knows nothing of tensors, files or engines. A policy is checked when it is made, so a typing error stops a run
+before training starts.
+
+Example:
+    >>> ActivationPolicy(min_nbytes="4MiB", mode="all").min_nbytes
+    4194304
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+_UNITS = {"": 1, "b": 1}
+for _power, _letter in enumerate("kmgt", start=1):
+    _UNITS |= {f"{_letter}b": 1000**_power, f"{_letter}ib": 1024**_power, _letter: 1024**_power}
+
+MIN_STAGING_NBYTES = 64 * 1024
+
+
+def parse_nbytes(value: object) -> object:
+    """Turns ``"16MiB"``, ``"1.5 GB"`` or a whole number into bytes; anything else goes on to pydantic.
+
+    Raises:
+        ValueError: a text that is not a size.
+    """
+    if isinstance(value, bool):
+        raise ValueError(f"Expected a size such as 1048576 or '16MiB', got {value!r}")
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value)
+    factor = _UNITS.get(match[2].lower()) if match else None
+    if match is None or factor is None:
+        raise ValueError(f"Expected a size such as 1048576, '64KiB', '16MiB' or '1.5GB', got {value!r}")
+    return int(float(match[1]) * factor)
+
+
+Nbytes = Annotated[int, BeforeValidator(parse_nbytes)]
+
+
+class ActivationPolicy(BaseModel):
+    """How activations are offloaded. All sizes are bytes or texts such as ``"16MiB"``.
+
+    Raises:
+        pydantic.ValidationError: (a ``ValueError``) an unknown key or a bad value, with what is accepted.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    enabled: bool = True
+    """False makes ``offload_activations`` a null context: no hooks, no file, no cost."""
+
+    min_nbytes: Nbytes = Field(default=1 << 20, ge=0)
+    """Saved tensors smaller than this stay in memory. 0 means all travel; small ones cost more time per byte."""
+
+    mode: Literal["auto", "all"] = "auto"
+    """``"auto"`` keeps a tensor in memory when the drive is behind, so that training never waits for a write.
+    ``"all"`` sends everything eligible and waits for the drive: lowest memory, step time at the drive's mercy."""
+
+    staging_nbytes: Nbytes = Field(default=128 << 20, ge=MIN_STAGING_NBYTES)
+    """Host memory for bytes on their way to the drive, and the bound on bytes in flight. Bursts above it are kept
+    (``"auto"``) or waited for (``"all"``)."""
+
+    prefetch_nbytes: Nbytes = Field(default=128 << 20, ge=0)
+    """Bound on bytes reloaded before backward asks for them. 0 turns prefetch off: every reload is then a stall."""
+
+    disk_nbytes: Nbytes | None = Field(default=None, ge=MIN_STAGING_NBYTES)
+    """Cap on spill space over all directories. What does not fit stays in memory. None: what the drive has free."""
+
+    engine: Literal["auto", "io_uring", "threads", "python"] = "auto"
+    """Who executes the file requests. ``"auto"`` takes the first that works on this machine and says why."""
+
+    checksum: bool = False
+    """Verify a checksum of every byte read back. Without it, corruption by the drive itself goes undetected."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_unknown_keys(cls, data: Any) -> Any:
+        unknown = [key for key in data if key not in cls.model_fields] if isinstance(data, Mapping) else []
+        if unknown:
+            near = difflib.get_close_matches(str(unknown[0]), cls.model_fields, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            accepted = ", ".join(cls.model_fields)
+            raise ValueError(f"Expected keys among {accepted}; got {unknown[0]!r}.{hint}")
+        return data
+
+    @model_validator(mode="after")
+    def _fits(self) -> ActivationPolicy:
+        if self.disk_nbytes is not None and self.disk_nbytes < self.min_nbytes:
+            raise ValueError(
+                f"Expected disk_nbytes of at least min_nbytes ({self.min_nbytes}), got {self.disk_nbytes}: "
+                "nothing could ever be offloaded. Raise disk_nbytes or lower min_nbytes"
+            )
+        return self
+
+    @classmethod
+    def of(cls, policy: ActivationPolicy | Mapping[str, Any] | None) -> ActivationPolicy:
+        """The policy meant by what a user passed: a policy, a mapping of its fields, or nothing.
+
+        Raises:
+            TypeError: something else was passed.
+            pydantic.ValidationError: the mapping has an unknown key or a bad value.
+        """
+        if policy is None:
+            return cls()
+        if isinstance(policy, ActivationPolicy):
+            return policy
+        if isinstance(policy, Mapping):
+            return cls.model_validate(dict(policy))
+        raise TypeError(f"Expected policy to be an ActivationPolicy or a mapping of its fields, got {policy!r}")
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> ActivationPolicy:
+        """Reads ``SSDTRAIN_MIN_NBYTES``, ``SSDTRAIN_MODE``, ...: one variable per field, absent ones default."""
+        names = {field: f"SSDTRAIN_{field.upper()}" for field in cls.model_fields}
+        return cls.model_validate({f: environment[n] for f, n in names.items() if n in environment})

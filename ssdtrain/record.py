@@ -1,0 +1,138 @@
+"""One object per offloaded storage range: where its bytes are, and who still needs them.
+
+A record is created when autograd saves a tensor of a storage range nobody filed yet, is shared by all saved tensors of
+that range, and is released when the last of their handles is gone. Only the store changes its residency.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ssdtrain.identity import ViewSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    from ssdtrain.device import Allocation
+    from ssdtrain.engine import Read, Write
+    from ssdtrain.space import Extent
+    from ssdtrain.trace import Pass
+
+
+class Residency(enum.Enum):
+    """Where a record's bytes are."""
+
+    DEVICE = "device"
+    """In memory, held by the record: not sent yet, kept, or back."""
+    OFFLOADING = "offloading"
+    """With the engine: the source is held until it is copied, after that the bytes are in slabs or in the file."""
+    DISK = "disk"
+    """In the spill file (or, after a failed write, rescued by the engine)."""
+    RELOADING = "reloading"
+    """A read into fresh memory is under way."""
+    RELEASED = "released"
+    """Nobody needs the bytes any more."""
+
+
+_NEXT = {
+    Residency.DEVICE: {Residency.OFFLOADING, Residency.DISK, Residency.RELEASED},
+    Residency.OFFLOADING: {Residency.DEVICE, Residency.DISK, Residency.RELOADING, Residency.RELEASED},
+    Residency.DISK: {Residency.DEVICE, Residency.RELOADING, Residency.RELEASED},
+    Residency.RELOADING: {Residency.DEVICE, Residency.DISK, Residency.RELEASED},
+    Residency.RELEASED: set(),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one part of a record lies: its bytes from `start` on are piece `piece` of `write`, in `extent`."""
+
+    write: Write
+    piece: int
+    extent: Extent
+    start: int
+
+
+class Record:
+    """One offloaded storage range. Attributes belong to the store, which guards them with its lock."""
+
+    __slots__ = (
+        "epoch",
+        "identity",
+        "index",
+        "is_lent",
+        "is_prefetched",
+        "is_wanted",
+        "landing",
+        "nbytes",
+        "num_handles",
+        "num_unseen",
+        "pass_",
+        "places",
+        "reads",
+        "residency",
+        "spec",
+        "start",
+        "storage",
+        "storage_nbytes",
+        "version",
+        "weak",
+        "where",
+    )
+
+    def __init__(
+        self, storage: torch.UntypedStorage, identity: StorageWeakRef, span: tuple[int, int], version: int, pass_: Pass
+    ) -> None:
+        """A record of bytes `span` of `storage`, which it holds until they are safe elsewhere."""
+        self.storage: torch.UntypedStorage | None = storage
+        self.storage_nbytes: int = storage.nbytes()
+        self.identity = identity  # of the source, for as long as the record is filed under its address
+        self.weak = identity  # of the memory that last held the bytes: the source, or the latest reload
+        self.start, end = span
+        self.nbytes = end - self.start
+        self.version = version
+        self.residency = Residency.DEVICE
+        self.places: tuple[Place, ...] = ()
+        self.reads: tuple[Read, ...] = ()
+        self.landing: Allocation | None = None  # where reads under way put the bytes
+        self.pass_ = pass_
+        self.index = pass_.append(self)
+        self.spec: ViewSpec | None = None  # of the tensor it was made for, and where in the model: for messages
+        self.where = ""
+        self.num_handles = 0
+        self.epoch = 0  # grows with every reload
+        self.num_unseen = 0  # handles not unpacked since then
+        self.is_wanted = False  # backward has asked for it: it does not travel any more
+        self.is_prefetched = False
+        self.is_lent = False  # storage given to autograd and no longer held here
+
+    def move(self, residency: Residency) -> None:
+        """Changes the residency; an impossible change is a bug here, never the user's."""
+        assert residency in _NEXT[self.residency], f"{self}: {self.residency} -> {residency}"
+        self.residency = residency
+
+    def __repr__(self) -> str:
+        """``record 3 (float32[8, 512] of h.0.mlp), 16384 bytes``."""
+        return f"record {self.index} ({self.spec}{self.where}), {self.nbytes} bytes"
+
+
+class Handle:
+    """What autograd holds for one saved tensor that may travel. When it dies, the record learns of it."""
+
+    __slots__ = ("bereaved", "epoch", "probe", "record", "spec", "version")
+
+    def __init__(self, record: Record, spec: ViewSpec, probe: torch.Tensor, version: int, bereaved: Any) -> None:
+        """`bereaved(record, epoch)` is called when autograd lets go; it must not block."""
+        self.record = record
+        self.spec = spec
+        self.probe = probe
+        self.version = version
+        self.epoch = -1
+        self.bereaved = bereaved
+
+    def __del__(self) -> None:
+        """Runs on any thread, in the middle of anything: only leaves a note."""
+        self.bereaved((self.record, self.epoch))

@@ -1,0 +1,150 @@
+"""Room on the spill files: which file, which extent, and when to make a file longer.
+
+Knows extents and directories, no records and no requests. Not thread-safe: the store calls it under its lock.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from ssdtrain.engine import SpillFile
+from ssdtrain.extents import ExtentAllocator
+from ssdtrain.stats import nbytes_text
+
+logger = logging.getLogger("ssdtrain")
+
+_FIRST_NBYTES = 64 << 20
+_GROW_NBYTES = 256 << 20
+_MAX_WRITE_ERRORS = 3
+_RETRY_GROW_SECONDS = 5.0
+
+
+class Extent(NamedTuple):
+    """Room for `nbytes` (whole blocks) at `offset` of one spill file."""
+
+    file: int
+    offset: int
+    nbytes: int
+
+
+class SpillSpace:
+    """Extents over one spill file per directory; large requests are striped, small ones take turns."""
+
+    def __init__(self, files: Sequence[SpillFile], stripe_nbytes: int, note_fallback: Callable[[str], None]) -> None:
+        """`stripe_nbytes`: what a file must at least get of a request for striping to pay."""
+        self.block_nbytes = max(file.block_nbytes for file in files)
+        self.memory_alignment = max(file.memory_alignment for file in files)
+        self.in_use_nbytes = 0
+        self.peak_nbytes = 0
+        self._files = files
+        self._stripe_nbytes = stripe_nbytes
+        self._note_fallback = note_fallback
+        self._extents = [ExtentAllocator(self.block_nbytes) for _ in files]
+        self._num_errors = [0] * len(files)
+        self._no_growth_before = [0.0] * len(files)
+        self._next = 0
+        for i, file in enumerate(files):
+            self._preallocate(i, stripe_nbytes)
+            self._extents[i].extend(file.nbytes)
+        if not any(extents.capacity for extents in self._extents):
+            names = ", ".join(file.directory for file in files)
+            raise OSError(
+                errno.ENOSPC,
+                f"Expected room for at least {nbytes_text(stripe_nbytes)} of spill space, got a full file system: "
+                "free some space or pass another directory",
+                names,
+            )
+
+    def rounded(self, nbytes: int) -> int:
+        """Whole blocks."""
+        return -(-nbytes // self.block_nbytes) * self.block_nbytes
+
+    def allocate(self, nbytes: int, *, stripe: bool = True) -> list[Extent]:
+        """Extents for `nbytes`: several, each of whole blocks, when it is striped. Empty when there is no room."""
+        need, num = self.rounded(nbytes), len(self._files)
+        first, self._next = self._next, (self._next + 1) % num
+        if stripe and num > 1 and need >= num * self._stripe_nbytes:
+            per_file = self.rounded(-(-need // num))
+            sizes = [min(per_file, need - start) for start in range(0, need, per_file)]
+            parts = [self._allocate(file, size) for file, size in enumerate(sizes)]
+            found = [part for part in parts if part is not None]
+            if len(found) == len(parts):
+                return found
+            for part in found:
+                self.release(part)
+        for file in (*range(first, num), *range(first)):
+            extent = self._allocate(file, need)
+            if extent is not None:
+                return [extent]
+        return []
+
+    def release(self, extent: Extent) -> None:
+        """Gives an extent, or a block-aligned part of one, back."""
+        self._extents[extent.file].release(extent.offset, extent.nbytes)
+        self.in_use_nbytes -= extent.nbytes
+
+    def note_write_error(self, file: int, error: tuple[int, int, int]) -> None:
+        """Remembers a failed write; after a few of them the directory is not used any more."""
+        number, offset, nbytes = error
+        directory = self._files[file].directory
+        logger.debug("%s: write of %d bytes at offset %d failed: errno %d", directory, nbytes, offset, number)
+        self._note_fallback(f"{directory}: write failed: {os.strerror(number)} (errno {number}); bytes kept in memory")
+        self._num_errors[file] += 1
+        if self._num_errors[file] == _MAX_WRITE_ERRORS:
+            self._note_fallback(f"{directory}: not used any more after {_MAX_WRITE_ERRORS} failed writes")
+
+    def _allocate(self, file: int, nbytes: int) -> Extent | None:
+        if self._num_errors[file] >= _MAX_WRITE_ERRORS:
+            return None
+        extents = self._extents[file]
+        offset = extents.allocate(nbytes)
+        if offset is None and self._grow(file, extents.missing_nbytes(nbytes)):
+            offset = extents.allocate(nbytes)
+        if offset is None:
+            return None
+        self.in_use_nbytes += nbytes
+        self.peak_nbytes = max(self.peak_nbytes, self.in_use_nbytes)
+        return Extent(file, offset, nbytes)
+
+    def _preallocate(self, file: int, least_nbytes: int) -> None:
+        spill = self._files[file]
+        cap = spill.cap_nbytes if spill.cap_nbytes is not None else _FIRST_NBYTES
+        for target in (min(_FIRST_NBYTES, cap), min(least_nbytes, cap)):
+            try:
+                spill.grow(target)
+                return
+            except OSError as error:
+                failure = error
+        if failure.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise failure
+        self._note_fallback(f"{spill.directory} is full ({failure.strerror}): not used")
+
+    def _grow(self, file: int, missing_nbytes: int) -> bool:
+        """Makes the file longer by at least `missing_nbytes`, by more when there is room."""
+        extents, spill = self._extents[file], self._files[file]
+        if time.monotonic() < self._no_growth_before[file]:
+            return False
+        needed = extents.capacity + missing_nbytes
+        generous = extents.capacity + max(missing_nbytes, _GROW_NBYTES)
+        cap = spill.cap_nbytes if spill.cap_nbytes is not None else generous
+        if needed > cap:
+            return False
+        for target in (min(generous, cap), needed):
+            try:
+                spill.grow(target)
+            except OSError as error:
+                failure = error
+                continue
+            extents.extend(target)
+            return True
+        self._no_growth_before[file] = time.monotonic() + _RETRY_GROW_SECONDS
+        self._note_fallback(
+            f"{spill.directory}: no room for more spill space ({failure.strerror} after"
+            f" {nbytes_text(extents.capacity)}); tensors stay in memory"
+        )
+        return False

@@ -1,0 +1,195 @@
+"""Counters of one offload context and the readable snapshot users print.
+
+`Counters` is written by the hooks and the store; `Stats` is a frozen copy. Sizes are bytes, times seconds. Nothing here
+knows where the numbers come from.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Saved tensors left alone for one reason."""
+
+    count: int
+    nbytes: int
+
+
+class EngineTotals(Protocol):
+    """What an engine says of itself."""
+
+    @property
+    def written_nbytes(self) -> int: ...
+    @property
+    def read_nbytes(self) -> int: ...
+    @property
+    def write_busy_seconds(self) -> float: ...
+    @property
+    def read_busy_seconds(self) -> float: ...
+    @property
+    def peak_staging_nbytes(self) -> int: ...
+
+
+class Counters:
+    """Running totals; one instance per offload context. Attributes are the fields of `Stats`, plus two gauges."""
+
+    def __init__(self) -> None:
+        """All zero."""
+        self.num_saved = self.num_offloaded = self.num_prefetched = self.num_demand_reloads = 0
+        self.offloaded_nbytes = self.deduplicated_nbytes = self.forwarded_nbytes = self.kept_nbytes = 0
+        self.cancelled_write_nbytes = self.written_nbytes = self.read_nbytes = 0
+        self.write_busy_seconds = self.read_busy_seconds = 0.0
+        self.peak_staging_nbytes = self.peak_disk_nbytes = 0
+        self.num_live_records = 0
+        self.held_nbytes = 0  # gauge: bytes of saved tensors in memory now, staging excluded
+        self.prefetched_nbytes = 0  # gauge: bytes reloaded, or being reloaded, and not asked for yet
+        self.peak_saved_nbytes = 0
+        self.skips: dict[str, list[int]] = {}
+        self.stalls: dict[str, float] = {}
+        self.fallbacks: list[str] = []
+        self.engine = self.engine_reason = ""
+
+    def copy(self) -> Counters:
+        """A snapshot; `skips`, `stalls` and `fallbacks` are copied too."""
+        other = copy.copy(self)
+        other.skips = {reason: list(entry) for reason, entry in list(self.skips.items())}
+        other.stalls, other.fallbacks = dict(self.stalls), list(self.fallbacks)
+        return other
+
+    def add_engine(self, engine: EngineTotals, peak_disk_nbytes: int) -> None:
+        """Adds what one engine did from open to close."""
+        self.written_nbytes += engine.written_nbytes
+        self.read_nbytes += engine.read_nbytes
+        self.write_busy_seconds += engine.write_busy_seconds
+        self.read_busy_seconds += engine.read_busy_seconds
+        self.peak_staging_nbytes = max(self.peak_staging_nbytes, engine.peak_staging_nbytes)
+        self.peak_disk_nbytes = max(self.peak_disk_nbytes, peak_disk_nbytes)
+
+    def skip(self, reason: str, nbytes: int) -> None:
+        """Counts a saved tensor that was left alone."""
+        entry = self.skips.get(reason)
+        if entry is None:
+            entry = self.skips.setdefault(reason, [0, 0])
+        entry[0] += 1
+        entry[1] += nbytes
+
+    def keep(self, reason: str, nbytes: int) -> None:
+        """Counts a tensor that could have travelled and stays in memory."""
+        self.skip(reason, nbytes)
+        self.kept_nbytes += nbytes
+
+    def hold(self, nbytes: int, staging_nbytes: int = 0) -> None:
+        """Moves the gauge of held bytes and its peak; `staging_nbytes` is what the slabs hold at this moment."""
+        self.held_nbytes += nbytes
+        if self.held_nbytes + staging_nbytes > self.peak_saved_nbytes:
+            self.peak_saved_nbytes = self.held_nbytes + staging_nbytes
+
+    def stall(self, tier: str, seconds: float) -> None:
+        """Charges waiting time to the tier that was waited for."""
+        self.stalls[tier] = self.stalls.get(tier, 0.0) + seconds
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What an offload context did and what it cost, up to the moment of the snapshot."""
+
+    num_saved: int
+    """Tensors autograd saved while the hooks were on."""
+    num_offloaded: int
+    """Records (storages or parts of storages) that left memory."""
+    offloaded_nbytes: int
+    """Bytes of those records."""
+    deduplicated_nbytes: int
+    """Bytes that did not travel because the same storage range was already saved."""
+    forwarded_nbytes: int
+    """Bytes backward got from memory although they were on their way to the drive."""
+    cancelled_write_nbytes: int
+    """Bytes whose write was called off because they were needed or dropped first."""
+    written_nbytes: int
+    """Bytes written to the spill files, padding included."""
+    read_nbytes: int
+    """Bytes read back."""
+    kept_nbytes: int
+    """Bytes that could have travelled and were kept, reasons in `skipped`."""
+    num_prefetched: int
+    """Reloads begun before backward asked."""
+    num_demand_reloads: int
+    """Reloads begun when backward asked: each one is a wait."""
+    stall_seconds: float
+    """Time the training thread waited for the drive, both directions."""
+    stalls: Mapping[str, float]
+    """The same by what was waited for."""
+    num_live_records: int
+    """Records autograd still holds."""
+    peak_staging_nbytes: int
+    """Most staging memory in use at once."""
+    peak_disk_nbytes: int
+    """Most spill space in use at once."""
+    peak_saved_nbytes: int
+    """Most bytes of saved tensors in memory at once: on the device, in staging and prefetched together."""
+    write_busy_seconds: float
+    """Time with at least one write at the drive."""
+    read_busy_seconds: float
+    """Time with at least one read at the drive."""
+    skipped: Mapping[str, Skipped] = field(default_factory=lambda: MappingProxyType({}))
+    """Saved tensors left alone, by reason."""
+    engine: str = ""
+    """Who executes the file requests."""
+    engine_reason: str = ""
+    """Why this engine."""
+    fallbacks: tuple[str, ...] = ()
+    """Everything that did not go the best way, with its reason."""
+
+    @classmethod
+    def of(cls, totals: Counters) -> Stats:
+        """The public view of the counters."""
+        special = {"skipped", "stalls", "stall_seconds", "fallbacks"}
+        plain = {f.name: getattr(totals, f.name) for f in fields(cls) if f.name not in special}
+        return cls(
+            **plain,
+            skipped=MappingProxyType({reason: Skipped(*entry) for reason, entry in totals.skips.items()}),
+            stalls=MappingProxyType(totals.stalls),
+            stall_seconds=sum(totals.stalls.values()),
+            fallbacks=tuple(totals.fallbacks),
+        )
+
+    def __str__(self) -> str:
+        """One screen: what it did, what it cost, what it left alone."""
+        lines = [
+            f"ssdtrain: {nbytes_text(self.offloaded_nbytes)} of {self.num_offloaded} records offloaded"
+            f" ({self.num_saved} tensors saved, {nbytes_text(self.deduplicated_nbytes)} of them shared)",
+            f"  memory    saved tensors peaked at {nbytes_text(self.peak_saved_nbytes)},"
+            f" staging {nbytes_text(self.peak_staging_nbytes)}, spill space {nbytes_text(self.peak_disk_nbytes)}",
+            f"  drive     wrote {_rate_text(self.written_nbytes, self.write_busy_seconds)},"
+            f" read {_rate_text(self.read_nbytes, self.read_busy_seconds)}"
+            f"; {nbytes_text(self.forwarded_nbytes)} forwarded,"
+            f" {nbytes_text(self.cancelled_write_nbytes)} of writes cancelled",
+            f"  cost      {self.stall_seconds:.3f} s stalled"
+            + "".join(f", {tier} {seconds:.3f} s" for tier, seconds in self.stalls.items())
+            + f"; {self.num_prefetched} reloads prefetched, {self.num_demand_reloads} on demand",
+            f"  engine    {self.engine or 'not opened'}{': ' + self.engine_reason if self.engine_reason else ''}",
+        ]
+        for reason, skipped in sorted(self.skipped.items(), key=lambda item: -item[1].nbytes):
+            lines.append(f"  in memory {skipped.count} x {reason} ({nbytes_text(skipped.nbytes)})")
+        lines += [f"  fallback  {text}" for text in self.fallbacks]
+        return "\n".join(lines)
+
+
+def nbytes_text(nbytes: float) -> str:
+    """``"1.5 GiB"`` for a human."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(nbytes) < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.2f} GiB"
+
+
+def _rate_text(nbytes: int, seconds: float) -> str:
+    rate = f" at {nbytes / seconds / 1e9:.2f} GB/s" if seconds > 0 else ""
+    return nbytes_text(nbytes) + rate

@@ -1,0 +1,525 @@
+"""Moves bytes: offload, reload, forward, wait, release. The only file that touches engines.
+
+It does not know why a record travels or which one is next; `activations` and `schedule` do. Everything it owns (engine,
+slabs, extents, requests) lives and ends with it.
+
+[Note: the lock]
+One lock guards records, extents and requests. It is never held while bytes move or a thread waits, and nothing that
+runs in a destructor waits for it: a dying handle leaves a note in `_bereaved`, which the next holder works off.
+
+[Note: who keeps source memory alive]
+A record holds its storage until the engine has copied the bytes to a slab; if the record is released before that, the
+`_Shipment` still holds the storage until the engine says it does not read it any more.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ssdtrain.device import Allocation, CpuDevice, Device
+from ssdtrain.engine import Engine, EngineChoice, Read, Write, open_engine
+from ssdtrain.identity import live_storage
+from ssdtrain.index import Index
+from ssdtrain.policy import ActivationPolicy
+from ssdtrain.record import Place, Record, Residency
+from ssdtrain.space import Extent, SpillSpace
+from ssdtrain.stats import Counters
+
+logger = logging.getLogger("ssdtrain")
+
+_PAGE = 4096
+_NUM_SLABS = 16
+_MAX_SLAB_NBYTES = 4 << 20
+
+
+@dataclass
+class _Shipment:
+    """One write request and the records whose bytes it carries: record i is piece i."""
+
+    write: Write
+    file: int
+    cargo: list[Record]
+    sources: list[torch.UntypedStorage | None]
+    dead_extents: list[Extent] = field(default_factory=list)
+
+
+@dataclass
+class _Open:
+    """What exists between open and close."""
+
+    choice: EngineChoice
+    engine: Engine
+    space: SpillSpace
+    pid: int
+    seen_events: int = -1
+    shipments: list[_Shipment] = field(default_factory=list)
+    orphans: list[tuple[tuple[Read, ...], Allocation | None]] = field(default_factory=list)
+
+
+class Store:
+    """The bytes of all records of one offload context."""
+
+    def __init__(self, directories: Sequence[str], policy: ActivationPolicy, counters: Counters, index: Index) -> None:
+        """Remembers what to open; `open` opens it."""
+        self.lock = threading.Lock()
+        self.counters = counters
+        self.index = index
+        self.num_entered = 0  # contexts that are active now
+        self._directories = directories
+        self._policy = policy
+        self._device: Device = CpuDevice()
+        self._slab_nbytes = max(_PAGE, min(_MAX_SLAB_NBYTES, policy.staging_nbytes // _NUM_SLABS) // _PAGE * _PAGE)
+        self._open: _Open | None = None
+        self._bereaved: deque[tuple[Record, int]] = deque()
+        self._lent: list[Record] = []
+        self._batch: list[Record] = []
+        self._batch_nbytes = 0
+        self._prefetched: deque[Record] = deque()
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an engine is at work."""
+        return self._open is not None
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether this is a child of the process that opened the engine, which must be left alone."""
+        return self._open is not None and self._open.pid != os.getpid()
+
+    def open(self) -> None:
+        """Opens spill files and an engine; nothing to do when they are open.
+
+        Raises:
+            OSError: a directory cannot be used; errno and filename say which and why.
+            RuntimeError: the engine asked for by name is not available.
+        """
+        if self._open is not None:
+            return
+        p = self._policy
+        choice = open_engine(
+            p.engine, self._directories, p.staging_nbytes, self._slab_nbytes, p.checksum, p.disk_nbytes
+        )
+        space = SpillSpace(choice.files, self._slab_nbytes, self.note_fallback)
+        self._open = _Open(choice, choice.engine, space, os.getpid())
+        self.counters.engine, self.counters.engine_reason = choice.kind, choice.reason
+        for text in choice.fallbacks:
+            self.note_fallback(text)
+
+    def close(self) -> None:
+        """Ends the engine and frees slabs and spill files. Records whose bytes were only there are lost."""
+        with self.lock:
+            at = self._open
+            if at is not None and at.pid == os.getpid():
+                for record in [record for shipment in at.shipments for record in shipment.cargo]:
+                    if record.residency is Residency.OFFLOADING and record.storage is not None:
+                        self._recall(record)
+                at.engine.close()
+                self._settle()
+                self.counters.add_engine(at.engine, at.space.peak_nbytes)
+                for file in at.choice.files:
+                    file.close()
+            self._batch, self._batch_nbytes, self._open = [], 0, None
+
+    def close_if_idle(self) -> None:
+        """Closes when no context is active and no record is left; the next context opens again."""
+        if self._open is not None and not self.num_entered and not self.counters.num_live_records:
+            self.close()
+
+    def engine_totals(self) -> Counters:
+        """A copy of the counters with what the open engine has done so far."""
+        with self.lock:
+            self._settle()
+            totals = self.counters.copy()
+            if self._open is not None:
+                totals.add_engine(self._open.engine, self._open.space.peak_nbytes)
+            return totals
+
+    # -- records come and go ---------------------------------------------------------------------------------------
+
+    def adopt(self, record: Record) -> None:
+        """Takes a new record under management. The caller holds the lock."""
+        self.index.add(record)
+        self.counters.num_live_records += 1
+        self.counters.hold(record.nbytes, self._staging_in_use())
+
+    def bereave(self, note: tuple[Record, int]) -> None:
+        """A handle of a record died. Called from destructors, on any thread: see [Note: the lock]."""
+        self._bereaved.append(note)
+        has_worked = False
+        while self._bereaved and self.lock.acquire(blocking=False):
+            try:
+                self._bury()
+            finally:
+                self.lock.release()
+            has_worked = True
+        if has_worked:
+            self.close_if_idle()
+
+    def _bury(self) -> None:
+        while self._bereaved:
+            record, epoch = self._bereaved.popleft()
+            record.num_handles -= 1
+            if epoch != record.epoch:
+                record.num_unseen -= 1
+            if record.num_handles == 0:
+                self._release(record)
+            elif record.num_unseen <= 0:
+                self._lend(record)
+
+    def _release(self, record: Record) -> None:
+        """The graph let go: everything the record held is free again."""
+        self._leave_prefetched(record)
+        if record.residency is Residency.RELOADING or record.storage is not None:
+            self.counters.hold(-record.nbytes)
+        if self._open is not None and not all(read.is_done for read in record.reads):
+            self._open.orphans.append((record.reads, record.landing))
+        self._abandon_places(record)
+        record.storage, record.reads, record.landing = None, (), None
+        record.move(Residency.RELEASED)
+        record.pass_.remove(record.index)
+        self.index.forget(record)
+        self.counters.num_live_records -= 1
+
+    # -- out -----------------------------------------------------------------------------------------------------
+
+    def offload(self, record: Record) -> None:
+        """Starts the trip down, together with small neighbours; may decide to keep the record instead.
+
+        In mode ``"all"`` it waits for the drive while `staging_nbytes` are in flight.
+        """
+        with self.lock:
+            if not _may_leave(record):
+                return
+            cargo = [record]
+            if record.nbytes * 2 < self._slab_nbytes:
+                self._batch.append(record)
+                self._batch_nbytes += record.nbytes
+                if self._batch_nbytes < self._slab_nbytes:
+                    return
+                cargo, self._batch, self._batch_nbytes = self._batch, [], 0
+        while (excess := self._try_ship(cargo)) is not None:
+            begin = time.perf_counter()
+            self._wait_inflight(excess)
+            self.counters.stall("write", time.perf_counter() - begin)
+
+    def _try_ship(self, cargo: list[Record]) -> int | None:
+        """Ships or keeps `cargo`; or returns to how many bytes in flight to wait before trying again."""
+        with self.lock:
+            self._settle()
+            cargo = [record for record in cargo if _may_leave(record)]
+            if self._open is None or not cargo:
+                return None
+            need = sum(record.nbytes for record in cargo)
+            in_flight = self._open.engine.inflight_nbytes
+            if in_flight and in_flight + need > self._policy.staging_nbytes:
+                if self._policy.mode == "all":
+                    return max(0, self._policy.staging_nbytes - need)
+                self._keep(cargo, "drive behind")
+            elif not self._send(self._open, cargo):
+                self._keep(cargo, "no spill space")
+        return None
+
+    def _wait_inflight(self, max_nbytes: int) -> None:
+        at = self._open
+        if at is not None:
+            at.engine.wait_inflight(max_nbytes)
+
+    def _send(self, at: _Open, cargo: list[Record]) -> bool:
+        """Hands records to the engine: one alone, striped when it is large, or small ones as one request."""
+        sizes = [at.space.rounded(record.nbytes) for record in cargo]
+        extents = at.space.allocate(sum(sizes), stripe=len(cargo) == 1)
+        if not extents:
+            return False
+        if len(cargo) == 1:
+            self._send_alone(at, cargo[0], extents)
+        else:
+            self._send_together(at, cargo, sizes, extents[0])
+        for record in cargo:
+            record.move(Residency.OFFLOADING)
+            self.counters.num_offloaded += 1
+            self.counters.offloaded_nbytes += record.nbytes
+        return True
+
+    def _send_alone(self, at: _Open, record: Record, extents: list[Extent]) -> None:
+        start, places = 0, []
+        for extent in extents:
+            nbytes = min(extent.nbytes, record.nbytes - start)
+            write = self._write(at, extent, [record], [(_address(record) + start, nbytes, 0)])
+            places.append(Place(write, 0, extent, start))
+            start += extent.nbytes
+        record.places = tuple(places)
+
+    def _send_together(self, at: _Open, cargo: list[Record], sizes: list[int], extent: Extent) -> None:
+        starts = [0, *itertools.accumulate(sizes)]
+        pieces = [(_address(record), record.nbytes, start) for record, start in zip(cargo, starts, strict=False)]
+        write = self._write(at, extent, cargo, pieces)
+        for i, record in enumerate(cargo):
+            own = Extent(extent.file, extent.offset + starts[i], sizes[i])
+            record.places = (Place(write, i, own, 0),)
+
+    def _write(self, at: _Open, extent: Extent, cargo: list[Record], pieces: list[tuple[int, int, int]]) -> Write:
+        write = at.engine.write(extent.file, extent.offset, extent.nbytes, pieces)
+        at.shipments.append(_Shipment(write, extent.file, cargo, [record.storage for record in cargo]))
+        return write
+
+    def _keep(self, cargo: list[Record], reason: str) -> None:
+        for record in cargo:
+            record.is_wanted = True
+            self.counters.keep(reason, record.nbytes)
+
+    # -- what the engine has done ------------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Takes note of what the engine finished: lets sources go, frees extents."""
+        self._bury()
+        if self._lent:
+            self._reclaim_lent()
+        at = self._open
+        if at is not None and (events := at.engine.num_events) != at.seen_events:
+            at.seen_events = events
+            self.counters.hold(0, at.engine.staging_in_use_nbytes)
+            at.shipments = [shipment for shipment in at.shipments if not self._arrive(at, shipment)]
+            at.orphans = [orphan for orphan in at.orphans if not all(read.is_done for read in orphan[0])]
+
+    def _arrive(self, at: _Open, shipment: _Shipment) -> bool:
+        """Lets go of copied sources; whether the write is over and its records have arrived."""
+        is_done = shipment.write.is_done
+        for piece, record in enumerate(shipment.cargo):
+            if shipment.sources[piece] is not None and (is_done or shipment.write.is_piece_copied(piece)):
+                shipment.sources[piece] = None
+                if all(place.write.is_piece_copied(place.piece) for place in record.places):
+                    self._let_go(record)
+        if is_done:
+            self._finish(at, shipment)
+        return is_done
+
+    def _let_go(self, record: Record) -> None:
+        """Drops the source of a record whose bytes are all in the engine's care."""
+        if record.residency is Residency.OFFLOADING and record.storage is not None:
+            record.storage = None
+            self.counters.hold(-record.nbytes)
+
+    def _finish(self, at: _Open, shipment: _Shipment) -> None:
+        self.counters.cancelled_write_nbytes += shipment.write.cancelled_nbytes
+        if shipment.write.error is not None:
+            at.space.note_write_error(shipment.file, shipment.write.error)
+        for record in shipment.cargo:
+            if record.residency is Residency.OFFLOADING and all(place.write.is_done for place in record.places):
+                self._let_go(record)
+                record.move(Residency.DISK)
+        for extent in shipment.dead_extents:
+            at.space.release(extent)
+
+    # -- back ----------------------------------------------------------------------------------------------------
+
+    def request(self, record: Record) -> bool:
+        """Backward wants a record: begins a reload unless its bytes are in memory or on their way; whether it did."""
+        with self.lock:
+            self._settle()
+            return self._request(record)
+
+    def _request(self, record: Record) -> bool:
+        record.is_wanted = True
+        self._leave_prefetched(record)
+        if record.residency is Residency.RELOADING or self._in_memory(record) is not None:
+            return False
+        self._drop_mispredicted()
+        self._begin_reload(record)
+        self.counters.num_demand_reloads += 1
+        return True
+
+    def prefetch(self, record: Record) -> bool:
+        """Begins a reload ahead of need; False when the budget is used up."""
+        with self.lock:
+            if record.residency not in (Residency.DISK, Residency.OFFLOADING) or self._in_memory(record) is not None:
+                return True
+            if self.counters.prefetched_nbytes + record.nbytes > self._policy.prefetch_nbytes:
+                return False
+            self._begin_reload(record)
+            record.is_prefetched = True
+            self._prefetched.append(record)
+            self.counters.num_prefetched += 1
+            self.counters.prefetched_nbytes += record.nbytes
+            return True
+
+    def wait(self, record: Record, epoch: int) -> tuple[torch.UntypedStorage, int]:
+        """The bytes of a requested record: the storage, and how far into the source it begins.
+
+        `epoch` is the reload the asking handle saw last. After the last handle asked, autograd alone holds the memory.
+
+        Raises:
+            OSError: the bytes could not be read; errno, file, offset and length are in it.
+            RuntimeError: the context was closed, or this is a forked child.
+        """
+        while True:
+            with self.lock:
+                storage = self._take(record)
+                if storage is not None:
+                    if epoch != record.epoch:
+                        record.num_unseen -= 1
+                    if record.num_unseen <= 0:
+                        self._lend(record)
+                    return storage, record.start if record.epoch else 0
+                if record.residency is not Residency.RELOADING:  # another thread's reload came and went, or failed
+                    self._request(record)
+                reads = record.reads
+            begin = time.perf_counter()
+            for read in reads:
+                read.wait()
+            self.counters.stall("read", time.perf_counter() - begin)
+
+    def _take(self, record: Record) -> torch.UntypedStorage | None:
+        if record.residency is not Residency.RELOADING:
+            return self._in_memory(record)
+        return self._finish_reload(record) if all(read.is_done for read in record.reads) else None
+
+    def _in_memory(self, record: Record) -> torch.UntypedStorage | None:
+        """Bytes that never left or are back, held here or by somebody else; calls a write under way off."""
+        storage = record.storage
+        if storage is None and record.residency is not Residency.RELOADING:
+            storage = live_storage(record.weak)
+            if storage is None or storage.nbytes() != (record.nbytes if record.epoch else record.storage_nbytes):
+                return None
+            if record.epoch == 0:  # the source, held by the user: home again
+                record.storage = storage
+                self.counters.hold(record.nbytes, self._staging_in_use())
+        if storage is not None and record.epoch == 0 and record.residency is not Residency.DEVICE:
+            self._recall(record)
+        return storage
+
+    def _recall(self, record: Record) -> None:
+        """Makes memory the home of a record whose source is held: what is written or being written is not needed."""
+        record.is_wanted = True
+        self.counters.forwarded_nbytes += record.nbytes
+        self._abandon_places(record)
+        record.move(Residency.DEVICE)
+
+    def _begin_reload(self, record: Record) -> None:
+        at = self._open
+        if at is None or self.is_forked:
+            happened = "a closed one" if at is None else "a forked child of its process"
+            raise RuntimeError(
+                f"Expected an open offload for backward, got {happened}; {record!r} was in its spill file. "
+                "Call close() after the last backward, and run backward in the process of forward"
+            )
+        memory = self._device.allocate(record.nbytes, at.space.memory_alignment, at.space.block_nbytes)
+        record.reads = tuple(
+            at.engine.read(place.write, place.piece, memory.address + place.start, memory.capacity - place.start)
+            for place in record.places
+        )
+        record.landing = memory
+        record.move(Residency.RELOADING)
+        self.counters.hold(record.nbytes, self._staging_in_use())
+
+    def _finish_reload(self, record: Record) -> torch.UntypedStorage:
+        reads, record.reads = record.reads, ()
+        memory, record.landing = record.landing, None
+        assert memory is not None
+        for place, read in zip(record.places, reads, strict=True):
+            if read.error is not None:
+                record.move(Residency.DISK)
+                self.counters.hold(-record.nbytes)
+                raise _read_error(record, self._directories[place.extent.file], read.error)
+            self.counters.forwarded_nbytes += read.forwarded_nbytes
+        record.move(Residency.DEVICE)
+        record.storage = memory.storage
+        record.weak = StorageWeakRef(memory.storage)
+        record.epoch += 1
+        record.num_unseen = record.num_handles
+        if not all(place.write.is_done for place in record.places):
+            self._abandon_places(record)
+        return memory.storage
+
+    def _drop_mispredicted(self) -> None:
+        """A miss while prefetched records wait means that these were guessed wrong: the oldest half makes room."""
+        for record in list(self._prefetched)[: (len(self._prefetched) + 1) // 2]:
+            if all(read.is_done for read in record.reads):
+                self._leave_prefetched(record)
+                record.move(Residency.DISK)
+                record.reads, record.landing = (), None
+                self.counters.hold(-record.nbytes)
+
+    def _leave_prefetched(self, record: Record) -> None:
+        if record.is_prefetched:
+            record.is_prefetched = False
+            self._prefetched.remove(record)
+            self.counters.prefetched_nbytes -= record.nbytes
+
+    # -- letting go ------------------------------------------------------------------------------------------------
+
+    def _lend(self, record: Record) -> None:
+        """Autograd has the memory and the drive the bytes: the record holds neither, and shares what is still alive."""
+        if record.residency is Residency.DEVICE and record.places:
+            record.move(Residency.DISK)
+            record.storage = None
+            if record.is_lent:
+                self.counters.hold(-record.nbytes)
+            else:
+                record.is_lent = True
+                self._lent.append(record)
+
+    def _reclaim_lent(self) -> None:
+        gone = [record for record in self._lent if record.weak.expired()]
+        for record in gone:
+            record.is_lent = False
+            self._lent.remove(record)
+            self.counters.hold(-record.nbytes)
+
+    def _abandon_places(self, record: Record) -> None:
+        """Calls writes off and gives the extents back: now, or when the engine is done with them."""
+        places, record.places = record.places, ()
+        at = self._open
+        if at is None or at.pid != os.getpid():
+            return
+        for place in places:
+            shipment = None
+            if not place.write.is_done:
+                place.write.cancel(place.piece)
+                shipment = next((s for s in at.shipments if s.write is place.write), None)
+            if shipment is None:
+                at.space.release(place.extent)
+            else:
+                shipment.dead_extents.append(place.extent)
+
+    # -- accounts ------------------------------------------------------------------------------------------------
+
+    def _staging_in_use(self) -> int:
+        return self._open.engine.staging_in_use_nbytes if self._open is not None else 0
+
+    def note_fallback(self, text: str) -> None:
+        """Warns once and remembers why something did not go the best way."""
+        if text not in self.counters.fallbacks:
+            self.counters.fallbacks.append(text)
+            logger.warning("%s", text)
+
+
+def _may_leave(record: Record) -> bool:
+    return record.residency is Residency.DEVICE and not record.is_wanted and record.num_handles > 0
+
+
+def _address(record: Record) -> int:
+    assert record.storage is not None
+    return record.storage.data_ptr() + record.start
+
+
+def _read_error(record: Record, directory: str, error: tuple[int, int, int, str]) -> OSError:
+    number, offset, nbytes, message = error
+    return OSError(
+        number or errno.EIO,
+        f"Expected {nbytes} bytes of {record!r} at offset {offset} of the spill file, got: {message} (errno {number});"
+        " the activation is lost and this backward cannot go on. Check the drive, then run the step again",
+        directory,
+    )

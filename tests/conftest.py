@@ -1,0 +1,115 @@
+"""What the tests share: an offload context on a real file, a way to force bytes to the drive, bit-exact comparison."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ssdtrain
+
+# The least staging there is: slabs of one page, so that even records of a few bytes leave memory soon.
+STAGING_NBYTES = 64 * 1024
+SLAB_NBYTES = 4096
+EAGER = {"min_nbytes": 0, "mode": "all", "staging_nbytes": STAGING_NBYTES}
+
+MakeOffload = Callable[..., ssdtrain.ActivationOffload]
+Send = Callable[[], None]
+
+
+@pytest.fixture
+def make_offload(tmp_path: Path) -> Iterator[MakeOffload]:
+    """Makes contexts that send everything (`EAGER`) unless told otherwise; at the end each must have let go of all."""
+    made: list[ssdtrain.ActivationOffload] = []
+
+    def make(model: torch.nn.Module | None = None, **policy: Any) -> ssdtrain.ActivationOffload:
+        made.append(ssdtrain.offload_activations(tmp_path, policy=EAGER | policy, model=model))
+        return made[-1]
+
+    yield make
+    gc.collect()
+    live = [offload.stats.num_live_records for offload in made]
+    for offload in made:
+        offload.close()
+    assert live == [0] * len(made), "records outlived their graphs"
+    assert list(tmp_path.iterdir()) == [], "files were left behind"
+
+
+@pytest.fixture
+def offload(make_offload: MakeOffload) -> ssdtrain.ActivationOffload:
+    """A context that sends everything."""
+    return make_offload()
+
+
+def send() -> None:
+    """Forces everything saved so far onto the drive; to be called inside an `EAGER` context.
+
+    Three results of half a slab each complete whatever small records wait for company. One as large as all of staging
+    only starts when nothing else is in flight. The last makes the sequence number move on. All are dropped.
+    """
+    half = SLAB_NBYTES // 8 - 2  # float32 elements: just below the size that goes alone
+    sizes = [half, half, half, STAGING_NBYTES // 4, half]
+    graphs = [torch.zeros(size, requires_grad=True).exp() for size in sizes]
+    del graphs
+
+
+def same_bits(left: Any, right: Any) -> bool:
+    """Whether two results are equal to the bit: NaN equals the same NaN, and 0.0 is not -0.0."""
+    if isinstance(left, torch.Tensor):
+        if type(left) is not type(right) or (left.dtype, left.shape, left.layout) != (
+            right.dtype,
+            right.shape,
+            right.layout,
+        ):
+            return False
+        return all(torch.equal(a, b) for a, b in zip(_bytes_of(left), _bytes_of(right), strict=True))
+    if isinstance(left, Mapping):
+        return left.keys() == right.keys() and all(same_bits(left[key], right[key]) for key in left)
+    if isinstance(left, Sequence) and not isinstance(left, str):
+        return len(left) == len(right) and all(map(same_bits, left, right))
+    return bool(left == right)
+
+
+def _bytes_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    tensor = tensor.detach()
+    if tensor.is_nested:
+        return [part for child in tensor.unbind() for part in _bytes_of(child)]
+    if tensor.layout is torch.sparse_coo:
+        tensor = tensor.coalesce()
+        return _bytes_of(tensor.indices()) + _bytes_of(tensor.values())
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [p for t in (tensor.crow_indices(), tensor.col_indices(), tensor.values()) for p in _bytes_of(t)]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [p for t in (tensor.ccol_indices(), tensor.row_indices(), tensor.values()) for p in _bytes_of(t)]
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    plain = tensor.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    return [plain.reshape(-1).view(torch.uint8)]
+
+
+def outcome(run: Callable[[Send], Any], send: Send) -> Any:
+    """What `run` returns or, as a pair of type and the beginning of the message, what it raises."""
+    torch.manual_seed(0)
+    try:
+        return run(send)
+    except Exception as error:
+        return type(error), str(error)[:40]
+
+
+def assert_same(run: Callable[[Send], Any], offload: ssdtrain.ActivationOffload, *, travels: bool = True) -> Any:
+    """Runs `run` without and with ssdtrain: results, or errors, must be equal to the bit. Returns what it was.
+
+    `run` gets a function to call between forward and backward, which puts what was saved so far on the drive.
+    `travels`: whether bytes must have come back from there.
+    """
+    expected = outcome(run, lambda: None)
+    before = offload.stats.read_nbytes
+    with offload:
+        actual = outcome(run, send)
+    assert same_bits(expected, actual), f"without ssdtrain: {expected}\nwith: {actual}"
+    assert (offload.stats.read_nbytes > before) == travels, str(offload.stats)
+    return expected
