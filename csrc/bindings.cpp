@@ -250,7 +250,8 @@ void bind_engine_properties(py::class_<PyEngine>& engine) {
       .def_property_readonly("notes", [](const PyEngine& e) { return e->notes(); })
       .def_property_readonly("registered_buffers",
                              [](const PyEngine& e) { return e->has_registered_buffers(); })
-      .def_property_readonly("staging_nbytes", [](const PyEngine& e) { return e->staging_nbytes(); })
+      .def_property_readonly("staging_nbytes",
+                             [](const PyEngine& e) { return e->staging_nbytes(); })
       .def_property_readonly("slab_nbytes", [](const PyEngine& e) { return e->slab_nbytes(); })
       .def_property_readonly("staging_in_use_nbytes",
                              [](const PyEngine& e) { return e->staging_in_use_nbytes(); })

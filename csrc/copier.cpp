@@ -131,8 +131,8 @@ void Copier::copy(CopyJob job) {
     std::lock_guard<std::mutex> lock(monitor_->mutex);
     if (monitor_->is_closing) write.cancel_all();
     if (!write.end_copy(job.chunk)) return;
-    scheduler_->enqueue(std::make_unique<WriteTransfer>(
-        monitor_, *job.target.file, job.target.write, job.chunk, slab));
+    scheduler_->enqueue(std::make_unique<WriteTransfer>(monitor_, *job.target.file,
+                                                        job.target.write, job.chunk, slab));
   }
   scheduler_->start();
 }

@@ -101,8 +101,8 @@ Engine::Engine(Files files, EngineOptions options, const OpenBackend& open)
   kind_ = scheduler_->backend().kind();
   has_registered_buffers_ = scheduler_->backend().has_registered_buffers();
   notes_ = scheduler_->backend().notes();
-  copier_ = std::make_unique<Copier>(monitor_, pool_, doorbell_, scheduler_.get(),
-                                     options_.has_checksum);
+  copier_ =
+      std::make_unique<Copier>(monitor_, pool_, doorbell_, scheduler_.get(), options_.has_checksum);
   copier_->start(num_copy_threads(options_.num_threads));
 }
 
@@ -137,8 +137,8 @@ std::shared_ptr<WriteState> Engine::write(Extent extent, std::vector<PieceSource
     check_extent(extent);
     const std::shared_ptr<const OpenFile>& file = open_files_[extent.file];
     check_sources(sources, extent.nbytes, file->io.block_nbytes);
-    write = std::make_shared<WriteState>(monitor_, extent, std::move(sources),
-                                         options_.slab_nbytes);
+    write =
+        std::make_shared<WriteState>(monitor_, extent, std::move(sources), options_.slab_nbytes);
     ++monitor_->num_pending;
     monitor_->inflight_nbytes += extent.nbytes;
     copier_->enqueue(write, file);
@@ -157,17 +157,17 @@ void Engine::check_destination(const WriteState& write, size_t piece,
                                 number(destination.capacity));
   }
   if (reinterpret_cast<uintptr_t>(destination.address) % io.memory_alignment != 0) {
-    throw std::invalid_argument("Expected an address aligned to memory_alignment=" +
-                                number(io.memory_alignment) + ", got " +
-                                number(reinterpret_cast<uintptr_t>(destination.address)));
+    throw std::invalid_argument(
+        "Expected an address aligned to memory_alignment=" + number(io.memory_alignment) +
+        ", got " + number(reinterpret_cast<uintptr_t>(destination.address)));
   }
 }
 
 std::shared_ptr<ReadState> Engine::read(const std::shared_ptr<WriteState>& write, size_t piece,
                                         Destination destination) {
   if (piece >= write->num_pieces()) {
-    throw std::invalid_argument("Expected a piece below " + number(write->num_pieces()) +
-                                ", got " + number(piece));
+    throw std::invalid_argument("Expected a piece below " + number(write->num_pieces()) + ", got " +
+                                number(piece));
   }
   std::shared_ptr<ReadState> read;
   {

@@ -15,12 +15,14 @@ namespace {
 constexpr size_t kHugePageNbytes = size_t{2} << 20;
 
 char* map_anonymous(size_t nbytes) {
-  void* memory = ::mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* memory =
+      ::mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) {
-    throw PosixError(errno,
-                     "Expected " + std::to_string(nbytes) +
-                         " bytes of memory for staging, got an error from mmap; lower the staging size",
-                     "");
+    throw PosixError(
+        errno,
+        "Expected " + std::to_string(nbytes) +
+            " bytes of memory for staging, got an error from mmap; lower the staging size",
+        "");
   }
   return static_cast<char*>(memory);
 }

@@ -14,8 +14,7 @@ namespace ssdtrain {
 // the backend's depth. Keeps what waits out of the backend's hands, so that it can be cancelled.
 class Scheduler {
  public:
-  Scheduler(std::shared_ptr<Monitor> monitor, const BackendFactory& open_backend,
-            size_t max_depth);
+  Scheduler(std::shared_ptr<Monitor> monitor, const BackendFactory& open_backend, size_t max_depth);
 
   const IoBackend& backend() const { return *backend_; }
   // monitor->mutex held; start() must follow once it is released.

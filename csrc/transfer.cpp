@@ -15,12 +15,7 @@ constexpr int kMaxInterrupted = 1000;  // then something is wrong and EINTR coun
 
 Transfer::Transfer(IoOp::Kind kind, const OpenFile& file, char* address, size_t nbytes,
                    uint64_t offset)
-    : kind_(kind),
-      file_(file),
-      address_(address),
-      nbytes_(nbytes),
-      offset_(offset),
-      stage_(kind) {}
+    : kind_(kind), file_(file), address_(address), nbytes_(nbytes), offset_(offset), stage_(kind) {}
 
 IoOp Transfer::op() {
   size_t done = stage_ == kind_ ? num_done_ : 0;

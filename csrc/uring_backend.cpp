@@ -53,7 +53,8 @@ UringBackend::UringBackend(size_t depth, StagingSpan staging, const std::string&
   auto opened = std::make_shared<std::promise<void>>();
   std::future<void> outcome = opened->get_future();
   // The ring belongs to the thread that creates it.
-  threads_.spawn("ssdtrain-ring", [this, probe_directory, opened] { run(probe_directory, *opened); });
+  threads_.spawn("ssdtrain-ring",
+                 [this, probe_directory, opened] { run(probe_directory, *opened); });
   try {
     outcome.get();
   } catch (...) {

@@ -621,6 +621,7 @@ class _Core:
                 task = self._take()
             if task is not None:
                 task()
+            task = None  # a sleeping worker keeps no request alive
 
     def _has_work(self) -> bool:
         return bool(self.fetches or self.to_write or (self.to_copy and self.pool.free))
@@ -759,9 +760,7 @@ def _check_sizes(files: list[_File], staging_nbytes: int, slab_nbytes: int) -> N
         if slab_nbytes <= 0 or slab_nbytes % step != 0:
             raise ValueError(f"Expected slab_nbytes to be a multiple of {step}, got {slab_nbytes}")
     if staging_nbytes < slab_nbytes:
-        raise ValueError(
-            f"Expected staging_nbytes to hold one slab of {slab_nbytes} bytes, got {staging_nbytes}"
-        )
+        raise ValueError(f"Expected staging_nbytes to hold one slab of {slab_nbytes} bytes, got {staging_nbytes}")
 
 
 class PythonEngine(_Owned):

@@ -27,7 +27,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ssdtrain.directories import check_directories
-from ssdtrain.identity import byte_range, is_weight, rebuild, version_probe, view_spec, why_not
+from ssdtrain.identity import byte_range, is_parameter, is_weight, rebuild, version_probe, view_spec, why_not
 from ssdtrain.index import Index
 from ssdtrain.modules import ModuleNames
 from ssdtrain.policy import ActivationPolicy
@@ -105,14 +105,11 @@ class ActivationOffload:
             raise RuntimeError("Expected an open offload, got one after close(); make a new one")
         if not self.policy.enabled:
             return self
-        with self._store.lock:
-            self._store.num_entered += 1
+        self._store.enter()
         try:
-            self._store.open()
             self._enter_hooks()
         except BaseException:
-            with self._store.lock:
-                self._store.num_entered -= 1
+            self._store.leave()
             raise
         return self
 
@@ -133,9 +130,7 @@ class ActivationOffload:
             return
         self._names.unwatch()
         self._thread.entered.pop().__exit__(kind, error, trace)
-        with self._store.lock:
-            self._store.num_entered -= 1
-        self._store.close_if_idle()
+        self._store.leave()
 
     def close(self) -> None:
         """Frees slabs, threads and spill files at once. A later backward through records on disk raises an error."""
@@ -157,6 +152,8 @@ class ActivationOffload:
             return self._stay(tensor, why_not(tensor) or "not strided", 0)
         if nbytes < self.policy.min_nbytes and tensor._base is None:
             return self._stay(tensor, _SMALL, nbytes)
+        if is_parameter(tensor):
+            return self._stay(tensor, _WEIGHT, nbytes)
         return self._pack_large(tensor, nbytes)
 
     def _stay(self, tensor: torch.Tensor, reason: str, nbytes: int) -> _Resident:
@@ -200,6 +197,7 @@ class ActivationOffload:
                     record.spec, record.where = spec, self._names.where()
             if record is not None:
                 record.num_handles += 1
+        self._store.tidy()
         if record is None:
             assert reason is not None
             return self._stay(tensor, reason, span[1] - span[0])
@@ -254,7 +252,8 @@ class ActivationOffload:
                 break
         storage, shift = store.wait(record, handle.epoch)
         handle.epoch = record.epoch
-        return rebuild(storage, handle.spec, shift)
+        store.tidy()
+        return rebuild(storage, handle.spec, shift, handle.probe)
 
 
 def _widen(span: tuple[int, int], storage_nbytes: int) -> tuple[int, int]:

@@ -337,15 +337,11 @@ def _give_up_if_named(kind: str, unavailable: _UnavailableError) -> None:
 def _open(name: str, request: _Request) -> tuple[Engine, list[SpillFile]]:
     if name == "python":
         files = request.files(_python_engine.SpillFile)
-        return _python_engine.PythonEngine(
-            files, request.staging_nbytes, request.slab_nbytes, request.checksum
-        ), files
+        return _python_engine.PythonEngine(files, request.staging_nbytes, request.slab_nbytes, request.checksum), files
     extension = _extension()
     files = request.files(extension.SpillFile)
     try:
-        return extension.Engine(
-            name, files, request.staging_nbytes, request.slab_nbytes, request.checksum
-        ), files
+        return extension.Engine(name, files, request.staging_nbytes, request.slab_nbytes, request.checksum), files
     except (OSError, RuntimeError, TypeError) as error:
         for file, place in zip(files, request.places, strict=True):
             if file is not place:

@@ -42,10 +42,19 @@ def view_spec(tensor: torch.Tensor) -> ViewSpec:
     return ViewSpec(tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
 
-def rebuild(storage: torch.UntypedStorage, spec: ViewSpec, shift_nbytes: int) -> torch.Tensor:
-    """The saved tensor again, on `storage`, which begins `shift_nbytes` into the original one."""
+def rebuild(
+    storage: torch.UntypedStorage, spec: ViewSpec, shift_nbytes: int, probe: torch.Tensor
+) -> torch.Tensor:
+    """The saved tensor again, on `storage`, which begins `shift_nbytes` into the original one.
+
+    It shares the version counter of the tensor that was saved: a change made in backward is seen by the next unpack.
+    """
     offset = spec.storage_offset - shift_nbytes // spec.dtype.itemsize
-    return torch.empty(0, dtype=spec.dtype, device=storage.device).set_(storage, offset, spec.size, spec.stride)
+    tensor = probe.detach()
+    tensor.data = torch.empty(0, dtype=spec.dtype, device=storage.device).set_(
+        storage, offset, spec.size, spec.stride
+    )
+    return tensor
 
 
 def byte_range(tensor: torch.Tensor, nbytes: int) -> tuple[int, int]:
@@ -88,7 +97,8 @@ def why_not(tensor: torch.Tensor) -> str | None:
 
 def is_weight(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a parameter or buffer, a view of one, or a low-precision copy autocast made of one."""
-    if _is_marked(tensor) or _is_marked(tensor._base):
+    base = tensor._base
+    if _is_marked(tensor) or (base is not None and _is_marked(base)):
         return True
     node = tensor.grad_fn
     for _ in range(_MAX_RESHAPES):
@@ -101,7 +111,15 @@ def is_weight(tensor: torch.Tensor) -> bool:
     return False
 
 
-def _is_marked(tensor: torch.Tensor | None) -> bool:
+def is_parameter(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a plain parameter or a view of one: the quick test, most weights end here."""
+    base = tensor._base
+    return type(tensor if base is None else base) is torch.nn.Parameter
+
+
+def _is_marked(tensor: torch.Tensor) -> bool:
+    if type(tensor) is torch.Tensor:
+        return "_is_buffer" in tensor.__dict__  # what torch.nn.Buffer leaves on a tensor
     return isinstance(tensor, torch.nn.Parameter | torch.nn.Buffer)
 
 

@@ -75,7 +75,7 @@ class Store:
         self.lock = threading.Lock()
         self.counters = counters
         self.index = index
-        self.num_entered = 0  # contexts that are active now
+        self._num_entered = 0  # contexts that are active now
         self._directories = directories
         self._policy = policy
         self._device: Device = CpuDevice()
@@ -106,6 +106,40 @@ class Store:
             OSError: a directory cannot be used; errno and filename say which and why.
             RuntimeError: the engine asked for by name is not available.
         """
+        with self.lock:
+            self._ensure_open()
+
+    def enter(self) -> None:
+        """A context becomes active: the engine is open from here on. Raises what `open` raises."""
+        with self.lock:
+            self._ensure_open()
+            self._num_entered += 1
+
+    def leave(self) -> None:
+        """A context ends; the engine lives on while records do."""
+        with self.lock:
+            self._num_entered -= 1
+            self._settle()
+            self._close_if_idle()
+        self.tidy()
+
+    def close(self) -> None:
+        """Ends the engine and frees slabs and spill files. Records whose bytes were only there are lost."""
+        with self.lock:
+            self._close()
+        self.tidy()
+
+    def engine_totals(self) -> Counters:
+        """A copy of the counters with what the open engine has done so far."""
+        with self.lock:
+            self._settle()
+            totals = self.counters.copy()
+            if self._open is not None:
+                totals.add_engine(self._open.engine, self._open.space.peak_nbytes)
+        self.tidy()
+        return totals
+
+    def _ensure_open(self) -> None:
         if self._open is not None:
             return
         p = self._policy
@@ -118,34 +152,23 @@ class Store:
         for text in choice.fallbacks:
             self.note_fallback(text)
 
-    def close(self) -> None:
-        """Ends the engine and frees slabs and spill files. Records whose bytes were only there are lost."""
-        with self.lock:
-            at = self._open
-            if at is not None and at.pid == os.getpid():
-                for record in [record for shipment in at.shipments for record in shipment.cargo]:
-                    if record.residency is Residency.OFFLOADING and record.storage is not None:
-                        self._recall(record)
-                at.engine.close()
-                self._settle()
-                self.counters.add_engine(at.engine, at.space.peak_nbytes)
-                for file in at.choice.files:
-                    file.close()
-            self._batch, self._batch_nbytes, self._open = [], 0, None
-
-    def close_if_idle(self) -> None:
-        """Closes when no context is active and no record is left; the next context opens again."""
-        if self._open is not None and not self.num_entered and not self.counters.num_live_records:
-            self.close()
-
-    def engine_totals(self) -> Counters:
-        """A copy of the counters with what the open engine has done so far."""
-        with self.lock:
+    def _close(self) -> None:
+        at = self._open
+        if at is not None and at.pid == os.getpid():
+            for record in [record for shipment in at.shipments for record in shipment.cargo]:
+                if record.residency is Residency.OFFLOADING and record.storage is not None:
+                    self._recall(record)
+            at.engine.close()
             self._settle()
-            totals = self.counters.copy()
-            if self._open is not None:
-                totals.add_engine(self._open.engine, self._open.space.peak_nbytes)
-            return totals
+            self.counters.add_engine(at.engine, at.space.peak_nbytes)
+            for file in at.choice.files:
+                file.close()
+        self._batch, self._batch_nbytes, self._open = [], 0, None
+
+    def _close_if_idle(self) -> None:
+        """Closes when no context is active and no record is left; the next context opens again."""
+        if self._open is not None and not self._num_entered and not self.counters.num_live_records:
+            self._close()
 
     # -- records come and go ---------------------------------------------------------------------------------------
 
@@ -158,15 +181,16 @@ class Store:
     def bereave(self, note: tuple[Record, int]) -> None:
         """A handle of a record died. Called from destructors, on any thread: see [Note: the lock]."""
         self._bereaved.append(note)
-        has_worked = False
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Works off notes that could not be worked off when they were left: whoever had the lock calls this after."""
         while self._bereaved and self.lock.acquire(blocking=False):
             try:
                 self._bury()
+                self._close_if_idle()
             finally:
                 self.lock.release()
-            has_worked = True
-        if has_worked:
-            self.close_if_idle()
 
     def _bury(self) -> None:
         while self._bereaved:

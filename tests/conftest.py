@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ EAGER = {"min_nbytes": 0, "mode": "all", "staging_nbytes": STAGING_NBYTES}
 
 MakeOffload = Callable[..., ssdtrain.ActivationOffload]
 Send = Callable[[], None]
+Run = Callable[[Send], Any]
 
 
 @pytest.fixture
@@ -87,29 +89,32 @@ def _bytes_of(tensor: torch.Tensor) -> list[torch.Tensor]:
         return [p for t in (tensor.ccol_indices(), tensor.row_indices(), tensor.values()) for p in _bytes_of(t)]
     if tensor.layout is not torch.strided:
         tensor = tensor.to_dense()
+    if tensor.is_quantized:
+        tensor = tensor.int_repr()
     plain = tensor.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
     return [plain.reshape(-1).view(torch.uint8)]
 
 
-def outcome(run: Callable[[Send], Any], send: Send) -> Any:
-    """What `run` returns or, as a pair of type and the beginning of the message, what it raises."""
-    torch.manual_seed(0)
-    try:
-        return run(send)
-    except Exception as error:
-        return type(error), str(error)[:40]
-
-
-def assert_same(run: Callable[[Send], Any], offload: ssdtrain.ActivationOffload, *, travels: bool = True) -> Any:
-    """Runs `run` without and with ssdtrain: results, or errors, must be equal to the bit. Returns what it was.
+def assert_same(run: Run, offload: ssdtrain.ActivationOffload, *, travels: bool | None = True) -> Any:
+    """Runs `run` without and with ssdtrain: results must be equal to the bit. Returns what they were.
 
     `run` gets a function to call between forward and backward, which puts what was saved so far on the drive.
-    `travels`: whether bytes must have come back from there.
+    `travels`: whether bytes must, or must not, come back from there; None when it does not matter.
     """
-    expected = outcome(run, lambda: None)
+    torch.manual_seed(0)
+    expected = run(lambda: None)
     before = offload.stats.read_nbytes
+    torch.manual_seed(0)
     with offload:
-        actual = outcome(run, send)
+        actual = run(send)
     assert same_bits(expected, actual), f"without ssdtrain: {expected}\nwith: {actual}"
-    assert (offload.stats.read_nbytes > before) == travels, str(offload.stats)
+    assert travels is None or travels == (offload.stats.read_nbytes > before), str(offload.stats)
     return expected
+
+
+def assert_same_error(run: Run, offload: ssdtrain.ActivationOffload, match: str) -> None:
+    """Runs `run` without and with ssdtrain: both must raise a RuntimeError whose message matches."""
+    for context, put in ((contextlib.nullcontext(), lambda: None), (offload, send)):
+        torch.manual_seed(0)
+        with context, pytest.raises(RuntimeError, match=match):
+            run(put)

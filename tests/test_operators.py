@@ -6,7 +6,7 @@ and with all that was saved written to a file, dropped from memory, and read bac
 
 The tests take the first samples of each operator. All samples, in some minutes:
 
-    python -m tests.test_operators
+    python tests/test_operators.py
 """
 
 from __future__ import annotations
@@ -23,14 +23,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import EAGER, MakeOffload, same_bits, send
 from torch.utils._pytree import tree_leaves, tree_map
 
 import ssdtrain
-
-if __package__:
-    from tests.conftest import EAGER, MakeOffload, same_bits, send
-else:
-    from conftest import EAGER, MakeOffload, same_bits, send
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the database itself, at import

@@ -1,0 +1,108 @@
+// Preloaded into a test's process: makes system calls fail or wait as the environment says, so that the paths for
+// other kernels, file systems and failing drives run on this machine. The test sets and clears the variables itself.
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+static int refuse(int number) {
+  errno = number;
+  return -1;
+}
+
+static int fake_open(const char* path, int flags, mode_t mode) {
+  if ((flags & O_TMPFILE) == O_TMPFILE && getenv("FAKE_NO_TMPFILE")) return refuse(EOPNOTSUPP);
+  return openat(AT_FDCWD, path, flags, mode);
+}
+
+int open(const char* path, int flags, ...) {
+  va_list arguments;
+  va_start(arguments, flags);
+  mode_t mode = va_arg(arguments, mode_t);
+  va_end(arguments);
+  return fake_open(path, flags, mode);
+}
+
+int open64(const char* path, int flags, ...) {
+  va_list arguments;
+  va_start(arguments, flags);
+  mode_t mode = va_arg(arguments, mode_t);
+  va_end(arguments);
+  return fake_open(path, flags, mode);
+}
+
+static int fake_fcntl(int fd, int command, void* argument) {
+  int is_direct = command == F_SETFL && ((long)argument & O_DIRECT);
+  if (is_direct && getenv("FAKE_NO_DIRECT")) return refuse(EINVAL);
+  int (*real)(int, int, ...) = dlsym(RTLD_NEXT, "fcntl");
+  return real(fd, command, argument);
+}
+
+int fcntl(int fd, int command, ...) {
+  va_list arguments;
+  va_start(arguments, command);
+  void* argument = va_arg(arguments, void*);
+  va_end(arguments);
+  return fake_fcntl(fd, command, argument);
+}
+
+int fcntl64(int fd, int command, ...) {
+  va_list arguments;
+  va_start(arguments, command);
+  void* argument = va_arg(arguments, void*);
+  va_end(arguments);
+  return fake_fcntl(fd, command, argument);
+}
+
+int fallocate(int fd, int mode, off_t offset, off_t nbytes) {
+  if (getenv("FAKE_NO_FALLOCATE")) return refuse(EOPNOTSUPP);
+  int (*real)(int, int, off_t, off_t) = dlsym(RTLD_NEXT, "fallocate");
+  return real(fd, mode, offset, nbytes);
+}
+
+long syscall(long number, ...) {
+  va_list list;
+  va_start(list, number);
+  long a[6];
+  for (int i = 0; i < 6; ++i) a[i] = va_arg(list, long);
+  va_end(list);
+  if (number == SYS_io_uring_setup && getenv("FAKE_NO_URING")) return refuse(EPERM);
+  if (number == SYS_io_uring_register && getenv("FAKE_NO_REGISTER")) return refuse(ENOMEM);
+  long (*real)(long, ...) = dlsym(RTLD_NEXT, "syscall");
+  return real(number, a[0], a[1], a[2], a[3], a[4], a[5]);
+}
+
+// Each write waits for one byte from the pipe FAKE_GATE.
+static ssize_t fake_pwrite(int fd, const void* data, size_t nbytes, off_t offset) {
+  const char* gate = getenv("FAKE_GATE");
+  char byte;
+  if (gate && read(atoi(gate), &byte, 1) < 0) return -1;
+  ssize_t (*real)(int, const void*, size_t, off_t) = dlsym(RTLD_NEXT, "pwrite");
+  return real(fd, data, nbytes, offset);
+}
+
+ssize_t pwrite(int fd, const void* data, size_t nbytes, off_t offset) { return fake_pwrite(fd, data, nbytes, offset); }
+ssize_t pwrite64(int fd, const void* data, size_t nbytes, off_t offset) { return fake_pwrite(fd, data, nbytes, offset); }
+
+// FAKE_READS is a row of letters, one per read: i = EINTR, e = EIO, s = one page only; then all is well.
+static int num_reads;
+
+ssize_t pread(int fd, void* data, size_t nbytes, off_t offset) {
+  const char* script = getenv("FAKE_READS");
+  char step = 0;
+  if (!script) __atomic_store_n(&num_reads, 0, __ATOMIC_SEQ_CST);
+  if (script) {
+    int at = __atomic_fetch_add(&num_reads, 1, __ATOMIC_SEQ_CST);
+    for (int i = 0; i <= at && (step = script[i]); ++i) {
+    }
+  }
+  if (step == 'i') return refuse(EINTR);
+  if (step == 'e') return refuse(EIO);
+  if (step == 's' && nbytes > 4096) nbytes = 4096;
+  ssize_t (*real)(int, void*, size_t, off_t) = dlsym(RTLD_NEXT, "pread");
+  return real(fd, data, nbytes, offset);
+}
