@@ -18,6 +18,7 @@ class BuildExt(build_ext):  # type: ignore[misc]
     """Says what to do when the extension cannot be built."""
 
     def run(self) -> None:
+        """Builds, or raises with the way out."""
         if sys.platform != "linux":
             raise RuntimeError(f"Expected Linux to build ssdtrain._C, got {sys.platform}; {HINT}")
         try:

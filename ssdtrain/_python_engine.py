@@ -728,7 +728,7 @@ class _Core:
                 move()
             except OSError as error:
                 if attempt == _MAX_RETRIES or isinstance(error, _EndOfFileError):
-                    return error
+                    return error.with_traceback(None)  # whose frames would keep the request alive
                 with self.monitor.changed:
                     self.monitor.num_retries += 1
             else:

@@ -175,7 +175,7 @@ class ActivationOffload:
             return self._stay(tensor, _WEIGHT, nbytes)
         if _graph_task() != -1:
             return self._stay(tensor, "saved during backward", nbytes)
-        if self._store.is_forked or not self._store.is_open:
+        if not self._store.is_usable:
             return self._stay(tensor, "no engine in this process", nbytes)
         self._start_due()
         return self._pack_travelling(tensor, storage, byte_range(tensor, nbytes))

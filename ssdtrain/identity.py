@@ -42,18 +42,14 @@ def view_spec(tensor: torch.Tensor) -> ViewSpec:
     return ViewSpec(tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
 
-def rebuild(
-    storage: torch.UntypedStorage, spec: ViewSpec, shift_nbytes: int, probe: torch.Tensor
-) -> torch.Tensor:
+def rebuild(storage: torch.UntypedStorage, spec: ViewSpec, shift_nbytes: int, probe: torch.Tensor) -> torch.Tensor:
     """The saved tensor again, on `storage`, which begins `shift_nbytes` into the original one.
 
     It shares the version counter of the tensor that was saved: a change made in backward is seen by the next unpack.
     """
     offset = spec.storage_offset - shift_nbytes // spec.dtype.itemsize
     tensor = probe.detach()
-    tensor.data = torch.empty(0, dtype=spec.dtype, device=storage.device).set_(
-        storage, offset, spec.size, spec.stride
-    )
+    tensor.data = torch.empty(0, dtype=spec.dtype, device=storage.device).set_(storage, offset, spec.size, spec.stride)
     return tensor
 
 

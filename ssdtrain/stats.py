@@ -25,15 +25,24 @@ class EngineTotals(Protocol):
     """What an engine says of itself."""
 
     @property
-    def written_nbytes(self) -> int: ...
+    def written_nbytes(self) -> int:
+        """Bytes written to the files."""
+
     @property
-    def read_nbytes(self) -> int: ...
+    def read_nbytes(self) -> int:
+        """Bytes read from the files."""
+
     @property
-    def write_busy_seconds(self) -> float: ...
+    def write_busy_seconds(self) -> float:
+        """Time with a write at the drive."""
+
     @property
-    def read_busy_seconds(self) -> float: ...
+    def read_busy_seconds(self) -> float:
+        """Time with a read at the drive."""
+
     @property
-    def peak_staging_nbytes(self) -> int: ...
+    def peak_staging_nbytes(self) -> int:
+        """Most slab memory in use."""
 
 
 class Counters:

@@ -1,70 +1,39 @@
 """Moves bytes: offload, reload, forward, wait, release. The only file that touches engines.
 
 It does not know why a record travels or which one is next; `activations` and `schedule` do. Everything it owns (engine,
-slabs, extents, requests) lives and ends with it.
+counters aside) lives and ends with it.
 
 [Note: the lock]
 One lock guards records, extents and requests. It is never held while bytes move or a thread waits, and nothing that
 runs in a destructor waits for it: a dying handle leaves a note in `_bereaved`, which the next holder works off.
-
-[Note: who keeps source memory alive]
-A record holds its storage until the engine has copied the bytes to a slab; if the record is released before that, the
-`_Shipment` still holds the storage until the engine says it does not read it any more.
 """
 
 from __future__ import annotations
 
 import errno
-import itertools
 import logging
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ssdtrain.device import Allocation, CpuDevice, Device
-from ssdtrain.engine import Engine, EngineChoice, Read, Write, open_engine
+from ssdtrain.device import CpuDevice, Device
+from ssdtrain.engine import open_engine
 from ssdtrain.identity import live_storage
 from ssdtrain.index import Index
 from ssdtrain.policy import ActivationPolicy
-from ssdtrain.record import Place, Record, Residency
-from ssdtrain.space import Extent, SpillSpace
+from ssdtrain.record import Record, Residency
 from ssdtrain.stats import Counters
+from ssdtrain.transport import Transport
 
 logger = logging.getLogger("ssdtrain")
 
 _PAGE = 4096
 _NUM_SLABS = 16
 _MAX_SLAB_NBYTES = 4 << 20
-
-
-@dataclass
-class _Shipment:
-    """One write request and the records whose bytes it carries: record i is piece i."""
-
-    write: Write
-    file: int
-    cargo: list[Record]
-    sources: list[torch.UntypedStorage | None]
-    dead_extents: list[Extent] = field(default_factory=list)
-
-
-@dataclass
-class _Open:
-    """What exists between open and close."""
-
-    choice: EngineChoice
-    engine: Engine
-    space: SpillSpace
-    pid: int
-    seen_events: int = -1
-    shipments: list[_Shipment] = field(default_factory=list)
-    orphans: list[tuple[tuple[Read, ...], Allocation | None]] = field(default_factory=list)
 
 
 class Store:
@@ -80,7 +49,7 @@ class Store:
         self._policy = policy
         self._device: Device = CpuDevice()
         self._slab_nbytes = max(_PAGE, min(_MAX_SLAB_NBYTES, policy.staging_nbytes // _NUM_SLABS) // _PAGE * _PAGE)
-        self._open: _Open | None = None
+        self._transport: Transport | None = None
         self._bereaved: deque[tuple[Record, int]] = deque()
         self._lent: list[Record] = []
         self._batch: list[Record] = []
@@ -90,14 +59,9 @@ class Store:
     # -- life ----------------------------------------------------------------------------------------------------
 
     @property
-    def is_open(self) -> bool:
-        """Whether an engine is at work."""
-        return self._open is not None
-
-    @property
-    def is_forked(self) -> bool:
-        """Whether this is a child of the process that opened the engine, which must be left alone."""
-        return self._open is not None and self._open.pid != os.getpid()
+    def is_usable(self) -> bool:
+        """Whether an engine is at work, and this is the process that opened it."""
+        return self._transport is not None and not self._transport.is_forked
 
     def open(self) -> None:
         """Opens spill files and an engine; nothing to do when they are open.
@@ -134,40 +98,43 @@ class Store:
         with self.lock:
             self._settle()
             totals = self.counters.copy()
-            if self._open is not None:
-                totals.add_engine(self._open.engine, self._open.space.peak_nbytes)
+            self._add_totals(totals)
         self.tidy()
         return totals
 
+    def _add_totals(self, counters: Counters) -> None:
+        transport = self._transport
+        if transport is not None and not transport.is_forked:
+            counters.add_engine(transport.engine, transport.space.peak_nbytes)
+            counters.cancelled_write_nbytes += transport.cancelled_nbytes
+
     def _ensure_open(self) -> None:
-        if self._open is not None:
+        if self._transport is not None:
             return
         p = self._policy
         choice = open_engine(
             p.engine, self._directories, p.staging_nbytes, self._slab_nbytes, p.checksum, p.disk_nbytes
         )
-        space = SpillSpace(choice.files, self._slab_nbytes, self.note_fallback)
-        self._open = _Open(choice, choice.engine, space, os.getpid())
+        self._transport = Transport(choice, self._slab_nbytes, self.note_fallback)
         self.counters.engine, self.counters.engine_reason = choice.kind, choice.reason
         for text in choice.fallbacks:
             self.note_fallback(text)
 
     def _close(self) -> None:
-        at = self._open
-        if at is not None and at.pid == os.getpid():
-            for record in [record for shipment in at.shipments for record in shipment.cargo]:
+        transport = self._transport
+        if transport is not None and not transport.is_forked:
+            for record in transport.records_under_way():
                 if record.residency is Residency.OFFLOADING and record.storage is not None:
                     self._recall(record)
-            at.engine.close()
+            transport.close()
             self._settle()
-            self.counters.add_engine(at.engine, at.space.peak_nbytes)
-            for file in at.choice.files:
-                file.close()
-        self._batch, self._batch_nbytes, self._open = [], 0, None
+            self._add_totals(self.counters)
+            transport.close_files()
+        self._batch, self._batch_nbytes, self._transport = [], 0, None
 
     def _close_if_idle(self) -> None:
         """Closes when no context is active and no record is left; the next context opens again."""
-        if self._open is not None and not self._num_entered and not self.counters.num_live_records:
+        if self._transport is not None and not self._num_entered and not self.counters.num_live_records:
             self._close()
 
     # -- records come and go ---------------------------------------------------------------------------------------
@@ -208,8 +175,8 @@ class Store:
         self._leave_prefetched(record)
         if record.residency is Residency.RELOADING or record.storage is not None:
             self.counters.hold(-record.nbytes)
-        if self._open is not None and not all(read.is_done for read in record.reads):
-            self._open.orphans.append((record.reads, record.landing))
+        if self._transport is not None and record.reads:
+            self._transport.adopt_orphan(record.reads, record.landing)
         self._abandon_places(record)
         record.storage, record.reads, record.landing = None, (), None
         record.move(Residency.RELEASED)
@@ -235,69 +202,40 @@ class Store:
                     return
                 cargo, self._batch, self._batch_nbytes = self._batch, [], 0
         while (excess := self._try_ship(cargo)) is not None:
-            begin = time.perf_counter()
             self._wait_inflight(excess)
-            self.counters.stall("write", time.perf_counter() - begin)
 
     def _try_ship(self, cargo: list[Record]) -> int | None:
         """Ships or keeps `cargo`; or returns to how many bytes in flight to wait before trying again."""
         with self.lock:
             self._settle()
             cargo = [record for record in cargo if _may_leave(record)]
-            if self._open is None or not cargo:
+            transport = self._transport
+            if transport is None or not cargo:
                 return None
             need = sum(record.nbytes for record in cargo)
-            in_flight = self._open.engine.inflight_nbytes
+            in_flight = transport.engine.inflight_nbytes
             if in_flight and in_flight + need > self._policy.staging_nbytes:
                 if self._policy.mode == "all":
                     return max(0, self._policy.staging_nbytes - need)
                 self._keep(cargo, "drive behind")
-            elif not self._send(self._open, cargo):
+            elif transport.send(cargo):
+                self._note_departed(cargo)
+            else:
                 self._keep(cargo, "no spill space")
         return None
 
-    def _wait_inflight(self, max_nbytes: int) -> None:
-        at = self._open
-        if at is not None:
-            at.engine.wait_inflight(max_nbytes)
-
-    def _send(self, at: _Open, cargo: list[Record]) -> bool:
-        """Hands records to the engine: one alone, striped when it is large, or small ones as one request."""
-        sizes = [at.space.rounded(record.nbytes) for record in cargo]
-        extents = at.space.allocate(sum(sizes), stripe=len(cargo) == 1)
-        if not extents:
-            return False
-        if len(cargo) == 1:
-            self._send_alone(at, cargo[0], extents)
-        else:
-            self._send_together(at, cargo, sizes, extents[0])
+    def _note_departed(self, cargo: list[Record]) -> None:
         for record in cargo:
             record.move(Residency.OFFLOADING)
             self.counters.num_offloaded += 1
             self.counters.offloaded_nbytes += record.nbytes
-        return True
 
-    def _send_alone(self, at: _Open, record: Record, extents: list[Extent]) -> None:
-        start, places = 0, []
-        for extent in extents:
-            nbytes = min(extent.nbytes, record.nbytes - start)
-            write = self._write(at, extent, [record], [(_address(record) + start, nbytes, 0)])
-            places.append(Place(write, 0, extent, start))
-            start += extent.nbytes
-        record.places = tuple(places)
-
-    def _send_together(self, at: _Open, cargo: list[Record], sizes: list[int], extent: Extent) -> None:
-        starts = [0, *itertools.accumulate(sizes)]
-        pieces = [(_address(record), record.nbytes, start) for record, start in zip(cargo, starts, strict=False)]
-        write = self._write(at, extent, cargo, pieces)
-        for i, record in enumerate(cargo):
-            own = Extent(extent.file, extent.offset + starts[i], sizes[i])
-            record.places = (Place(write, i, own, 0),)
-
-    def _write(self, at: _Open, extent: Extent, cargo: list[Record], pieces: list[tuple[int, int, int]]) -> Write:
-        write = at.engine.write(extent.file, extent.offset, extent.nbytes, pieces)
-        at.shipments.append(_Shipment(write, extent.file, cargo, [record.storage for record in cargo]))
-        return write
+    def _wait_inflight(self, max_nbytes: int) -> None:
+        begin = time.perf_counter()
+        transport = self._transport
+        if transport is not None:
+            transport.wait_inflight(max_nbytes)
+        self.counters.stall("write", time.perf_counter() - begin)
 
     def _keep(self, cargo: list[Record], reason: str) -> None:
         for record in cargo:
@@ -311,41 +249,16 @@ class Store:
         self._bury()
         if self._lent:
             self._reclaim_lent()
-        at = self._open
-        if at is not None and (events := at.engine.num_events) != at.seen_events:
-            at.seen_events = events
-            self.counters.hold(0, at.engine.staging_in_use_nbytes)
-            at.shipments = [shipment for shipment in at.shipments if not self._arrive(at, shipment)]
-            at.orphans = [orphan for orphan in at.orphans if not all(read.is_done for read in orphan[0])]
-
-    def _arrive(self, at: _Open, shipment: _Shipment) -> bool:
-        """Lets go of copied sources; whether the write is over and its records have arrived."""
-        is_done = shipment.write.is_done
-        for piece, record in enumerate(shipment.cargo):
-            if shipment.sources[piece] is not None and (is_done or shipment.write.is_piece_copied(piece)):
-                shipment.sources[piece] = None
-                if all(place.write.is_piece_copied(place.piece) for place in record.places):
-                    self._let_go(record)
-        if is_done:
-            self._finish(at, shipment)
-        return is_done
-
-    def _let_go(self, record: Record) -> None:
-        """Drops the source of a record whose bytes are all in the engine's care."""
-        if record.residency is Residency.OFFLOADING and record.storage is not None:
-            record.storage = None
-            self.counters.hold(-record.nbytes)
-
-    def _finish(self, at: _Open, shipment: _Shipment) -> None:
-        self.counters.cancelled_write_nbytes += shipment.write.cancelled_nbytes
-        if shipment.write.error is not None:
-            at.space.note_write_error(shipment.file, shipment.write.error)
-        for record in shipment.cargo:
-            if record.residency is Residency.OFFLOADING and all(place.write.is_done for place in record.places):
-                self._let_go(record)
-                record.move(Residency.DISK)
-        for extent in shipment.dead_extents:
-            at.space.release(extent)
+        news = self._transport.collect() if self._transport is not None else ()
+        if news:
+            self.counters.hold(0, self._staging_in_use())
+        for record, has_arrived in news:
+            if record.residency is Residency.OFFLOADING:
+                if record.storage is not None:
+                    record.storage = None
+                    self.counters.hold(-record.nbytes)
+                if has_arrived:
+                    record.move(Residency.DISK)
 
     # -- back ----------------------------------------------------------------------------------------------------
 
@@ -432,18 +345,15 @@ class Store:
         record.move(Residency.DEVICE)
 
     def _begin_reload(self, record: Record) -> None:
-        at = self._open
-        if at is None or self.is_forked:
-            happened = "a closed one" if at is None else "a forked child of its process"
+        transport = self._transport
+        if transport is None or transport.is_forked:
+            happened = "a closed one" if transport is None else "a forked child of its process"
             raise RuntimeError(
                 f"Expected an open offload for backward, got {happened}; {record!r} was in its spill file. "
                 "Call close() after the last backward, and run backward in the process of forward"
             )
-        memory = self._device.allocate(record.nbytes, at.space.memory_alignment, at.space.block_nbytes)
-        record.reads = tuple(
-            at.engine.read(place.write, place.piece, memory.address + place.start, memory.capacity - place.start)
-            for place in record.places
-        )
+        memory = self._device.allocate(record.nbytes, transport.space.memory_alignment, transport.space.block_nbytes)
+        record.reads = transport.read(record, memory)
         record.landing = memory
         record.move(Residency.RELOADING)
         self.counters.hold(record.nbytes, self._staging_in_use())
@@ -503,25 +413,14 @@ class Store:
             self.counters.hold(-record.nbytes)
 
     def _abandon_places(self, record: Record) -> None:
-        """Calls writes off and gives the extents back: now, or when the engine is done with them."""
         places, record.places = record.places, ()
-        at = self._open
-        if at is None or at.pid != os.getpid():
-            return
-        for place in places:
-            shipment = None
-            if not place.write.is_done:
-                place.write.cancel(place.piece)
-                shipment = next((s for s in at.shipments if s.write is place.write), None)
-            if shipment is None:
-                at.space.release(place.extent)
-            else:
-                shipment.dead_extents.append(place.extent)
+        if self._transport is not None and not self._transport.is_forked:
+            self._transport.abandon(places)
 
     # -- accounts ------------------------------------------------------------------------------------------------
 
     def _staging_in_use(self) -> int:
-        return self._open.engine.staging_in_use_nbytes if self._open is not None else 0
+        return self._transport.engine.staging_in_use_nbytes if self._transport is not None else 0
 
     def note_fallback(self, text: str) -> None:
         """Warns once and remembers why something did not go the best way."""
@@ -532,11 +431,6 @@ class Store:
 
 def _may_leave(record: Record) -> bool:
     return record.residency is Residency.DEVICE and not record.is_wanted and record.num_handles > 0
-
-
-def _address(record: Record) -> int:
-    assert record.storage is not None
-    return record.storage.data_ptr() + record.start
 
 
 def _read_error(record: Record, directory: str, error: tuple[int, int, int, str]) -> OSError:

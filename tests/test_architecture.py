@@ -26,6 +26,7 @@ ROOMS = [
     "record",
     "index",
     "schedule",
+    "transport",
     "store",
     "modules",
     "activations",

@@ -54,9 +54,9 @@ def train(offload: ssdtrain.ActivationOffload | None, steps: int = 3) -> list[to
 
 def to_disk(offload: ssdtrain.ActivationOffload) -> None:
     """Waits until everything under way is written, so that backward has to read it."""
-    at = offload._store._open
-    if at is not None:
-        at.engine.drain()
+    transport = offload._store._transport
+    if transport is not None:
+        transport.engine.drain()
     offload.stats  # noqa: B018  takes note of what the engine did
 
 
@@ -104,10 +104,9 @@ def test_several_directories_are_striped(tmp_path: Path, plain: list[torch.Tenso
         y = torch.exp(x * 1)
         z = torch.exp(y * 1)
         to_disk(offload)
-        at = offload._store._open
-        assert at is not None
-        assert at.space.in_use_nbytes > 0
-        assert all(extents.in_use_nbytes > 0 for extents in at.space._extents), "every directory takes part"
+        transport = offload._store._transport
+        assert transport is not None
+        assert all(extents.in_use_nbytes > 0 for extents in transport.space._extents), "every directory takes part"
         z.sum().backward()
     for ours, theirs in zip(train(offload), plain, strict=True):
         assert torch.equal(ours, theirs)
@@ -271,10 +270,10 @@ class CountingEngine:
 
 def test_neighbouring_small_tensors_go_out_as_one_request(tmp_path: Path) -> None:
     with ssdtrain.offload_activations(tmp_path, small_policy(min_nbytes=0, staging_nbytes="4MiB")) as offload:
-        at = offload._store._open
-        assert at is not None
-        spy = CountingEngine(at.engine)
-        at.engine = spy  # type: ignore[assignment]
+        transport = offload._store._transport
+        assert transport is not None
+        spy = CountingEngine(transport.engine)
+        transport.engine = spy  # type: ignore[assignment]
         _, loss = chain(300, size=32)  # 4 KiB each, slab 256 KiB
         loss.backward()
     assert len(spy.num_pieces) >= 4
@@ -410,7 +409,7 @@ def test_read_error_is_raised_in_backward_with_the_place(tmp_path: Path) -> None
     with ssdtrain.offload_activations(tmp_path, small_policy(prefetch_nbytes=0)) as offload:
         _, loss = chain(8)
         to_disk(offload)
-        os.ftruncate(offload._store._open.choice.files[0].fd, 0)  # type: ignore[union-attr]
+        os.ftruncate(offload._store._transport._files[0].fd, 0)  # type: ignore[union-attr]
         with pytest.raises(OSError, match=r"record \d+ \(float32\[128, 128\].*offset \d+") as caught:
             loss.backward()
         assert caught.value.filename == str(tmp_path) and caught.value.errno
@@ -422,7 +421,7 @@ def test_flipped_bit_is_detected_with_checksum(tmp_path: Path) -> None:
     with ssdtrain.offload_activations(tmp_path, small_policy(prefetch_nbytes=0, checksum=True)) as offload:
         _, loss = chain(8)
         to_disk(offload)
-        fd = offload._store._open.choice.files[0].fd  # type: ignore[union-attr]
+        fd = offload._store._transport._files[0].fd  # type: ignore[union-attr]
         with open(f"/proc/self/fd/{fd}", "r+b", buffering=0) as file:
             for at in range(0, 8 * 64 * KIB, 64 * KIB):
                 file.seek(at + 100)

@@ -472,37 +472,51 @@ def _in_child(body: Callable[[], None]) -> int:
 def test_forked_child_can_neither_use_nor_harm(open_io: OpenIo) -> None:
     """A data loader worker inherits our objects, but not our threads: it must get an error, not a hang."""
     io = open_io(num_slabs=2)
+    engine, file = io.engine, io.files[0]
     done = io.write(random_bytes(SLAB_NBYTES, 1))
     done.write.wait()
     read, _ = io.start_read(done, 0)
     written = io.write(random_bytes(20 * SLAB_NBYTES, 2))
+    uses: list[Callable[[], Any]] = [
+        lambda: engine.write(0, 0, SLAB_NBYTES, [(0, 1, 0)]),
+        lambda: engine.read(done.write, 0, 0, SLAB_NBYTES),
+        lambda: engine.wait_inflight(0),
+        engine.drain,
+        engine.close,
+        written.write.wait,
+        written.write.wait_copied,
+        lambda: written.write.cancel(0),
+        read.wait,
+        lambda: file.grow(1 << 20),
+        file.close,
+    ]
 
     def child() -> None:
-        nonlocal io, done, read, written
-        engine, file = io.engine, io.files[0]
-        uses: list[Callable[[], Any]] = [
-            lambda: engine.write(0, 0, SLAB_NBYTES, [(0, 1, 0)]),
-            lambda: engine.read(done.write, 0, 0, SLAB_NBYTES),
-            lambda: engine.wait_inflight(0),
-            engine.drain,
-            engine.close,
-            written.write.wait,
-            written.write.wait_copied,
-            lambda: written.write.cancel(0),
-            read.wait,
-            lambda: file.grow(1 << 20),
-            file.close,
-        ]
         for use in uses:
             with pytest.raises(RuntimeError, match="forked"):
                 use()
-        del io, done, read, written, engine, file, uses
-        gc.collect()
 
     assert _in_child(child) == 0
     written.write.wait()
     io.check(written)
     io.check(done)
+
+
+def test_forked_child_drops_what_it_inherited(kind: str, tmp_path: Path) -> None:
+    """Destructors run in the child, in the middle of the parent's work, and must leave it alone."""
+    held: list[Any] = [Io(kind, tmp_path, num_slabs=2)]
+    contents = [random_bytes(20 * SLAB_NBYTES, seed) for seed in range(4)]
+    held.extend(held[0].write(content) for content in contents)
+
+    def child() -> None:
+        held.clear()
+        gc.collect()
+
+    assert _in_child(child) == 0
+    for written in held[1:]:
+        written.write.wait()
+        held[0].check(written)
+    held[0].close()
 
 
 # ------------------------------------------------------------------------------------------------ open_engine
@@ -549,7 +563,7 @@ def test_no_cpp_is_obeyed_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(choice.fallbacks) == 2
     assert all("SSDTRAIN_NO_CPP is set" in text for text in choice.fallbacks)
     choice.engine.close()
-    with pytest.raises(RuntimeError, match="Expected engine 'threads' to be available.*use engine='auto'"):
+    with pytest.raises(RuntimeError, match=r"Expected engine 'threads' to be available.*use engine='auto'"):
         open_engine("threads", [str(tmp_path)], 1 << 20, 1 << 16)
 
 

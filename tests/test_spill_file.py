@@ -104,7 +104,7 @@ def test_closing_it_under_an_engine_is_safe(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name, number", [("missing", errno.ENOENT), ("a_file", errno.ENOTDIR)])
 def test_directories_that_are_none(make: Any, tmp_path: Path, name: str, number: int) -> None:
     (tmp_path / "a_file").write_text("")
-    with pytest.raises(OSError, match=".") as caught:
+    with pytest.raises(OSError, match=name) as caught:
         make(str(tmp_path / name), None)
     assert caught.value.errno == number
     assert caught.value.filename == str(tmp_path / name)

@@ -1,0 +1,175 @@
+"""One open engine with its spill files: sends records, brings them back, and looks after extents and requests.
+
+Knows where records lie, but neither why they travel nor what their residency is: that is the store's, which also holds
+the lock for every call except `wait_inflight`.
+
+[Note: who keeps source memory alive]
+A record holds its storage until the engine has copied the bytes to a slab; if the record is released before that, the
+`_Shipment` still holds the storage until the engine says it does not read it any more. Likewise the destination of a
+read whose record is gone is held until the read is over.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from ssdtrain.device import Allocation
+from ssdtrain.engine import EngineChoice, Read, Write
+from ssdtrain.record import Place, Record
+from ssdtrain.space import Extent, SpillSpace
+
+
+@dataclass
+class _Shipment:
+    """One write request and the records whose bytes it carries: record i is piece i."""
+
+    write: Write
+    file: int
+    cargo: list[Record]
+    sources: list[torch.UntypedStorage | None]
+    dead_extents: list[Extent] = field(default_factory=list)
+
+
+class Transport:
+    """What exists between the opening and the closing of an engine."""
+
+    def __init__(self, choice: EngineChoice, slab_nbytes: int, note_fallback: Callable[[str], None]) -> None:
+        """Takes an open engine over.
+
+        Raises:
+            OSError: there is no room in any directory.
+        """
+        self.engine = choice.engine
+        self.space = SpillSpace(choice.files, slab_nbytes, note_fallback)
+        self.cancelled_nbytes = 0
+        self._files = choice.files
+        self._pid = os.getpid()
+        self._seen_events = -1
+        self._shipments: list[_Shipment] = []
+        self._orphans: list[tuple[tuple[Read, ...], Allocation | None]] = []
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether this is a child of the process that opened the engine, which must be left alone."""
+        return self._pid != os.getpid()
+
+    # -- out -----------------------------------------------------------------------------------------------------
+
+    def send(self, cargo: list[Record]) -> bool:
+        """Begins to write one record, striped when it is large, or several small ones as one request.
+
+        False when there is no room; else every record has its places.
+        """
+        sizes = [self.space.rounded(record.nbytes) for record in cargo]
+        extents = self.space.allocate(sum(sizes), stripe=len(cargo) == 1)
+        if not extents:
+            return False
+        if len(cargo) == 1:
+            self._send_alone(cargo[0], extents)
+        else:
+            self._send_together(cargo, sizes, extents[0])
+        return True
+
+    def _send_alone(self, record: Record, extents: list[Extent]) -> None:
+        start, places = 0, []
+        for extent in extents:
+            nbytes = min(extent.nbytes, record.nbytes - start)
+            write = self._write(extent, [record], [(_address(record) + start, nbytes, 0)])
+            places.append(Place(write, 0, extent, start))
+            start += extent.nbytes
+        record.places = tuple(places)
+
+    def _send_together(self, cargo: list[Record], sizes: list[int], extent: Extent) -> None:
+        starts = [0, *itertools.accumulate(sizes)]
+        pieces = [(_address(record), record.nbytes, start) for record, start in zip(cargo, starts, strict=False)]
+        write = self._write(extent, cargo, pieces)
+        for i, record in enumerate(cargo):
+            own = Extent(extent.file, extent.offset + starts[i], sizes[i])
+            record.places = (Place(write, i, own, 0),)
+
+    def _write(self, extent: Extent, cargo: list[Record], pieces: list[tuple[int, int, int]]) -> Write:
+        write = self.engine.write(extent.file, extent.offset, extent.nbytes, pieces)
+        self._shipments.append(_Shipment(write, extent.file, cargo, [record.storage for record in cargo]))
+        return write
+
+    def wait_inflight(self, max_nbytes: int) -> None:
+        """Blocks until at most `max_nbytes` are on their way out."""
+        self.engine.wait_inflight(max_nbytes)
+
+    # -- what the engine has done ------------------------------------------------------------------------------------
+
+    def collect(self) -> list[tuple[Record, bool]]:
+        """Records whose bytes the engine has all copied since the last call, and whether they are also all written."""
+        events = self.engine.num_events
+        if events == self._seen_events:
+            return []
+        self._seen_events = events
+        news: list[tuple[Record, bool]] = []
+        self._shipments = [shipment for shipment in self._shipments if not self._arrive(shipment, news)]
+        self._orphans = [orphan for orphan in self._orphans if not all(read.is_done for read in orphan[0])]
+        return news
+
+    def _arrive(self, shipment: _Shipment, news: list[tuple[Record, bool]]) -> bool:
+        """Lets go of copied sources; whether the write is over."""
+        is_done = shipment.write.is_done
+        for piece, record in enumerate(shipment.cargo):
+            if is_done or (shipment.sources[piece] is not None and shipment.write.is_piece_copied(piece)):
+                shipment.sources[piece] = None
+                if all(place.write.is_piece_copied(place.piece) for place in record.places):
+                    news.append((record, all(place.write.is_done for place in record.places)))
+        if is_done:
+            self.cancelled_nbytes += shipment.write.cancelled_nbytes
+            if shipment.write.error is not None:
+                self.space.note_write_error(shipment.file, shipment.write.error)
+            for extent in shipment.dead_extents:
+                self.space.release(extent)
+        return is_done
+
+    # -- back ----------------------------------------------------------------------------------------------------
+
+    def read(self, record: Record, memory: Allocation) -> tuple[Read, ...]:
+        """Begins to bring a record's bytes to `memory`, which the caller keeps alive."""
+        return tuple(
+            self.engine.read(place.write, place.piece, memory.address + place.start, memory.capacity - place.start)
+            for place in record.places
+        )
+
+    def adopt_orphan(self, reads: tuple[Read, ...], memory: Allocation | None) -> None:
+        """Keeps the destination of reads whose record is gone until they are over."""
+        if not all(read.is_done for read in reads):
+            self._orphans.append((reads, memory))
+
+    def abandon(self, places: tuple[Place, ...]) -> None:
+        """Calls writes off and gives the extents back: now, or when the engine is done with them."""
+        for place in places:
+            shipment = None
+            if not place.write.is_done:
+                place.write.cancel(place.piece)
+                shipment = next((s for s in self._shipments if s.write is place.write), None)
+            if shipment is None:
+                self.space.release(place.extent)
+            else:
+                shipment.dead_extents.append(place.extent)
+
+    def records_under_way(self) -> list[Record]:
+        """Records some of whose bytes may not be written yet."""
+        return [record for shipment in self._shipments for record in shipment.cargo]
+
+    def close(self) -> None:
+        """Ends the engine and frees slabs; `collect` says what still arrived. The files go with `close_files`."""
+        self.engine.close()
+
+    def close_files(self) -> None:
+        """Gives the spill space back."""
+        for file in self._files:
+            file.close()
+
+
+def _address(record: Record) -> int:
+    assert record.storage is not None
+    return record.storage.data_ptr() + record.start
