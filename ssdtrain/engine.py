@@ -266,6 +266,12 @@ class EngineChoice:
     reason: str
     fallbacks: list[str] = field(default_factory=list)
 
+    def close(self) -> None:
+        """Ends the engine and gives the spill space back."""
+        self.engine.close()
+        for file in self.files:
+            file.close()
+
 
 @dataclass(frozen=True)
 class _Request:

@@ -115,7 +115,11 @@ class Store:
         choice = open_engine(
             p.engine, self._directories, p.staging_nbytes, self._slab_nbytes, p.checksum, p.disk_nbytes
         )
-        self._transport = Transport(choice, self._slab_nbytes, self.note_fallback)
+        try:
+            self._transport = Transport(choice, self._slab_nbytes, self.note_fallback)
+        except BaseException:
+            choice.close()
+            raise
         self.counters.engine, self.counters.engine_reason = choice.kind, choice.reason
         for text in choice.fallbacks:
             self.note_fallback(text)
@@ -129,7 +133,6 @@ class Store:
             transport.close()
             self._settle()
             self._add_totals(self.counters)
-            transport.close_files()
         self._batch, self._batch_nbytes, self._transport = [], 0, None
 
     def _close_if_idle(self) -> None:

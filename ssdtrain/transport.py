@@ -47,7 +47,7 @@ class Transport:
         self.engine = choice.engine
         self.space = SpillSpace(choice.files, slab_nbytes, note_fallback)
         self.cancelled_nbytes = 0
-        self._files = choice.files
+        self._choice = choice
         self._pid = os.getpid()
         self._seen_events = -1
         self._shipments: list[_Shipment] = []
@@ -161,13 +161,8 @@ class Transport:
         return [record for shipment in self._shipments for record in shipment.cargo]
 
     def close(self) -> None:
-        """Ends the engine and frees slabs; `collect` says what still arrived. The files go with `close_files`."""
-        self.engine.close()
-
-    def close_files(self) -> None:
-        """Gives the spill space back."""
-        for file in self._files:
-            file.close()
+        """Ends the engine, frees slabs and gives the spill space back; `collect` says what still arrived."""
+        self._choice.close()
 
 
 def _address(record: Record) -> int:
