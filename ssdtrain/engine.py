@@ -266,6 +266,14 @@ class EngineChoice:
     reason: str
     fallbacks: list[str] = field(default_factory=list)
 
+    def shortcomings(self) -> list[str]:
+        """What works, but not the best way."""
+        texts = list(self.engine.notes)
+        for file in self.files:
+            reasons = [] if file.is_direct else [file.direct_reason]
+            texts += [f"{file.directory}: {why}" for why in (*reasons, file.fallocate_reason) if why]
+        return texts
+
     def close(self) -> None:
         """Ends the engine and gives the spill space back."""
         self.engine.close()

@@ -46,6 +46,7 @@ class SpillSpace:
         self._note_fallback = note_fallback
         self._extents = [ExtentAllocator(self.block_nbytes) for _ in files]
         self._num_errors = [0] * len(files)
+        self._is_retired = [False] * len(files)
         self._no_growth_before = [0.0] * len(files)
         self._next = 0
         for i, file in enumerate(files):
@@ -96,10 +97,21 @@ class SpillSpace:
         self._note_fallback(f"{directory}: write failed: {os.strerror(number)} (errno {number}); bytes kept in memory")
         self._num_errors[file] += 1
         if self._num_errors[file] == _MAX_WRITE_ERRORS:
-            self._note_fallback(f"{directory}: not used any more after {_MAX_WRITE_ERRORS} failed writes")
+            self.retire(file, f"after {_MAX_WRITE_ERRORS} failed writes")
+
+    def note_read_error(self, file: int, error: tuple[int, int, int, str]) -> None:
+        """A read failed although it was tried again: the directory is not used any more."""
+        number, offset, nbytes, message = error
+        self.retire(file, f"after a failed read of {nbytes} bytes at offset {offset}: {message} (errno {number})")
+
+    def retire(self, file: int, why: str) -> None:
+        """Puts nothing more into a directory; what is there can still be read."""
+        if not self._is_retired[file]:
+            self._is_retired[file] = True
+            self._note_fallback(f"{self._files[file].directory}: not used any more {why}")
 
     def _allocate(self, file: int, nbytes: int) -> Extent | None:
-        if self._num_errors[file] >= _MAX_WRITE_ERRORS:
+        if self._is_retired[file]:
             return None
         extents = self._extents[file]
         offset = extents.allocate(nbytes)

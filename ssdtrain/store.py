@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Sequence
 
@@ -42,6 +44,7 @@ class Store:
     def __init__(self, directories: Sequence[str], policy: ActivationPolicy, counters: Counters, index: Index) -> None:
         """Remembers what to open; `open` opens it."""
         self.lock = threading.Lock()
+        _renew_lock_in_child(self)
         self.counters = counters
         self.index = index
         self._num_entered = 0  # contexts that are active now
@@ -121,7 +124,7 @@ class Store:
             choice.close()
             raise
         self.counters.engine, self.counters.engine_reason = choice.kind, choice.reason
-        for text in choice.fallbacks:
+        for text in (*choice.fallbacks, *choice.shortcomings()):
             self.note_fallback(text)
 
     def _close(self) -> None:
@@ -369,6 +372,8 @@ class Store:
             if read.error is not None:
                 record.move(Residency.DISK)
                 self.counters.hold(-record.nbytes)
+                if self._transport is not None:
+                    self._transport.space.note_read_error(place.extent.file, read.error)
                 raise _read_error(record, self._directories[place.extent.file], read.error)
             self.counters.forwarded_nbytes += read.forwarded_nbytes
         record.move(Residency.DEVICE)
@@ -430,6 +435,18 @@ class Store:
         if text not in self.counters.fallbacks:
             self.counters.fallbacks.append(text)
             logger.warning("%s", text)
+
+
+def _renew_lock_in_child(store: Store) -> None:
+    """A forked child gets a lock of its own: the inherited one may be held by a thread only the parent has."""
+    weak = weakref.ref(store)
+
+    def renew() -> None:
+        own = weak()
+        if own is not None:
+            own.lock = threading.Lock()
+
+    os.register_at_fork(after_in_child=renew)
 
 
 def _may_leave(record: Record) -> bool:

@@ -3,8 +3,7 @@
     python recipes/benchmarks/engine.py /mnt/nvme
     python recipes/benchmarks/engine.py /mnt/nvme --request-mib 1 4 8 --depth 8 32 --repeats 7
 
-Same request size and depth on both sides, direct I/O, a file that is already laid out and written once. The runs of one
-comparison alternate (fio, io_uring, threads, fio, ...), and medians are compared, as drives drift. fio writes from and
+Same file, request size and depth on both sides, direct I/O, everything written once before. The runs of one alternate (fio, io_uring, threads, fio, ...), and medians are compared, as drives drift. fio writes from and
 reads to a few buffers of its own, registered with the kernel; the engines copy the source into a slab first, as in
 training, and read into as much memory as they wrote from. Seconds of processor time per GB are shown beside: on a busy
 machine they matter as much.
@@ -30,7 +29,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from ssdtrain.engine import Engine, Read, open_engine
+from ssdtrain.engine import EngineChoice, Read, open_engine
 
 MIB = 1 << 20
 
@@ -60,6 +59,7 @@ class Memory:
     """Page-aligned memory that is really there."""
 
     def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
         self._map = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._map.madvise(mmap.MADV_HUGEPAGE)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
@@ -74,23 +74,21 @@ class Memory:
 
 
 class Bench:
-    """An engine of one kind on a file of `nbytes`, ready to write and read it all in requests of one size."""
+    """An engine on a spill file, ready to write all of `memory` to it and read it back in requests of one size."""
 
-    def __init__(self, kind: str, directory: str, nbytes: int, request_nbytes: int, depth: int) -> None:
+    def __init__(self, choice: EngineChoice, memory: Memory, request_nbytes: int, depth: int) -> None:
+        self.engine = choice.engine
         self.depth = depth
-        self.choice = open_engine(kind, [directory], (depth + 1) * request_nbytes, request_nbytes)
-        self.choice.files[0].grow(nbytes)
-        self.engine: Engine = self.choice.engine
-        self.nbytes = nbytes
-        self.memory = Memory(nbytes)
+        self.nbytes = memory.nbytes
         self.pieces = [
-            (self.memory.address + at, min(request_nbytes, nbytes - at), at) for at in range(0, nbytes, request_nbytes)
+            (memory.address + at, min(request_nbytes, memory.nbytes - at), at)
+            for at in range(0, memory.nbytes, request_nbytes)
         ]
-        self.last = self.engine.write(0, 0, nbytes, self.pieces)
+        self.last = self.engine.write(0, 0, self.nbytes, self.pieces)
         self.last.wait()
 
     def write(self) -> Run:
-        """From memory to the file; one slab more than `depth`, the one being filled."""
+        """From memory to the file; at most `depth` requests in flight."""
 
         def body() -> None:
             self.last = self.engine.write(0, 0, self.nbytes, self.pieces)
@@ -113,12 +111,6 @@ class Bench:
                 finish(pending.popleft())
 
         return timed(body)
-
-    def close(self) -> None:
-        """Frees the file and the memory."""
-        self.engine.close()
-        for file in self.choice.files:
-            file.close()
 
 
 def finish(read: Read) -> None:
@@ -147,12 +139,24 @@ def run_fio(path: Path, direction: str, nbytes: int, request_nbytes: int, depth:
     return Run(seconds, seconds * (job["usr_cpu"] + job["sys_cpu"]) / 100)
 
 
+def open_all(
+    kinds: list[str], directory: str, nbytes: int, request_nbytes: int, depth: int
+) -> tuple[list[EngineChoice], Path]:
+    """Engines that share one spill file, and the path by which fio finds it."""
+    staging_nbytes = (depth + 1) * request_nbytes  # one slab more than `depth`: the one being filled
+    choices = [open_engine(kinds[0], [directory], staging_nbytes, request_nbytes)]
+    file = choices[0].files[0]
+    file.grow(nbytes)
+    choices += [open_engine(kind, [file], staging_nbytes, request_nbytes) for kind in kinds[1:]]
+    return choices, Path(f"/proc/{os.getpid()}/fd/{file.fd}")
+
+
 def compare(arguments: argparse.Namespace, directory: str, request_nbytes: int, depth: int) -> list[Row]:
     """Alternating runs of fio and of every engine, both directions."""
     nbytes = arguments.file_mib * MIB // request_nbytes * request_nbytes
-    path = Path(directory) / "fio"
-    run_fio(path, "write", nbytes, request_nbytes, depth)
-    benches = {kind: Bench(kind, directory, nbytes, request_nbytes, depth) for kind in arguments.engines}
+    choices, path = open_all(arguments.engines, directory, nbytes, request_nbytes, depth)
+    memory = Memory(nbytes)
+    benches = {choice.kind: Bench(choice, memory, request_nbytes, depth) for choice in choices}
     runs: dict[tuple[str, str], list[Run]] = {}
     for repeat in range(arguments.repeats):
         for direction in ("write", "read"):
@@ -162,8 +166,9 @@ def compare(arguments: argparse.Namespace, directory: str, request_nbytes: int, 
             tasks += [(kind, getattr(bench, direction)) for kind, bench in benches.items()]
             for name, task in tasks[repeat % len(tasks) :] + tasks[: repeat % len(tasks)]:
                 runs.setdefault((direction, name), []).append(task())
-    for bench in benches.values():
-        bench.close()
+    for choice in choices:
+        choice.engine.close()
+    choices[0].files[0].close()
     return [row_of(runs, key, nbytes, request_nbytes, depth) for key in sorted(runs, key=lambda key: key[0] == "read")]
 
 

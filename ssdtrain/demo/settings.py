@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-DEFAULT_POLICY = {"staging_nbytes": "64MiB", "prefetch_nbytes": "64MiB"}
-"""The demo's tensors are of 6 to 24 MiB: 64 MiB each way is enough to keep a drive busy."""
+DEFAULT_POLICY = {"staging_nbytes": "96MiB", "prefetch_nbytes": "64MiB"}
+"""The demo saves tensors of 6 to 24 MiB: enough of them each way to ride out a slow moment of the drive."""
 
 
 @dataclass(frozen=True)
