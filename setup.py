@@ -38,7 +38,8 @@ def extensions() -> list[Pybind11Extension]:
         )
         return []
     sources = sorted(str(path) for path in Path("csrc").glob("*.cpp") if path.name not in NOT_IN_THE_MODULE)
-    extension = Pybind11Extension("ssdtrain._C", sources, cxx_std=17, include_dirs=["csrc"])
+    headers = sorted(str(path) for path in Path("csrc").glob("*.h"))
+    extension = Pybind11Extension("ssdtrain._C", sources, cxx_std=17, include_dirs=["csrc"], depends=headers)
     extension.extra_compile_args += ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"]
     extension.extra_link_args += ["-pthread"]
     return [extension]

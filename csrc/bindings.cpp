@@ -208,6 +208,7 @@ void bind_engine_methods(py::class_<PyEngine>& engine) {
           "wait_inflight",
           [](const PyEngine& engine, uint64_t max_nbytes, std::optional<double> timeout_seconds) {
             Engine* target = engine.get().get();
+            target->expect_open();
             return wait_interruptibly(
                 timeout_seconds, [&](Seconds t) { return target->wait_inflight(max_nbytes, t); });
           },
@@ -215,6 +216,7 @@ void bind_engine_methods(py::class_<PyEngine>& engine) {
       .def("drain",
            [](const PyEngine& engine) {
              Engine* target = engine.get().get();
+             target->expect_open();
              wait_interruptibly(std::nullopt, [&](Seconds t) { return target->wait_idle(t); });
            })
       .def("close", [](const PyEngine& engine) {

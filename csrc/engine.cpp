@@ -108,6 +108,11 @@ Engine::Engine(Files files, EngineOptions options, const OpenBackend& open)
 
 Engine::~Engine() { close(); }
 
+void Engine::expect_open() const {
+  std::lock_guard<std::mutex> lock(monitor_->mutex);
+  check_open();
+}
+
 void Engine::check_open() const {
   if (!monitor_->is_closing) return;
   throw std::runtime_error("Expected an open engine, got a closed one; open another engine");
@@ -143,7 +148,8 @@ std::shared_ptr<WriteState> Engine::write(Extent extent, std::vector<PieceSource
     monitor_->inflight_nbytes += extent.nbytes;
     copier_->enqueue(write, file);
   }
-  doorbell_->ring_all();
+  // One copy thread for one chunk; more would wake for nothing.
+  extent.nbytes <= options_.slab_nbytes ? doorbell_->ring_one() : doorbell_->ring_all();
   return write;
 }
 
@@ -170,6 +176,7 @@ std::shared_ptr<ReadState> Engine::read(const std::shared_ptr<WriteState>& write
                                 number(piece));
   }
   std::shared_ptr<ReadState> read;
+  bool has_forwards = false;
   {
     std::lock_guard<std::mutex> lock(monitor_->mutex);
     check_open();
@@ -183,15 +190,15 @@ std::shared_ptr<ReadState> Engine::read(const std::shared_ptr<WriteState>& write
     read = std::make_shared<ReadState>(monitor_, num_parts);
     ++monitor_->num_pending;
     for (size_t i = 0; i < num_parts; ++i) {
-      add_read(write, write->piece_parts(piece)[i], read, destination.address);
+      has_forwards |= add_read(write, write->piece_parts(piece)[i], read, destination.address);
     }
   }
   scheduler_->start();
-  doorbell_->ring_all();
+  if (has_forwards) doorbell_->ring_all();
   return read;
 }
 
-void Engine::add_read(const std::shared_ptr<WriteState>& write, const Part& part,
+bool Engine::add_read(const std::shared_ptr<WriteState>& write, const Part& part,
                       const std::shared_ptr<ReadState>& read, char* address) {
   const Chunk& chunk = write->chunk(part.chunk);
   char* to = address + part.piece_offset;
@@ -199,13 +206,14 @@ void Engine::add_read(const std::shared_ptr<WriteState>& write, const Part& part
     uint64_t file_offset = write->file_offset(part.chunk) + part.chunk_offset;
     copier_->enqueue(
         ForwardJob{read, chunk.bytes, part.chunk_offset, to, part.nbytes, file_offset});
-    return;
+    return true;
   }
   const OpenFile& file = *open_files_[write->extent().file];
   size_t nbytes = round_up(part.nbytes, file.io.block_nbytes);
   ReadTransfer::Source source{write, &part, options_.has_checksum};
   scheduler_->enqueue(
       std::make_unique<ReadTransfer>(monitor_, file, read, std::move(source), to, nbytes));
+  return false;
 }
 
 bool Engine::wait_inflight(uint64_t max_nbytes, Seconds timeout) {

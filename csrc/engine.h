@@ -67,6 +67,8 @@ class Engine {
   // Idempotent. Gives up what has not begun, waits for what has, joins the threads.
   void close();
   bool is_closed() const;
+  // Throws when it is closed.
+  void expect_open() const;
 
   const char* kind() const { return kind_; }
   bool has_registered_buffers() const { return has_registered_buffers_; }
@@ -80,10 +82,11 @@ class Engine {
   const Monitor& counters() const { return *monitor_; }
 
  private:
-  void check_open() const;
+  void check_open() const;  // monitor_->mutex held
   void check_extent(const Extent& extent) const;
   void check_destination(const WriteState& write, size_t piece, Destination destination) const;
-  void add_read(const std::shared_ptr<WriteState>& write, const Part& part,
+  // Whether the part is forwarded from memory.
+  bool add_read(const std::shared_ptr<WriteState>& write, const Part& part,
                 const std::shared_ptr<ReadState>& read, char* address);
 
   const EngineOptions options_;

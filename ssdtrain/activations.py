@@ -41,7 +41,6 @@ _sequence_number = torch._C._autograd._get_sequence_nr
 _graph_task = torch._C._current_graph_task_id
 
 _SMALL = "smaller than min_nbytes"
-_WEIGHT = "weight"
 _ALIGNMENT = 64  # of the first byte of a record: a multiple of every element size
 _WHOLE_STORAGE_FRACTION = 4  # a view of at least a quarter of its storage takes the whole storage along
 
@@ -153,26 +152,33 @@ class ActivationOffload:
         if nbytes < self.policy.min_nbytes and tensor._base is None:
             return self._stay(tensor, _SMALL, nbytes)
         if is_parameter(tensor):
-            return self._stay(tensor, _WEIGHT, nbytes)
+            return self._stay_weight(tensor, nbytes)
         return self._pack_large(tensor, nbytes)
 
     def _stay(self, tensor: torch.Tensor, reason: str, nbytes: int) -> _Resident:
         counters = self._counters
         counters.skip(reason, nbytes)
-        if reason is _WEIGHT:
-            nbytes = 0  # in memory anyway
         counters.hold(nbytes)
         return _Resident(tensor, nbytes, counters)
 
+    def _stay_weight(self, tensor: torch.Tensor, nbytes: int) -> _Resident:
+        """A weight is in memory anyway: it costs nothing to save it."""
+        self._counters.skip("weight", nbytes)
+        if tensor.layout is torch.strided:
+            self._index.mark_weight(tensor.untyped_storage())
+        return _Resident(tensor, 0, self._counters)
+
     def _pack_large(self, tensor: torch.Tensor, nbytes: int) -> _Resident | Handle:
         reason = why_not(tensor)
+        if reason == "weight":
+            return self._stay_weight(tensor, nbytes)
         if reason is not None or nbytes == 0:
             return self._stay(tensor, reason or "empty", nbytes)
         storage = tensor.untyped_storage()
         if storage.nbytes() < self.policy.min_nbytes:
             return self._stay(tensor, _SMALL, storage.nbytes())
         if self._index.is_weight(storage._cdata) or is_weight(tensor):
-            return self._stay(tensor, _WEIGHT, nbytes)
+            return self._stay_weight(tensor, nbytes)
         if _graph_task() != -1:
             return self._stay(tensor, "saved during backward", nbytes)
         if not self._store.is_usable:

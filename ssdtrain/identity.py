@@ -78,6 +78,8 @@ def why_not(tensor: torch.Tensor) -> str | None:
     """Why a tensor is not a plain strided CPU tensor that may travel, or None."""
     if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
         return "weight" if _is_marked(tensor) else "tensor subclass"
+    if tensor.is_nested:
+        return "nested"
     if tensor.layout is not torch.strided:
         return "not strided"
     if not tensor.is_cpu:

@@ -24,6 +24,7 @@ class Index:
         self._records: dict[int, list[Record]] = {}
         self._weights: dict[int, StorageWeakRef] = {}
         self._lasting: dict[int, StorageWeakRef] = {}
+        self._purge_weights_at = _PURGE_AT
 
     def find(self, key: int, version: int, start: int, end: int) -> Record | None:
         """The record that holds bytes [start, end) of this storage as of `version`."""
@@ -50,12 +51,18 @@ class Index:
 
     def mark_weights(self, tensors: Iterable[torch.Tensor]) -> None:
         """Marks the storages of a model's parameters and buffers."""
-        self._weights = {
-            ref.cdata: ref
-            for tensor in tensors
-            if tensor.layout is torch.strided
-            for ref in (StorageWeakRef(tensor.untyped_storage()),)
-        }
+        for tensor in tensors:
+            if tensor.layout is torch.strided:
+                self.mark_weight(tensor.untyped_storage())
+
+    def mark_weight(self, storage: torch.UntypedStorage) -> None:
+        """Marks a storage that was seen to be a weight's, so that other tensors on it are recognised too."""
+        if storage._cdata not in self._weights:
+            if len(self._weights) >= self._purge_weights_at:
+                self._weights = {key: ref for key, ref in self._weights.items() if not ref.expired()}
+                self._purge_weights_at = max(_PURGE_AT, 2 * len(self._weights))
+            ref = StorageWeakRef(storage)
+            self._weights[ref.cdata] = ref
 
     def is_weight(self, key: int) -> bool:
         """Whether the storage at `key` belongs to a marked parameter or buffer."""

@@ -77,6 +77,10 @@ class ActivationPolicy(BaseModel):
     engine: Literal["auto", "io_uring", "threads", "python"] = "auto"
     """Who executes the file requests. ``"auto"`` takes the first that works on this machine and says why."""
 
+    io_timeout_seconds: float = Field(default=60.0, gt=0)
+    """A request the drive has not answered for so long is reported, its directory not used any more, and nobody waits
+    for it any longer: tensors stay in memory, and backward raises an error for bytes that are nowhere else."""
+
     checksum: bool = False
     """Verify a checksum of every byte read back. Without it, corruption by the drive itself goes undetected."""
 

@@ -104,6 +104,11 @@ class SpillSpace:
         number, offset, nbytes, message = error
         self.retire(file, f"after a failed read of {nbytes} bytes at offset {offset}: {message} (errno {number})")
 
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether every directory is retired."""
+        return all(self._is_retired)
+
     def retire(self, file: int, why: str) -> None:
         """Puts nothing more into a directory; what is there can still be read."""
         if not self._is_retired[file]:

@@ -10,6 +10,7 @@ runs in a destructor waits for it: a dying handle leaves a note in `_bereaved`, 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -23,7 +24,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ssdtrain.device import CpuDevice, Device
-from ssdtrain.engine import open_engine
+from ssdtrain.engine import Read, open_engine
 from ssdtrain.identity import live_storage
 from ssdtrain.index import Index
 from ssdtrain.policy import ActivationPolicy
@@ -48,6 +49,7 @@ class Store:
         self.counters = counters
         self.index = index
         self._num_entered = 0  # contexts that are active now
+        self._is_patient = policy.mode == "all"  # waits for the drive rather than keeping
         self._directories = directories
         self._policy = policy
         self._device: Device = CpuDevice()
@@ -96,6 +98,11 @@ class Store:
             self._close()
         self.tidy()
 
+    def __del__(self) -> None:
+        """The last handle and the context are gone: nobody is left to close it."""
+        with contextlib.suppress(Exception):  # the interpreter may be shutting down
+            self._close()
+
     def engine_totals(self) -> Counters:
         """A copy of the counters with what the open engine has done so far."""
         with self.lock:
@@ -133,7 +140,8 @@ class Store:
             for record in transport.records_under_way():
                 if record.residency is Residency.OFFLOADING and record.storage is not None:
                     self._recall(record)
-            transport.close()
+            if not transport.close(self._policy.io_timeout_seconds):
+                self.note_fallback("the drive is stuck: memory and threads of its requests stay until the process ends")
             self._settle()
             self._add_totals(self.counters)
         self._batch, self._batch_nbytes, self._transport = [], 0, None
@@ -181,8 +189,6 @@ class Store:
         self._leave_prefetched(record)
         if record.residency is Residency.RELOADING or record.storage is not None:
             self.counters.hold(-record.nbytes)
-        if self._transport is not None and record.reads:
-            self._transport.adopt_orphan(record.reads, record.landing)
         self._abandon_places(record)
         record.storage, record.reads, record.landing = None, (), None
         record.move(Residency.RELEASED)
@@ -220,10 +226,13 @@ class Store:
                 return None
             need = sum(record.nbytes for record in cargo)
             in_flight = transport.engine.inflight_nbytes
-            if in_flight and in_flight + need > self._policy.staging_nbytes:
-                if self._policy.mode == "all":
+            if transport.space.is_exhausted:
+                self._keep(cargo, "no directory left")
+            elif in_flight and in_flight + need > self._policy.staging_nbytes:
+                if self._is_patient:
                     return max(0, self._policy.staging_nbytes - need)
-                self._keep(cargo, "drive behind")
+                is_stuck = transport.retire_stuck(self._policy.io_timeout_seconds)
+                self._keep(cargo, "drive stuck" if is_stuck else "drive behind")
             elif transport.send(cargo):
                 self._note_departed(cargo)
             else:
@@ -237,10 +246,13 @@ class Store:
             self.counters.offloaded_nbytes += record.nbytes
 
     def _wait_inflight(self, max_nbytes: int) -> None:
-        begin = time.perf_counter()
         transport = self._transport
-        if transport is not None:
-            transport.wait_inflight(max_nbytes)
+        if transport is None:
+            return
+        begin = time.perf_counter()
+        if not transport.wait_inflight(max_nbytes, self._policy.io_timeout_seconds):
+            self._is_patient = False
+            self.note_fallback("the drive is stuck: mode 'all' keeps tensors like mode 'auto' from here on")
         self.counters.stall("write", time.perf_counter() - begin)
 
     def _keep(self, cargo: list[Record], reason: str) -> None:
@@ -319,10 +331,27 @@ class Store:
                 if record.residency is not Residency.RELOADING:  # another thread's reload came and went, or failed
                     self._request(record)
                 reads = record.reads
-            begin = time.perf_counter()
-            for read in reads:
-                read.wait()
-            self.counters.stall("read", time.perf_counter() - begin)
+            self._wait_for_reads(record, reads)
+
+    def _wait_for_reads(self, record: Record, reads: tuple[Read, ...]) -> None:
+        begin = time.perf_counter()
+        deadline = begin + self._policy.io_timeout_seconds
+        are_done = all(read.wait(max(0.0, deadline - time.perf_counter())) for read in reads)
+        self.counters.stall("read", time.perf_counter() - begin)
+        if not are_done:
+            raise self._stuck_error(record)
+
+    def _stuck_error(self, record: Record) -> OSError:
+        seconds = f"{self._policy.io_timeout_seconds:g} s"
+        with self.lock:
+            place = record.places[0]
+            if self._transport is not None:
+                self._transport.space.retire(place.extent.file, f"after a read took more than {seconds}")
+        return _read_error(
+            record,
+            self._directories[place.extent.file],
+            (errno.ETIMEDOUT, place.extent.offset, record.nbytes, f"no answer from the drive for {seconds}"),
+        )
 
     def _take(self, record: Record) -> torch.UntypedStorage | None:
         if record.residency is not Residency.RELOADING:

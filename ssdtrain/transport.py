@@ -5,14 +5,16 @@ the lock for every call except `wait_inflight`.
 
 [Note: who keeps source memory alive]
 A record holds its storage until the engine has copied the bytes to a slab; if the record is released before that, the
-`_Shipment` still holds the storage until the engine says it does not read it any more. Likewise the destination of a
-read whose record is gone is held until the read is over.
+`_Shipment` still holds the storage until the engine says it does not read it any more. Likewise `_landings` holds the
+destination of every read until the read is over, whatever becomes of its record.
 """
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -32,6 +34,7 @@ class _Shipment:
     file: int
     cargo: list[Record]
     sources: list[torch.UntypedStorage | None]
+    begun: float  # time.monotonic()
     dead_extents: list[Extent] = field(default_factory=list)
 
 
@@ -51,7 +54,7 @@ class Transport:
         self._pid = os.getpid()
         self._seen_events = -1
         self._shipments: list[_Shipment] = []
-        self._orphans: list[tuple[tuple[Read, ...], Allocation | None]] = []
+        self._landings: list[tuple[tuple[Read, ...], Allocation]] = []
 
     @property
     def is_forked(self) -> bool:
@@ -94,12 +97,23 @@ class Transport:
 
     def _write(self, extent: Extent, cargo: list[Record], pieces: list[tuple[int, int, int]]) -> Write:
         write = self.engine.write(extent.file, extent.offset, extent.nbytes, pieces)
-        self._shipments.append(_Shipment(write, extent.file, cargo, [record.storage for record in cargo]))
+        sources = [record.storage for record in cargo]
+        self._shipments.append(_Shipment(write, extent.file, cargo, sources, time.monotonic()))
         return write
 
-    def wait_inflight(self, max_nbytes: int) -> None:
-        """Blocks until at most `max_nbytes` are on their way out."""
-        self.engine.wait_inflight(max_nbytes)
+    def wait_inflight(self, max_nbytes: int, timeout_seconds: float) -> bool:
+        """Blocks until at most `max_nbytes` are on their way out; false when the time is over first."""
+        return self.engine.wait_inflight(max_nbytes, timeout_seconds)
+
+    def retire_stuck(self, timeout_seconds: float) -> bool:
+        """Retires the directories of writes that began too long ago; whether there are any."""
+        before = time.monotonic() - timeout_seconds
+        stuck = [shipment for shipment in self._shipments if shipment.begun < before and not shipment.write.is_done]
+        for shipment in stuck:
+            place = shipment.cargo[0].places[:1]
+            where = f" at offset {place[0].extent.offset}" if place else ""
+            self.space.retire(shipment.file, f"after a write{where} took more than {timeout_seconds:g} s")
+        return bool(stuck)
 
     # -- what the engine has done ------------------------------------------------------------------------------------
 
@@ -111,7 +125,7 @@ class Transport:
         self._seen_events = events
         news: list[tuple[Record, bool]] = []
         self._shipments = [shipment for shipment in self._shipments if not self._arrive(shipment, news)]
-        self._orphans = [orphan for orphan in self._orphans if not all(read.is_done for read in orphan[0])]
+        self._landings = [landing for landing in self._landings if not all(read.is_done for read in landing[0])]
         return news
 
     def _arrive(self, shipment: _Shipment, news: list[tuple[Record, bool]]) -> bool:
@@ -133,16 +147,13 @@ class Transport:
     # -- back ----------------------------------------------------------------------------------------------------
 
     def read(self, record: Record, memory: Allocation) -> tuple[Read, ...]:
-        """Begins to bring a record's bytes to `memory`, which the caller keeps alive."""
-        return tuple(
+        """Begins to bring a record's bytes to `memory`, which is kept alive until they are there."""
+        reads = tuple(
             self.engine.read(place.write, place.piece, memory.address + place.start, memory.capacity - place.start)
             for place in record.places
         )
-
-    def adopt_orphan(self, reads: tuple[Read, ...], memory: Allocation | None) -> None:
-        """Keeps the destination of reads whose record is gone until they are over."""
-        if not all(read.is_done for read in reads):
-            self._orphans.append((reads, memory))
+        self._landings.append((reads, memory))
+        return reads
 
     def abandon(self, places: tuple[Place, ...]) -> None:
         """Calls writes off and gives the extents back: now, or when the engine is done with them."""
@@ -160,9 +171,23 @@ class Transport:
         """Records some of whose bytes may not be written yet."""
         return [record for shipment in self._shipments for record in shipment.cargo]
 
-    def close(self) -> None:
-        """Ends the engine, frees slabs and gives the spill space back; `collect` says what still arrived."""
-        self._choice.close()
+    def close(self, timeout_seconds: float) -> bool:
+        """Ends the engine, frees slabs and gives the spill space back; `collect` says what still arrived.
+
+        False when the drive does not answer: what it may still touch then stays as it is until the process ends.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        for shipment in self._shipments:
+            for piece in range(len(shipment.cargo)):
+                shipment.write.cancel(piece)
+        is_quiet = self.engine.wait_inflight(0, timeout_seconds) and all(
+            read.wait(max(0.0, deadline - time.monotonic())) for reads, _ in self._landings for read in reads
+        )
+        if is_quiet:
+            self._choice.close()
+        else:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))  # the kernel may still write to memory held here
+        return is_quiet
 
 
 def _address(record: Record) -> int:

@@ -33,7 +33,8 @@ def make_offload(tmp_path: Path) -> Iterator[MakeOffload]:
         return made[-1]
 
     yield make
-    gc.collect()
+    if any(offload.stats.num_live_records for offload in made):
+        gc.collect()  # of exceptions and their frames; slow, hence only then
     live = [offload.stats.num_live_records for offload in made]
     for offload in made:
         offload.close()

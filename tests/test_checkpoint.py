@@ -95,30 +95,38 @@ def selective(model: nn.ModuleList, x: torch.Tensor, reentrant: bool) -> torch.T
 
 
 CASES = [
-    *((function, reentrant) for function in (one_by_one, nested, sequential, closed_over, every_other) for reentrant in (True, False)),
+    *(
+        (f, reentrant)
+        for f in (one_by_one, nested, sequential, closed_over, every_other)
+        for reentrant in (True, False)
+    ),
     (by_keyword, False),
     (selective, False),
 ]
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # of inner checkpoints, rightly
 @pytest.mark.parametrize("function, reentrant", CASES, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_checkpoint(offload: Offload, function: Callable[..., torch.Tensor], reentrant: bool) -> None:
     """Recomputation runs in backward, right before its results are used: sending those to the drive is pure loss."""
-    offloaded: list[int] = []
+    num_records: list[int] = []
+    num_offloaded: list[int] = []
 
     def run(send: Send) -> Any:
         model, x = blocks(), torch.randn(8, 32)
-        loss = function(model, (x.requires_grad_() * 1), reentrant).square().sum()
+        loss = function(model, x.requires_grad_() * 1, reentrant).square().sum()
+        num_records.append(offload.stats.num_live_records)
         send()
-        offloaded.append(offload.stats.num_offloaded)
+        num_offloaded.append(offload.stats.num_offloaded)
         loss.backward()
         return [x.grad, *(p.grad for p in model.parameters())]
 
     assert_same(run, offload)
-    assert offload.stats.num_offloaded == offloaded[-1] > 5
-    if function is not selective:
-        plain = sum(8 * 64 * 4 for _ in range(4))
-        assert offload.stats.offloaded_nbytes < plain + 5 * 64 * 1024, "inner activations must not travel in forward"
+    assert offload.stats.num_offloaded == num_offloaded[-1] > 0
+    with offload:
+        loss = nn.Sequential(*blocks())(torch.randn(8, 32)).square().sum()
+        assert 0 < num_records[-1] < offload.stats.num_live_records, "forward must not save what is recomputed"
+        del loss
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

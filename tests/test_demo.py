@@ -172,6 +172,15 @@ def test_different_losses_or_parameters_are_a_problem(tmp_path: Path) -> None:
         assert re.search("different", comparison.problem or "")
 
 
+def test_under_a_limit_the_plain_run_must_fail_and_the_other_must_not(tmp_path: Path) -> None:
+    good = RunResult("plain", [(1.0).hex()], [1.0])
+    bad = replace(good, failure=WorkerError("plain", "out_of_memory", "can't allocate memory"))
+    settings = toy_settings(tmp_path)
+    assert Comparison(settings, bad, good, 1 << 20).problem is None
+    assert "smaller limit" in (Comparison(settings, good, good, 1 << 20).problem or "")
+    assert "out of memory in step 1" in (Comparison(settings, bad, bad, 1 << 20).problem or "")
+
+
 def test_the_default_model_has_about_25_million_parameters() -> None:
     with torch.device("meta"):
         num_parameters = sum(parameter.numel() for parameter in GPT(GPTConfig()).parameters())

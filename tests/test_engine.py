@@ -363,6 +363,9 @@ def test_close_is_idempotent_and_final(open_io: OpenIo) -> None:
         io.write(b"x")
     with pytest.raises(RuntimeError, match="Expected an open engine"):
         io.start_read(written, 0)
+    for wait in (io.engine.drain, lambda: io.engine.wait_inflight(0)):
+        with pytest.raises(RuntimeError, match="Expected an open engine"):
+            wait()
     assert written.write.is_done
 
 
@@ -389,7 +392,7 @@ def test_close_with_work_queued(open_io: OpenIo) -> None:
 def test_closing_wakes_other_threads(open_io: OpenIo) -> None:
     io = open_io(num_slabs=1)
     written = io.write(random_bytes(200 * SLAB_NBYTES))
-    waiters = [threading.Thread(target=wait) for wait in (written.write.wait, io.engine.drain)]
+    waiters = [threading.Thread(target=written.write.wait) for _ in range(3)]
     for waiter in waiters:
         waiter.start()
     io.engine.close()

@@ -30,7 +30,7 @@ def holdings(offload: ssdtrain.ActivationOffload) -> dict[str, int]:
         "extents": transport.space.in_use_nbytes,
         "slabs": transport.engine.staging_in_use_nbytes,
         "shipments": len(transport._shipments),
-        "orphans": len(transport._orphans),
+        "landings": len(transport._landings),
         "filed": len(store.index._records),
         "descriptors": len(os.listdir("/proc/self/fd")),
         "threads": len(os.listdir("/proc/self/task")),

@@ -191,7 +191,7 @@ def summed_losses(model: nn.Module, offload: Offload, send: Send) -> None:
 
 
 def one_forward_one_backward(model: nn.Module, offload: Offload, send: Send) -> None:
-    """A pipeline stage: F1 F2 B1 F3 B2 F4 B3 B4. A prefetcher that goes by "the latest" reloads the wrong micro-batch."""
+    """A pipeline stage: F1 F2 B1 F3 B2 F4 B3 B4. Going by "the latest" prefetches the wrong one."""
     waiting: deque[torch.Tensor] = deque()
     with offload:
         for _ in range(4):
@@ -241,7 +241,7 @@ LOOPS = [
 @pytest.mark.parametrize("prefetch_nbytes", [0, 4096, 1 << 20])
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
 def test_loops(make_offload: MakeOffload, loop: Callable[..., None], prefetch_nbytes: int) -> None:
-    """Every order of forwards and backwards, with no prefetch, too little for one tensor, and enough for all."""
+    """Every order of forwards and backwards, with no prefetch, too little for a large tensor, and enough."""
 
     def grads(offload: Any, send: Send) -> list[torch.Tensor | None]:
         model, _ = make("fused attention")
@@ -253,7 +253,7 @@ def test_loops(make_offload: MakeOffload, loop: Callable[..., None], prefetch_nb
     assert same_bits(grads(offload, send), expected)
     stats = offload.stats
     assert stats.read_nbytes > 0 and stats.num_live_records == 0
-    assert (stats.num_prefetched > 0) == (prefetch_nbytes > 4096)
+    assert (stats.num_prefetched > 0) == (prefetch_nbytes > 0)
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["one object", "two objects"])

@@ -84,7 +84,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "attention": lambda: nn.TransformerEncoderLayer(WIDTH, 2, WIDTH, dropout=0.0, batch_first=True),
     "lstm": lambda: Recurrent(nn.LSTM(WIDTH, WIDTH)),
     "transposed by hand": lambda: Functional(lambda x, w: x @ w.t()),
-    "viewed by hand": lambda: Functional(lambda x, w: x @ w.view(2, 32, WIDTH).unflatten(2, (8, 8)).flatten(2).flatten(0, 1)),
+    "viewed by hand": lambda: Functional(
+        lambda x, w: x @ w.view(2, 32, WIDTH).unflatten(2, (8, 8)).flatten(2).flatten(0, 1)
+    ),
     "squeezed and expanded": lambda: Functional(lambda x, w: x * w.unsqueeze(0).expand(1, -1, -1).squeeze(0)[:4]),
     "in chunks": lambda: Functional(qkv),
     "tied": lambda: Functional(tied),
@@ -103,8 +105,13 @@ def step(model: nn.Module, precision: str) -> list[torch.Tensor | None]:
     return [x.grad, *(p.grad for p in model.parameters())]
 
 
-@pytest.mark.parametrize("precision", ["float32", "autocast"])
-@pytest.mark.parametrize("name", MODELS)
+WITH_COPIES = ("frozen linear", "lora", "detached")  # under autocast, see test_uncached_copies_travel
+
+
+@pytest.mark.parametrize(
+    "name, precision",
+    [(name, "float32") for name in MODELS] + [(name, "autocast") for name in MODELS if name not in WITH_COPIES],
+)
 def test_weights_never_travel(make_offload: MakeOffload, name: str, precision: str) -> None:
     """Eager `Linear` saves `weight.t()`, autocast saves a low-precision copy: neither is the parameter itself."""
     torch.manual_seed(1)
@@ -120,6 +127,22 @@ def test_weights_never_travel(make_offload: MakeOffload, name: str, precision: s
     assert stats.num_offloaded == 0 and stats.offloaded_nbytes == 0, str(stats)
     assert stats.num_live_records == 0 and stats.written_nbytes == 0
     assert stats.skipped["weight"].count > 0
+
+
+@pytest.mark.parametrize("name", WITH_COPIES)
+def test_uncached_copies_travel(make_offload: MakeOffload, name: str) -> None:
+    """Autocast copies a weight that needs no gradient anew for every use and does not keep the copy: only the graph
+    holds it, so that sending it to the drive frees memory as with any activation."""
+    torch.manual_seed(1)
+    model = MODELS[name]()
+    expected = step(model, "autocast")
+    model.zero_grad()
+    offload = make_offload(model, min_nbytes=LIMIT)
+    with offload:
+        actual = step(model, "autocast")
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert offload.stats.num_offloaded > 0
+    assert offload.stats.offloaded_nbytes == offload.stats.num_offloaded * WIDTH * WIDTH * 2
 
 
 class Rotary(nn.Module):

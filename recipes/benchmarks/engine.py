@@ -3,10 +3,12 @@
     python recipes/benchmarks/engine.py /mnt/nvme
     python recipes/benchmarks/engine.py /mnt/nvme --request-mib 1 4 8 --depth 8 32 --repeats 7
 
-Same file, request size and depth on both sides, direct I/O, everything written once before. The runs of one alternate (fio, io_uring, threads, fio, ...), and medians are compared, as drives drift. fio writes from and
-reads to a few buffers of its own, registered with the kernel; the engines copy the source into a slab first, as in
-training, and read into as much memory as they wrote from. Seconds of processor time per GB are shown beside: on a busy
-machine they matter as much.
+Same file, request size and depth on both sides, direct I/O, huge pages for the buffers (a drive behind a hypervisor
+may read at half the speed into small pages), everything written once before. The runs of one comparison alternate (fio,
+io_uring, threads, fio, ...); speeds are medians, and the fraction is the median over the repeats of a run against the
+fio run of the same repeat, as drives drift. fio writes from and reads to a few buffers of its own, registered with the
+kernel; the engines copy the source into a slab first, as in training, and read into as much memory as they wrote from.
+Seconds of processor time per GB stand beside: on a busy machine they matter as much.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -44,7 +47,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """Medians of one engine, direction, request size and depth."""
+    """One engine, direction, request size and depth."""
 
     direction: str
     request_mib: float
@@ -120,7 +123,7 @@ def finish(read: Read) -> None:
         raise OSError(read.error[0], read.error[3])
 
 
-def timed(body: Callable[[], None]) -> Run:
+def timed(body: Callable[[], object]) -> Run:
     """Wall and processor time of this process, its threads included."""
     start, cpu = time.perf_counter(), time.process_time()
     body()
@@ -132,8 +135,9 @@ def run_fio(path: Path, direction: str, nbytes: int, request_nbytes: int, depth:
     command = ["fio", "--name=ceiling", f"--filename={path}", f"--rw={direction}", f"--size={nbytes}"]
     command += [f"--bs={request_nbytes}", f"--iodepth={depth}", "--ioengine=io_uring", "--direct=1"]
     command += ["--fixedbufs=1", "--registerfiles=1", "--fallocate=native", "--output-format=json", "--thread"]
-    command += ["--buffer_compress_percentage=0", "--refill_buffers=0", "--invalidate=0", "--group_reporting"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    command += ["--invalidate=0"]
+    huge_pages = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=huge_pages)
     job = json.loads(result.stdout[result.stdout.index("{") :])["jobs"][0]
     seconds = job[direction]["io_bytes"] / job[direction]["bw_bytes"]
     return Run(seconds, seconds * (job["usr_cpu"] + job["sys_cpu"]) / 100)
@@ -161,7 +165,7 @@ def compare(arguments: argparse.Namespace, directory: str, request_nbytes: int, 
     for repeat in range(arguments.repeats):
         for direction in ("write", "read"):
             tasks: list[tuple[str, Callable[[], Run]]] = [
-                ("fio", lambda d=direction: run_fio(path, d, nbytes, request_nbytes, depth))
+                ("fio", partial(run_fio, path, direction, nbytes, request_nbytes, depth))
             ]
             tasks += [(kind, getattr(bench, direction)) for kind, bench in benches.items()]
             for name, task in tasks[repeat % len(tasks) :] + tasks[: repeat % len(tasks)]:
@@ -175,20 +179,22 @@ def compare(arguments: argparse.Namespace, directory: str, request_nbytes: int, 
 def row_of(
     runs: dict[tuple[str, str], list[Run]], key: tuple[str, str], nbytes: int, request_nbytes: int, depth: int
 ) -> Row:
-    """Medians against fio's."""
+    """Medians, and the median fraction of fio's speed in the same repeat."""
     direction, name = key
     seconds = statistics.median(run.seconds for run in runs[key])
-    ceiling = statistics.median(run.seconds for run in runs[direction, "fio"])
     cpu = statistics.median(run.cpu_seconds for run in runs[key])
-    fraction = round(ceiling / seconds, 3)
+    pairs = zip(runs[direction, "fio"], runs[key], strict=True)
+    fraction = statistics.median(ceiling.seconds / run.seconds for ceiling, run in pairs)
     gb = nbytes / 1e9
-    return Row(direction, request_nbytes / MIB, depth, name, round(gb / seconds, 3), round(cpu / gb, 3), fraction)
+    return Row(
+        direction, request_nbytes / MIB, depth, name, round(gb / seconds, 3), round(cpu / gb, 3), round(fraction, 3)
+    )
 
 
 def memcpy_gb_per_second() -> float:
     """What one copy in memory costs on this machine."""
     source, target = Memory(64 * MIB), Memory(64 * MIB)
-    runs = [timed(lambda: ctypes.memmove(target.address, source.address, 64 * MIB) and None) for _ in range(5)]
+    runs = [timed(lambda: ctypes.memmove(target.address, source.address, 64 * MIB)) for _ in range(5)]
     return round(64 * MIB / 1e9 / statistics.median(run.seconds for run in runs), 1)
 
 

@@ -95,7 +95,7 @@ class Comparison:
         if self.memory_limit_nbytes is None:
             return None
         if self.ssdtrain.failure is not None:
-            return f"the ssdtrain run went {self.ssdtrain.outcome} as well. Choose a larger limit."
+            return f"the ssdtrain run did not finish ({self.ssdtrain.outcome}). Choose a larger limit."
         if self.plain.failure is None:
             return "the plain run finished as well. Choose a smaller limit."
         return None
@@ -106,9 +106,8 @@ def compare(settings: DemoSettings, *, memory_limit: int | Literal["auto"] | Non
 
     Args:
         settings: What to train and where.
-        memory_limit: Private memory, in bytes, that each run may add to what it has before its first step;
-        "auto"
-            measures both runs first and takes the middle of their peaks; None is no limit.
+        memory_limit: Private memory, in bytes, that each run may add to what it has before its first step.
+            "auto" measures both runs first and takes the middle of their peaks; None is no limit.
         progress: Is told what happens.
 
     Returns:
@@ -118,6 +117,7 @@ def compare(settings: DemoSettings, *, memory_limit: int | Literal["auto"] | Non
         WorkerError: A worker failed in any other way. Both are gone by then.
         LimitError: "auto" found no size between the two peaks.
     """
+    progress(f"Training a {settings.describe()}.")
     if memory_limit == "auto":
         progress("Measuring the memory of both runs to choose a limit between them.")
         measured = _train(replace(settings, steps=1), progress, measures_private_memory=True)

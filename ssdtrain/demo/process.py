@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from ssdtrain.demo.settings import DemoSettings
@@ -33,8 +33,7 @@ _MALLOC = {
 """Makes glibc give freed tensors back at once; the resident size otherwise shows what it keeps."""
 
 _MEMORY_WORDS = ("bad_alloc", "Thread creation failed")
-"""What C++ and OpenMP leave on stderr when memory is refused to them, with no exception for Python to
-catch."""
+"""What C++ and OpenMP leave on stderr when they die of refused memory, where Python has nothing to catch."""
 
 _SIGNALS = {
     signal.SIGKILL: "most often the kernel's out-of-memory killer",
@@ -62,10 +61,10 @@ class WorkerError(RuntimeError):
 class WorkerProcess:
     """One child process that trains; leaving it as a context manager ends it, whatever it is doing."""
 
-    def __init__(self, role: str, settings: DemoSettings, *, reply_seconds: float = REPLY_SECONDS) -> None:
+    def __init__(self, role: str, settings: DemoSettings) -> None:
         self.role = role
+        self.reply_seconds = REPLY_SECONDS
         self._settings = settings
-        self.reply_seconds = reply_seconds
         with ExitStack() as stack:
             self._stderr = stack.enter_context(tempfile.TemporaryFile())
             self._process = self._spawn()
@@ -96,11 +95,9 @@ class WorkerProcess:
     def send(self, **message: Any) -> None:
         """Sends one message; a worker that is gone is noticed by `receive()`."""
         assert self._process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass
 
     def receive(self) -> dict[str, Any]:
         """Waits for the answer to the last message.

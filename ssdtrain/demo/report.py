@@ -87,9 +87,9 @@ def _run_dict(run: RunResult) -> dict[str, Any]:
 
 
 def _title(comparison: Comparison) -> str:
-    s = comparison.settings
-    shape = f"GPT: {s.layers} layers, width {s.width}, {s.heads} heads; batch {s.batch} x {s.sequence} bytes"
-    return f"\n{shape}; {s.steps} timed steps after 1 warm-up step"
+    num_parameters = comparison.ssdtrain.get("num_parameters")
+    size = f" ({num_parameters / 1e6:.1f} M parameters)" if num_parameters else ""
+    return f"\n{comparison.settings.describe()}{size}"
 
 
 def _rows(comparison: Comparison) -> list[tuple[str, ...]]:

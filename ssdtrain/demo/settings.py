@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-DEFAULT_POLICY = {"staging_nbytes": "96MiB", "prefetch_nbytes": "64MiB"}
+DEFAULT_POLICY = {"staging_nbytes": "80MiB", "prefetch_nbytes": "64MiB"}
 """The demo saves tensors of 6 to 24 MiB: enough of them each way to ride out a slow moment of the drive."""
 
 
@@ -54,6 +54,12 @@ class DemoSettings:
                 f"Expected width to be a multiple of heads, got width {self.width} and heads {self.heads}. "
                 f"Try width {self.heads * max(1, round(self.width / self.heads))}."
             )
+
+    def describe(self) -> str:
+        """Says in one line what is trained."""
+        shape = f"{self.layers} layers, width {self.width}, {self.heads} heads"
+        data = f"batches of {self.batch} x {self.sequence} bytes"
+        return f"GPT of {shape} on {data}: 1 warm-up step, {self.steps} timed ones"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings as JSON can carry them."""

@@ -150,11 +150,12 @@ class Run:
         return {**self.measurements(), "stats": stats, "parameters_sha256": sha256}
 
     def measurements(self) -> dict[str, Any]:
-        """Returns the peaks so far."""
+        """Returns the peaks so far, and the size of the model."""
         private = self._private
         return {
             "peak_rss_nbytes": self._resident.nbytes(),
             "peak_saved_nbytes": self._peak_saved_nbytes(),
+            "num_parameters": sum(parameter.numel() for parameter in self.trainer.model.parameters()),
             "peak_private_nbytes": private and private.peak_nbytes - private.start_nbytes,
         }
 

@@ -1,0 +1,281 @@
+"""What one saved tensor costs in Python: pack and unpack of ssdtrain above bare hooks that do nothing.
+
+    python recipes/benchmarks/hooks.py /mnt/nvme
+    python recipes/benchmarks/hooks.py /mnt/nvme --repeats 1000
+
+A graph of nodes that only save is built and walked under each kind of hooks in turn, round by round, so that a machine
+that slows down slows all of them. A row is the median over the rounds of (this kind minus bare hooks in the same
+round), per saved tensor, and the quarters of the rounds below and above. "moving" is the time spent waiting for the
+drive; it is not part of the overhead and stands beside it. Writes end outside the clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+
+import ssdtrain
+
+NUM_NODES = 32
+SAVED_PER_NODE = 8
+NUM_SAVED = NUM_NODES * SAVED_PER_NODE
+
+
+class Save(torch.autograd.Function):
+    """A node that saves what it is given, asks for it in backward, and computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        """Saves; `anchor` only ties the nodes together."""
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        return anchor.view_as(anchor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Unpacks all."""
+        return grad, *[None] * len(ctx.saved_tensors)
+
+
+def small() -> list[torch.Tensor]:
+    """Smaller than `min_nbytes`: the quickest way through."""
+    return [torch.zeros(16) for _ in range(NUM_SAVED)]
+
+
+def weights() -> list[torch.Tensor]:
+    """Parameters of 4 MiB."""
+    return [torch.nn.Parameter(torch.empty(1024, 1024)) for _ in range(SAVED_PER_NODE)] * NUM_NODES
+
+
+def transposed_weights() -> list[torch.Tensor]:
+    """What eager `Linear` saves of them."""
+    return [weight.t() for weight in weights()]
+
+
+def travelling() -> list[torch.Tensor]:
+    """Activations of one page each."""
+    return [torch.zeros(1024) for _ in range(NUM_SAVED)]
+
+
+def bare() -> AbstractContextManager[Any]:
+    """The least two Python hooks can do."""
+    return saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)
+
+
+@dataclass(frozen=True)
+class Round:
+    """Seconds of one forward and backward, and those spent waiting for the drive."""
+
+    forward: float
+    backward: float
+    waiting: float = 0.0
+
+    @property
+    def overhead(self) -> float:
+        """Without waiting."""
+        return self.forward + self.backward - self.waiting
+
+
+@dataclass
+class Case:
+    """One kind of saved tensor; each kind of hooks takes its turn in every round."""
+
+    name: str
+    make: Callable[[], list[torch.Tensor]]
+    target: float
+    policy: dict[str, Any] = field(default_factory=dict)
+    travels: bool = False
+
+
+CASES = [
+    Case("small tensor, passed through", small, 2.0),
+    Case("weight of 4 MiB, passed through", weights, 2.0),
+    Case("transposed weight, passed through", transposed_weights, 2.0),
+    Case(
+        "activation of 4 KiB, travels",
+        travelling,
+        20.0,
+        # Slabs of 128 KiB: 32 of the tensors fill one and leave together. All fit in flight: packing never waits.
+        {"min_nbytes": 0, "mode": "all", "staging_nbytes": "2MiB"},
+        travels=True,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Microseconds per saved tensor above bare hooks: median, and the quarters; `moving` is waiting for the drive."""
+
+    case: str
+    hooks: str
+    median_us: float
+    low_us: float
+    high_us: float
+    forward_us: float
+    backward_us: float
+    moving_us: float
+    target_us: float | None
+    travelled: float
+
+
+def run(
+    make: Callable[[], list[torch.Tensor]], hooks: AbstractContextManager[Any], after_forward: Callable[[], float]
+) -> Round:
+    """One forward and one backward; `after_forward` runs between them and `waiting` is how its result grew."""
+    tensors = make()
+    groups = [tensors[i : i + SAVED_PER_NODE] for i in range(0, NUM_SAVED, SAVED_PER_NODE)]
+    del tensors
+    anchor = torch.zeros((), requires_grad=True)
+    begin = time.perf_counter()
+    with hooks:
+        for group in groups:
+            anchor = Save.apply(anchor, *group)
+            del group
+    forward = time.perf_counter() - begin
+    groups.clear()
+    waited = after_forward()
+    begin = time.perf_counter()
+    anchor.backward()
+    del anchor
+    backward = time.perf_counter() - begin
+    return Round(forward, backward, after_forward() - waited)
+
+
+def settle(offload: ssdtrain.ActivationOffload) -> float:
+    """Waits until the drive has written what was handed to it; the seconds waited for reloads so far."""
+    before = -1
+    while (stats := offload.stats).written_nbytes != before:
+        before = stats.written_nbytes
+        time.sleep(0.005)
+    return stats.stalls.get("read", 0.0)
+
+
+def measure(case: Case, directory: str, repeats: int) -> list[Row]:
+    """Rows of one case: ssdtrain and `save_on_cpu`, each against bare hooks of the same rounds."""
+    offload = ssdtrain.offload_activations(directory, policy=case.policy)
+    kinds: dict[str, tuple[Callable[[], AbstractContextManager[Any]], Callable[[], float]]] = {
+        "bare hooks": (bare, lambda: 0.0),
+        "save_on_cpu": (save_on_cpu, lambda: 0.0),
+        "ssdtrain": (lambda: offload, lambda: settle(offload) if case.travels else 0.0),
+        "no hooks": (contextlib.nullcontext, lambda: 0.0),
+    }
+    rounds: dict[str, list[Round]] = {name: [] for name in kinds}
+    with offload:  # keeps the engine open
+        pass_by = saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+        with pass_by:
+            for i in range(repeats + 2):
+                names = list(kinds)
+                for name in names[i % len(names) :] + names[: i % len(names)]:
+                    hooks, after_forward = kinds[name]
+                    rounds[name].append(run(case.make, hooks(), after_forward))
+    stats = offload.stats
+    offload.close()
+    travelled = stats.num_offloaded / (NUM_SAVED * (repeats + 2))
+    return [
+        row_of(
+            case,
+            name,
+            rounds[name][2:],
+            rounds["bare hooks"][2:],
+            travelled if name == "ssdtrain" else 0.0,
+        )
+        for name in kinds
+        if name != "bare hooks"
+    ]
+
+
+def row_of(case: Case, name: str, rounds: list[Round], base: list[Round], travelled: float) -> Row:
+    """Medians of the differences, round by round."""
+
+    def per_tensor(seconds: list[float]) -> list[float]:
+        return statistics.quantiles([s / NUM_SAVED * 1e6 for s in seconds], n=4) if len(seconds) > 1 else seconds * 3
+
+    pairs = list(zip(rounds, base, strict=True))
+    low, median, high = per_tensor([ours.overhead - theirs.overhead for ours, theirs in pairs])
+    return Row(
+        case.name,
+        name,
+        round(median, 3),
+        round(low, 3),
+        round(high, 3),
+        round(per_tensor([ours.forward - theirs.forward for ours, theirs in pairs])[1], 3),
+        round(per_tensor([ours.backward - ours.waiting - theirs.backward for ours, theirs in pairs])[1], 3),
+        round(per_tensor([ours.waiting for ours, _ in pairs])[1], 3),
+        case.target if name == "ssdtrain" else None,
+        round(travelled, 3),
+    )
+
+
+def processor() -> str:
+    """The processor's name."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def machine() -> dict[str, object]:
+    """Where the numbers were taken."""
+    try:
+        own = version("ssdtrain")
+    except PackageNotFoundError:
+        own = ssdtrain.__version__
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "ssdtrain": own,
+    }
+
+
+def main() -> None:
+    """Prints the table; the last line is JSON."""
+    parser = argparse.ArgumentParser(description="Cost of ssdtrain per saved tensor, above bare hooks.")
+    parser.add_argument(
+        "directory", nargs="?", default=None, help="a directory on the drive (default: a temporary one)"
+    )
+    parser.add_argument("--repeats", type=int, default=200, help="rounds")
+    args = parser.parse_args()
+    place = machine()
+    print("\n".join(f"{name}: {value}" for name, value in place.items()))
+    head = f"{'saved tensor':36}{'hooks':13}{'us':>8}{'quarters':>17}{'pack':>8}{'unpack':>8}{'moving':>8}{'target':>8}"
+    print(f"\nmicroseconds per saved tensor above bare hooks\n\n{head}\n{'-' * len(head)}")
+    rows: list[Row] = []
+    torch.set_num_threads(1)
+    gc.disable()
+    with tempfile.TemporaryDirectory(dir=args.directory) as directory:
+        for case in CASES:
+            for row in measure(case, directory, args.repeats):
+                rows.append(row)
+                quarters = f"{row.low_us:.2f} .. {row.high_us:.2f}"
+                target = f"{row.target_us:g}" if row.target_us is not None else ""
+                print(
+                    f"{row.case:36}{row.hooks:13}{row.median_us:>8.2f}{quarters:>17}{row.forward_us:>8.2f}"
+                    f"{row.backward_us:>8.2f}{row.moving_us:>8.2f}{target:>8}",
+                    flush=True,
+                )
+            gc.collect()
+    print(json.dumps({"machine": place, "saved_per_round": NUM_SAVED, "rows": [asdict(row) for row in rows]}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""The threads of the Python engine: they serve reads first, then copy sources into slabs, then write slabs.
+
+One condition guards all state; it is released while bytes move.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import threading
+import zlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .requests import Chunk, Monitor, Part, Pool, Read, Slab, State, Write
+from .spill_file import File, SpillFile
+
+_MAX_RETRIES = 2
+
+
+def _view(address: int, nbytes: int) -> memoryview:
+    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
+
+
+@dataclass(slots=True, eq=False)
+class FetchJob:
+    """A part of a read: from memory where `source` is set, else from the file."""
+
+    read: Read
+    write: Write
+    part: Part
+    address: int
+    nbytes: int
+    source: memoryview | None = None
+    slab: Slab | None = None
+
+    @property
+    def file_offset(self) -> int:
+        return self.write._offset + self.part.chunk.offset + self.part.chunk_offset
+
+
+class _EndOfFileError(OSError):
+    """The file is shorter than what is asked of it."""
+
+
+def _transfer(move: Callable[[memoryview, int], int], view: memoryview, offset: int, file: File) -> None:
+    """Moves the whole view, continuing short transfers."""
+    done = 0
+    while done < len(view):
+        moved = move(view[done:], offset + done)
+        if file.is_direct and done + moved < len(view):
+            moved -= moved % file.block_nbytes  # direct I/O can only continue at a block
+        if moved == 0:
+            raise _EndOfFileError(errno.EIO, "end of file")
+        done += moved
+
+
+class Core:
+    """Queues and worker threads; the engine in front of it may be collected while they run."""
+
+    def __init__(self, files: list[File], pool: Pool, has_checksum: bool) -> None:
+        self.pid = os.getpid()
+        self.files = files
+        self.fds = [file.acquire() if isinstance(file, SpillFile) else file.fd for file in files]
+        self.pool = pool
+        self.has_checksum = has_checksum
+        self.monitor = Monitor()
+        self.fetches: deque[FetchJob] = deque()
+        self.to_copy: deque[tuple[Write, Chunk]] = deque()
+        self.to_write: deque[tuple[Write, Chunk]] = deque()
+        self.is_stopping = False
+        self.threads: list[threading.Thread] = []
+
+    def start(self, num_threads: int) -> None:
+        for i in range(num_threads):
+            thread = threading.Thread(target=self._run, name=f"ssdtrain-python-{i}", daemon=True)
+            self.threads.append(thread)
+            thread.start()
+
+    def close(self) -> None:
+        if os.getpid() != self.pid:
+            return
+        with self.monitor.changed:
+            self.monitor.is_closing = True
+            self._cancel_queued()
+            self.monitor.changed.wait_for(lambda: self.monitor.num_pending == 0)
+            self.is_stopping = True
+            self.monitor.changed.notify_all()
+            threads, self.threads = self.threads, []
+            files, self.files = self.files, []
+        for thread in threads:
+            thread.join()
+        for file in files:
+            if isinstance(file, SpillFile):
+                file.release()
+
+    def _cancel_queued(self) -> None:
+        for queue in (self.to_copy, self.to_write):
+            for write, _ in tuple(queue):
+                write._cancel_all()
+            queue.clear()
+        for job in self.fetches:
+            if job.slab is not None:
+                job.slab.release()
+            job.read._finish((errno.ECANCELED, job.file_offset, job.nbytes, "the engine was closed"))
+        self.fetches.clear()
+
+    def _run(self) -> None:
+        while True:
+            with self.monitor.changed:
+                self.monitor.changed.wait_for(lambda: self.is_stopping or self._has_work())
+                if self.is_stopping:
+                    return
+                task = self._take()
+            if task is not None:
+                task()
+            task = None  # a sleeping worker keeps no request alive
+
+    def _has_work(self) -> bool:
+        return bool(self.fetches or self.to_write or (self.to_copy and self.pool.free))
+
+    def _take(self) -> Callable[[], None] | None:
+        if self.fetches:
+            fetch = self.fetches.popleft()
+            if fetch.source is None:
+                self.monitor.read_clock.begin()
+            return lambda: self._fetch(fetch)
+        while self.to_copy and self.pool.free:
+            write, chunk = self.to_copy.popleft()
+            if chunk.state is State.QUEUED:
+                chunk.state, chunk.slab = State.COPYING, self.pool.lease()
+                return lambda: self._copy(write, chunk)
+        while self.to_write:
+            write, chunk = self.to_write.popleft()
+            if chunk.state is State.COPIED:
+                chunk.state = State.WRITING
+                self.monitor.write_clock.begin()
+                return lambda: self._store(write, chunk)
+        return None
+
+    def _copy(self, write: Write, chunk: Chunk) -> None:
+        assert chunk.slab is not None
+        view, filled = chunk.slab.view, 0
+        for part in chunk.parts:
+            if part.is_skipped:
+                continue
+            view[filled : part.chunk_offset] = bytes(part.chunk_offset - filled)
+            filled = part.chunk_offset + part.nbytes
+            source = write._pieces[part.piece].address + part.piece_offset
+            target = view[part.chunk_offset : filled]
+            ctypes.memmove(ctypes.addressof(ctypes.c_char.from_buffer(target)), source, part.nbytes)
+            if self.has_checksum:
+                part.checksum = zlib.crc32(target)
+        view[filled : chunk.nbytes] = bytes(chunk.nbytes - filled)
+        with self.monitor.changed:
+            if self.monitor.is_closing:
+                write._cancel_all()
+            if write._end_copy(chunk):
+                self.to_write.append((write, chunk))
+                self.monitor.changed.notify_all()
+
+    def _store(self, write: Write, chunk: Chunk) -> None:
+        assert chunk.slab is not None
+        file, fd = self.files[write._file], self.fds[write._file]
+        view, offset = chunk.slab.view[: chunk.nbytes], write._offset + chunk.offset
+
+        def move() -> None:
+            _transfer(lambda part, at: os.pwrite(fd, part, at), view, offset, file)
+            if not file.is_direct:
+                os.fdatasync(fd)
+                os.posix_fadvise(fd, offset, chunk.nbytes, os.POSIX_FADV_DONTNEED)
+
+        error = self._attempt(move)
+        with self.monitor.changed:
+            self.monitor.write_clock.end()
+            if error is None:
+                write._end_write(chunk)
+            else:
+                write._fail_write(chunk, error.errno or errno.EIO)
+
+    def _fetch(self, job: FetchJob) -> None:
+        if job.source is None:
+            self._fetch_from_file(job)
+            return
+        nbytes = job.part.nbytes
+        _view(job.address, nbytes)[:] = job.source[:nbytes]
+        with self.monitor.changed:
+            if job.slab is not None:
+                job.slab.release()
+                self.monitor.changed.notify_all()
+            job.read.forwarded_nbytes += nbytes
+            job.read._finish()
+
+    def _fetch_from_file(self, job: FetchJob) -> None:
+        file, fd = self.files[job.write._file], self.fds[job.write._file]
+        view = _view(job.address, job.nbytes)
+
+        def move() -> None:
+            _transfer(lambda part, at: os.preadv(fd, [part], at), view, job.file_offset, file)
+            if not file.is_direct:
+                os.posix_fadvise(fd, job.file_offset, job.nbytes, os.POSIX_FADV_DONTNEED)
+
+        error = self._attempt(move)
+        if error is None and self.has_checksum and zlib.crc32(view[: job.part.nbytes]) != job.part.checksum:
+            text = "checksum mismatch: the bytes in the file are not those that were written"
+            error = OSError(errno.EBADMSG, text)
+        with self.monitor.changed:
+            self.monitor.read_clock.end()
+            if error is None:
+                job.read.read_nbytes += job.nbytes
+                self.monitor.read_nbytes += job.nbytes
+                job.read._finish()
+            else:
+                self.monitor.num_read_errors += 1
+                number = error.errno or errno.EIO
+                job.read._finish((number, job.file_offset, job.nbytes, str(error.strerror)))
+
+    def _attempt(self, move: Callable[[], None]) -> OSError | None:
+        for attempt in range(_MAX_RETRIES + 1):
+            try:
+                move()
+            except OSError as error:
+                if attempt == _MAX_RETRIES or isinstance(error, _EndOfFileError):
+                    return error.with_traceback(None)  # whose frames would keep the request alive
+                with self.monitor.changed:
+                    self.monitor.num_retries += 1
+            else:
+                return None
+        raise AssertionError("the last attempt returns")
