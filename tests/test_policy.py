@@ -20,6 +20,7 @@ DEFAULTS: dict[str, Any] = {
     "prefetch_nbytes": 128 << 20,
     "disk_nbytes": None,
     "engine": "auto",
+    "io_timeout_seconds": 60.0,
     "checksum": False,
 }
 
@@ -45,6 +46,8 @@ ACCEPTED: list[tuple[str, Any, Any]] = [
     ("disk_nbytes", None, None),
     ("disk_nbytes", "1GiB", 1 << 30),
     *(("engine", engine, engine) for engine in ("auto", "io_uring", "threads", "python")),
+    ("io_timeout_seconds", 0.5, 0.5),
+    ("io_timeout_seconds", "120", 120.0),
     ("checksum", True, True),
     ("checksum", "on", True),
 ]
@@ -68,6 +71,8 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("disk_nbytes", 0, "greater than or equal to 65536"),
     ("engine", "gds", "'auto', 'io_uring', 'threads' or 'python'"),
     ("engine", None, "'auto', 'io_uring', 'threads' or 'python'"),
+    ("io_timeout_seconds", 0, "greater than 0"),
+    ("io_timeout_seconds", "soon", "valid number"),
     ("checksum", "crc", "valid boolean"),
 ]
 
@@ -169,6 +174,7 @@ def test_from_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         "SSDTRAIN_PREFETCH_NBYTES": "0",
         "SSDTRAIN_DISK_NBYTES": "1GiB",
         "SSDTRAIN_ENGINE": "threads",
+        "SSDTRAIN_IO_TIMEOUT_SECONDS": "2.5",
         "SSDTRAIN_CHECKSUM": "true",
     }
     expected = ActivationPolicy(
@@ -179,6 +185,7 @@ def test_from_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         prefetch_nbytes=0,
         disk_nbytes=1 << 30,
         engine="threads",
+        io_timeout_seconds=2.5,
         checksum=True,
     )
     assert ActivationPolicy.from_environment(environment) == expected
