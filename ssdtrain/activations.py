@@ -251,15 +251,16 @@ class ActivationOffload:
     def _unpack_record(self, handle: Handle) -> torch.Tensor:
         record, store = handle.record, self._store
         is_first = not record.is_wanted
-        is_miss = store.request(record)
+        loan, is_miss = store.request(record, handle.epoch)
         self._schedule.note_unpacked(record, is_first=is_first, is_miss=is_miss)
         for upcoming in self._schedule.upcoming(record.pass_):
             if not store.prefetch(upcoming):
                 break
-        storage, shift = store.wait(record, handle.epoch)
-        handle.epoch = record.epoch
+        if loan is None:
+            loan = store.wait(record, handle.epoch)
+        handle.epoch = loan.epoch
         store.tidy()
-        return rebuild(storage, handle.spec, shift, handle.probe)
+        return rebuild(loan.storage, handle.spec, loan.shift_nbytes, handle.probe)
 
 
 def _widen(span: tuple[int, int], storage_nbytes: int) -> tuple[int, int]:

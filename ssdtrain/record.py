@@ -7,8 +7,7 @@ that range, and is released when the last of their handles is gone. Only the sto
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ssdtrain.identity import ViewSpec
 
@@ -20,36 +19,37 @@ if TYPE_CHECKING:
     from ssdtrain.engine import Read, Write
     from ssdtrain.space import Extent
     from ssdtrain.trace import Pass
+    from ssdtrain.transport import Transport
 
 
-class Residency(enum.Enum):
-    """Where a record's bytes are."""
+class Residency(enum.IntEnum):
+    """Where a record's bytes are: one at a time."""
 
-    DEVICE = "device"
+    DEVICE = 1
     """In memory, held by the record: not sent yet, kept, or back."""
-    OFFLOADING = "offloading"
+    OFFLOADING = 2
     """With the engine: the source is held until it is copied, after that the bytes are in slabs or in the file."""
-    DISK = "disk"
+    DISK = 4
     """In the spill file (or, after a failed write, rescued by the engine)."""
-    RELOADING = "reloading"
+    RELOADING = 8
     """A read into fresh memory is under way."""
-    RELEASED = "released"
+    RELEASED = 16
     """Nobody needs the bytes any more."""
 
 
-_NEXT = {
-    Residency.DEVICE: {Residency.OFFLOADING, Residency.DISK, Residency.RELEASED},
-    Residency.OFFLOADING: {Residency.DEVICE, Residency.DISK, Residency.RELOADING, Residency.RELEASED},
-    Residency.DISK: {Residency.DEVICE, Residency.RELOADING, Residency.RELEASED},
-    Residency.RELOADING: {Residency.DEVICE, Residency.DISK, Residency.RELEASED},
-    Residency.RELEASED: set(),
+_NEXT: dict[int, int] = {
+    Residency.DEVICE: Residency.OFFLOADING | Residency.DISK | Residency.RELEASED,
+    Residency.OFFLOADING: Residency.DEVICE | Residency.DISK | Residency.RELOADING | Residency.RELEASED,
+    Residency.DISK: Residency.DEVICE | Residency.RELOADING | Residency.RELEASED,
+    Residency.RELOADING: Residency.DEVICE | Residency.DISK | Residency.RELEASED,
+    Residency.RELEASED: 0,
 }
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where one part of a record lies: its bytes from `start` on are piece `piece` of `write`, in `extent`."""
 
+    transport: Transport
     write: Write
     piece: int
     extent: Extent
@@ -111,7 +111,7 @@ class Record:
 
     def move(self, residency: Residency) -> None:
         """Changes the residency; an impossible change is a bug here, never the user's."""
-        assert residency in _NEXT[self.residency], f"{self}: {self.residency} -> {residency}"
+        assert residency & _NEXT[self.residency], f"{self}: {self.residency} -> {residency}"
         self.residency = residency
 
     def __repr__(self) -> str:

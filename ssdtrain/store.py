@@ -19,6 +19,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -37,6 +38,16 @@ logger = logging.getLogger("ssdtrain")
 _PAGE = 4096
 _NUM_SLABS = 16
 _MAX_SLAB_NBYTES = 4 << 20
+_AWAY = Residency.DISK | Residency.OFFLOADING
+_MAX_LENT = 8  # records before looking which of them autograd has dropped
+
+
+class Loan(NamedTuple):
+    """A record's bytes in memory: `storage` begins `shift_nbytes` into the source, and is the reload `epoch`."""
+
+    storage: torch.UntypedStorage
+    shift_nbytes: int
+    epoch: int
 
 
 class Store:
@@ -45,7 +56,7 @@ class Store:
     def __init__(self, directories: Sequence[str], policy: ActivationPolicy, counters: Counters, index: Index) -> None:
         """Remembers what to open; `open` opens it."""
         self.lock = threading.Lock()
-        _renew_lock_in_child(self)
+        _start_over_in_child(self)
         self.counters = counters
         self.index = index
         self._num_entered = 0  # contexts that are active now
@@ -56,7 +67,7 @@ class Store:
         self._slab_nbytes = max(_PAGE, min(_MAX_SLAB_NBYTES, policy.staging_nbytes // _NUM_SLABS) // _PAGE * _PAGE)
         self._transport: Transport | None = None
         self._bereaved: deque[tuple[Record, int]] = deque()
-        self._lent: list[Record] = []
+        self._lent: dict[Record, None] = {}
         self._batch: list[Record] = []
         self._batch_nbytes = 0
         self._prefetched: deque[Record] = deque()
@@ -65,8 +76,8 @@ class Store:
 
     @property
     def is_usable(self) -> bool:
-        """Whether an engine is at work, and this is the process that opened it."""
-        return self._transport is not None and not self._transport.is_forked
+        """Whether an engine is at work in this process."""
+        return self._transport is not None
 
     def open(self) -> None:
         """Opens spill files and an engine; nothing to do when they are open.
@@ -107,6 +118,7 @@ class Store:
         """A copy of the counters with what the open engine has done so far."""
         with self.lock:
             self._settle()
+            self._reclaim_lent()
             totals = self.counters.copy()
             self._add_totals(totals)
         self.tidy()
@@ -114,7 +126,7 @@ class Store:
 
     def _add_totals(self, counters: Counters) -> None:
         transport = self._transport
-        if transport is not None and not transport.is_forked:
+        if transport is not None:
             counters.add_engine(transport.engine, transport.space.peak_nbytes)
             counters.cancelled_write_nbytes += transport.cancelled_nbytes
 
@@ -136,7 +148,7 @@ class Store:
 
     def _close(self) -> None:
         transport = self._transport
-        if transport is not None and not transport.is_forked:
+        if transport is not None:
             for record in transport.records_under_way():
                 if record.residency is Residency.OFFLOADING and record.storage is not None:
                     self._recall(record)
@@ -144,6 +156,10 @@ class Store:
                 self.note_fallback("the drive is stuck: memory and threads of its requests stay until the process ends")
             self._settle()
             self._add_totals(self.counters)
+        self.forget_engine()
+
+    def forget_engine(self) -> None:
+        """What is in memory stays; the next context opens another engine."""
         self._batch, self._batch_nbytes, self._transport = [], 0, None
 
     def _close_if_idle(self) -> None:
@@ -189,8 +205,12 @@ class Store:
         self._leave_prefetched(record)
         if record.residency is Residency.RELOADING or record.storage is not None:
             self.counters.hold(-record.nbytes)
+        if record.is_lent:
+            self._give_up_lent(record)
+        if record.reads:
+            self._forget_reads(record)
         self._abandon_places(record)
-        record.storage, record.reads, record.landing = None, (), None
+        record.storage = None
         record.move(Residency.RELEASED)
         record.pass_.remove(record.index)
         self.index.forget(record)
@@ -265,7 +285,7 @@ class Store:
     def _settle(self) -> None:
         """Takes note of what the engine finished: lets sources go, frees extents."""
         self._bury()
-        if self._lent:
+        if len(self._lent) > _MAX_LENT:
             self._reclaim_lent()
         news = self._transport.collect() if self._transport is not None else ()
         if news:
@@ -280,40 +300,25 @@ class Store:
 
     # -- back ----------------------------------------------------------------------------------------------------
 
-    def request(self, record: Record) -> bool:
-        """Backward wants a record: begins a reload unless its bytes are in memory or on their way; whether it did."""
+    def request(self, record: Record, epoch: int) -> tuple[Loan | None, bool]:
+        """Backward wants a record: its bytes if they are in memory, else a reload is begun or on its way.
+
+        `epoch` is the reload the asking handle saw last. The second value is whether a reload had to be begun.
+        """
         with self.lock:
             self._settle()
-            return self._request(record)
+            record.is_wanted = True
+            self._leave_prefetched(record)
+            storage = self._take(record)
+            if storage is not None:
+                return self._hand_out(record, epoch, storage), False
+            if record.residency is Residency.RELOADING:
+                return None, False
+            self._demand(record)
+            return None, True
 
-    def _request(self, record: Record) -> bool:
-        record.is_wanted = True
-        self._leave_prefetched(record)
-        if record.residency is Residency.RELOADING or self._in_memory(record) is not None:
-            return False
-        self._drop_mispredicted()
-        self._begin_reload(record)
-        self.counters.num_demand_reloads += 1
-        return True
-
-    def prefetch(self, record: Record) -> bool:
-        """Begins a reload ahead of need; False when the budget is used up."""
-        with self.lock:
-            if record.residency not in (Residency.DISK, Residency.OFFLOADING) or self._in_memory(record) is not None:
-                return True
-            if self.counters.prefetched_nbytes + record.nbytes > self._policy.prefetch_nbytes:
-                return False
-            self._begin_reload(record)
-            record.is_prefetched = True
-            self._prefetched.append(record)
-            self.counters.num_prefetched += 1
-            self.counters.prefetched_nbytes += record.nbytes
-            return True
-
-    def wait(self, record: Record, epoch: int) -> tuple[torch.UntypedStorage, int]:
-        """The bytes of a requested record: the storage, and how far into the source it begins.
-
-        `epoch` is the reload the asking handle saw last. After the last handle asked, autograd alone holds the memory.
+    def wait(self, record: Record, epoch: int) -> Loan:
+        """The bytes of a requested record, when they are there.
 
         Raises:
             OSError: the bytes could not be read; errno, file, offset and length are in it.
@@ -323,15 +328,38 @@ class Store:
             with self.lock:
                 storage = self._take(record)
                 if storage is not None:
-                    if epoch != record.epoch:
-                        record.num_unseen -= 1
-                    if record.num_unseen <= 0:
-                        self._lend(record)
-                    return storage, record.start if record.epoch else 0
+                    return self._hand_out(record, epoch, storage)
                 if record.residency is not Residency.RELOADING:  # another thread's reload came and went, or failed
-                    self._request(record)
+                    self._demand(record)
                 reads = record.reads
             self._wait_for_reads(record, reads)
+
+    def _demand(self, record: Record) -> None:
+        self._drop_mispredicted()
+        self._begin_reload(record)
+        self.counters.num_demand_reloads += 1
+
+    def _hand_out(self, record: Record, epoch: int, storage: torch.UntypedStorage) -> Loan:
+        """After the last handle asked, autograd alone holds the memory."""
+        if epoch != record.epoch:
+            record.num_unseen -= 1
+        if record.num_unseen <= 0:
+            self._lend(record)
+        return Loan(storage, record.start if record.epoch else 0, record.epoch)
+
+    def prefetch(self, record: Record) -> bool:
+        """Begins a reload ahead of need; False when the budget is used up."""
+        with self.lock:
+            if not record.residency & _AWAY or self._in_memory(record) is not None:
+                return True
+            if self.counters.prefetched_nbytes + record.nbytes > self._policy.prefetch_nbytes:
+                return False
+            self._begin_reload(record)
+            record.is_prefetched = True
+            self._prefetched.append(record)
+            self.counters.num_prefetched += 1
+            self.counters.prefetched_nbytes += record.nbytes
+            return True
 
     def _wait_for_reads(self, record: Record, reads: tuple[Read, ...]) -> None:
         begin = time.perf_counter()
@@ -381,11 +409,10 @@ class Store:
 
     def _begin_reload(self, record: Record) -> None:
         transport = self._transport
-        if transport is None or transport.is_forked:
-            happened = "a closed one" if transport is None else "a forked child of its process"
+        if transport is None or record.places[0].transport is not transport:
             raise RuntimeError(
-                f"Expected an open offload for backward, got {happened}; {record!r} was in its spill file. "
-                "Call close() after the last backward, and run backward in the process of forward"
+                f"Expected an open offload for backward, got one closed or of the parent process; {record!r} "
+                "was in its spill file. Call close() after the last backward, and run backward where forward ran"
             )
         memory = self._device.allocate(record.nbytes, transport.space.memory_alignment, transport.space.block_nbytes)
         record.reads = transport.read(record, memory)
@@ -394,9 +421,9 @@ class Store:
         self.counters.hold(record.nbytes, self._staging_in_use())
 
     def _finish_reload(self, record: Record) -> torch.UntypedStorage:
-        reads, record.reads = record.reads, ()
-        memory, record.landing = record.landing, None
+        reads, memory = record.reads, record.landing
         assert memory is not None
+        self._forget_reads(record)
         for place, read in zip(record.places, reads, strict=True):
             if read.error is not None:
                 record.move(Residency.DISK)
@@ -410,9 +437,15 @@ class Store:
         record.weak = StorageWeakRef(memory.storage)
         record.epoch += 1
         record.num_unseen = record.num_handles
-        if not all(place.write.is_done for place in record.places):
+        if not all([place.write.is_done for place in record.places]):
             self._abandon_places(record)
         return memory.storage
+
+    def _forget_reads(self, record: Record) -> None:
+        transport = record.places[0].transport
+        record.reads, record.landing = (), None
+        if transport is self._transport:
+            transport.forget_reads(record)
 
     def _drop_mispredicted(self) -> None:
         """A miss while prefetched records wait means that these were guessed wrong: the oldest half makes room."""
@@ -420,7 +453,7 @@ class Store:
             if all(read.is_done for read in record.reads):
                 self._leave_prefetched(record)
                 record.move(Residency.DISK)
-                record.reads, record.landing = (), None
+                self._forget_reads(record)
                 self.counters.hold(-record.nbytes)
 
     def _leave_prefetched(self, record: Record) -> None:
@@ -440,18 +473,20 @@ class Store:
                 self.counters.hold(-record.nbytes)
             else:
                 record.is_lent = True
-                self._lent.append(record)
+                self._lent[record] = None
 
     def _reclaim_lent(self) -> None:
-        gone = [record for record in self._lent if record.weak.expired()]
-        for record in gone:
-            record.is_lent = False
-            self._lent.remove(record)
-            self.counters.hold(-record.nbytes)
+        for record in [record for record in self._lent if record.weak.expired()]:
+            self._give_up_lent(record)
+
+    def _give_up_lent(self, record: Record) -> None:
+        record.is_lent = False
+        del self._lent[record]
+        self.counters.hold(-record.nbytes)
 
     def _abandon_places(self, record: Record) -> None:
         places, record.places = record.places, ()
-        if self._transport is not None and not self._transport.is_forked:
+        if places and places[0].transport is self._transport:
             self._transport.abandon(places)
 
     # -- accounts ------------------------------------------------------------------------------------------------
@@ -466,16 +501,20 @@ class Store:
             logger.warning("%s", text)
 
 
-def _renew_lock_in_child(store: Store) -> None:
-    """A forked child gets a lock of its own: the inherited one may be held by a thread only the parent has."""
+def _start_over_in_child(store: Store) -> None:
+    """A forked child leaves the engine to its parent.
+
+    It gets a lock of its own: a thread that only the parent has may hold the inherited one.
+    """
     weak = weakref.ref(store)
 
-    def renew() -> None:
+    def start_over() -> None:
         own = weak()
         if own is not None:
             own.lock = threading.Lock()
+            own.forget_engine()
 
-    os.register_at_fork(after_in_child=renew)
+    os.register_at_fork(after_in_child=start_over)
 
 
 def _may_leave(record: Record) -> bool:

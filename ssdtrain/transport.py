@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -51,15 +50,10 @@ class Transport:
         self.space = SpillSpace(choice.files, slab_nbytes, note_fallback)
         self.cancelled_nbytes = 0
         self._choice = choice
-        self._pid = os.getpid()
         self._seen_events = -1
         self._shipments: list[_Shipment] = []
-        self._landings: list[tuple[tuple[Read, ...], Allocation]] = []
-
-    @property
-    def is_forked(self) -> bool:
-        """Whether this is a child of the process that opened the engine, which must be left alone."""
-        return self._pid != os.getpid()
+        self._landings: dict[Record, tuple[tuple[Read, ...], Allocation]] = {}
+        self._orphans: list[tuple[tuple[Read, ...], Allocation]] = []
 
     # -- out -----------------------------------------------------------------------------------------------------
 
@@ -83,7 +77,7 @@ class Transport:
         for extent in extents:
             nbytes = min(extent.nbytes, record.nbytes - start)
             write = self._write(extent, [record], [(_address(record) + start, nbytes, 0)])
-            places.append(Place(write, 0, extent, start))
+            places.append(Place(self, write, 0, extent, start))
             start += extent.nbytes
         record.places = tuple(places)
 
@@ -93,7 +87,7 @@ class Transport:
         write = self._write(extent, cargo, pieces)
         for i, record in enumerate(cargo):
             own = Extent(extent.file, extent.offset + starts[i], sizes[i])
-            record.places = (Place(write, i, own, 0),)
+            record.places = (Place(self, write, i, own, 0),)
 
     def _write(self, extent: Extent, cargo: list[Record], pieces: list[tuple[int, int, int]]) -> Write:
         write = self.engine.write(extent.file, extent.offset, extent.nbytes, pieces)
@@ -125,21 +119,23 @@ class Transport:
         self._seen_events = events
         news: list[tuple[Record, bool]] = []
         self._shipments = [shipment for shipment in self._shipments if not self._arrive(shipment, news)]
-        self._landings = [landing for landing in self._landings if not all(read.is_done for read in landing[0])]
+        if self._orphans:
+            self._orphans = [orphan for orphan in self._orphans if not all(read.is_done for read in orphan[0])]
         return news
 
     def _arrive(self, shipment: _Shipment, news: list[tuple[Record, bool]]) -> bool:
         """Lets go of copied sources; whether the write is over."""
-        is_done = shipment.write.is_done
-        for piece, record in enumerate(shipment.cargo):
-            if is_done or (shipment.sources[piece] is not None and shipment.write.is_piece_copied(piece)):
-                shipment.sources[piece] = None
-                if all(place.write.is_piece_copied(place.piece) for place in record.places):
-                    news.append((record, all(place.write.is_done for place in record.places)))
+        write = shipment.write
+        is_done = write.is_done
+        if is_done or (shipment.sources and write.is_copied):
+            shipment.sources = []
+            for record in shipment.cargo:
+                if all([place.write.is_copied for place in record.places]):
+                    news.append((record, all([place.write.is_done for place in record.places])))
         if is_done:
-            self.cancelled_nbytes += shipment.write.cancelled_nbytes
-            if shipment.write.error is not None:
-                self.space.note_write_error(shipment.file, shipment.write.error)
+            self.cancelled_nbytes += write.cancelled_nbytes
+            if write.error is not None:
+                self.space.note_write_error(shipment.file, write.error)
             for extent in shipment.dead_extents:
                 self.space.release(extent)
         return is_done
@@ -152,8 +148,14 @@ class Transport:
             self.engine.read(place.write, place.piece, memory.address + place.start, memory.capacity - place.start)
             for place in record.places
         )
-        self._landings.append((reads, memory))
+        self._landings[record] = reads, memory
         return reads
+
+    def forget_reads(self, record: Record) -> None:
+        """The record's reads are over, or nobody waits for them any more."""
+        reads, memory = self._landings.pop(record)
+        if not all([read.is_done for read in reads]):
+            self._orphans.append((reads, memory))
 
     def abandon(self, places: tuple[Place, ...]) -> None:
         """Calls writes off and gives the extents back: now, or when the engine is done with them."""
@@ -181,7 +183,9 @@ class Transport:
             for piece in range(len(shipment.cargo)):
                 shipment.write.cancel(piece)
         is_quiet = self.engine.wait_inflight(0, timeout_seconds) and all(
-            read.wait(max(0.0, deadline - time.monotonic())) for reads, _ in self._landings for read in reads
+            read.wait(max(0.0, deadline - time.monotonic()))
+            for reads, _ in (*self._landings.values(), *self._orphans)
+            for read in reads
         )
         if is_quiet:
             self._choice.close()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from drives import Drive, ext4_drive, tmpfs_drive
+from fault_tools import Lab
 
 import ssdtrain
 
@@ -35,10 +39,12 @@ def make_offload(tmp_path: Path) -> Iterator[MakeOffload]:
     yield make
     if any(offload.stats.num_live_records for offload in made):
         gc.collect()  # of exceptions and their frames; slow, hence only then
-    live = [offload.stats.num_live_records for offload in made]
+    accounts = [(offload.stats.num_live_records, *gauges(offload)) for offload in made]
     for offload in made:
         offload.close()
-    assert live == [0] * len(made), "records outlived their graphs"
+    assert accounts == [(0, 0, 0, 0)] * len(made), (
+        "records, or bytes held, prefetched or on disk, outlived their graphs"
+    )
     assert list(tmp_path.iterdir()) == [], "files were left behind"
 
 
@@ -46,6 +52,44 @@ def make_offload(tmp_path: Path) -> Iterator[MakeOffload]:
 def offload(make_offload: MakeOffload) -> ssdtrain.ActivationOffload:
     """A context that sends everything."""
     return make_offload()
+
+
+def gauges(offload: ssdtrain.ActivationOffload) -> tuple[int, int, int]:
+    """Bytes of saved tensors held in memory, prefetched, and on disk, by the books."""
+    store, counters = offload._store, offload._counters
+    at = store._transport
+    if at is not None:
+        at.engine.drain()
+        offload.stats  # noqa: B018  takes note of what the engine did
+    return counters.held_nbytes, counters.prefetched_nbytes, at.space.in_use_nbytes if at is not None else 0
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """Runs functions in children that have `preload.c` loaded."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler for the library that plays the faults")
+    folder = tmp_path_factory.mktemp("lab")
+    source = Path(__file__).parent / "preload.c"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", folder / "preload.so", source, "-ldl"], check=True)
+    lab = Lab(folder / "preload.so", folder)
+    yield lab
+    lab.close()
+
+
+@pytest.fixture
+def small_ext4(tmp_path: Path) -> Iterator[Drive]:
+    """An ext4 of 24 MiB."""
+    with ext4_drive(tmp_path / "ext4", 24 << 20) as drive:
+        yield drive
+
+
+@pytest.fixture
+def small_tmpfs(tmp_path: Path) -> Iterator[Drive]:
+    """A tmpfs of 6 MiB."""
+    with tmpfs_drive(tmp_path / "tmpfs", 6 << 20) as drive:
+        yield drive
 
 
 def send() -> None:

@@ -7,6 +7,7 @@
 #include <stdarg.h>
 #include <stdlib.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 static int refuse(int number) {
@@ -76,11 +77,37 @@ long syscall(long number, ...) {
   return real(number, a[0], a[1], a[2], a[3], a[4], a[5]);
 }
 
+// FAKE_READS and FAKE_WRITES are rows of letters, one per call: i = EINTR, a = EAGAIN, e = EIO, s = one page only,
+// d = 20 ms late, h = blocks for ever; then all is well. A star repeats the letter before it for ever.
+static int num_reads, num_writes;
+
+static char next_step(const char* script, int* count) {
+  if (!script) __atomic_store_n(count, 0, __ATOMIC_SEQ_CST);
+  if (!script) return 0;
+  int at = __atomic_fetch_add(count, 1, __ATOMIC_SEQ_CST);
+  for (int i = 0; script[i]; ++i) {
+    if (i == at || script[i + 1] == '*') return script[i];
+  }
+  return 0;
+}
+
+// Whether the call fails at once; may shorten it.
+static int falter(char step, size_t* nbytes) {
+  if (step == 'i') return refuse(EINTR);
+  if (step == 'a') return refuse(EAGAIN);
+  if (step == 'e') return refuse(EIO);
+  if (step == 's' && *nbytes > 4096) *nbytes = 4096;
+  if (step == 'd') usleep(20000);
+  while (step == 'h') pause();
+  return 0;
+}
+
 // Each write waits for one byte from the pipe FAKE_GATE.
 static ssize_t fake_pwrite(int fd, const void* data, size_t nbytes, off_t offset) {
   const char* gate = getenv("FAKE_GATE");
   char byte;
   if (gate && read(atoi(gate), &byte, 1) < 0) return -1;
+  if (falter(next_step(getenv("FAKE_WRITES"), &num_writes), &nbytes)) return -1;
   ssize_t (*real)(int, const void*, size_t, off_t) = dlsym(RTLD_NEXT, "pwrite");
   return real(fd, data, nbytes, offset);
 }
@@ -88,21 +115,17 @@ static ssize_t fake_pwrite(int fd, const void* data, size_t nbytes, off_t offset
 ssize_t pwrite(int fd, const void* data, size_t nbytes, off_t offset) { return fake_pwrite(fd, data, nbytes, offset); }
 ssize_t pwrite64(int fd, const void* data, size_t nbytes, off_t offset) { return fake_pwrite(fd, data, nbytes, offset); }
 
-// FAKE_READS is a row of letters, one per read: i = EINTR, e = EIO, s = one page only; then all is well.
-static int num_reads;
-
-ssize_t pread(int fd, void* data, size_t nbytes, off_t offset) {
-  const char* script = getenv("FAKE_READS");
-  char step = 0;
-  if (!script) __atomic_store_n(&num_reads, 0, __ATOMIC_SEQ_CST);
-  if (script) {
-    int at = __atomic_fetch_add(&num_reads, 1, __ATOMIC_SEQ_CST);
-    for (int i = 0; i <= at && (step = script[i]); ++i) {
-    }
-  }
-  if (step == 'i') return refuse(EINTR);
-  if (step == 'e') return refuse(EIO);
-  if (step == 's' && nbytes > 4096) nbytes = 4096;
+static ssize_t fake_pread(int fd, void* data, size_t nbytes, off_t offset) {
+  if (falter(next_step(getenv("FAKE_READS"), &num_reads), &nbytes)) return -1;
   ssize_t (*real)(int, void*, size_t, off_t) = dlsym(RTLD_NEXT, "pread");
   return real(fd, data, nbytes, offset);
 }
+
+ssize_t pread(int fd, void* data, size_t nbytes, off_t offset) { return fake_pread(fd, data, nbytes, offset); }
+ssize_t pread64(int fd, void* data, size_t nbytes, off_t offset) { return fake_pread(fd, data, nbytes, offset); }
+
+// The engine in plain Python reads into one buffer at a time.
+ssize_t preadv(int fd, const struct iovec* parts, int num, off_t offset) {
+  return num == 1 ? fake_pread(fd, parts->iov_base, parts->iov_len, offset) : refuse(EINVAL);
+}
+ssize_t preadv64(int fd, const struct iovec* parts, int num, off_t offset) { return preadv(fd, parts, num, offset); }

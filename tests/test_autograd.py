@@ -207,6 +207,23 @@ def test_inplace_change_in_backward_of_a_shared_storage(offload: Offload) -> Non
     assert_same_error(run, offload, MODIFIED)
 
 
+@pytest.mark.parametrize("staging_nbytes", [64 * 1024, 16 << 20], ids=["in many slabs", "at once"])
+def test_an_operator_that_saves_before_it_fills(make_offload: MakeOffload, staging_nbytes: int) -> None:
+    """`rrelu` saves its noise, then draws it, and never bumps a version: a store that starts in the pack hook writes
+    what was in the memory before."""
+
+    def run(send: Send) -> Any:
+        leaf = torch.randn(1 << 20, requires_grad=True)
+        output = nn.functional.rrelu(leaf * 1, training=True) * 2
+        send()
+        output.sum().backward()
+        return leaf.grad
+
+    offload = make_offload(staging_nbytes=staging_nbytes)
+    assert_same(run, offload, travels=None)  # from a slab is as good
+    assert offload.stats.offloaded_nbytes >= 8 << 20
+
+
 # -- walking a graph more than once, or in part --------------------------------------------------------------------
 
 
@@ -751,3 +768,50 @@ def test_two_threads_train_at_once(make_offload: MakeOffload, shared: bool) -> N
     for i in range(2):
         assert all(map(torch.equal, actual[i], expected[i]))
     assert all(offload.stats.read_nbytes > 0 for offload in offloads)
+
+
+def test_two_threads_walk_one_graph(offload: Offload) -> None:
+    """Each unpack asks for a record the other thread may be reloading, lending or has just been given."""
+
+    def run(send: Send) -> Any:
+        model, x = mlp(layers=8, width=64), torch.randn(16, 64, requires_grad=True)
+        loss = model(x * 1).square().sum()
+        send()
+        results: list[Any] = []
+        barrier = threading.Barrier(3)
+
+        def walk() -> None:
+            barrier.wait(timeout=60)
+            results.extend(torch.autograd.grad(loss, [x, *model.parameters()], retain_graph=True) for _ in range(5))
+
+        threads = [threading.Thread(target=walk) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=120)
+        assert len(results) == 15
+        return results
+
+    assert_same(run, offload)
+
+
+def test_graphs_in_cycles_die_in_the_middle_of_everything(offload: Offload) -> None:
+    """A model that remembers its output is a cycle: the collector frees the graph while some hook holds the lock."""
+
+    def run(send: Send) -> Any:
+        model, results = mlp(), []
+        for _ in range(20):
+            cycle: dict[str, Any] = {"output": model(torch.randn(4, 32))}
+            cycle["self"] = cycle
+            loss = cycle["output"].square().sum()
+            send()
+            loss.backward(retain_graph=True)
+            results.append([p.grad.clone() for p in model.parameters()])
+        return results
+
+    threshold = gc.get_threshold()
+    gc.set_threshold(20)
+    try:
+        assert_same(run, offload)
+    finally:
+        gc.set_threshold(*threshold)
