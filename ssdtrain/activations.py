@@ -258,9 +258,9 @@ class ActivationOffload:
                 break
         if loan is None:
             loan = store.wait(record, handle.epoch)
-        handle.epoch = loan.epoch
+        storage, shift, handle.epoch = loan
         store.tidy()
-        return rebuild(loan.storage, handle.spec, loan.shift_nbytes, handle.probe)
+        return rebuild(storage, handle.spec, shift, handle.probe)
 
 
 def _widen(span: tuple[int, int], storage_nbytes: int) -> tuple[int, int]:

@@ -19,7 +19,6 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -42,12 +41,8 @@ _AWAY = Residency.DISK | Residency.OFFLOADING
 _MAX_LENT = 8  # records before looking which of them autograd has dropped
 
 
-class Loan(NamedTuple):
-    """A record's bytes in memory: `storage` begins `shift_nbytes` into the source, and is the reload `epoch`."""
-
-    storage: torch.UntypedStorage
-    shift_nbytes: int
-    epoch: int
+Loan = tuple[torch.UntypedStorage, int, int]
+"""A record's bytes in memory: the storage, how many bytes into the source it begins, and which reload it is."""
 
 
 class Store:
@@ -345,7 +340,7 @@ class Store:
             record.num_unseen -= 1
         if record.num_unseen <= 0:
             self._lend(record)
-        return Loan(storage, record.start if record.epoch else 0, record.epoch)
+        return storage, record.start if record.epoch else 0, record.epoch
 
     def prefetch(self, record: Record) -> bool:
         """Begins a reload ahead of need; False when the budget is used up."""

@@ -122,8 +122,9 @@ def batch() -> torch.Tensor:
     return torch.randn(4, 16, WIDTH)
 
 
+@pytest.mark.parametrize("engine", ["io_uring", "threads", "python"])
 @pytest.mark.parametrize("name", MODELS)
-def test_models(offload: Offload, name: str) -> None:
+def test_models(make_offload: MakeOffload, name: str, engine: str) -> None:
     """Three AdamW steps, everything on the drive between forward and backward."""
 
     def run(send: Send) -> Any:
@@ -138,8 +139,9 @@ def test_models(offload: Offload, name: str) -> None:
             losses.append(loss.detach())
         return [*losses, *model.state_dict().values()]
 
+    offload = make_offload(engine=engine)
     assert_same(run, offload)
-    assert offload.stats.num_live_records == 0
+    assert offload.stats.num_live_records == 0 and offload.stats.engine == engine
 
 
 # -- ways to write the loop ------------------------------------------------------------------------------------------
