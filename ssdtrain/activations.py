@@ -98,7 +98,6 @@ class ActivationOffload:
 
         Raises:
             RuntimeError: the context was closed.
-            OSError: a directory cannot be used any more.
         """
         if self._is_closed:
             raise RuntimeError("Expected an open offload, got one after close(); make a new one")
@@ -182,7 +181,7 @@ class ActivationOffload:
         if _graph_task() != -1:
             return self._stay(tensor, "saved during backward", nbytes)
         if not self._store.is_usable:
-            return self._stay(tensor, "no engine in this process", nbytes)
+            return self._stay(tensor, "no engine open in this process", nbytes)
         self._start_due()
         return self._pack_travelling(tensor, storage, byte_range(tensor, nbytes))
 

@@ -32,7 +32,11 @@ class Device(Protocol):
     kind: str
 
     def allocate(self, nbytes: int, alignment: int, block_nbytes: int) -> Allocation:
-        """Memory of `nbytes` at a multiple of `alignment`, writable up to whole blocks past the end."""
+        """Memory of `nbytes` at a multiple of `alignment`, writable up to whole blocks past the end.
+
+        Raises:
+            MemoryError: there is none left.
+        """
 
 
 class CpuDevice:
@@ -51,8 +55,15 @@ class CpuDevice:
             start = -torch.frombuffer(small, dtype=torch.uint8).data_ptr() % alignment
             view = torch.frombuffer(small, dtype=torch.uint8, count=nbytes, offset=start)
         else:
-            mapped = mmap.mmap(-1, capacity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            mapped = _map(capacity)
             if capacity >= _HUGE_NBYTES and hasattr(mmap, "MADV_HUGEPAGE"):
                 mapped.madvise(mmap.MADV_HUGEPAGE)
             view = torch.frombuffer(mapped, dtype=torch.uint8, count=nbytes)
         return Allocation(view.untyped_storage(), view.data_ptr(), capacity)
+
+
+def _map(nbytes: int) -> mmap.mmap:
+    try:
+        return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"Expected {nbytes} bytes of memory to bring a saved tensor back, got: {error}") from error

@@ -21,6 +21,7 @@ logger = logging.getLogger("ssdtrain")
 _FIRST_NBYTES = 64 << 20
 _GROW_NBYTES = 256 << 20
 _MAX_WRITE_ERRORS = 3
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _RETRY_GROW_SECONDS = 5.0
 
 
@@ -109,6 +110,15 @@ class SpillSpace:
         """Whether every directory is retired."""
         return all(self._is_retired)
 
+    @property
+    def retired(self) -> list[str]:
+        """Directories that are not used any more."""
+        return [file.directory for file, is_retired in zip(self._files, self._is_retired, strict=True) if is_retired]
+
+    def directory(self, file: int) -> str:
+        """Where a spill file is."""
+        return self._files[file].directory
+
     def retire(self, file: int, why: str) -> None:
         """Puts nothing more into a directory; what is there can still be read."""
         if not self._is_retired[file]:
@@ -137,7 +147,7 @@ class SpillSpace:
                 return
             except OSError as error:
                 failure = error
-        if failure.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if failure.errno not in NO_SPACE:
             raise failure
         self._note_fallback(f"{spill.directory} is full ({failure.strerror}): not used")
 

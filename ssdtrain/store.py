@@ -24,11 +24,12 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ssdtrain.device import CpuDevice, Device
-from ssdtrain.engine import Read, open_engine
+from ssdtrain.engine import EngineChoice, Read, open_engine
 from ssdtrain.identity import live_storage
 from ssdtrain.index import Index
 from ssdtrain.policy import ActivationPolicy
-from ssdtrain.record import Record, Residency
+from ssdtrain.record import Place, Record, Residency
+from ssdtrain.space import NO_SPACE
 from ssdtrain.stats import Counters
 from ssdtrain.transport import Transport
 
@@ -57,6 +58,7 @@ class Store:
         self._num_entered = 0  # contexts that are active now
         self._is_patient = policy.mode == "all"  # waits for the drive rather than keeping
         self._directories = directories
+        self._retired: set[str] = set()  # by engines that are closed
         self._policy = policy
         self._device: Device = CpuDevice()
         self._slab_nbytes = max(_PAGE, min(_MAX_SLAB_NBYTES, policy.staging_nbytes // _NUM_SLABS) // _PAGE * _PAGE)
@@ -85,9 +87,12 @@ class Store:
             self._ensure_open()
 
     def enter(self) -> None:
-        """A context becomes active: the engine is open from here on. Raises what `open` raises."""
+        """A context becomes active: the engine is open from here on, unless the drive has become unusable meanwhile."""
         with self.lock:
-            self._ensure_open()
+            try:
+                self._ensure_open()
+            except OSError as error:
+                self.note_fallback(f"the engine could not be opened again, tensors stay in memory: {error}")
             self._num_entered += 1
 
     def leave(self) -> None:
@@ -128,10 +133,10 @@ class Store:
     def _ensure_open(self) -> None:
         if self._transport is not None:
             return
-        p = self._policy
-        choice = open_engine(
-            p.engine, self._directories, p.staging_nbytes, self._slab_nbytes, p.checksum, p.disk_nbytes
-        )
+        directories = [directory for directory in self._directories if directory not in self._retired]
+        if not directories:
+            return
+        choice = self._open_engine(directories)
         try:
             self._transport = Transport(choice, self._slab_nbytes, self.note_fallback)
         except BaseException:
@@ -140,6 +145,20 @@ class Store:
         self.counters.engine, self.counters.engine_reason = choice.kind, choice.reason
         for text in (*choice.fallbacks, *choice.shortcomings()):
             self.note_fallback(text)
+
+    def _open_engine(self, directories: list[str]) -> EngineChoice:
+        """On those of `directories` that are not full; an error when all are."""
+        p = self._policy
+        while True:
+            try:
+                return open_engine(
+                    p.engine, directories, p.staging_nbytes, self._slab_nbytes, p.checksum, p.disk_nbytes
+                )
+            except OSError as error:
+                if len(directories) == 1 or error.errno not in NO_SPACE or error.filename not in directories:
+                    raise
+                directories.remove(error.filename)
+                self.note_fallback(f"{error.filename} is full ({os.strerror(error.errno)}): not used")
 
     def _close(self) -> None:
         transport = self._transport
@@ -151,6 +170,7 @@ class Store:
                 self.note_fallback("the drive is stuck: memory and threads of its requests stay until the process ends")
             self._settle()
             self._add_totals(self.counters)
+            self._retired.update(transport.space.retired)
         self.forget_engine()
 
     def forget_engine(self) -> None:
@@ -349,7 +369,10 @@ class Store:
                 return True
             if self.counters.prefetched_nbytes + record.nbytes > self._policy.prefetch_nbytes:
                 return False
-            self._begin_reload(record)
+            try:
+                self._begin_reload(record)
+            except MemoryError:  # not needed yet, and there may be room when it is
+                return False
             record.is_prefetched = True
             self._prefetched.append(record)
             self.counters.num_prefetched += 1
@@ -362,19 +385,18 @@ class Store:
         are_done = all(read.wait(max(0.0, deadline - time.perf_counter())) for read in reads)
         self.counters.stall("read", time.perf_counter() - begin)
         if not are_done:
-            raise self._stuck_error(record)
+            self._check_stuck(record, reads)
 
-    def _stuck_error(self, record: Record) -> OSError:
+    def _check_stuck(self, record: Record, reads: tuple[Read, ...]) -> None:
         seconds = f"{self._policy.io_timeout_seconds:g} s"
         with self.lock:
-            place = record.places[0]
-            if self._transport is not None:
-                self._transport.space.retire(place.extent.file, f"after a read took more than {seconds}")
-        return _read_error(
-            record,
-            self._directories[place.extent.file],
-            (errno.ETIMEDOUT, place.extent.offset, record.nbytes, f"no answer from the drive for {seconds}"),
-        )
+            late = [place for place, read in zip(record.places, reads, strict=False) if not read.is_done]
+            if not late:  # the bytes came just now
+                return
+            extent = late[0].extent
+            late[0].transport.space.retire(extent.file, f"after a read took more than {seconds}")
+        error = (errno.ETIMEDOUT, extent.offset, extent.nbytes, f"no answer from the drive for {seconds}")
+        raise _read_error(record, late[0], error)
 
     def _take(self, record: Record) -> torch.UntypedStorage | None:
         if record.residency is not Residency.RELOADING:
@@ -425,7 +447,7 @@ class Store:
                 self.counters.hold(-record.nbytes)
                 if self._transport is not None:
                     self._transport.space.note_read_error(place.extent.file, read.error)
-                raise _read_error(record, self._directories[place.extent.file], read.error)
+                raise _read_error(record, place, read.error)
             self.counters.forwarded_nbytes += read.forwarded_nbytes
         record.move(Residency.DEVICE)
         record.storage = memory.storage
@@ -516,11 +538,11 @@ def _may_leave(record: Record) -> bool:
     return record.residency is Residency.DEVICE and not record.is_wanted and record.num_handles > 0
 
 
-def _read_error(record: Record, directory: str, error: tuple[int, int, int, str]) -> OSError:
+def _read_error(record: Record, place: Place, error: tuple[int, int, int, str]) -> OSError:
     number, offset, nbytes, message = error
     return OSError(
         number or errno.EIO,
         f"Expected {nbytes} bytes of {record!r} at offset {offset} of the spill file, got: {message} (errno {number});"
         " the activation is lost and this backward cannot go on. Check the drive, then run the step again",
-        directory,
+        place.transport.space.directory(place.extent.file),
     )

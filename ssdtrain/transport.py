@@ -30,7 +30,7 @@ class _Shipment:
     """One write request and the records whose bytes it carries: record i is piece i."""
 
     write: Write
-    file: int
+    extent: Extent
     cargo: list[Record]
     sources: list[torch.UntypedStorage | None]
     begun: float  # time.monotonic()
@@ -92,7 +92,7 @@ class Transport:
     def _write(self, extent: Extent, cargo: list[Record], pieces: list[tuple[int, int, int]]) -> Write:
         write = self.engine.write(extent.file, extent.offset, extent.nbytes, pieces)
         sources = [record.storage for record in cargo]
-        self._shipments.append(_Shipment(write, extent.file, cargo, sources, time.monotonic()))
+        self._shipments.append(_Shipment(write, extent, cargo, sources, time.monotonic()))
         return write
 
     def wait_inflight(self, max_nbytes: int, timeout_seconds: float) -> bool:
@@ -104,9 +104,8 @@ class Transport:
         before = time.monotonic() - timeout_seconds
         stuck = [shipment for shipment in self._shipments if shipment.begun < before and not shipment.write.is_done]
         for shipment in stuck:
-            place = shipment.cargo[0].places[:1]
-            where = f" at offset {place[0].extent.offset}" if place else ""
-            self.space.retire(shipment.file, f"after a write{where} took more than {timeout_seconds:g} s")
+            why = f"after a write at offset {shipment.extent.offset} took more than {timeout_seconds:g} s"
+            self.space.retire(shipment.extent.file, why)
         return bool(stuck)
 
     # -- what the engine has done ------------------------------------------------------------------------------------
@@ -135,7 +134,7 @@ class Transport:
         if is_done:
             self.cancelled_nbytes += write.cancelled_nbytes
             if write.error is not None:
-                self.space.note_write_error(shipment.file, write.error)
+                self.space.note_write_error(shipment.extent.file, write.error)
             for extent in shipment.dead_extents:
                 self.space.release(extent)
         return is_done
@@ -190,6 +189,7 @@ class Transport:
         if is_quiet:
             self._choice.close()
         else:
+            self.retire_stuck(timeout_seconds)
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))  # the kernel may still write to memory held here
         return is_quiet
 

@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -222,11 +222,17 @@ class Trainer:
         return self.finish(loss)
 
 
-def plain_steps(num: int = 3, **options: int) -> Iterator[list[torch.Tensor]]:
-    """What each step gives without ssdtrain."""
+def plain_steps(num: int = 3, **options: int) -> list[list[torch.Tensor]]:
+    """What each step gives without ssdtrain; to be called outside its contexts."""
     trainer = Trainer(**options)
-    for _ in range(num):
-        yield trainer.step()
+    return [trainer.step() for _ in range(num)]
+
+
+def plain_after_loss(num: int = 1) -> list[list[torch.Tensor]]:
+    """What the steps after one whose backward failed give without ssdtrain."""
+    trainer = Trainer()
+    trainer.forward()
+    return [trainer.step() for _ in range(num)]
 
 
 def check_equal(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:

@@ -125,7 +125,9 @@ ssize_t pread(int fd, void* data, size_t nbytes, off_t offset) { return fake_pre
 ssize_t pread64(int fd, void* data, size_t nbytes, off_t offset) { return fake_pread(fd, data, nbytes, offset); }
 
 // The engine in plain Python reads into one buffer at a time.
-ssize_t preadv(int fd, const struct iovec* parts, int num, off_t offset) {
-  return num == 1 ? fake_pread(fd, parts->iov_base, parts->iov_len, offset) : refuse(EINVAL);
+ssize_t preadv64v2(int fd, const struct iovec* parts, int num, off_t offset, int flags) {
+  return num == 1 && flags == 0 ? fake_pread(fd, parts->iov_base, parts->iov_len, offset) : refuse(EINVAL);
 }
-ssize_t preadv64(int fd, const struct iovec* parts, int num, off_t offset) { return preadv(fd, parts, num, offset); }
+ssize_t preadv64(int fd, const struct iovec* parts, int num, off_t offset) {
+  return preadv64v2(fd, parts, num, offset, 0);
+}

@@ -8,10 +8,12 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -106,16 +108,28 @@ def test_bad_options_are_one_line_and_exit_code_2(options: list[str], hint: str)
     assert hint in result.stderr
 
 
-def test_ctrl_c_ends_both_workers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_no_worker_outlives_the_demo(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    """Ctrl-C is answered with exit code 130; killed, the demo cannot do a thing, and its workers end all the same."""
     command = [sys.executable, "-m", "ssdtrain", "demo", *OPTIONS, "--steps=1000", f"--directory={tmp_path}"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as demo:
         assert demo.stderr is not None
-        assert "warm-up" in demo.stderr.readline()
-        workers = Path(f"/proc/{demo.pid}/task/{demo.pid}/children").read_text().split()
-        demo.send_signal(signal.SIGINT)
-        assert demo.wait(SECONDS) == 130
+        assert any(line.startswith("warm-up") for line in demo.stderr)
+        workers = psutil.Process(demo.pid).children()
+        demo.send_signal(number)
+        assert demo.wait(SECONDS) == code
     assert len(workers) == 2
-    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    deadline = time.monotonic() + SECONDS
+    while any(is_alive(worker) for worker in workers):
+        assert time.monotonic() < deadline
+    assert list(tmp_path.iterdir()) == []
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_the_death_of_a_worker_is_explained_and_not_waited_for(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@
 A graph of nodes that only save is built and walked under each kind of hooks in turn, round by round, so that a machine
 that slows down slows all of them. A row is the median over the rounds of (this kind minus bare hooks in the same
 round), per saved tensor, and the quarters of the rounds below and above. "moving" is the time spent waiting for the
-drive; it is not part of the overhead and stands beside it. Writes end outside the clock.
+drive; it is not part of the overhead and stands beside it. "CPU" is the processor time of the training thread alone:
+on a busy machine the wall clock counts other programs too. Writes end outside the clock.
 """
 
 from __future__ import annotations
@@ -80,11 +81,12 @@ def bare() -> AbstractContextManager[Any]:
 
 @dataclass(frozen=True)
 class Round:
-    """Seconds of one forward and backward, and those spent waiting for the drive."""
+    """Seconds of one forward and backward, the part spent waiting for the drive, and this thread's processor time."""
 
     forward: float
     backward: float
-    waiting: float = 0.0
+    waiting: float
+    cpu: float
 
     @property
     def overhead(self) -> float:
@@ -129,6 +131,7 @@ class Row:
     high_us: float
     forward_us: float
     backward_us: float
+    cpu_us: float
     moving_us: float
     target_us: float | None
     travelled: float
@@ -142,19 +145,19 @@ def run(
     groups = [tensors[i : i + SAVED_PER_NODE] for i in range(0, NUM_SAVED, SAVED_PER_NODE)]
     del tensors
     anchor = torch.zeros((), requires_grad=True)
-    begin = time.perf_counter()
+    begin, cpu_begin = time.perf_counter(), time.thread_time()
     with hooks:
         for group in groups:
             anchor = Save.apply(anchor, *group)
             del group
-    forward = time.perf_counter() - begin
+    forward, cpu = time.perf_counter() - begin, time.thread_time() - cpu_begin
     groups.clear()
     waited = after_forward()
-    begin = time.perf_counter()
+    begin, cpu_begin = time.perf_counter(), time.thread_time()
     anchor.backward()
     del anchor
-    backward = time.perf_counter() - begin
-    return Round(forward, backward, after_forward() - waited)
+    backward, cpu = time.perf_counter() - begin, cpu + time.thread_time() - cpu_begin
+    return Round(forward, backward, after_forward() - waited, cpu)
 
 
 def settle(offload: ssdtrain.ActivationOffload) -> float:
@@ -176,14 +179,14 @@ def measure(case: Case, directory: str, repeats: int) -> list[Row]:
         "no hooks": (contextlib.nullcontext, lambda: 0.0),
     }
     rounds: dict[str, list[Round]] = {name: [] for name in kinds}
-    with offload:  # keeps the engine open
-        pass_by = saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-        with pass_by:
-            for i in range(repeats + 2):
-                names = list(kinds)
-                for name in names[i % len(names) :] + names[: i % len(names)]:
-                    hooks, after_forward = kinds[name]
-                    rounds[name].append(run(case.make, hooks(), after_forward))
+    with offload:
+        keeper = torch.zeros(1 << 20, requires_grad=True).exp()  # a graph that lives keeps the engine open
+    for i in range(repeats + 2):
+        names = list(kinds)
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            hooks, after_forward = kinds[name]
+            rounds[name].append(run(case.make, hooks(), after_forward))
+    del keeper
     stats = offload.stats
     offload.close()
     travelled = stats.num_offloaded / (NUM_SAVED * (repeats + 2))
@@ -216,6 +219,7 @@ def row_of(case: Case, name: str, rounds: list[Round], base: list[Round], travel
         round(high, 3),
         round(per_tensor([ours.forward - theirs.forward for ours, theirs in pairs])[1], 3),
         round(per_tensor([ours.backward - ours.waiting - theirs.backward for ours, theirs in pairs])[1], 3),
+        round(per_tensor([ours.cpu - theirs.cpu for ours, theirs in pairs])[1], 3),
         round(per_tensor([ours.waiting for ours, _ in pairs])[1], 3),
         case.target if name == "ssdtrain" else None,
         round(travelled, 3),
@@ -257,7 +261,8 @@ def main() -> None:
     args = parser.parse_args()
     place = machine()
     print("\n".join(f"{name}: {value}" for name, value in place.items()))
-    head = f"{'saved tensor':36}{'hooks':13}{'us':>8}{'quarters':>17}{'pack':>8}{'unpack':>8}{'moving':>8}{'target':>8}"
+    columns = "".join(f"{name:>8}" for name in ("pack", "unpack", "CPU", "moving", "target"))
+    head = f"{'saved tensor':36}{'hooks':13}{'us':>8}{'quarters':>17}{columns}"
     print(f"\nmicroseconds per saved tensor above bare hooks\n\n{head}\n{'-' * len(head)}")
     rows: list[Row] = []
     torch.set_num_threads(1)
@@ -270,7 +275,7 @@ def main() -> None:
                 target = f"{row.target_us:g}" if row.target_us is not None else ""
                 print(
                     f"{row.case:36}{row.hooks:13}{row.median_us:>8.2f}{quarters:>17}{row.forward_us:>8.2f}"
-                    f"{row.backward_us:>8.2f}{row.moving_us:>8.2f}{target:>8}",
+                    f"{row.backward_us:>8.2f}{row.cpu_us:>8.2f}{row.moving_us:>8.2f}{target:>8}",
                     flush=True,
                 )
             gc.collect()
