@@ -232,8 +232,7 @@ class ActivationOffload:
             thread.sequence_number = number
             if thread.pending:
                 due, thread.pending = thread.pending, []
-                for record in due:
-                    self._store.offload(record)
+                self._store.offload(due)
 
     # -- unpack --------------------------------------------------------------------------------------------------
 

@@ -8,8 +8,7 @@ reads straight into it.
 from __future__ import annotations
 
 import mmap
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -17,8 +16,7 @@ _SMALL_NBYTES = 128 * 1024
 _HUGE_NBYTES = 4 * 1024 * 1024
 
 
-@dataclass(frozen=True)
-class Allocation:
+class Allocation(NamedTuple):
     """Fresh memory for a reload: a storage of exactly the bytes asked for, at an address the drive accepts."""
 
     storage: torch.UntypedStorage

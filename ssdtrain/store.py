@@ -233,23 +233,29 @@ class Store:
 
     # -- out -----------------------------------------------------------------------------------------------------
 
-    def offload(self, record: Record) -> None:
-        """Starts the trip down, together with small neighbours; may decide to keep the record instead.
+    def offload(self, records: list[Record]) -> None:
+        """Starts the trip down, small neighbours together; may decide to keep a record instead.
 
         In mode ``"all"`` it waits for the drive while `staging_nbytes` are in flight.
         """
         with self.lock:
-            if not _may_leave(record):
-                return
-            cargo = [record]
-            if record.nbytes * 2 < self._slab_nbytes:
-                self._batch.append(record)
-                self._batch_nbytes += record.nbytes
-                if self._batch_nbytes < self._slab_nbytes:
-                    return
-                cargo, self._batch, self._batch_nbytes = self._batch, [], 0
-        while (excess := self._try_ship(cargo)) is not None:
-            self._wait_inflight(excess)
+            loads = [load for record in records if (load := self._load(record))]
+        for cargo in loads:
+            while (excess := self._try_ship(cargo)) is not None:
+                self._wait_inflight(excess)
+
+    def _load(self, record: Record) -> list[Record]:
+        """What leaves together with a record: nothing yet while small ones gather."""
+        if not _may_leave(record):
+            return []
+        if record.nbytes * 2 >= self._slab_nbytes:
+            return [record]
+        self._batch.append(record)
+        self._batch_nbytes += record.nbytes
+        if self._batch_nbytes < self._slab_nbytes:
+            return []
+        cargo, self._batch, self._batch_nbytes = self._batch, [], 0
+        return cargo
 
     def _try_ship(self, cargo: list[Record]) -> int | None:
         """Ships or keeps `cargo`; or returns to how many bytes in flight to wait before trying again."""

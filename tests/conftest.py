@@ -161,3 +161,19 @@ def assert_same_error(run: Run, offload: ssdtrain.ActivationOffload, match: str)
         torch.manual_seed(0)
         with context, pytest.raises(RuntimeError, match=match):
             run(put)
+
+
+def mlp(*, layers: int = 4, width: int = 32) -> torch.nn.Sequential:
+    torch.manual_seed(1)
+    return torch.nn.Sequential(*[m for _ in range(layers) for m in (torch.nn.Linear(width, width), torch.nn.GELU())])
+
+
+def grads_of(module: torch.nn.Module) -> list[torch.Tensor | None]:
+    return [p.grad for p in module.parameters()]
+
+
+def train_once(model: torch.nn.Module, send: Send) -> list[torch.Tensor | None]:
+    loss = model(torch.randn(4, 32)).square().sum()
+    send()
+    loss.backward()
+    return grads_of(model)

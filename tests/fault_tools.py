@@ -209,6 +209,10 @@ class Trainer:
                 parameter.grad = None
         return results
 
+    def zero_grad(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
     def step(
         self, offload: ssdtrain.ActivationOffload | None = None, between: Hook | None = None
     ) -> list[torch.Tensor]:

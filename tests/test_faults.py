@@ -181,7 +181,7 @@ def thin(directory: str, engine: str) -> None:
                 check_error(error, directory, errno.EBADMSG, errno.EIO)
                 break
     stats = offload.stats
-    assert stats.written_nbytes > 0
+    assert stats.written_nbytes > 0, str(stats)
     assert any("write failed" in text for text in stats.fallbacks), str(stats)
     check_one_warning_per_kind(offload)
 

@@ -108,18 +108,19 @@ def interrupted_anywhere(directory: str, engine: str) -> None:
     sys.unraisablehook = lambda _: None  # an interrupt inside a destructor is reported there and swallowed
     steps = plain_steps(1)
     offload = ssdtrain.offload_activations(directory, policy(engine, min_nbytes=0, staging_nbytes=64 * KIB))
+    num_interrupts = 0
     for i in range(60):
         trainer = Trainer(rows=32)
         try:
             signal.setitimer(signal.ITIMER_REAL, 0.0005 + 0.0003 * i)
             with offload:
                 trainer.finish(trainer.forward())
-                signal.pause()
+            signal.setitimer(signal.ITIMER_REAL, 0)
         except KeyboardInterrupt:
-            pass
-        signal.setitimer(signal.ITIMER_REAL, 0)
+            num_interrupts += 1
         assert offload._store.lock.acquire(timeout=10), "the lock is free"
         offload._store.lock.release()
+    assert num_interrupts > 10
     check_equal(Trainer().step(offload), steps[0])
 
 
@@ -201,8 +202,7 @@ def in_child(body: object, *arguments: object) -> None:
 
 def use_everything(offload: ssdtrain.ActivationOffload, loss: torch.Tensor, directory: str) -> None:
     assert "tensors saved" in str(offload.stats)
-    x = torch.randn(256, 128, requires_grad=True)
-    x.sin().sum().backward()  # hooks are active
+    torch.randn(256, 128, requires_grad=True).sin().sum().backward()  # hooks are active
     try:
         loss.backward()
     except RuntimeError as error:
@@ -221,14 +221,14 @@ def forks(directory: str, engine: str) -> None:
     offload = ssdtrain.offload_activations(directory, policy(engine))
     trainer = Trainer()
     offload.__enter__()
-    other = Trainer().forward()
+    others = [Trainer().forward()]
     drain(offload)
     forked = []
 
     def fork_once(_: torch.Tensor) -> None:
         if not forked:  # prefetched reads are in flight
             forked.append(True)
-            in_child(use_everything, offload, other, directory)
+            in_child(use_everything, offload, others[0], directory)
 
     for expected in steps:
         loss = trainer.forward()
@@ -237,8 +237,8 @@ def forks(directory: str, engine: str) -> None:
         check_equal(trainer.finish(loss), expected)
         handle.remove()
         assert forked.pop()
-    other.backward()
-    del other, loss, fork_once
+    others.pop().backward()
+    del loss
     offload.__exit__(None, None, None)
     assert offload.stats.num_live_records == 0 and not offload.stats.fallbacks, str(offload.stats)
 

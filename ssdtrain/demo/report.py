@@ -99,6 +99,7 @@ def _rows(comparison: Comparison) -> list[tuple[str, ...]]:
         _size_row("peak training memory", "peak_rss_nbytes", runs),
         _size_row("peak saved tensors", "peak_saved_nbytes", runs),
         ("step time, median", *(_seconds(run) for run in runs), _ratio(comparison)),
+        ("step time, range", *(_range(run) for run in runs), ""),
         ("last loss", *(_last_loss(run) for run in runs), _equality(comparison.losses_equal)),
         ("parameters, sha256", *(_short_hash(run) for run in runs), _equality(comparison.parameters_equal)),
     ]
@@ -126,6 +127,11 @@ def _size_row(name: str, field: str, runs: tuple[RunResult, RunResult]) -> tuple
 
 def _seconds(run: RunResult) -> str:
     return "" if run.median_step_seconds is None else f"{run.median_step_seconds:.3f} s"
+
+
+def _range(run: RunResult) -> str:
+    """How far the steps differ: how much else the machine did, and how far to trust the median."""
+    return f"{min(run.step_seconds):.2f} - {max(run.step_seconds):.2f} s" if run.step_seconds else ""
 
 
 def _ratio(comparison: Comparison) -> str:
