@@ -52,7 +52,7 @@ class Store:
     def __init__(self, directories: Sequence[str], policy: ActivationPolicy, counters: Counters, index: Index) -> None:
         """Remembers what to open; `open` opens it."""
         self.lock = threading.Lock()
-        _start_over_in_child(self)
+        _leave_to_parent_in_child(self)
         self.counters = counters
         self.index = index
         self._num_entered = 0  # contexts that are active now
@@ -173,9 +173,23 @@ class Store:
             self._retired.update(transport.space.retired)
         self.forget_engine()
 
+    def leave_to_parent(self) -> None:
+        """This is a forked child: the engine is the parent's, and so are its reads under way.
+
+        The lock is a new one: a thread that only the parent has may hold the inherited one.
+        """
+        self.lock = threading.Lock()
+        for record in self._transport.records_coming_back() if self._transport is not None else ():
+            record.reads, record.landing = (), None
+            record.move(Residency.DISK)
+            self.counters.hold(-record.nbytes)
+        self.forget_engine()
+
     def forget_engine(self) -> None:
         """What is in memory stays; the next context opens another engine."""
         self._batch, self._batch_nbytes, self._transport = [], 0, None
+        for record in list(self._prefetched):
+            self._leave_prefetched(record)
 
     def _close_if_idle(self) -> None:
         """Closes when no context is active and no record is left; the next context opens again."""
@@ -197,12 +211,10 @@ class Store:
 
     def tidy(self) -> None:
         """Works off notes that could not be worked off when they were left: whoever had the lock calls this after."""
-        while self._bereaved and self.lock.acquire(blocking=False):
-            try:
+        while self._bereaved and not self.lock.locked():
+            with self.lock:  # not acquire(): Ctrl-C could come before the `try` that releases
                 self._bury()
                 self._close_if_idle()
-            finally:
-                self.lock.release()
 
     def _bury(self) -> None:
         while self._bereaved:
@@ -524,20 +536,15 @@ class Store:
             logger.warning("%s", text)
 
 
-def _start_over_in_child(store: Store) -> None:
-    """A forked child leaves the engine to its parent.
-
-    It gets a lock of its own: a thread that only the parent has may hold the inherited one.
-    """
+def _leave_to_parent_in_child(store: Store) -> None:
     weak = weakref.ref(store)
 
-    def start_over() -> None:
+    def leave() -> None:
         own = weak()
         if own is not None:
-            own.lock = threading.Lock()
-            own.forget_engine()
+            own.leave_to_parent()
 
-    os.register_at_fork(after_in_child=start_over)
+    os.register_at_fork(after_in_child=leave)
 
 
 def _may_leave(record: Record) -> bool:

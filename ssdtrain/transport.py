@@ -168,6 +168,10 @@ class Transport:
             else:
                 shipment.dead_extents.append(place.extent)
 
+    def records_coming_back(self) -> list[Record]:
+        """Records that are being read, or have been and were not asked for yet."""
+        return list(self._landings)
+
     def records_under_way(self) -> list[Record]:
         """Records some of whose bytes may not be written yet."""
         return [record for shipment in self._shipments for record in shipment.cargo]

@@ -30,13 +30,14 @@ from ssdtrain.demo.text import Text, standard_library
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "train_gpt.py"
 SECONDS = 120
-POLICY = {"min_nbytes": "64KiB", "staging_nbytes": "4MiB", "prefetch_nbytes": "4MiB"}
-SHAPE = ["--layers=4", "--width=128", "--heads=4", "--batch=8", "--sequence=256", "--steps=2"]
+POLICY = {"mode": "all", "min_nbytes": "64KiB", "staging_nbytes": "4MiB", "prefetch_nbytes": "4MiB"}
+SHAPE = ["--layers=4", "--width=128", "--heads=4", "--batch=8", "--sequence=256", "--steps=2", "--threads=1"]
+TINY = ["--layers=1", "--width=32", "--heads=1", "--batch=1", "--sequence=32", "--steps=1", "--threads=1"]
 OPTIONS = [*SHAPE, *(f"--policy={name}={value}" for name, value in POLICY.items())]
 
 
 def toy_settings(directory: Path) -> DemoSettings:
-    return DemoSettings(str(directory), 2, 64, 2, batch=2, sequence=64, steps=1, policy=POLICY)
+    return DemoSettings(str(directory), 2, 64, 2, batch=2, sequence=64, steps=1, threads=1, policy=POLICY)
 
 
 def run_demo(*options: str | Path) -> subprocess.CompletedProcess[str]:
@@ -80,13 +81,13 @@ def test_under_a_memory_limit_only_the_plain_run_dies(tmp_path: Path) -> None:
 
 
 def test_a_limit_that_both_runs_keep_is_a_failure(tmp_path: Path) -> None:
-    result = run_demo(*OPTIONS, "--steps=1", "--directory", tmp_path, "--memory-limit", "20GiB")
+    result = run_demo(*TINY, "--directory", tmp_path, "--memory-limit", "20GiB")
     assert result.returncode == 1
     assert "Choose a smaller limit" in result.stderr
 
 
 def test_a_directory_that_cannot_be_used_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    result = run_demo(*OPTIONS, "--directory", tmp_path / "missing")
+    result = run_demo(*TINY, "--directory", tmp_path / "missing")
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert str(tmp_path / "missing") in result.stderr
@@ -111,7 +112,7 @@ def test_bad_options_are_one_line_and_exit_code_2(options: list[str], hint: str)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
 def test_no_worker_outlives_the_demo(tmp_path: Path, number: signal.Signals, code: int) -> None:
     """Ctrl-C is answered with exit code 130; killed, the demo cannot do a thing, and its workers end all the same."""
-    command = [sys.executable, "-m", "ssdtrain", "demo", *OPTIONS, "--steps=1000", f"--directory={tmp_path}"]
+    command = [sys.executable, "-m", "ssdtrain", "demo", *TINY, "--steps=100000", f"--directory={tmp_path}"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as demo:
         assert demo.stderr is not None
         assert any(line.startswith("warm-up") for line in demo.stderr)
@@ -250,7 +251,8 @@ def test_the_recipe_trains_the_same_numbers_with_and_without_offloading(tmp_path
     losses = []
     for extra in (["--min-nbytes=4KiB"], ["--no-offload"]):
         command = [sys.executable, str(RECIPE), "--device=cpu", f"--dir={tmp_path}", *shape, *extra]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True)
+        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True, env=one_thread)
         losses.append(re.findall(r"loss ([0-9.]+)", result.stdout))
     assert losses[0] == losses[1]
     assert len(losses[0]) == 3

@@ -24,6 +24,7 @@ from fault_tools import (
     Trainer,
     check_equal,
     check_error,
+    check_no_record,
     check_nothing_left,
     check_one_warning_per_kind,
     check_steps,
@@ -226,7 +227,7 @@ def falters(directory: str, engine: str, writes: str, reads: str) -> None:
 def test_passing_faults(lab: Lab, tmp_path: Path, engine: str, steps: str) -> None:
     """One error, interrupted calls, temporary refusals, short transfers: tried again or continued, nobody notices."""
     if engine == "python":
-        steps = steps.replace("aa", "a").replace("iess", "iss")  # EAGAIN counts as a failure there
+        steps = steps.replace("a", "")  # which never comes from a file, and counts as a failure there
     lab.run(falters, tmp_path, engine, steps, steps)
 
 
@@ -348,7 +349,7 @@ def pulled(directory: str, engine: str, when: str) -> None:
             check_equal(trainer.finish(trainer.forward()), expected)
     assert any("not used any more" in text for text in offload.stats.fallbacks), str(offload.stats)
     check_one_warning_per_kind(offload)
-    assert offload.stats.num_live_records == 0
+    check_no_record(offload)
 
 
 @every_engine
@@ -361,7 +362,7 @@ def test_pulled(lab: Lab, small_ext4: Drive, engine: str, when: str) -> None:
     os.kill(child.pid, signal.SIGUSR1)
     code = child.wait()
     small_ext4.plug()
-    assert (code, child.stderr) == (0, "")
+    assert (code, child.stderr) == (0, ""), child.stderr
 
 
 # -- slow and stuck drives ---------------------------------------------------------------------------------------------
@@ -421,7 +422,7 @@ def stuck_writes(directory: str, engine: str, mode: str, how_it_ends: str) -> No
     if how_it_ends == "left":
         offload.__exit__(None, None, None)
         check_steps(offload)
-        assert offload.stats.num_live_records == 0
+        check_no_record(offload)
     check_one_warning_per_kind(offload)
     if how_it_ends == "with a live graph":
         globals()["kept"] = trainer.forward()

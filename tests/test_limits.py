@@ -5,7 +5,6 @@ Every body runs in a child of its own, see `fault_tools`.
 
 from __future__ import annotations
 
-import errno
 import os
 import resource
 import stat
@@ -23,11 +22,11 @@ from fault_tools import (
     Lab,
     Trainer,
     check_equal,
+    check_no_record,
     check_nothing_left,
     check_one_warning_per_kind,
     check_steps,
     drain,
-    engine_of,
     holdings,
     plain_steps,
     policy,
@@ -36,7 +35,9 @@ from fault_tools import (
 from hypothesis import strategies as st
 
 import ssdtrain
+from ssdtrain.device import Allocation
 from ssdtrain.policy import MIN_STAGING_NBYTES
+from ssdtrain.record import Record
 
 every_engine = pytest.mark.parametrize("engine", ENGINES)
 
@@ -51,25 +52,32 @@ def become_nobody() -> None:
         os.setuid(65534)
 
 
-def no_locked_memory(directory: str, engine: str) -> None:
-    resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
+def little_locked_memory(directory: str, nbytes: int, engine: str, text: str) -> None:
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (nbytes, nbytes))
     become_nobody()
     offload = ssdtrain.offload_activations(directory, policy(engine))
     check_steps(offload, lambda: drain(offload))
     assert offload.stats.read_nbytes > 0
-    if engine == "io_uring":
-        assert any("buffers not registered" in text and "ulimit -l" in text for text in offload.stats.fallbacks)
+    assert any(text in fallback for fallback in offload.stats.fallbacks) or not text, str(offload.stats)
     check_one_warning_per_kind(offload)
 
 
-@every_engine
-def test_no_locked_memory(lab: Lab, tmp_path: Path, engine: str) -> None:
-    """`ulimit -l 0`: io_uring works with buffers the kernel does not know ahead, and says so."""
+@pytest.mark.parametrize(
+    "nbytes, engine, text",
+    [
+        (0, "auto", "engine io_uring is not available: [Errno 12]"),
+        (0, "threads", ""),
+        (0, "python", ""),
+        (256 * KIB, "io_uring", "buffers not registered: Cannot allocate memory (see ulimit -l)"),
+    ],
+)
+def test_little_locked_memory(lab: Lab, tmp_path: Path, nbytes: int, engine: str, text: str) -> None:
+    """`ulimit -l 0` leaves no room for a ring, a little more none for its buffers: others take over, and say so."""
     tmp_path.chmod(0o777)
     for parent in tmp_path.parents:
         if parent.stat().st_uid == os.getuid() and parent.name.startswith("pytest-"):
             parent.chmod(0o755)
-    lab.run(no_locked_memory, tmp_path, engine)
+    lab.run(little_locked_memory, tmp_path, nbytes, engine, text)
 
 
 def used_address_space() -> int:
@@ -103,39 +111,47 @@ def no_memory_for_reloads(directory: str, engine: str) -> None:
     steps = plain_steps(2)
     offload = ssdtrain.offload_activations(directory, policy(engine))
     trainer = Trainer()
+    device, prefetch = offload._store._device, offload._store.prefetch
+    allocate = device.allocate
+    is_ahead, num_refused = False, 0
+
+    def watch(record: Record) -> bool:
+        nonlocal is_ahead
+        is_ahead = True
+        result = prefetch(record)
+        is_ahead = False
+        return result
+
+    def refuse_ahead(*arguments: int) -> Allocation:
+        nonlocal num_refused
+        num_refused += is_ahead
+        if is_ahead:
+            raise MemoryError
+        return allocate(*arguments)
+
     with offload:
+        offload._store.prefetch, device.allocate = watch, refuse_ahead  # type: ignore[method-assign]
         loss = trainer.forward()
         drain(offload)
-        device = offload._store._device
-        allocate = device.allocate
-        num_refused = 0
-
-        def refuse_ahead(*arguments: int) -> object:
-            nonlocal num_refused
-            if offload._store.counters.num_demand_reloads > num_refused // 2:  # a reload ahead of need
-                num_refused += 1
-                raise MemoryError
-            return allocate(*arguments)
-
-        device.allocate = refuse_ahead  # type: ignore[method-assign,assignment]
         check_equal(trainer.finish(loss), steps[0])
+        del offload._store.prefetch, device.allocate
         assert num_refused > 0
-        device.allocate = lambda *_: 1 / 0  # type: ignore[method-assign,assignment,return-value]
-        del device.allocate
-        check_equal(trainer.finish(trainer.forward()), steps[1])
+        trainer.rows = 64 * KIB
         loss = trainer.forward()
         drain(offload)
-        resource.setrlimit(resource.RLIMIT_AS, (used_address_space() + 64 * KIB, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS, (used_address_space() + MIB, resource.RLIM_INFINITY))
         try:
             loss.backward()
-        except MemoryError as error:
+        except (MemoryError, RuntimeError) as error:
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             text = str(error)
-        except RuntimeError as error:  # of torch's own allocator
-            text = str(error)
-        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        assert "bytes of memory" in text or "memory" in text, text
+            del error
+        assert "memory" in text, text
         del loss
-    assert offload.stats.num_live_records == 0
+        trainer.zero_grad()
+        trainer.rows = 256
+        plain_steps(1)
+    check_no_record(offload)
 
 
 def too_many_open_files(directory: str, engine: str) -> None:
@@ -148,9 +164,7 @@ def too_many_open_files(directory: str, engine: str) -> None:
         try:
             offload = ssdtrain.offload_activations(directory, policy(engine))
         except (OSError, RuntimeError) as error:
-            assert "Too many open files" in str(error), error
-            assert not isinstance(error, OSError) or error.errno == errno.EMFILE
-            results.append("refused")
+            results.append("refused" if "Too many open files" in str(error) else repr(error))
             del error
         else:
             trainer = Trainer()
@@ -287,7 +301,6 @@ def secrets(directory: str, engine: str) -> None:
             torch.zeros(n, requires_grad=True).cos().exp().sum() for n in (1, 3, 100, 1023, 1025, 1500, 3000) * 40
         ]
         drain(offload)
-        used = offload._store._transport.space.peak_nbytes  # type: ignore[union-attr]
         free = contents(fd)
         extents = [
             place.extent
@@ -295,11 +308,10 @@ def secrets(directory: str, engine: str) -> None:
             if record is not None
             for place in record.places
         ]
-        assert len(extents) > 40 and used
+        assert len(extents) > 40
         for extent in extents:
             assert SECRET not in free[extent.offset : extent.offset + extent.nbytes], extent
         del losses
-    assert engine_of is not None
 
 
 def contents(fd: int) -> bytes:

@@ -38,10 +38,10 @@ class ProgressLines:
 def print_table(comparison: Comparison) -> None:
     """Prints what both runs cost, side by side."""
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in ("plain", "ssdtrain"):
         table.add_column(name, justify="right")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for row in _rows(comparison):
         table.add_row(*row)
     console = Console(highlight=False)
