@@ -60,7 +60,7 @@ class Store:
         self._directories = directories
         self._retired: set[str] = set()  # by engines that are closed
         self._policy = policy
-        self._device: Device = CpuDevice()
+        self._device: Device = CpuDevice(policy.prefetch_nbytes)
         self._slab_nbytes = max(_PAGE, min(_MAX_SLAB_NBYTES, policy.staging_nbytes // _NUM_SLABS) // _PAGE * _PAGE)
         self._transport: Transport | None = None
         self._bereaved: deque[tuple[Record, int]] = deque()
@@ -188,6 +188,7 @@ class Store:
     def forget_engine(self) -> None:
         """What is in memory stays; the next context opens another engine."""
         self._batch, self._batch_nbytes, self._transport = [], 0, None
+        self._device.trim()
         for record in list(self._prefetched):
             self._leave_prefetched(record)
 
@@ -200,6 +201,8 @@ class Store:
 
     def adopt(self, record: Record) -> None:
         """Takes a new record under management. The caller holds the lock."""
+        if record.index == 0:  # a forward begins: no reload is near
+            self._device.trim()
         self.index.add(record)
         self.counters.num_live_records += 1
         self.counters.hold(record.nbytes, self._staging_in_use())
@@ -453,7 +456,7 @@ class Store:
         record.reads = transport.read(record, memory)
         record.landing = memory
         record.move(Residency.RELOADING)
-        self.counters.hold(record.nbytes, self._staging_in_use())
+        self.counters.hold(record.nbytes, self._staging_in_use() + self._device.idle_nbytes())
 
     def _finish_reload(self, record: Record) -> torch.UntypedStorage:
         reads, memory = record.reads, record.landing

@@ -59,32 +59,6 @@ def _run(*command: object) -> str:
 
 
 @contextlib.contextmanager
-def throttle(name: str) -> Iterator[Path]:
-    """A control group whose processes (`join`) write or read no faster than `set_rate` says."""
-    group = Path("/sys/fs/cgroup/blkio") / name
-    try:
-        group.mkdir()
-    except OSError as error:
-        pytest.skip(f"throttling a drive needs root and blkio control groups: {error}")
-    try:
-        yield group
-    finally:
-        group.rmdir()
-
-
-def join(group: str | Path) -> None:
-    """Moves this process into a control group."""
-    Path(group, "cgroup.procs").write_text(str(os.getpid()))
-
-
-def set_rate(group: str | Path, device: str, nbytes_per_second: int, direction: str = "write") -> None:
-    """Limits writes to `device`, or reads from it; 0: no limit."""
-    number = os.stat(device).st_rdev
-    text = f"{os.major(number)}:{os.minor(number)} {nbytes_per_second}"
-    Path(group, f"blkio.throttle.{direction}_bps_device").write_text(text)
-
-
-@contextlib.contextmanager
 def tmpfs_drive(folder: Path, nbytes: int) -> Iterator[Drive]:
     folder.mkdir()
     _run("mount", "-t", "tmpfs", "-o", f"size={nbytes}", "tmpfs", folder)

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from drives import Drive, ext4_drive, fill, join, set_rate, throttle, tmpfs_drive
+from drives import Drive, ext4_drive, fill, tmpfs_drive
 from fault_tools import (
     ENGINES,
     KIB,
@@ -389,95 +389,6 @@ def slow(directory: str, engine: str) -> None:
 def test_slow(lab: Lab, tmp_path: Path, engine: str) -> None:
     """A drive that takes 20 ms for every 16 KiB: mode "auto" keeps what it cannot take in time."""
     lab.run(slow, tmp_path, engine)
-
-
-def throttled(directory: str, group: str, device: str, engine: str) -> None:
-    steps = plain_steps()
-    join(group)
-    fields = policy(engine, mode="auto", staging_nbytes=256 * KIB, io_timeout_seconds=STUCK_SECONDS)
-    offload = ssdtrain.offload_activations(directory, fields)
-    set_rate(group, device, 1)
-    trainer = Trainer()
-    with offload:
-        for expected in steps:
-            check_equal(trainer.finish(trainer.forward()), expected)
-            time.sleep(STUCK_SECONDS)  # nothing else takes time here
-    stats = offload.stats
-    assert stats.skipped["drive behind"].count > 0, str(stats)
-    assert stats.skipped["drive stuck"].count > 0, str(stats)
-    assert stats.peak_staging_nbytes <= 256 * KIB
-    assert any(directory in text and "not used any more" in text for text in stats.fallbacks)
-    assert any("stay until the process ends" in text for text in stats.fallbacks), str(stats)
-    check_steps(offload)
-    check_one_warning_per_kind(offload)
-    check_no_record(offload)
-    set_rate(group, device, 0)  # the kernel ends no process whose requests it holds back
-
-
-def throttled_reads(directory: str, group: str, device: str, engine: str) -> None:
-    after = plain_after_loss()[0]
-    join(group)
-    offload = ssdtrain.offload_activations(directory, policy(engine, io_timeout_seconds=STUCK_SECONDS))
-    trainer = Trainer()
-    with offload:
-        loss = trainer.forward()
-        drain(offload)
-        set_rate(group, device, 1, "read")
-        try:
-            trainer.finish(loss)
-        except OSError as error:
-            check_error(error, directory, errno.ETIMEDOUT)
-            del error
-        else:
-            raise AssertionError("backward went on without the bytes")
-        del loss
-        trainer.zero_grad()
-        check_equal(trainer.finish(trainer.forward()), after)
-    offload.close()
-    assert any("stay until the process ends" in text for text in offload.stats.fallbacks), str(offload.stats)
-    set_rate(group, device, 0, "read")
-
-
-@pytest.mark.parametrize("engine", ["io_uring", "threads"])
-@pytest.mark.parametrize("body", [throttled, throttled_reads])
-def test_throttled(lab: Lab, small_ext4: Drive, engine: str, body: Callable[[str, str, str, str], None]) -> None:
-    """The kernel lets one byte a second through to the device, or from it: behind at first, then as good as stuck."""
-    with throttle(f"ssdtrain-{os.getpid()}") as group:
-        child = lab.start(body, small_ext4.directory, group, small_ext4.device, engine)
-        code = child.wait(30)
-        for direction in ("read", "write"):
-            set_rate(group, small_ext4.device, 0, direction)
-    assert (code, child.stderr) == (0, ""), child.stderr
-
-
-def one_of_two_is_stuck(stuck: str, free: str, group: str, device: str, engine: str) -> None:
-    steps = plain_steps(6)
-    join(group)
-    fields = policy(engine, io_timeout_seconds=STUCK_SECONDS)
-    offload = ssdtrain.offload_activations([stuck, free], fields)
-    set_rate(group, device, 1)
-    trainer = Trainer()
-    with offload:
-        for expected in steps:
-            check_equal(trainer.finish(trainer.forward()), expected)
-    stats = offload.stats
-    assert sum("not used any more" in text for text in stats.fallbacks) == 1, str(stats)
-    before = stats.read_nbytes
-    check_steps(offload, lambda: drain(offload))  # a new engine, on the other directory
-    assert offload.stats.read_nbytes > before and offload.stats.num_live_records == 0, str(offload.stats)
-    set_rate(group, device, 0)
-
-
-def test_one_of_two_is_stuck(lab: Lab, small_ext4: Drive, tmp_path: Path) -> None:
-    """One of two drives stops answering: training goes on, and the next engine does without it."""
-    (tmp_path / "free").mkdir()
-    with throttle(f"ssdtrain-{os.getpid()}") as group:
-        child = lab.start(
-            one_of_two_is_stuck, small_ext4.directory, tmp_path / "free", group, small_ext4.device, "io_uring"
-        )
-        code = child.wait(30)
-        set_rate(group, small_ext4.device, 0)
-    assert (code, child.stderr) == (0, ""), child.stderr
 
 
 STUCK_SECONDS = 0.3
