@@ -143,10 +143,8 @@ class Transport:
 
     def read(self, record: Record, memory: Allocation) -> tuple[Read, ...]:
         """Begins to bring a record's bytes to `memory`, which is kept alive until they are there."""
-        reads = tuple(
-            self.engine.read(place.write, place.piece, memory.address + place.start, memory.capacity - place.start)
-            for place in record.places
-        )
+        read, (_, address, capacity) = self.engine.read, memory
+        reads = tuple([read(p.write, p.piece, address + p.start, capacity - p.start) for p in record.places])
         self._landings[record] = reads, memory
         return reads
 
