@@ -118,6 +118,7 @@ py::object read_error(const PyRead& read) {
 void bind_spill_file(py::module_& module) {
   py::class_<PySpillFile>(module, "SpillFile")
       .def(py::init([](const std::string& directory, std::optional<uint64_t> cap_nbytes) {
+             py::gil_scoped_release released;  // the probe writes a block
              return PySpillFile(std::make_shared<SpillFile>(directory, cap_nbytes), "a spill file");
            }),
            py::arg("directory"), py::arg("cap_nbytes") = py::none())

@@ -13,7 +13,6 @@ Knows addresses, files and byte counts, no tensors. Three engines share one inte
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +20,6 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from ssdtrain import _python_engine
-
-logger = logging.getLogger("ssdtrain")
 
 KINDS = ("auto", "io_uring", "threads", "python")
 _CPP_KINDS = ("io_uring", "threads")
@@ -328,7 +325,6 @@ def open_engine(
         except _UnavailableError as unavailable:
             _give_up_if_named(kind, unavailable)
             fallbacks.append(f"engine {name} is not available: {unavailable}")
-            logger.warning("%s", fallbacks[-1])
             continue
         reason = "asked for by name" if kind == name else "; ".join(fallbacks) or "the fastest, and it works here"
         return EngineChoice(engine, files, name, reason, fallbacks)

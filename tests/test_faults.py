@@ -425,7 +425,7 @@ def stuck_writes(directory: str, engine: str, mode: str, how_it_ends: str) -> No
         globals()["kept"] = trainer.forward()
 
 
-@pytest.mark.parametrize("engine", ["threads"])
+@every_preloaded
 @pytest.mark.parametrize("mode", ["all", "auto"])
 @pytest.mark.parametrize("how_it_ends", ["closed", "left", "just ends", "with a live graph"])
 def test_stuck_writes(lab: Lab, tmp_path: Path, engine: str, mode: str, how_it_ends: str) -> None:
@@ -458,7 +458,7 @@ def stuck_reads(directory: str, engine: str, how_it_ends: str) -> None:
         offload.close()
 
 
-@pytest.mark.parametrize("engine", ["threads"])
+@every_preloaded
 @pytest.mark.parametrize("how_it_ends", ["closed", "just ends"])
 def test_stuck_reads(lab: Lab, tmp_path: Path, engine: str, how_it_ends: str) -> None:
     """A read that is never answered is an error in backward after the time allowed; the next step works."""

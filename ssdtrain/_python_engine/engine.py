@@ -11,6 +11,7 @@ from .spill_file import File, Owned, round_up
 from .worker import Core, FetchJob
 
 _PAGE_NBYTES = 4096
+_EXIT_SECONDS = 1.0  # for a file that does not answer, at the end of the process
 
 
 def _check_pieces(pieces: Iterable[Piece], extent_nbytes: int, block: int) -> None:
@@ -59,7 +60,7 @@ class PythonEngine(Owned):
         self.notes: list[str] = []
         self._core = Core(targets, Pool(staging_nbytes // slab_nbytes, slab_nbytes), checksum)
         self._monitor = self._core.monitor
-        self._closer = weakref.finalize(self, self._core.close)
+        self._closer = weakref.finalize(self, self._core.close, _EXIT_SECONDS)
         self._core.start(num_threads)
 
     def write(self, file: int, offset: int, nbytes: int, pieces: list[tuple[int, int, int]]) -> Write:
@@ -92,7 +93,7 @@ class PythonEngine(Owned):
             read = Read(self._monitor, len(source.parts))
             self._monitor.num_pending += 1
             for part in source.parts:
-                self._core.fetches.append(self._fetch_job(read, write, part, address + part.piece_offset))
+                self._core.add(self._fetch_job(read, write, part, address + part.piece_offset))
             self._monitor.changed.notify_all()
         return read
 
@@ -120,7 +121,8 @@ class PythonEngine(Owned):
 
     def close(self) -> None:
         self._check_process()
-        self._closer()
+        self._closer.detach()
+        self._core.close()
 
     def _check_open(self) -> None:
         self._check_process()

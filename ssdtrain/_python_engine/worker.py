@@ -1,5 +1,6 @@
-"""The threads of the Python engine: they serve reads first, then copy sources into slabs, then write slabs.
+"""The threads of the Python engine. One moves bytes in memory: from slabs to readers first, then from sources to slabs.
 
+The others serve the files, reads first; a file that does not answer never keeps from anyone what is in memory.
 One condition guards all state; it is released while bytes move.
 """
 
@@ -13,11 +14,13 @@ import zlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from .requests import Chunk, Monitor, Part, Pool, Read, Slab, State, Write
 from .spill_file import File, SpillFile
 
 _MAX_RETRIES = 2
+_Task = Callable[[], None]
 
 
 def _view(address: int, nbytes: int) -> memoryview:
@@ -67,27 +70,35 @@ class Core:
         self.pool = pool
         self.has_checksum = has_checksum
         self.monitor = Monitor()
-        self.fetches: deque[FetchJob] = deque()
+        self.forwards: deque[FetchJob] = deque()  # reads from memory
+        self.fetches: deque[FetchJob] = deque()  # reads from a file
         self.to_copy: deque[tuple[Write, Chunk]] = deque()
         self.to_write: deque[tuple[Write, Chunk]] = deque()
         self.is_stopping = False
         self.threads: list[threading.Thread] = []
 
     def start(self, num_threads: int) -> None:
-        for i in range(num_threads):
-            thread = threading.Thread(target=self._run, name=f"ssdtrain-python-{i}", daemon=True)
+        takes = [self._take_in_memory] + [self._take_of_files] * num_threads
+        for i, take in enumerate(takes):
+            thread = threading.Thread(target=self._run, args=(take,), name=f"ssdtrain-python-{i}", daemon=True)
             self.threads.append(thread)
             thread.start()
 
-    def close(self) -> None:
+    def add(self, job: FetchJob) -> None:
+        (self.fetches if job.source is None else self.forwards).append(job)
+
+    def close(self, seconds: float | None = None) -> None:
+        """Waits for what has begun, at most `seconds`: a file that does not answer keeps its thread and descriptor."""
         if os.getpid() != self.pid:
             return
         with self.monitor.changed:
             self.monitor.is_closing = True
             self._cancel_queued()
-            self.monitor.changed.wait_for(lambda: self.monitor.num_pending == 0)
+            is_quiet = self.monitor.changed.wait_for(lambda: self.monitor.num_pending == 0, seconds)
             self.is_stopping = True
             self.monitor.changed.notify_all()
+            if not is_quiet:
+                return
             threads, self.threads = self.threads, []
             files, self.files = self.files, []
         for thread in threads:
@@ -101,43 +112,49 @@ class Core:
             for write, _ in tuple(queue):
                 write._cancel_all()
             queue.clear()
-        for job in self.fetches:
+        for job in (*self.forwards, *self.fetches):
             if job.slab is not None:
                 job.slab.release()
             job.read._finish((errno.ECANCELED, job.file_offset, job.nbytes, "the engine was closed"))
+        self.forwards.clear()
         self.fetches.clear()
 
-    def _run(self) -> None:
+    def _run(self, take: Callable[[], _Task | None]) -> None:
         while True:
+            task: _Task | None = None
+
+            def is_due() -> bool:
+                nonlocal task
+                task = None if self.is_stopping else take()
+                return self.is_stopping or task is not None
+
             with self.monitor.changed:
-                self.monitor.changed.wait_for(lambda: self.is_stopping or self._has_work())
-                if self.is_stopping:
-                    return
-                task = self._take()
-            if task is not None:
-                task()
+                self.monitor.changed.wait_for(is_due)
+            if task is None:
+                return
+            task()
             task = None  # a sleeping worker keeps no request alive
 
-    def _has_work(self) -> bool:
-        return bool(self.fetches or self.to_write or (self.to_copy and self.pool.free))
-
-    def _take(self) -> Callable[[], None] | None:
-        if self.fetches:
-            fetch = self.fetches.popleft()
-            if fetch.source is None:
-                self.monitor.read_clock.begin()
-            return lambda: self._fetch(fetch)
+    def _take_in_memory(self) -> _Task | None:
+        if self.forwards:
+            return partial(self._forward, self.forwards.popleft())
         while self.to_copy and self.pool.free:
             write, chunk = self.to_copy.popleft()
             if chunk.state is State.QUEUED:
                 chunk.state, chunk.slab = State.COPYING, self.pool.lease()
-                return lambda: self._copy(write, chunk)
+                return partial(self._copy, write, chunk)
+        return None
+
+    def _take_of_files(self) -> _Task | None:
+        if self.fetches:
+            self.monitor.read_clock.begin()
+            return partial(self._fetch, self.fetches.popleft())
         while self.to_write:
             write, chunk = self.to_write.popleft()
             if chunk.state is State.COPIED:
                 chunk.state = State.WRITING
                 self.monitor.write_clock.begin()
-                return lambda: self._store(write, chunk)
+                return partial(self._store, write, chunk)
         return None
 
     def _copy(self, write: Write, chunk: Chunk) -> None:
@@ -180,10 +197,8 @@ class Core:
             else:
                 write._fail_write(chunk, error.errno or errno.EIO)
 
-    def _fetch(self, job: FetchJob) -> None:
-        if job.source is None:
-            self._fetch_from_file(job)
-            return
+    def _forward(self, job: FetchJob) -> None:
+        assert job.source is not None
         nbytes = job.part.nbytes
         _view(job.address, nbytes)[:] = job.source[:nbytes]
         with self.monitor.changed:
@@ -193,7 +208,7 @@ class Core:
             job.read.forwarded_nbytes += nbytes
             job.read._finish()
 
-    def _fetch_from_file(self, job: FetchJob) -> None:
+    def _fetch(self, job: FetchJob) -> None:
         file, fd = self.files[job.write._file], self.fds[job.write._file]
         view = _view(job.address, job.nbytes)
 
