@@ -5,6 +5,7 @@
 #include <cstring>
 #include <utility>
 
+#include "copy_past_cache.h"
 #include "crc32c.h"
 #include "write_transfer.h"
 
@@ -38,7 +39,7 @@ void fill_slab(WriteState* write, size_t index, char* slab, bool has_checksum) {
     char* to = slab + part.chunk_offset;
     const char* from = write->source(part.piece).address + part.piece_offset;
     if (has_checksum) part.checksum = copy_with_checksum(to, from, part.nbytes);
-    if (!has_checksum) std::memcpy(to, from, part.nbytes);
+    if (!has_checksum) copy_past_cache(to, from, part.nbytes);
     filled = part.chunk_offset + part.nbytes;
   }
   std::memset(slab + filled, 0, chunk.nbytes - filled);

@@ -1,0 +1,480 @@
+"""The life of every record against a model in plain Python that knows no engine, no schedule and no prefetch.
+
+The model plays autograd: it packs tensors, keeps the handles, unpacks some of them, some twice, some never, drops them,
+and changes tensors in place meanwhile. All it knows is what each saved tensor must come back as, which of them share
+memory, and that every byte is on exactly one account.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import EAGER, send
+from engine_tools import eventually, num_fds, num_threads
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from torch.multiprocessing.reductions import StorageWeakRef
+
+import ssdtrain
+from ssdtrain.record import Handle, Record, Residency
+
+DTYPES = [torch.float32, torch.int16, torch.uint8, torch.complex64, torch.bfloat16]
+MAX_NUMEL = 3000  # up to six slabs
+CAP_NBYTES = 128 * 1024
+
+
+@dataclass(eq=False)
+class Counter:
+    """A version counter, shared by a tensor, its views, and what comes back of them."""
+
+    version: int = 0
+
+
+@dataclass(eq=False)
+class Held:
+    """A tensor the user has."""
+
+    tensor: torch.Tensor
+    counter: Counter
+
+
+@dataclass(eq=False)
+class Filed:
+    """What is known of a record: which bytes it stands for, and in which memory they were last seen."""
+
+    record: Record
+    source: StorageWeakRef
+    version: int
+    start: int
+    end: int
+    memory: StorageWeakRef
+    num_handles: int = 0
+    may_be_home: bool = False  # somebody may have found the source alive and called the trip off
+
+
+@dataclass(eq=False)
+class Saved:
+    """A saved tensor as it must come back."""
+
+    handle: Any
+    content: bytes
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+    start: int  # first byte in the source's storage
+    counter: Counter
+    version: int
+    resident_nbytes: int = 0
+    filed: Filed | None = None
+
+
+def content_of(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def last_byte(tensor: torch.Tensor) -> int:
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
+    return (tensor.storage_offset() + steps + 1) * tensor.element_size()
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    return 0 not in tensor.stride()
+
+
+class RecordLife(RuleBasedStateMachine):
+    """The hooks of one offload and, beside them, what autograd would expect of them."""
+
+    engine = "threads"
+    directory = Path()
+
+    @initialize(
+        prefetch_nbytes=st.sampled_from([0, 8 * 1024, 64 * 1024]),
+        checksum=st.booleans(),
+        disk_nbytes=st.sampled_from([None, None, CAP_NBYTES]),
+        num_faults=st.sampled_from([0, 0, 1, 4]),
+    )
+    def begin(self, prefetch_nbytes: int, checksum: bool, disk_nbytes: int | None, num_faults: int) -> None:
+        self.holdings = num_fds(), num_threads()
+        self.policy = EAGER | {
+            "engine": self.engine,
+            "prefetch_nbytes": prefetch_nbytes,
+            "checksum": checksum,
+            "disk_nbytes": disk_nbytes,
+        }
+        self.offload = ssdtrain.offload_activations(self.directory, self.policy)
+        self.offload.__enter__()
+        self.is_entered = True
+        self.num_faults = num_faults
+        self.travels = disk_nbytes is None  # nothing has a reason to stay
+        self.held: list[Held] = []
+        self.saved: list[Saved] = []
+        self.filed: list[Filed] = []
+        self.memories: list[StorageWeakRef] = []
+
+    # -- what the user does ----------------------------------------------------------------------------------------
+
+    @rule(
+        rows=st.integers(1, 3), columns=st.integers(0, MAX_NUMEL // 3), dtype=st.sampled_from(DTYPES), is_flat=st.booleans()
+    )
+    def make(self, rows: int, columns: int, dtype: torch.dtype, is_flat: bool) -> None:
+        """A new storage with bytes of its own."""
+        first = 7 * len(self.memories)
+        numbers = torch.arange(first, first + rows * columns) % 251
+        tensor = numbers.to(dtype) if is_flat else numbers.to(dtype).reshape(rows, columns)
+        self.memories.append(StorageWeakRef(tensor.untyped_storage()))
+        self.held.append(Held(tensor, Counter(tensor._version)))
+
+    @precondition(lambda self: self.held)
+    @rule(
+        which=st.integers(0, 99),
+        how=st.sampled_from(["slice", "one", "step", "turn", "bytes", "detach", "expand"]),
+        at=st.integers(0, MAX_NUMEL),
+    )
+    def alias(self, which: int, how: str, at: int) -> None:
+        """Another tensor on the same storage."""
+        held = self.held[which % len(self.held)]
+        view = held.tensor
+        at %= view.size(0) + 1 if view.dim() else 1
+        if how == "slice" and view.dim():
+            view = view[at:]
+        elif how == "one" and view.numel():
+            view = view.flatten()[at] if view.is_contiguous() else view[at % view.size(0)]
+        elif how == "step" and view.dim():
+            view = view[at % 3 :: 2]
+        elif how == "turn":
+            view = view.mT if view.dim() > 1 else view
+        elif how == "bytes" and view.dim() and view.stride(-1) == 1:
+            view = view.view(torch.uint8)
+        elif how == "expand":
+            view = view.unsqueeze(0).expand(2, *view.size())
+        else:
+            view = view.detach()
+        self.held.append(Held(view, held.counter))
+
+    @precondition(lambda self: any(is_dense(held.tensor) for held in self.held))
+    @rule(which=st.integers(0, 99))
+    def change(self, which: int) -> None:
+        """Whatever was saved of this storage before is spoilt, wherever its bytes are."""
+        dense = [held for held in self.held if is_dense(held.tensor)]
+        held = dense[which % len(dense)]
+        held.tensor.add_(1)
+        held.counter.version += 1
+        assert held.tensor._version == held.counter.version
+
+    @precondition(lambda self: self.held)
+    @rule(which=st.integers(0, 99))
+    def let_go(self, which: int) -> None:
+        """The user drops a tensor; its storage may live on by others."""
+        self.held.pop(which % len(self.held))
+
+    # -- what autograd does ----------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.held and self.is_entered)
+    @rule(which=st.integers(0, 99), and_drop=st.booleans())
+    def save(self, which: int, and_drop: bool) -> None:
+        """Alias of a known record, or a new one; never two for the same bytes, never one for different bytes."""
+        held = self.held[which % len(self.held)]
+        tensor, version = held.tensor, held.counter.version
+        item = tensor.element_size()
+        self.saved.append(
+            Saved(
+                self.offload._pack(tensor),
+                content_of(tensor),
+                tensor.dtype,
+                tensor.size(),
+                tensor.stride(),
+                tensor.storage_offset() * item,
+                held.counter,
+                version,
+            )
+        )
+        if type(self.saved[-1].handle) is Handle:
+            assert tensor.numel() > 0
+            self.file(self.saved[-1], tensor)
+        else:
+            assert tensor.numel() == 0 or self.offload._store._transport is None
+            self.saved[-1].resident_nbytes = tensor.nbytes
+        if and_drop:
+            self.held.remove(held)
+
+    def file(self, saved: Saved, tensor: torch.Tensor) -> None:
+        """Which record this handle must be of."""
+        storage, start, end = tensor.untyped_storage(), saved.start, last_byte(tensor)
+        record = saved.handle.record
+        for filed in self.filed:
+            is_same = filed.source.cdata == storage._cdata and filed.version == saved.version
+            if is_same and filed.start <= start and end <= filed.end:
+                break
+        else:
+            if (end - start) * 4 >= storage.nbytes():
+                start, end = 0, storage.nbytes()
+            else:
+                start -= start % 64
+            ref = StorageWeakRef(storage)
+            filed = Filed(record, ref, saved.version, start, end, ref)
+            assert all(other.record is not record for other in self.filed), "one record for different bytes"
+            assert (record.start, record.nbytes) == (start, end - start)
+            self.filed.append(filed)
+        assert filed.record is record, "two records for the same bytes"
+        filed.num_handles += 1
+        saved.filed = filed
+
+    @precondition(lambda self: self.saved)
+    @rule(which=st.integers(0, 99), keep=st.booleans(), times=st.integers(1, 2))
+    def unpack(self, which: int, keep: bool, times: int) -> None:
+        """The saved bytes, or autograd's error; a second unpack is the first one again."""
+        saved = self.saved[which % len(self.saved)]
+        self.note_backward()
+        if saved.counter.version != saved.version:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                self.offload._unpack(saved.handle)
+            return
+        tensors = [self.offload._unpack(saved.handle) for _ in range(times)]
+        for tensor in tensors:
+            self.check(saved, tensor)
+        if keep:
+            self.held.append(Held(tensors[0], saved.counter))
+
+    def check(self, saved: Saved, tensor: torch.Tensor) -> None:
+        assert content_of(tensor) == saved.content
+        assert (tensor.dtype, tensor.size(), tensor.stride()) == (saved.dtype, saved.size, saved.stride)
+        assert tensor._version == saved.version
+        filed = saved.filed
+        if filed is None:
+            return
+        storage = tensor.untyped_storage()
+        if not filed.memory.expired():
+            assert storage._cdata == filed.memory.cdata, "the bytes are in memory twice"
+        elif storage._cdata != filed.memory.cdata:
+            filed.memory = StorageWeakRef(storage)
+            self.memories.append(filed.memory)
+        shift = 0 if storage._cdata == filed.source.cdata else filed.start
+        assert tensor.storage_offset() * tensor.element_size() == saved.start - shift
+
+    def note_backward(self) -> None:
+        """Every unpack may have others prefetched, and those whose source lives are not read back, but stay."""
+        for filed in self.filed:
+            filed.may_be_home |= not filed.source.expired()
+
+    @precondition(lambda self: self.saved)
+    @rule(which=st.integers(0, 99))
+    def drop(self, which: int) -> None:
+        """The graph lets go of a saved tensor; of a record, with its last one."""
+        self.forget(self.saved.pop(which % len(self.saved)))
+
+    def forget(self, saved: Saved) -> None:
+        saved.handle = None
+        filed = saved.filed
+        if filed is None:
+            return
+        filed.num_handles -= 1
+        if filed.num_handles == 0:
+            self.filed.remove(filed)
+            record = filed.record
+            assert record.residency is Residency.RELEASED
+            assert record.storage is None and record.landing is None and record.places == () and record.reads == ()
+
+    @precondition(lambda self: self.is_entered)
+    @rule(size=st.integers(1, 3000), retain=st.booleans())
+    def another_step(self, size: int, retain: bool) -> None:
+        """A real forward and backward in between: its saves join the open pass, its unpacks prefetch from it."""
+        self.note_backward()
+        x = torch.linspace(0, 1, size, requires_grad=True)
+        loss = (x * 1).sin().exp().sum()
+        for is_retained in [True] * retain + [False]:
+            loss.backward(retain_graph=is_retained)
+        expected = x.detach().sin().exp() * x.detach().cos()
+        assert torch.equal(x.grad, expected * (1 + retain))
+
+    @rule()
+    def enter_or_leave(self) -> None:
+        """Backward may come when the context was left; without records the engine is closed meanwhile."""
+        if self.is_entered:
+            self.offload.__exit__(None, None, None)
+            assert (self.offload._store._transport is None) == (not self.filed)
+        else:
+            self.offload.__enter__()
+        self.is_entered = not self.is_entered
+
+    # -- what the engine and the schedule do -------------------------------------------------------------------------
+
+    @precondition(lambda self: self.filed)
+    @rule(which=st.integers(0, 99))
+    def prefetch(self, which: int) -> None:
+        filed = self.filed[which % len(self.filed)]
+        filed.may_be_home |= not filed.source.expired()
+        if self.offload._store._transport is not None:
+            self.offload._store.prefetch(filed.record)
+
+    @rule()
+    def drain(self) -> None:
+        transport = self.offload._store._transport
+        if transport is not None:
+            transport.engine.drain()
+
+    @precondition(lambda self: self.is_entered)
+    @rule()
+    def send(self) -> None:
+        """Everything saved so far goes out, and its memory is free, unless it belongs to somebody or was called home."""
+        send()
+        self.drain()
+        self.offload.stats  # noqa: B018  takes note of what the engine did
+        if not self.travels:
+            return
+        for filed in self.filed:
+            if not filed.may_be_home:
+                assert filed.record.residency in (Residency.DISK, Residency.RELOADING)
+                owners = [held for held in self.held if held.tensor.untyped_storage()._cdata == filed.source.cdata]
+                others = [
+                    other for other in self.filed if other.may_be_home and other.source.cdata == filed.source.cdata
+                ]
+                assert filed.source.expired() or owners or others, "the memory of a record on the drive is not free"
+
+    # -- faults ----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def files_opened(self, flag: int) -> Iterator[None]:
+        """Meanwhile the spill files can only be read, or only be written."""
+        self.num_faults -= 1
+        self.travels = False  # directories that failed are not used any more
+        transport = self.offload._store._transport
+        fds = [file.fd for file in transport._choice.files] if transport is not None else []
+        originals = [os.dup(fd) for fd in fds]
+        for fd in fds:
+            other = os.open(f"/proc/self/fd/{fd}", flag | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0))
+            os.dup2(other, fd, inheritable=False)
+            os.close(other)
+        try:
+            yield
+        finally:
+            if self.offload._store._transport is transport and transport is not None:
+                transport.engine.drain()
+                for fd, original in zip(fds, originals, strict=True):
+                    os.dup2(original, fd, inheritable=False)
+            for original in originals:
+                os.close(original)
+
+    @precondition(lambda self: self.num_faults and self.is_entered)
+    @rule()
+    def send_in_vain(self) -> None:
+        """Writes fail: the bytes stay with the engine, whatever has no place there stays with the record."""
+        with self.files_opened(os.O_RDONLY):
+            send()
+
+    @precondition(lambda self: self.num_faults and self.filed)
+    @rule(which=st.integers(0, 99))
+    def unpack_in_vain(self, which: int) -> None:
+        """Reads fail: bytes that are in memory come, others are an error that says so, and come when reads work."""
+        saved = [saved for saved in self.saved if saved.filed]
+        which %= len(saved)
+        with self.files_opened(os.O_WRONLY):
+            try:
+                self.unpack(which=self.saved.index(saved[which]), keep=False, times=1)
+            except OSError as error:
+                assert error.errno == errno.EBADF and error.filename == str(self.directory) and "record" in str(error)
+        self.unpack(which=self.saved.index(saved[which]), keep=False, times=1)
+
+    @precondition(lambda self: self.num_faults and self.filed)
+    @rule(which=st.integers(0, 99))
+    def unpack_without_memory(self, which: int) -> None:
+        """No memory for a reload: the accounts stay right, and the bytes come when there is some."""
+        saved = [saved for saved in self.saved if saved.filed]
+        index = self.saved.index(saved[which % len(saved)])
+        self.num_faults -= 1
+        device = self.offload._store._device
+
+        def refuse(*sizes: int) -> None:
+            raise MemoryError
+
+        device.allocate = refuse  # type: ignore[method-assign, assignment]
+        with contextlib.suppress(MemoryError):
+            self.unpack(which=index, keep=False, times=1)
+        del device.allocate
+        self.unpack(which=index, keep=False, times=1)
+
+    # -- what always holds -------------------------------------------------------------------------------------------
+
+    @invariant()
+    def accounts_agree(self) -> None:
+        stats, store, counters = self.offload.stats, self.offload._store, self.offload._counters
+        records = [filed.record for filed in self.filed]
+        assert stats.num_live_records == len(records)
+        assert {r for entry in store.index._records.values() for r in entry} == set(records)
+        assert [record.num_handles for record in records] == [filed.num_handles for filed in self.filed]
+        assert all(record.pass_.records[record.index] is record for record in records)
+        in_memory = [r.nbytes for r in records if r.storage is not None or r.residency is Residency.RELOADING]
+        lent = [record.nbytes for record in records if record.is_lent]
+        resident = [saved.resident_nbytes for saved in self.saved]
+        assert counters.held_nbytes == sum(in_memory) + sum(lent) + sum(resident)
+        assert set(store._lent) == {record for record in records if record.is_lent}
+        prefetched = [record for record in records if record.is_prefetched]
+        assert set(store._prefetched) == set(prefetched) and len(store._prefetched) == len(prefetched)
+        assert all(record.residency is Residency.RELOADING for record in prefetched)
+        assert counters.prefetched_nbytes == sum(record.nbytes for record in prefetched)
+        assert counters.prefetched_nbytes <= self.policy["prefetch_nbytes"]
+
+    @invariant()
+    def extents_agree(self) -> None:
+        transport = self.offload._store._transport
+        if transport is None:
+            return
+        extents = [place.extent for filed in self.filed for place in filed.record.places]
+        extents += [extent for shipment in transport._shipments for extent in shipment.dead_extents]
+        assert transport.space.in_use_nbytes == sum(extent.nbytes for extent in extents)
+        assert self.policy["disk_nbytes"] is None or transport.space.in_use_nbytes <= CAP_NBYTES
+        ends = {0: 0}
+        for extent in sorted(extents):
+            assert extent.offset >= ends[extent.file], "two records in one place"
+            ends[extent.file] = extent.offset + extent.nbytes
+        assert transport.engine.staging_in_use_nbytes <= EAGER["staging_nbytes"]
+
+    def teardown(self) -> None:
+        """The last handles go: nothing is on any account, and the engine is closed, although the offload is alive."""
+        if not hasattr(self, "offload"):
+            return
+        if self.is_entered:
+            self.offload.__exit__(None, None, None)
+        while self.saved:
+            self.forget(self.saved.pop())
+        counters, store = self.offload._counters, self.offload._store
+        assert (counters.num_live_records, counters.held_nbytes, counters.prefetched_nbytes) == (0, 0, 0)
+        assert not (store.index._records or store._lent or store._prefetched or store._bereaved)
+        assert store._transport is None
+        self.held.clear()
+        assert all(memory.expired() for memory in self.memories)
+        assert num_fds() == self.holdings[0]
+        assert eventually(lambda: num_threads() <= self.holdings[1])
+        assert os.listdir(self.directory) == []
+
+
+@pytest.mark.parametrize("engine", ["io_uring", "threads", "python"])
+def test_record_life(tmp_path: Path, engine: str) -> None:
+    """Saves, changes, unpacks, drops and faults in any order: the right bytes, once, and nothing left of them."""
+    machine = type("Life", (RecordLife,), {"engine": engine, "directory": tmp_path})
+    gc.collect()
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=NUM_EXAMPLES, stateful_step_count=60, deadline=None, derandomize=True, database=None
+        ),
+    )
+
+
+NUM_EXAMPLES = int(os.environ.get("LIFE", "5"))
