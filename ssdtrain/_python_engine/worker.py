@@ -20,6 +20,7 @@ from .requests import Chunk, Monitor, Part, Pool, Read, Slab, State, Write
 from .spill_file import File, SpillFile
 
 _MAX_RETRIES = 2
+_MAX_REFUSED = 1000  # then something is wrong and EAGAIN counts as an error
 _Task = Callable[[], None]
 
 
@@ -233,14 +234,19 @@ class Core:
                 job.read._finish((number, job.file_offset, job.nbytes, str(error.strerror)))
 
     def _attempt(self, move: Callable[[], None]) -> OSError | None:
-        for attempt in range(_MAX_RETRIES + 1):
+        num_failures = num_refused = 0
+        while True:
             try:
                 move()
+            except BlockingIOError as error:  # EAGAIN: for now only
+                num_refused += 1
+                if num_refused > _MAX_REFUSED:
+                    return error.with_traceback(None)
             except OSError as error:
-                if attempt == _MAX_RETRIES or isinstance(error, _EndOfFileError):
+                num_failures += 1
+                if num_failures > _MAX_RETRIES or isinstance(error, _EndOfFileError):
                     return error.with_traceback(None)  # whose frames would keep the request alive
                 with self.monitor.changed:
                     self.monitor.num_retries += 1
             else:
                 return None
-        raise AssertionError("the last attempt returns")

@@ -1,0 +1,52 @@
+"""The benchmarks at toy size: they run, measure what they say, and end with JSON. No number is a gate here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "recipes" / "benchmarks"
+
+
+def run(script: str, *arguments: str) -> Any:
+    command = [sys.executable, str(BENCHMARKS / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_hooks(tmp_path: Path) -> None:
+    """Tensors travelled in the case that says so, and in no other."""
+    result = run("hooks.py", str(tmp_path), "--repeats", "3")
+    assert {"processor", "cores", "torch", "ssdtrain"} <= result["machine"].keys()
+    ours = {row["case"]: row for row in result["rows"] if row["hooks"] == "ssdtrain"}
+    assert len(ours) == 4 and all(row["target_us"] > 0 for row in ours.values())
+    for case, row in ours.items():
+        assert (row["travelled"] > 0.8) == case.endswith("travels")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(shutil.which("fio") is None, reason="needs fio (Debian: apt-get install fio)")
+def test_engine(tmp_path: Path) -> None:
+    """Both directions and all engines, each beside fio."""
+    size = ["--request-mib", "1", "--depth", "2", "--file-mib", "8", "--repeats", "1"]
+    result = run("engine.py", str(tmp_path), *size)
+    rows = {(row["direction"], row["engine"]) for row in result["rows"]}
+    assert rows == {(d, e) for d in ("write", "read") for e in ("fio", "io_uring", "threads")}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_readme_shows_the_recorded_results(tmp_path: Path) -> None:
+    """The README's table is made from the data, not by hand."""
+    for name in ("recipes/benchmarks/tables.py", "recipes/benchmarks/results/demo.json", "README.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    subprocess.run([sys.executable, str(tmp_path / "recipes/benchmarks/tables.py")], check=True)
+    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
