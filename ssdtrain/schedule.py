@@ -52,8 +52,9 @@ class Schedule:
 
     def upcoming(self, pass_: Pass) -> Iterator[Record]:
         """Records to reload next, soonest first. The caller asks for one more only after it began the last one."""
-        while pass_.cursor < len(pass_.order):
-            record = pass_.records[pass_.order[pass_.cursor]]
+        order = pass_.order
+        while (cursor := pass_.cursor) < len(order):  # read once: another thread may walk the same graph
+            record = pass_.records[order[cursor]]
             if record is not None:
                 yield record
-            pass_.cursor += 1
+            pass_.cursor = max(pass_.cursor, cursor + 1)
