@@ -188,17 +188,17 @@ class ActivationOffload:
     def _pack_travelling(
         self, tensor: torch.Tensor, storage: torch.UntypedStorage, span: tuple[int, int]
     ) -> _Resident | Handle:
-        version = tensor._version
+        version, probe = tensor._version, version_probe(tensor)
         spec = view_spec(tensor)
         with self._store.lock:
-            record = self._index.find(storage._cdata, version, *span)
+            record = self._index.find(storage._cdata, tensor, *span)
             if record is not None:
                 self._counters.deduplicated_nbytes += span[1] - span[0]
             else:
                 span = _widen(span, storage.nbytes())
                 reason = self._why_keep(storage, span)
                 if reason is None:
-                    record = self._new_record(storage, span, version)
+                    record = self._new_record(storage, span, version, probe)
                     record.spec, record.where = spec, self._names.where()
             if record is not None:
                 record.num_handles += 1
@@ -206,7 +206,7 @@ class ActivationOffload:
         if record is None:
             assert reason is not None
             return self._stay(tensor, reason, span[1] - span[0])
-        return Handle(record, spec, version_probe(tensor), version, self._store.bereave)
+        return Handle(record, spec, probe, version, self._store.bereave)
 
     def _why_keep(self, storage: torch.UntypedStorage, span: tuple[int, int]) -> str | None:
         if span[1] - span[0] < self.policy.min_nbytes:
@@ -215,11 +215,14 @@ class ActivationOffload:
             return "outlives its graph"
         return None
 
-    def _new_record(self, storage: torch.UntypedStorage, span: tuple[int, int], version: int) -> Record:
+    def _new_record(
+        self, storage: torch.UntypedStorage, span: tuple[int, int], version: int, probe: torch.Tensor
+    ) -> Record:
         thread = self._thread
         if thread.pass_ is None or thread.pass_.is_closed:
             thread.pass_ = self._schedule.new_pass()
         record = Record(storage, StorageWeakRef(storage), span, version, thread.pass_)
+        record.probe = probe
         self._store.adopt(record)
         thread.pending.append(record)
         return record
@@ -239,12 +242,19 @@ class ActivationOffload:
     def _unpack(self, handle: _Resident | Handle) -> torch.Tensor:
         if type(handle) is _Resident:
             if handle.tensor._version != handle.version:
-                raise _modified(handle.tensor, handle.tensor._version, handle.version)
+                self._check_version(handle.tensor, handle.version, handle.tensor)
             return handle.tensor
         assert isinstance(handle, Handle)
         if handle.probe._version != handle.version:
-            raise _modified(handle.spec, handle.probe._version, handle.version)
+            self._check_version(handle.probe, handle.version, handle.spec)
         return self._unpack_record(handle)
+
+    def _check_version(self, probe: torch.Tensor, version: int, what: object) -> None:
+        """Under the lock no other thread is just asking whose counter this is, see `shares_version_counter`."""
+        with self._store.lock:
+            current = probe._version
+        if current != version:
+            raise _modified(what, current, version)
 
     def _unpack_record(self, handle: Handle) -> torch.Tensor:
         record, store = handle.record, self._store

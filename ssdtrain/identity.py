@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.multiprocessing.reductions import StorageWeakRef
 
 _EMPTY = torch.empty(0)
@@ -72,6 +73,20 @@ def version_probe(tensor: torch.Tensor) -> torch.Tensor:
     probe = tensor.detach()
     probe.data = _EMPTY
     return probe
+
+
+def shares_version_counter(tensor: torch.Tensor, probe: torch.Tensor) -> bool:
+    """Whether a change in place of one counts as a change of the other, as for a tensor and its views.
+
+    Aliases made by ``.data`` have counters of their own, whose numbers may be equal by chance. There is no way to ask,
+    so the counter is moved and put back: the caller holds the lock under which versions are checked.
+    """
+    version = tensor._version
+    if probe._version != version:
+        return False
+    with _unsafe_preserve_version_counter(tensor):
+        torch.autograd.graph.increment_version(tensor)
+        return probe._version != version
 
 
 def why_not(tensor: torch.Tensor) -> str | None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ssdtrain.identity import shares_version_counter
 from ssdtrain.record import Record, Residency
 
 _PURGE_AT = 256
@@ -26,10 +27,11 @@ class Index:
         self._lasting: dict[int, StorageWeakRef] = {}
         self._purge_weights_at = _PURGE_AT
 
-    def find(self, key: int, version: int, start: int, end: int) -> Record | None:
-        """The record that holds bytes [start, end) of this storage as of `version`."""
+    def find(self, key: int, tensor: torch.Tensor, start: int, end: int) -> Record | None:
+        """The record that holds bytes [start, end) of this storage as `tensor` sees them now."""
         for record in self._records.get(key, ()):
-            if record.version == version and record.start <= start and end <= record.start + record.nbytes:
+            is_inside = record.start <= start and end <= record.start + record.nbytes
+            if is_inside and record.version == tensor._version and shares_version_counter(tensor, record.probe):
                 return record
         return None
 

@@ -72,6 +72,7 @@ class Record:
         "num_unseen",
         "pass_",
         "places",
+        "probe",
         "reads",
         "residency",
         "spec",
@@ -94,6 +95,7 @@ class Record:
         self.start, end = span
         self.nbytes = end - self.start
         self.version = version
+        self.probe: torch.Tensor  # shares the version counter of the tensor it was made for
         self.residency = Residency.DEVICE
         self.places: tuple[Place, ...] = ()
         self.reads: tuple[Read, ...] = ()

@@ -26,8 +26,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+NUM_EXAMPLES = 150
 SIZES = st.one_of(st.integers(1, 9000), st.integers(1, 3 * SLAB_NBYTES), st.just(SLAB_NBYTES))
-REST_SECONDS = 2  # then the engine is taken to hang
+REST_SECONDS = 10  # then the engine is taken to hang
 QUEUED, COPIED, WRITING, WRITTEN, RESCUED, DROPPED = "queued", "copied", "writing", "written", "rescued", "dropped"
 
 
@@ -61,12 +62,12 @@ class Request:
         return all((i, piece) in self.copied for i, chunk in enumerate(self.chunks) if piece in chunk.pieces)
 
     @property
-    def is_copied(self) -> bool:
-        return all(self.is_piece_copied(piece) for piece in range(len(self.written.contents)))
-
-    @property
     def is_done(self) -> bool:
         return all(chunk.state in (WRITTEN, RESCUED, DROPPED) for chunk in self.chunks)
+
+    @property
+    def written_nbytes(self) -> int:
+        return sum(chunk.nbytes for chunk in self.chunks if chunk.state == WRITTEN)
 
     @property
     def rescued_nbytes(self) -> int:
@@ -90,6 +91,7 @@ class SlabLeases(RuleBasedStateMachine):
 
     @initialize(num_slabs=st.integers(1, 5), checksum=st.booleans())
     def begin(self, num_slabs: int, checksum: bool) -> None:
+        os.environ.pop("FAKE_GATE", None)
         self.io = Io(self.kind, self.directory, num_slabs=num_slabs, num_threads=1, checksum=checksum)
         self.gate, self.key = os.pipe()
         os.environ["FAKE_GATE"] = str(self.gate)
@@ -203,45 +205,47 @@ class SlabLeases(RuleBasedStateMachine):
 
     # -- what always holds -------------------------------------------------------------------------------------------
 
-    def expected(self) -> tuple[int, ...]:
-        return (
-            len(self.slabs) * SLAB_NBYTES,
-            sum(sum(chunk.nbytes for chunk in r.chunks) for r in self.requests if not r.is_done),
-            self.num_errors,
-            sum(request.rescued_nbytes for request in self.requests),
-        )
+    def expected(self) -> list[Any]:
+        """What the engine must say of itself and of every request when it rests."""
+        inflight = sum(sum(chunk.nbytes for chunk in r.chunks) for r in self.requests if not r.is_done)
+        rescued = [request.rescued_nbytes for request in self.requests]
+        totals = (len(self.slabs) * SLAB_NBYTES, inflight, self.num_errors, sum(rescued), self.peak * SLAB_NBYTES)
+        return [
+            totals,
+            [request.is_done for request in self.requests],
+            [request.written_nbytes for request in self.requests],
+            rescued,
+            [[r.is_piece_copied(i) for i in range(len(r.written.contents))] for r in self.requests],
+        ]
 
-    def actual(self) -> tuple[int, ...]:
-        engine = self.io.engine
-        return (
-            engine.staging_in_use_nbytes,
-            engine.inflight_nbytes,
-            engine.num_write_errors,
-            engine.rescued_nbytes,
-        )
+    def actual(self) -> list[Any]:
+        engine, writes = self.io.engine, [request.written.write for request in self.requests]
+        return [
+            (
+                engine.staging_in_use_nbytes,
+                engine.inflight_nbytes,
+                engine.num_write_errors,
+                engine.rescued_nbytes,
+                engine.peak_staging_nbytes,
+            ),
+            [write.is_done for write in writes],
+            [write.written_nbytes for write in writes],
+            [write.rescued_nbytes for write in writes],
+            [[r.written.write.is_piece_copied(i) for i in range(len(r.written.contents))] for r in self.requests],
+        ]
+
+    def is_at_drive(self) -> bool:
+        """Whether a write has begun and waits at the gate: then the clock of the drive runs."""
+        before = self.io.engine.write_busy_seconds
+        return bool(self.io.engine.write_busy_seconds > before)
 
     @invariant()
     def rest(self) -> None:
-        """The engine comes to rest where the model is, and stays there."""
+        """The engine comes to rest where the model is."""
         deadline = time.monotonic() + REST_SECONDS
-        while self.actual() != self.expected() or not all(
-            r.written.write.is_copied == r.is_copied for r in self.requests
-        ):
-            assert time.monotonic() < deadline, (self.actual(), self.expected())
+        while self.actual() != self.expected() or self.is_at_drive() != bool(self.slabs):
+            assert time.monotonic() < deadline, f"\n{self.actual()} instead of\n{self.expected()}"
             time.sleep(0.0001)
-
-    @invariant()
-    def requests_agree(self) -> None:
-        for request in self.requests:
-            write = request.written.write
-            for piece in range(len(request.written.contents)):
-                assert write.is_piece_copied(piece) == request.is_piece_copied(piece)
-            assert write.is_done == request.is_done
-            assert write.rescued_nbytes == request.rescued_nbytes
-            written = [chunk.nbytes for chunk in request.chunks if chunk.state == WRITTEN]
-            assert write.written_nbytes == sum(written)
-        engine = self.io.engine
-        assert engine.peak_staging_nbytes == self.peak * SLAB_NBYTES <= engine.staging_nbytes
 
     def teardown(self) -> None:
         """The drive takes all that is left: every slab is back, and what was not cancelled comes back."""
@@ -278,6 +282,3 @@ def play(kind: str, directory: str, num_examples: int) -> None:
 def test_slab_leases(lab: Lab, tmp_path: Path, kind: str) -> None:
     """Writes, cancels, reads and failures in any order: each slab is where it must be after every step."""
     lab.run(play, kind, tmp_path, NUM_EXAMPLES)
-
-
-NUM_EXAMPLES = int(os.environ.get("LIFE", "60"))
