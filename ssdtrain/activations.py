@@ -106,7 +106,7 @@ class ActivationOffload:
         self._store.enter()
         try:
             self._enter_hooks()
-        except BaseException:
+        except BaseException:  # Ctrl-C too: no `__exit__` will follow
             self._store.leave()
             raise
         return self
@@ -188,9 +188,9 @@ class ActivationOffload:
     def _pack_travelling(
         self, tensor: torch.Tensor, storage: torch.UntypedStorage, span: tuple[int, int]
     ) -> _Resident | Handle:
-        version, probe = tensor._version, version_probe(tensor)
-        spec = view_spec(tensor)
+        spec, probe = view_spec(tensor), version_probe(tensor)
         with self._store.lock:
+            version = tensor._version  # under the lock, as `shares_version_counter` asks
             record = self._index.find(storage._cdata, tensor, *span)
             if record is not None:
                 self._counters.deduplicated_nbytes += span[1] - span[0]

@@ -139,7 +139,7 @@ class Store:
         choice = self._open_engine(directories)
         try:
             self._transport = Transport(choice, self._slab_nbytes, self.note_fallback)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: nobody else knows this engine yet
             choice.close()
             raise
         self.counters.engine, self.counters.engine_reason = choice.kind, choice.reason
