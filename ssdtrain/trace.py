@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,14 +20,46 @@ _NUM_REMEMBERED = 16
 Signature = tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Recording:
+    """A finished pass: sizes by position, and the positions in the order backward first asked for them."""
+
+    sizes: Signature
+    order: list[int]
+
+    @cached_property
+    def needed_nbytes(self) -> dict[int, int]:
+        """By position: bytes backward had asked for, this one included; what it never asked for comes last."""
+        total, needed = 0, dict.fromkeys(range(len(self.sizes)), sum(self.sizes))
+        for index in self.order:
+            total += self.sizes[index]
+            needed[index] = total
+        return needed
+
+
 class Pass:
     """Records of one forward pass by position, and the positions in the order backward first asked for them."""
 
-    __slots__ = ("_finished", "cursor", "is_closed", "num_live", "order", "rank", "records", "sizes", "unpacked")
+    __slots__ = (
+        "_finished",
+        "cursor",
+        "expected",
+        "is_closed",
+        "num_live",
+        "order",
+        "rank",
+        "records",
+        "sizes",
+        "unpacked",
+    )
 
-    def __init__(self, finished: Callable[[Pass], None]) -> None:
-        """An open pass; the first unpack closes it. `finished` is called when its last record is released."""
+    def __init__(self, finished: Callable[[Pass], None], expected: Recording | None = None) -> None:
+        """An open pass; the first unpack closes it. `finished` is called when its last record is released.
+
+        `expected`: the pass this one may be like; forgotten when it turns out not to be.
+        """
         self._finished = finished
+        self.expected = expected
         self.records: list[Record | None] = []
         self.sizes: list[int] = []
         self.unpacked: list[int] = []
@@ -40,7 +74,10 @@ class Pass:
         self.records.append(record)
         self.sizes.append(record.nbytes)
         self.num_live += 1
-        return len(self.records) - 1
+        index = len(self.records) - 1
+        if self.expected is not None and self.expected.sizes[index : index + 1] != (record.nbytes,):
+            self.expected = None
+        return index
 
     def remove(self, index: int) -> None:
         """Forgets a released record."""
@@ -61,17 +98,23 @@ class History:
 
     def __init__(self) -> None:
         """Empty."""
-        self._orders: OrderedDict[Signature, list[int]] = OrderedDict()
+        self._recordings: OrderedDict[Signature, Recording] = OrderedDict()
+
+    @property
+    def latest(self) -> Recording | None:
+        """The pass that finished last."""
+        return next(reversed(self._recordings.values()), None)
 
     def learn(self, finished: Pass) -> None:
         """Remembers how a pass was unpacked; one that backward never used teaches nothing."""
         if finished.unpacked:
             key = finished.signature
-            self._orders[key] = finished.unpacked
-            self._orders.move_to_end(key)
-            if len(self._orders) > _NUM_REMEMBERED:
-                self._orders.popitem(last=False)
+            self._recordings[key] = Recording(key, finished.unpacked)
+            self._recordings.move_to_end(key)
+            if len(self._recordings) > _NUM_REMEMBERED:
+                self._recordings.popitem(last=False)
 
     def order_of(self, signature: Signature) -> list[int] | None:
         """The order in which the last pass of this signature was unpacked."""
-        return self._orders.get(signature)
+        found = self._recordings.get(signature)
+        return found.order if found is not None else None
