@@ -21,6 +21,7 @@ ROOMS = [
     "engine",
     "space",
     "device",
+    "simulated",
     "identity",
     "trace",
     "record",
