@@ -48,7 +48,7 @@ class LaterMode(TorchDispatchMode):
             return NotImplemented
         if not isinstance(func, OpOverload):
             return func(*args, **kwargs)
-        if func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+        if _is_composite(func):
             with self:
                 return func.decompose(*args, **kwargs)
         if not all(tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_quantized for tensor in tensors):
@@ -72,15 +72,10 @@ class LaterMode(TorchDispatchMode):
             self._synchronize(str(func))
         return result
 
-    def _prepare(
-        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], outcome: Outcome
-    ) -> Any:
+    def _prepare(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], outcome: Outcome) -> Any:
         """What the caller gets: targets as they are, new tensors from the pool."""
-        targets = iter(_targets(func, args, kwargs))
-        returns = func._schema.returns
-        if returns and all(r.alias_info is not None and r.alias_info.is_write for r in returns):
-            results = list(targets)
-            return results[0] if len(results) == 1 and len(returns) == 1 else tuple(results)
+        if not _makes_tensors(func):
+            return _own_targets(func, args, kwargs)
         made = [None if spec is None else make(self._machine, spec) for spec in outcome.specs]
         return tree_unflatten(made, outcome.tree)
 
@@ -88,7 +83,7 @@ class LaterMode(TorchDispatchMode):
         """The operator on aliases; what it returns is copied to where the caller will look for it."""
         run_args, run_kwargs = map_tensors((args, kwargs), self._alias.of)
         targets = _targets(func, args, kwargs)
-        fresh = [] if targets else [leaf for leaf in tree_flatten(result)[0] if leaf is not None]
+        fresh = [leaf for leaf in tree_flatten(result)[0] if leaf is not None] if _makes_tensors(func) else []
         places = [self._alias.of(tensor) for tensor in fresh]
 
         def run() -> None:
@@ -106,7 +101,7 @@ class LaterMode(TorchDispatchMode):
         is_like = func._schema.name.endswith("_like")
         if len(tensors) != len(targets) and not (is_like and len(tensors) == 1):
             return self._wait_for_result(func, args, kwargs)
-        drawn = func(*map_tensors(args, torch.empty_like), **map_tensors(kwargs, torch.empty_like))
+        drawn = func(*map_tensors(args, _stand_in), **map_tensors(kwargs, _stand_in))
         result = self._prepare(func, args, kwargs, outcome)
         self._queue(_aten.copy_.default, (result, drawn), {}, result)
         return result
@@ -123,9 +118,7 @@ class LaterMode(TorchDispatchMode):
         value, error = actual
         if error is not None:
             raise error
-        if targets:
-            return targets[0] if len(targets) == 1 else tuple(targets)
-        return map_tensors(value, self._adopt)
+        return map_tensors(value, self._adopt) if _makes_tensors(func) else _own_targets(func, args, kwargs)
 
     def _adopt(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy on the device of a result that is there already."""
@@ -151,18 +144,40 @@ def _is_view(func: OpOverload) -> bool:
     return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
 
 
+def _stand_in(tensor: torch.Tensor) -> torch.Tensor:
+    """Memory that is filled in the same order."""
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
+
+
+def _is_composite(func: OpOverload) -> bool:
+    """Whether PyTorch itself would run it as other operators: seen here in inference mode only."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return has_kernel(func.name(), "CompositeImplicitAutograd") and not has_kernel(func.name(), "CPU")
+
+
+def _makes_tensors(func: OpOverload) -> bool:
+    """Whether it returns something else than what it was given to write to."""
+    return any(r.alias_info is None for r in func._schema.returns)
+
+
+def _own_targets(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an operator in place, or with `out=`, returns."""
+    names = {name for r in func._schema.returns for name in r.alias_info.before_set}
+    returned = tuple(
+        args[i] if i < len(args) else kwargs[a.name]
+        for i, a in enumerate(func._schema.arguments)
+        if a.alias_info is not None and a.alias_info.before_set & names
+    )
+    return returned[0] if len(returned) == 1 else returned or None
+
+
 def _targets(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """The arguments that the operator writes to."""
-    written = []
+    """The arguments that the operator writes to, whether its schema says so or not."""
+    written = [args[i] for i in _HIDDEN_TARGETS.get(func._schema.name, ())]
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             written.append(args[i] if i < len(args) else kwargs.get(argument.name))
     return [leaf for leaf in tree_flatten(written)[0] if isinstance(leaf, torch.Tensor)]
-
-
-def _hidden_targets(func: OpOverload, args: tuple[Any, ...]) -> list[torch.Tensor]:
-    places = _HIDDEN_TARGETS.get(func._schema.name, ())
-    return [args[i] for i in places if args[i] is not None]
 
 
 def _spans(tensors: list[torch.Tensor]) -> tuple[Span, ...]:

@@ -5,6 +5,7 @@ None means that only a run tells: the result depends on data, is no tensor, or P
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,9 +39,14 @@ class Shapes:
         """Nothing is known yet."""
         self._fake = FakeTensorMode(allow_non_fake_inputs=False)
         self._known: dict[Any, Outcome | None] = {}
+        self._lock = threading.RLock()  # fake tensors are made for one thread
 
     def infer(self, func: _Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome | None:
         """What `func` returns for such arguments."""
+        with self._lock:
+            return self._infer(func, args, kwargs)
+
+    def _infer(self, func: _Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome | None:
         leaves, tree = tree_flatten((args, kwargs))
         if not all(isinstance(leaf, torch.Tensor) or type(leaf) in _PLAIN for leaf in leaves):
             return self._ask(func, args, kwargs)

@@ -48,7 +48,8 @@ class Alias:
         storage = tensor.untyped_storage()
         if storage.nbytes() == 0:
             return tensor.detach()
-        block = self._machine.pool.find(storage.data_ptr())
+        with self._machine.lock:
+            block = self._machine.pool.find(storage.data_ptr())
         if block is None:
             self._machine.note_foreign(storage)
             return tensor.detach()
