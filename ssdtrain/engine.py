@@ -457,6 +457,14 @@ def cuda_driver(index: int) -> Any:
         raise RuntimeError(str(error)) from error
 
 
+def driver_type() -> Any:
+    """What a driver written in Python derives from; `object` without the extension, which alone calls drivers."""
+    try:
+        return _extension().DeviceDriver
+    except _UnavailableError:
+        return object
+
+
 def fence(driver: Any, stream: int) -> Any:
     """The point that `stream` has come to: a `Fence`, or None where there is no driver, for host memory."""
     return None if driver is None else _extension().Fence(driver, stream)
