@@ -33,7 +33,7 @@ class LaterMode(TorchDispatchMode):
 
     def __init__(self, machine: Machine, shapes: Shapes) -> None:
         """To be entered by the device."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._machine = machine
         self._shapes = shapes
         self._alias = Alias(machine)
@@ -162,7 +162,7 @@ def _makes_tensors(func: OpOverload) -> bool:
 
 def _own_targets(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What an operator in place, or with `out=`, returns."""
-    names = {name for r in func._schema.returns for name in r.alias_info.before_set}
+    names = {name for r in func._schema.returns if r.alias_info for name in r.alias_info.before_set}
     returned = tuple(
         args[i] if i < len(args) else kwargs[a.name]
         for i, a in enumerate(func._schema.arguments)
