@@ -22,6 +22,15 @@ PAGE = 4096
 RUN_AHEAD = [0, 7, 1 << 30]
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Teams of threads that spin cost minutes on a busy machine."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
 @pytest.fixture
 def make_device() -> Iterator[MakeDevice]:
     """Makes devices; at the end each runs dry and its thread ends."""
@@ -136,7 +145,7 @@ def test_generator_moves_in_the_order_of_the_program(device: SimulatedDevice) ->
 
 
 def test_data_on_the_host_is_waited_for(make_device: MakeDevice) -> None:
-    with make_device(run_ahead=1 << 30) as device:
+    with make_device(run_ahead=1 << 30):
         x = torch.arange(10.0)
         x += 1
         assert x.sum().item() == 55.0

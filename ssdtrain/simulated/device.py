@@ -33,7 +33,7 @@ class SimulatedDevice:
     kind = "simulated"
 
     def __init__(self, seed: int = 0, *, run_ahead: int = 1 << 30, timeout_seconds: float = 30.0) -> None:
-        """Streams run in an order drawn from `seed`: when somebody waits, or more than `run_ahead` operations are queued.
+        """Streams run in an order drawn from `seed`, when somebody waits or more than `run_ahead` operations wait.
 
         Any wait that takes longer than `timeout_seconds` is an error that lists what is queued.
         """
