@@ -20,6 +20,7 @@ from torch import nn
 from ssdtrain.simulated import SimulatedDevice, UnorderedAccessError
 
 SEEDS = range(12)
+FEW_SEEDS = range(4)  # the verdict is found when work is queued: any order will do
 MIN_NBYTES = 1024
 
 
@@ -299,7 +300,7 @@ def test_the_right_one_computes_the_same_in_every_order(offloader: type[PinnedOf
 
 @pytest.mark.parametrize("offloader, first, second", WRONG)
 def test_the_wrong_one_is_caught_in_every_order(offloader: type[PinnedOffloader], first: str, second: str) -> None:
-    for seed in SEEDS:
+    for seed in FEW_SEEDS:
         with pytest.raises(UnorderedAccessError, match=rf"`{first}.*` on .* and `{second}") as caught:
             run(offloader, seed)
         assert "test_known_races.py:" in str(caught.value)

@@ -11,7 +11,7 @@ from ssdtrain.simulated.machine import INTEGER_POISON, RAW_POISON, Machine
 from ssdtrain.simulated.order import Span
 from ssdtrain.simulated.shapes import Spec
 
-_MAX_SPANS = 64
+_MAX_SPANS = 128
 
 
 def spans_of(tensor: torch.Tensor) -> tuple[Span, ...]:
