@@ -51,7 +51,7 @@ class LaterMode(TorchDispatchMode):
         if _is_composite(func):
             with self:
                 return func.decompose(*args, **kwargs)
-        if not all(tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_quantized for tensor in tensors):
+        if not all(map(_is_plain, tensors)) or torch.device(kwargs.get("device") or "cpu").type != "cpu":
             return self._run_outside(func, args, kwargs, tensors)
         if func is _aten.lift_fresh.default:  # `torch.tensor(...)`: onto the device with it
             return self._later(_aten.clone.default, args, {})
@@ -122,7 +122,7 @@ class LaterMode(TorchDispatchMode):
 
     def _adopt(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy on the device of a result that is there already."""
-        return self._later(_aten.clone.default, (tensor,), {}) if tensor.layout is torch.strided else tensor
+        return self._later(_aten.clone.default, (tensor,), {}) if _is_plain(tensor) else tensor
 
     def _run_outside(
         self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor]
@@ -142,6 +142,10 @@ def _is_view(func: OpOverload) -> bool:
     if torch.Tag.inplace_view in func.tags or func._schema.name in _VIEWS_IN_DISGUISE:
         return True
     return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_quantized
 
 
 def _stand_in(tensor: torch.Tensor) -> torch.Tensor:

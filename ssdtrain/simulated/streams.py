@@ -159,6 +159,7 @@ class Executor:
             thread.join(self._timeout_seconds)
 
     def _loop(self) -> None:
+        torch.set_num_threads(torch.get_num_threads())  # as in the program: sums depend on it, and a thread has its own
         with torch._C._AutoDispatchBelowAutograd():
             while (chosen := self._next()) is not None:
                 stream, item = chosen
