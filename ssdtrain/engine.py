@@ -1,7 +1,8 @@
 """The engines: what executes file requests, and which one this machine can run.
 
-Knows addresses, files and byte counts, no tensors. Three engines share one interface: ``io_uring`` and ``threads``
-(C++, `ssdtrain._C`) and ``python`` (`ssdtrain._python_engine`). This is the only file that imports them.
+Knows addresses, files and byte counts, no tensors. Four engines share one interface: ``io_uring`` and ``threads``
+(C++, `ssdtrain._C`), ``python`` (`ssdtrain._python_engine`) and ``kvikio`` (`ssdtrain._kvikio_engine`), which takes
+device memory too. This is the only file that imports them.
 
     choice = open_engine("auto", ["/mnt/nvme"], 256 << 20, 4 << 20, False, None)
     choice.files[0].grow(1 << 30)
@@ -15,14 +16,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from types import ModuleType
 from typing import Any, Protocol
 
-from ssdtrain import _python_engine
+from ssdtrain import _kvikio_engine, _python_engine
+from ssdtrain._kvikio_engine import GpuDirect
+from ssdtrain._python_engine import Fence
 
-KINDS = ("auto", "io_uring", "threads", "python")
-_CPP_KINDS = ("io_uring", "threads")
+KINDS = ("auto", "io_uring", "threads", "python", "kvikio")
+_ANYWHERE = ("io_uring", "threads", "python")
+
+__all__ = ["KINDS", "Engine", "EngineChoice", "Fence", "GpuDirect", "Read", "SpillFile", "Write", "gpudirect"]
 
 
 class SpillFile(Protocol):
@@ -153,7 +159,7 @@ class Engine(Protocol):
 
     @property
     def kind(self) -> str:
-        """``"io_uring"``, ``"threads"`` or ``"python"``."""
+        """One of `KINDS` but ``"auto"``."""
 
     @property
     def is_closed(self) -> bool:
@@ -223,7 +229,14 @@ class Engine(Protocol):
     def read_busy_seconds(self) -> float:
         """Wall time with at least one file read in flight."""
 
-    def write(self, file: int, offset: int, nbytes: int, pieces: list[tuple[int, int, int]]) -> Write:
+    def write(
+        self,
+        file: int,
+        offset: int,
+        nbytes: int,
+        pieces: list[tuple[int, int, int]],
+        producer: Fence | None = None,
+    ) -> Write:
         """Begins to write `pieces` to bytes [`offset`, `offset` + `nbytes`) of files[`file`]. Never blocks.
 
         Args:
@@ -231,9 +244,10 @@ class Engine(Protocol):
             offset: start of the extent, in whole blocks.
             nbytes: length of the extent, in whole blocks, inside `SpillFile.nbytes`.
             pieces: (source address, nbytes, offset in the extent), sorted, apart, each offset in whole blocks.
+            producer: for device memory (kvikio only), what has to be over before the pieces are read.
         """
 
-    def read(self, write: Any, piece: int, address: int, capacity: int) -> Read:
+    def read(self, write: Any, piece: int, address: int, capacity: int, ready: Fence | None = None) -> Read:
         """Begins to bring one copied, not cancelled piece of `write` to `address`. Never blocks.
 
         Args:
@@ -241,6 +255,7 @@ class Engine(Protocol):
             piece: index of the piece.
             address: a multiple of the file's `memory_alignment`.
             capacity: writable bytes there: the piece in whole blocks, or more.
+            ready: for device memory (kvikio only), what has to be over before it is written.
         """
 
     def wait_inflight(self, max_nbytes: int, timeout_seconds: float | None = None) -> bool:
@@ -299,16 +314,19 @@ def open_engine(
     slab_nbytes: int,
     checksum: bool = False,
     disk_nbytes: int | None = None,
+    device_index: int | None = None,
 ) -> EngineChoice:
     """Opens the engine asked for, or with ``"auto"`` the best that works here, on files or on new files.
 
     Args:
-        kind: one of `KINDS`. ``"auto"`` tries io_uring, then threads, then python.
+        kind: one of `KINDS`. ``"auto"`` tries io_uring, then threads, then python; for device memory it takes kvikio
+            instead where GPUDirect is real and measured faster.
         files_or_directories: open spill files of the engine's own kind, or directories to open them in.
         staging_nbytes: memory for slabs; allocated now.
         slab_nbytes: size of a slab, a multiple of 4096.
         checksum: verify every byte that is read from a file.
         disk_nbytes: bound on all files together; None for no bound.
+        device_index: the GPU whose memory travels; None for host memory.
 
     Raises:
         ValueError: `kind` is unknown, or the sizes do not fit together.
@@ -319,7 +337,7 @@ def open_engine(
         raise ValueError(f"Expected an engine among {', '.join(KINDS)}, got {kind!r}")
     request = _Request(list(files_or_directories), staging_nbytes, slab_nbytes, checksum, disk_nbytes)
     fallbacks: list[str] = []
-    for name in KINDS[1:] if kind == "auto" else (kind,):
+    for name in _ANYWHERE if kind == "auto" else (kind,):
         try:
             engine, files = _open(name, request)
         except _UnavailableError as unavailable:
@@ -327,7 +345,10 @@ def open_engine(
             fallbacks.append(f"engine {name} is not available: {unavailable}")
             continue
         reason = "asked for by name" if kind == name else "; ".join(fallbacks) or "the fastest, and it works here"
-        return EngineChoice(engine, files, name, reason, fallbacks)
+        if isinstance(engine, _kvikio_engine.KvikioEngine):
+            reason += f"; {engine.gpudirect.sentence}"
+        choice = EngineChoice(engine, files, name, reason, fallbacks)
+        return choice if kind == name or device_index is None else _prefer_gpudirect(choice, request, device_index)
     raise AssertionError("the python engine is always available")
 
 
@@ -344,19 +365,43 @@ def _give_up_if_named(kind: str, unavailable: _UnavailableError) -> None:
     ) from unavailable
 
 
-def _open(name: str, request: _Request) -> tuple[Engine, list[SpillFile]]:
+def _open(name: str, request: _Request, verdict: GpuDirect | None = None) -> tuple[Engine, list[SpillFile]]:
+    make_file: Any
+    make: Any
     if name == "python":
         files = request.files(_python_engine.SpillFile)
         return _python_engine.PythonEngine(files, request.staging_nbytes, request.slab_nbytes, request.checksum), files
-    extension = _extension()
-    files = request.files(extension.SpillFile)
+    if name == "kvikio":
+        make_file, make = _kvikio_engine.SpillFile, partial(_kvikio_engine.KvikioEngine, gpudirect=verdict)
+    else:
+        extension = _extension()
+        make_file, make = extension.SpillFile, partial(extension.Engine, name)
+    files = request.files(make_file)
     try:
-        return extension.Engine(name, files, request.staging_nbytes, request.slab_nbytes, request.checksum), files
+        return make(files, request.staging_nbytes, request.slab_nbytes, request.checksum), files
     except (OSError, RuntimeError, TypeError) as error:
         for file, place in zip(files, request.places, strict=True):
             if file is not place:
                 file.close()
         raise _UnavailableError(str(error)) from error
+
+
+def _prefer_gpudirect(choice: EngineChoice, request: _Request, device_index: int) -> EngineChoice:
+    """The kvikio engine where it is the better one, else `choice`; either way the reason says why."""
+    if not all(isinstance(place, str) for place in request.places):
+        return choice
+    better, why = _kvikio_engine.better_than(
+        (choice.engine, choice.files), lambda verdict: _open("kvikio", request, verdict), device_index
+    )
+    if better is None:
+        return replace(choice, reason=f"{choice.reason}; {why}")
+    choice.close()
+    return EngineChoice(*better, "kvikio", why, choice.fallbacks)
+
+
+def gpudirect(directories: Sequence[str]) -> GpuDirect:
+    """Whether bytes of a GPU would reach these directories past the host, and why (not). Takes a few seconds."""
+    return _kvikio_engine.probe(directories)
 
 
 def _extension() -> ModuleType:

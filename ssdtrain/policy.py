@@ -74,8 +74,9 @@ class ActivationPolicy(BaseModel):
     disk_nbytes: Nbytes | None = Field(default=None, ge=MIN_STAGING_NBYTES)
     """Cap on spill space over all directories. What does not fit stays in memory. None: what the drive has free."""
 
-    engine: Literal["auto", "io_uring", "threads", "python"] = "auto"
-    """Who executes the file requests. ``"auto"`` takes the first that works on this machine and says why."""
+    engine: Literal["auto", "io_uring", "threads", "python", "kvikio"] = "auto"
+    """Who executes the file requests. ``"auto"`` takes the first that works on this machine and says why. ``"kvikio"``
+    (``pip install "ssdtrain[gds]"``) moves GPU memory past the host where GPUDirect Storage is real."""
 
     io_timeout_seconds: float = Field(default=60.0, gt=0)
     """A request the drive has not answered for so long is reported, its directory not used any more, and nobody waits

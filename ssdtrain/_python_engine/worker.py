@@ -63,6 +63,10 @@ class EndOfFileError(OSError):
     """The file is shorter than what is asked of it."""
 
 
+class _ChecksumError(OSError):
+    """The file holds other bytes than were written."""
+
+
 def _transfer(move: Callable[[memoryview, int], int], view: memoryview, offset: int, file: File) -> None:
     """Moves the whole view, continuing short transfers."""
     done = 0
@@ -192,16 +196,19 @@ class Workers:
             self._finish(job, error)
 
     def _fetch(self, job: FetchJob) -> None:
-        error = self._attempt(partial(self._read_file, job))
-        if error is None and self.has_checksum and self._checksum(job) != job.part.checksum:
-            text = "checksum mismatch: the bytes in the file are not those that were written"
-            error = OSError(errno.EBADMSG, text)
+        error = self._attempt(partial(self._read_checked, job))
         with self.monitor.changed:
             self.monitor.read_clock.end()
             if error is None:
                 job.read.read_nbytes += job.nbytes
                 self.monitor.read_nbytes += job.nbytes
             self._finish(job, error)
+
+    def _read_checked(self, job: FetchJob) -> None:
+        self._read_file(job)
+        if self.has_checksum and self._checksum(job) != job.part.checksum:
+            text = "checksum mismatch: the bytes in the file are not those that were written"
+            raise _ChecksumError(errno.EBADMSG, text)
 
     def _finish(self, job: FetchJob, error: OSError | None) -> None:
         if error is None:
@@ -221,7 +228,7 @@ class Workers:
                     return error.with_traceback(None)
             except OSError as error:
                 num_failures += 1
-                if num_failures > _MAX_RETRIES or isinstance(error, EndOfFileError):
+                if num_failures > _MAX_RETRIES or isinstance(error, (EndOfFileError, _ChecksumError)):
                     return error.with_traceback(None)  # whose frames would keep the request alive
                 with self.monitor.changed:
                     self.monitor.num_retries += 1
@@ -245,10 +252,12 @@ class Workers:
         """Of what a read brought."""
         raise NotImplementedError
 
-    def _drop_pages(self, file: File, fd: int, offset: int, nbytes: int) -> None:
-        """Leaves nothing of a buffered transfer in the page cache."""
-        if not file.is_direct:
-            os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+    def _end_buffered(self, file: int, offset: int, nbytes: int, *, is_write: bool) -> None:
+        """Has a transfer through the page cache reach the drive, and leaves nothing of it in the cache."""
+        if not self.files[file].is_direct:
+            if is_write:
+                os.fdatasync(self.fds[file])
+            os.posix_fadvise(self.fds[file], offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 class Core(Workers):
@@ -295,9 +304,7 @@ class Core(Workers):
         file, fd = self.files[write._file], self.fds[write._file]
         view, offset = chunk.slab.view[: chunk.nbytes], write._offset + chunk.offset
         _transfer(lambda part, at: os.pwrite(fd, part, at), view, offset, file)
-        if not file.is_direct:
-            os.fdatasync(fd)
-        self._drop_pages(file, fd, offset, chunk.nbytes)
+        self._end_buffered(write._file, offset, chunk.nbytes, is_write=True)
 
     def _rescue(self, write: Write, chunk: Chunk) -> bytes:
         assert chunk.slab is not None
@@ -311,7 +318,7 @@ class Core(Workers):
         file, fd = self.files[job.write._file], self.fds[job.write._file]
         view = view_of(job.address, job.nbytes)
         _transfer(lambda part, at: os.preadv(fd, [part], at), view, job.file_offset, file)
-        self._drop_pages(file, fd, job.file_offset, job.nbytes)
+        self._end_buffered(job.write._file, job.file_offset, job.nbytes, is_write=False)
 
     def _checksum(self, job: FetchJob) -> int:
         return zlib.crc32(view_of(job.address, job.part.nbytes))
