@@ -80,6 +80,7 @@ class Io:
             self.engine = module.KvikioEngine(self.files, staging, SLAB_NBYTES, gpudirect=verdict, **options)
         else:
             self.engine = module.Engine(kind, self.files, staging, SLAB_NBYTES, **options)
+        self.has_slabs = kind != "kvikio"
         self.block = self.files[0].block_nbytes
         self._next = [0] * num_files
         self.kept: list[Memory] = []  # sources, as long as a thread may read them
@@ -88,6 +89,10 @@ class Io:
         self.engine.close()
         for file in self.files:
             file.close()
+
+    def written_nbytes(self, nbytes: int) -> int:
+        """What a piece of `nbytes` puts into the file: whole blocks, unless it goes there without a slab."""
+        return round_up(nbytes, self.block) if self.has_slabs else nbytes
 
     def write(self, *contents: bytes, file: int = 0, gap_blocks: int = 0) -> Written:
         """Begins to write `contents` as the pieces of one new extent, `gap_blocks` of nothing after each."""

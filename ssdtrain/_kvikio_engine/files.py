@@ -103,12 +103,15 @@ class Handles:
 
 
 def _call(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What kvikio returns, or its failure as an `OSError` without the frames that would keep the request alive."""
+    """What kvikio returns, or its failure as an `OSError`."""
     try:
         return function(*arguments)
     except Exception as error:  # kvikio maps C++ exceptions to many types; a worker has to survive all of them
         failure = as_os_error(error)
-    raise failure
+    try:
+        raise failure
+    finally:
+        del failure  # a frame that knows its own exception would keep the request until the next garbage collection
 
 
 def as_os_error(error: Exception) -> OSError:
