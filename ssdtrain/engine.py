@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
 from typing import Any, Protocol
 
 from ssdtrain import _kvikio_engine, _python_engine
 from ssdtrain._kvikio_engine import GpuDirect
+from ssdtrain._kvikio_engine import probe as gpudirect
 from ssdtrain._python_engine import Fence
 
 KINDS = ("auto", "io_uring", "threads", "python", "kvikio")
@@ -336,20 +337,31 @@ def open_engine(
     if kind not in KINDS:
         raise ValueError(f"Expected an engine among {', '.join(KINDS)}, got {kind!r}")
     request = _Request(list(files_or_directories), staging_nbytes, slab_nbytes, checksum, disk_nbytes)
+    names, preference = _names(kind, request, device_index)
     fallbacks: list[str] = []
-    for name in _ANYWHERE if kind == "auto" else (kind,):
+    for name in names:
         try:
             engine, files = _open(name, request)
         except _UnavailableError as unavailable:
             _give_up_if_named(kind, unavailable)
             fallbacks.append(f"engine {name} is not available: {unavailable}")
             continue
-        reason = "asked for by name" if kind == name else "; ".join(fallbacks) or "the fastest, and it works here"
-        if isinstance(engine, _kvikio_engine.KvikioEngine):
-            reason += f"; {engine.gpudirect.sentence}"
-        choice = EngineChoice(engine, files, name, reason, fallbacks)
-        return choice if kind == name or device_index is None else _prefer_gpudirect(choice, request, device_index)
+        reasons = ["asked for by name"] if kind == name else fallbacks or ["the fastest, and it works here"]
+        if isinstance(engine, _kvikio_engine.KvikioEngine) and not preference:
+            preference = engine.gpudirect.sentence
+        return EngineChoice(engine, files, name, "; ".join(filter(None, [*reasons, preference])), fallbacks)
     raise AssertionError("the python engine is always available")
+
+
+def _names(kind: str, request: _Request, device_index: int | None) -> tuple[tuple[str, ...], str]:
+    """The engines to try in turn, and why kvikio is among the automatic ones or not."""
+    if kind != "auto":
+        return (kind,), ""
+    directories = tuple(place for place in request.places if isinstance(place, str))
+    if device_index is None or len(directories) < len(request.places):
+        return _ANYWHERE, ""
+    is_better, why = _kvikio_engine.pays(directories, device_index, open_engine)
+    return (("kvikio", *_ANYWHERE), why) if is_better else (_ANYWHERE, f"kvikio is not preferred: {why}")
 
 
 class _UnavailableError(Exception):
@@ -365,14 +377,14 @@ def _give_up_if_named(kind: str, unavailable: _UnavailableError) -> None:
     ) from unavailable
 
 
-def _open(name: str, request: _Request, verdict: GpuDirect | None = None) -> tuple[Engine, list[SpillFile]]:
+def _open(name: str, request: _Request) -> tuple[Engine, list[SpillFile]]:
     make_file: Any
     make: Any
     if name == "python":
         files = request.files(_python_engine.SpillFile)
         return _python_engine.PythonEngine(files, request.staging_nbytes, request.slab_nbytes, request.checksum), files
     if name == "kvikio":
-        make_file, make = _kvikio_engine.SpillFile, partial(_kvikio_engine.KvikioEngine, gpudirect=verdict)
+        make_file, make = _kvikio_engine.SpillFile, _kvikio_engine.KvikioEngine
     else:
         extension = _extension()
         make_file, make = extension.SpillFile, partial(extension.Engine, name)
@@ -384,24 +396,6 @@ def _open(name: str, request: _Request, verdict: GpuDirect | None = None) -> tup
             if file is not place:
                 file.close()
         raise _UnavailableError(str(error)) from error
-
-
-def _prefer_gpudirect(choice: EngineChoice, request: _Request, device_index: int) -> EngineChoice:
-    """The kvikio engine where it is the better one, else `choice`; either way the reason says why."""
-    if not all(isinstance(place, str) for place in request.places):
-        return choice
-    better, why = _kvikio_engine.better_than(
-        (choice.engine, choice.files), lambda verdict: _open("kvikio", request, verdict), device_index
-    )
-    if better is None:
-        return replace(choice, reason=f"{choice.reason}; {why}")
-    choice.close()
-    return EngineChoice(*better, "kvikio", why, choice.fallbacks)
-
-
-def gpudirect(directories: Sequence[str]) -> GpuDirect:
-    """Whether bytes of a GPU would reach these directories past the host, and why (not). Takes a few seconds."""
-    return _kvikio_engine.probe(directories)
 
 
 def _extension() -> ModuleType:

@@ -6,7 +6,7 @@ Knows addresses and files, no tensors. `probe` says whether bytes would really g
 """
 
 from .engine import KvikioEngine, SpillFile
-from .prefer import better_than
+from .prefer import pays
 from .probe import GpuDirect, probe
 
-__all__ = ["GpuDirect", "KvikioEngine", "SpillFile", "better_than", "probe"]
+__all__ = ["GpuDirect", "KvikioEngine", "SpillFile", "pays", "probe"]

@@ -25,7 +25,7 @@ from ssdtrain._python_engine import (
 
 from .files import Handles
 from .memory import Driver, Memory
-from .probe import GpuDirect, probe
+from .probe import GpuDirect, probe_once
 from .requests import DirectWrite
 
 _MAX_THREADS = 8
@@ -61,7 +61,7 @@ class KvikioEngine(BaseEngine):
         """
         targets: list[File] = list(files)
         check_sizes(targets, staging_nbytes, slab_nbytes)
-        self.gpudirect = gpudirect or probe([file.directory for file in targets])
+        self.gpudirect = gpudirect or probe_once(tuple(file.directory for file in targets))
         if self.gpudirect.mode == "unavailable":
             raise RuntimeError(self.gpudirect.sentence)
         num_threads = min(_MAX_THREADS, staging_nbytes // slab_nbytes)

@@ -7,18 +7,20 @@ import errno
 import mmap
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from ssdtrain._python_engine import Fence
 
 from .memory import Driver, Memory
-from .probe import GpuDirect, probe
+from .probe import probe
 
 Side = tuple[Any, Sequence[Any]]
 """An open engine and its files."""
 
 _PAGE_NBYTES = 4096
 _NBYTES = 64 << 20
+_SLAB_NBYTES = 4 << 20
 _NUM_ROUNDS = 3
 _MAX_SECONDS = 5.0
 _WORTH = 1.1  # a difference smaller than this is noise, and slabs let go of device memory sooner
@@ -34,29 +36,36 @@ class _Ready:
         """Nothing to wait for."""
 
 
-def better_than(host: Side, open_direct: Callable[[GpuDirect], Side], device_index: int) -> tuple[Side | None, str]:
-    """The kvikio engine where it is better than a `host` engine for memory of a device, and why; None and why not.
+@lru_cache(maxsize=8)
+def pays(directories: tuple[str, ...], device_index: int, open_engine: Callable[..., Any]) -> tuple[bool, str]:
+    """Whether kvikio is the better engine between a GPU and these directories, and why; found out once per process."""
+    verdict, choices = probe(directories), list[Any]()
+    if not verdict.is_real:
+        return False, verdict.sentence
+    try:
+        for kind in ("kvikio", "auto"):
+            choices.append(open_engine(kind, directories, _NBYTES, _SLAB_NBYTES))
+        direct, host = [(choice.engine, choice.files) for choice in choices]
+        is_better, figures = is_faster(direct, host, device_index)
+    except (OSError, RuntimeError) as error:  # a better engine is a wish: training goes on without it
+        is_better, figures = False, f"it could not be measured: {error}"
+    finally:
+        for choice in choices:
+            choice.close()
+    return is_better, f"{verdict.sentence}; {figures}"
+
+
+def is_faster(direct: Side, host: Side, device_index: int) -> tuple[bool, str]:
+    """Whether the kvikio engine moves memory of a device faster than a `host` engine, and the figures.
 
     The host engine is timed on host memory, as if copies from the device cost nothing: kvikio has to beat that.
+
+    Raises:
+        OSError: there is no room, or no device memory, to try with.
     """
-    verdict = probe([file.directory for file in host[1]])
-    if not verdict.is_real:
-        return None, f"kvikio is not preferred: {verdict.sentence}"
-    try:
-        direct = open_direct(verdict)
-    except Exception as error:  # a better engine is a wish, and training goes on without it
-        return None, f"kvikio is not preferred: it does not open ({error})"
-    try:
-        rates = _rate_on_host(host), _rate_on_device(direct, device_index)
-    except OSError as error:
-        rates, verdict = (0.0, 0.0), GpuDirect(verdict.mode, (f"it could not be measured ({error})",))
-    figures = f"{rates[1] / 1e9:.2f} GB/s against {rates[0] / 1e9:.2f} through slabs"
-    if rates[1] > _WORTH * rates[0]:
-        return direct, f"{verdict.sentence}; {figures}"
-    direct[0].close()
-    for file in direct[1]:
-        file.close()
-    return None, f"kvikio is not preferred: {verdict.sentence}; {figures}"
+    through_slabs, past_host = _rate_on_host(host), _rate_on_device(direct, device_index)
+    figures = f"measured {past_host / 1e9:.2f} GB/s, {through_slabs / 1e9:.2f} GB/s through slabs"
+    return past_host > _WORTH * through_slabs, figures
 
 
 def _rate_on_host(side: Side) -> float:

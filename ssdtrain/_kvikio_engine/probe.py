@@ -13,17 +13,20 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 Mode = Literal["gpudirect", "cufile", "posix", "unavailable"]
 
 INSTALL = 'pip install "ssdtrain[gds]"'
-TIMEOUT_SECONDS = 30.0
+TIMEOUT_SECONDS = 120.0
+_PROCESSOR_SECONDS = 20  # cuFile spins when it never returns, so that a busy machine need not be taken for that
 _KILL_SECONDS = 5.0
 
 _NAMES: dict[Mode, str] = {
@@ -69,6 +72,12 @@ def probe(directories: Sequence[str], timeout_seconds: float = TIMEOUT_SECONDS) 
     return min(verdicts, key=lambda verdict: _ORDER.index(verdict.mode))
 
 
+@lru_cache(maxsize=8)
+def probe_once(directories: tuple[str, ...]) -> GpuDirect:
+    """As `probe`, but a process asks only once: an engine may be opened in every step."""
+    return probe(directories)
+
+
 def _probe_one(directory: str, timeout_seconds: float) -> GpuDirect:
     strict = _ask_child(directory, "strict", timeout_seconds)
     if "transfer" not in strict:
@@ -79,14 +88,17 @@ def _probe_one(directory: str, timeout_seconds: float) -> GpuDirect:
 
 def _ask_child(directory: str, mode: str, timeout_seconds: float) -> dict[str, Any]:
     """The facts the child printed, and under ``"ending"`` why there are no more of them; empty when all is said."""
-    command = [sys.executable, str(_CHILD), directory, mode]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, str(_CHILD), directory, mode, str(_PROCESSOR_SECONDS)]
+    environment = {"CUFILE_LOGFILE_PATH": os.devnull} | os.environ  # else a cufile.log appears where the user is
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     child = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
     try:
         output, errors = child.communicate(timeout=timeout_seconds)
         ending = "" if child.returncode == 0 else f"exit status {child.returncode}: {errors.strip()[-300:]}"
+        if child.returncode == -signal.SIGXCPU:
+            ending = f"no answer within {_PROCESSOR_SECONDS} s of processor time"
     except subprocess.TimeoutExpired:
         child.kill()
         ending = f"no answer within {timeout_seconds:g} s"

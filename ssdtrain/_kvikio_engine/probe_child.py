@@ -1,6 +1,6 @@
 """Run as a script by `probe`: prints what it finds as JSON, a line at a time, as any step may be the last.
 
-Imports nothing of this package, so that it starts quickly: ``python probe_child.py DIRECTORY strict|lenient``.
+Imports nothing of this package, so that it starts quickly: ``python probe_child.py DIRECTORY strict|lenient SECONDS``.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
+import resource
 import sys
 from typing import Any
 
@@ -49,7 +51,7 @@ def failure_of(step: Any) -> str:
     try:
         step()
     except Exception as error:  # kvikio raises many types, and every failure is an answer
-        return f"{type(error).__name__}: {error}"
+        return re.sub(r"^(KvikIO|cuFile|CUDA) \w+ at: \S+:\d+: ", "", str(error)) or type(error).__name__
     return ""
 
 
@@ -159,4 +161,6 @@ def content_of(driver: ctypes.CDLL, array: Array) -> bytes:
 
 if __name__ == "__main__":
     sys.path.remove(os.path.dirname(os.path.abspath(__file__)))  # its modules are not to be taken for others
-    main(*sys.argv[1:])
+    seconds = int(sys.argv[3])
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
+    main(*sys.argv[1:3])
