@@ -160,7 +160,8 @@ def content_of(driver: ctypes.CDLL, array: Array) -> bytes:
 
 
 if __name__ == "__main__":
-    sys.path.remove(os.path.dirname(os.path.abspath(__file__)))  # its modules are not to be taken for others
+    own = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [path for path in sys.path if path != own]  # its modules are not to be taken for others
     seconds = int(sys.argv[3])
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
     main(*sys.argv[1:3])
