@@ -89,7 +89,8 @@ class Write(Protocol):
     """A request to bring pieces of memory to an extent of a file.
 
     Source memory must stay readable until its piece is copied. The bytes can be read back from then on, whatever
-    becomes of the write: from a slab, from memory that was rescued from a failed write, or from the file.
+    becomes of the write: from a slab, from memory that was rescued from a failed write, or from the file. An engine
+    without slabs copies a piece by writing it; one that it can neither write nor rescue never counts as copied.
     """
 
     @property
@@ -126,7 +127,7 @@ class Write(Protocol):
         """Blocks until `is_done`, without the GIL."""
 
     def wait_copied(self) -> None:
-        """Blocks until `is_copied`, without the GIL."""
+        """Blocks until `is_copied` or `is_done`, without the GIL."""
 
 
 class Read(Protocol):
@@ -176,7 +177,7 @@ class Engine(Protocol):
 
     @property
     def staging_nbytes(self) -> int:
-        """Staging memory: whole slabs."""
+        """Staging memory: whole slabs; 0 for an engine without them."""
 
     @property
     def slab_nbytes(self) -> int:

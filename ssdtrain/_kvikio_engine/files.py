@@ -6,6 +6,10 @@ page cache, bounce buffers of 16 MiB. An engine raises the number of threads to 
 cache, and makes bounce buffers no larger than a slab, so that they stay inside `staging_nbytes`. A setting that the
 user made by environment variable stays. The compatibility mode is set while a handle is opened and then put back: a
 handle keeps the one it was opened with, which is the one `probe` has found, so that kvikio never chooses by itself.
+
+[Note: the NULL stream]
+Where cuFile is used, `pread` and `pwrite` of device memory begin by waiting for all work queued on the NULL stream.
+That orders nothing we need (the fences do), and delays a request while a training loop on that stream runs ahead.
 """
 
 from __future__ import annotations

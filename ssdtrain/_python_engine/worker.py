@@ -232,6 +232,8 @@ class Workers:
                     return error.with_traceback(None)  # whose frames would keep the request alive
                 with self.monitor.changed:
                     self.monitor.num_retries += 1
+            except MemoryError:
+                return OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
             else:
                 return None
 
