@@ -26,7 +26,8 @@ from collections.abc import Sequence
 
 from ssdtrain.device import Device
 from ssdtrain.devices import Devices
-from ssdtrain.engine import EngineChoice, Fence, open_engine
+from ssdtrain.engine import Fence
+from ssdtrain.engines import EngineChoice, open_engine
 from ssdtrain.index import Index
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.record import Record, Residency
@@ -163,6 +164,7 @@ class Store:
                     p.checksum,
                     p.disk_nbytes,
                     host_nbytes=self._host_nbytes(),
+                    device_index=self.devices.gpu_index(),
                 )
             except OSError as error:
                 if len(directories) == 1 or error.errno not in NO_SPACE or error.filename not in directories:

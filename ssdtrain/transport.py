@@ -26,7 +26,8 @@ from dataclasses import dataclass, field
 import torch
 
 from ssdtrain.device import Allocation, Device
-from ssdtrain.engine import EngineChoice, Fence, Read, Write, fence
+from ssdtrain.engine import Fence, Read, Write
+from ssdtrain.engines import EngineChoice, fence
 from ssdtrain.record import Place, Record
 from ssdtrain.space import Extent, HostSpace, SpillSpace
 

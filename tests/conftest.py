@@ -8,6 +8,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,15 +134,33 @@ def gauges(offload: ssdtrain.ActivationOffload) -> tuple[int, int, int]:
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """Runs functions in children that have `preload.c` loaded."""
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler for the library that plays the faults")
     folder = tmp_path_factory.mktemp("lab")
-    source = Path(__file__).parent / "preload.c"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", folder / "preload.so", source, "-ldl"], check=True)
-    lab = Lab(folder / "preload.so", folder)
+    lab = Lab(_compile("preload.c", folder / "preload.so"), folder)
     yield lab
     lab.close()
+
+
+@pytest.fixture(scope="session")
+def kvikio_environment(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
+    """The environment of a process in which kvikio runs without a GPU, and in which faults can be played."""
+    if sys.version_info < (3, 11):
+        pytest.skip("kvikio has no wheels for Python before 3.11")
+    if importlib.util.find_spec("kvikio") is None:
+        pytest.skip("kvikio is not installed; `make test` installs what its tests need")
+    folder = tmp_path_factory.mktemp("kvikio")
+    preload = _compile("preload.c", folder / "preload.so")
+    _compile("libcuda_stub.c", folder / "libcuda.so.1")
+    own = {"LD_LIBRARY_PATH": str(folder), "LD_PRELOAD": str(preload), "SSDTRAIN_TEST_ENGINES": "kvikio"}
+    return os.environ | own | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+def _compile(source: str, target: Path) -> Path:
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip(f"no C compiler for {source}")
+    command = [compiler, "-shared", "-fPIC", "-O1", "-pthread", "-o", target, Path(__file__).parent / source, "-ldl"]
+    subprocess.run(command, check=True)
+    return target
 
 
 @pytest.fixture
