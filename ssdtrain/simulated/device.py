@@ -23,7 +23,7 @@ from ssdtrain.device import Allocation
 from ssdtrain.simulated.driver import SimulatedDriver
 from ssdtrain.simulated.machine import Machine
 from ssdtrain.simulated.mode import LaterMode
-from ssdtrain.simulated.shapes import Shapes
+from ssdtrain.simulated.shapes import shared_shapes
 from ssdtrain.simulated.tensors import Alias
 
 
@@ -39,7 +39,6 @@ class SimulatedDevice:
         """
         self._machine = Machine(seed, run_ahead, timeout_seconds)
         self._alias = Alias(self._machine)
-        self._shapes = Shapes()
         self._local = threading.local()
         self.driver = SimulatedDriver(self._machine)
 
@@ -47,7 +46,7 @@ class SimulatedDevice:
 
     def __enter__(self) -> SimulatedDevice:
         """This thread computes on the device."""
-        mode = LaterMode(self._machine, self._shapes)
+        mode = LaterMode(self._machine, shared_shapes())
         mode.__enter__()  # type: ignore[no-untyped-call]
         self._modes().append(mode)
         self._machine.thread.num_entered += 1

@@ -17,6 +17,7 @@ class SimulatedDriver:
         self._machine = machine
         self._events: dict[int, Event] = {}
         self._free: list[int] = []
+        self._pinned: dict[int, int] = {}
 
     def record(self, stream: int) -> int:
         """An event that is complete when all that is queued on `stream` so far is over."""
@@ -77,11 +78,14 @@ class SimulatedDriver:
     def pin(self, address: int, nbytes: int) -> str:
         """Host memory that copies will use; never refused. What was there before is other memory."""
         with self._machine.lock:
+            self._pinned[address] = nbytes
             self._machine.order.history.forget(Span(address, nbytes))
         return ""
 
     def unpin(self, address: int) -> None:
-        """Nothing to undo."""
+        """No copy will use this memory any more."""
+        with self._machine.lock:
+            self._machine.order.history.forget(Span(address, self._pinned.pop(address)))
 
     def host_read(self, address: int, nbytes: int, what: str) -> None:
         """The calling thread reads memory now, for instance to write it to a drive."""

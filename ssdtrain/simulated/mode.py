@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -138,6 +139,7 @@ class LaterMode(TorchDispatchMode):
         machine.raise_kept()
 
 
+@cache
 def _is_view(func: OpOverload) -> bool:
     if torch.Tag.inplace_view in func.tags or func._schema.name in _VIEWS_IN_DISGUISE:
         return True
@@ -153,12 +155,14 @@ def _stand_in(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
 
 
+@cache
 def _is_composite(func: OpOverload) -> bool:
     """Whether PyTorch itself would run it as other operators: seen here in inference mode only."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return has_kernel(func.name(), "CompositeImplicitAutograd") and not has_kernel(func.name(), "CPU")
 
 
+@cache
 def _makes_tensors(func: OpOverload) -> bool:
     """Whether it returns something else than what it was given to write to."""
     return any(r.alias_info is None for r in func._schema.returns)
