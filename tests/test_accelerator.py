@@ -142,15 +142,22 @@ def test_memory_falls_although_training_runs_far_ahead(make: Make, mode: str) ->
     assert reserved["offloaded"] <= in_flight + working, reserved
 
 
-def test_auto_waits_for_the_accelerator_and_keeps_for_the_drive(make: Make, device: SimulatedDevice) -> None:
-    """Law 11: a process that is ahead loses nothing by waiting; that is told apart from a drive that is behind."""
+def test_auto_waits_for_the_accelerator(make: Make, device: SimulatedDevice) -> None:
+    """A process that is ahead loses nothing by waiting, and memory falls; a drive that is behind is another matter."""
     offload = make(mode="auto")
+    stream = device.current_stream()
+    device.hold(stream)
     with device, offload:
-        _x, loss = layers(64)
+        x, loss = layers(5)
+        assert offload._store._transport is not None
+        assert offload._store._transport.next_point() is not None, "the accelerator has work to do"
+        threading.Timer(0.3, device.release, [stream]).start()
+        x, loss = layers(64)
+        device.synchronize()
+        assert offload._store._transport.next_point() is None
         loss.backward()
-    stats = offload.stats
-    assert stats.ahead_seconds > 0
-    assert stats.kept_nbytes < stats.offloaded_nbytes / 4, str(stats)
+    assert offload.stats.ahead_seconds > 0
+    assert torch.equal(x.grad, grad_of(64))  # type: ignore[arg-type]
 
 
 def test_sources_are_let_go_in_stream_order(make: Make, device: SimulatedDevice) -> None:
