@@ -335,8 +335,8 @@ def offload_activations(
         model: names modules in messages and marks its parameters and buffers as weights. Never needed for correctness.
 
     Returns:
-        A context manager with `stats` and `close()`. Everything is freed by `close()`, or when the context is left and
-        the last graph is gone.
+        A context manager with `stats` and `close()`. Everything is freed by `close()`, when the object is gone, and,
+        unless tensors of an accelerator travelled, when the context is left and the last graph is gone.
 
     Raises:
         OSError: a directory is missing, not writable or full.

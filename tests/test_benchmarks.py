@@ -46,7 +46,7 @@ def test_engine(tmp_path: Path) -> None:
 def test_gpu(tmp_path: Path) -> None:
     """What runs without a GPU: every way gives the same gradients, and bytes travelled in ours."""
     size = "--hidden 64 --heads 2 --layers 3 --sequence 64 --batch 2 --dtype float32 --repeats 1 --warm-up 1".split()
-    result = run("gpu.py", str(tmp_path), *size, "--policy", '{"min_nbytes": 0}')
+    result = run("gpu.py", str(tmp_path), *size, "--policy", '{"min_nbytes": 0, "staging_nbytes": "256KiB"}')
     rows = {row["variant"]: row for row in result["rows"]}
     assert {"plain", "ssdtrain drive auto", "ssdtrain drive all", "save_on_cpu", "recompute"} <= rows.keys()
     assert all(row["is_equal"] for row in rows.values())
