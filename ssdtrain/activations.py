@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -27,7 +27,16 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ssdtrain.directories import check_directories
-from ssdtrain.identity import byte_range, is_parameter, is_weight, rebuild, version_probe, view_spec, why_not
+from ssdtrain.identity import (
+    byte_range,
+    is_made_by,
+    is_parameter,
+    is_weight,
+    rebuild,
+    version_probe,
+    view_spec,
+    why_not,
+)
 from ssdtrain.index import Index
 from ssdtrain.modules import ModuleNames
 from ssdtrain.policy import ActivationPolicy
@@ -84,6 +93,7 @@ class ActivationOffload:
         self._names = ModuleNames(model)
         self._model = model
         self._thread = _Thread()
+        self._left_alone: frozenset[str] = frozenset()
         self._is_closed = False
         self._store = Store(directories, policy, self._counters, self._index)
         if policy.enabled:
@@ -113,8 +123,7 @@ class ActivationOffload:
 
     def _enter_hooks(self) -> None:
         if self._model is not None:
-            with self._store.lock:
-                self._index.mark_weights([*self._model.parameters(), *self._model.buffers()])
+            self.mark_weights([*self._model.parameters(), *self._model.buffers()])
         hooks = saved_tensors_hooks(self._pack, self._unpack)
         hooks.__enter__()
         self._thread.entered.append(hooks)
@@ -129,6 +138,20 @@ class ActivationOffload:
         self._names.unwatch()
         self._thread.entered.pop().__exit__(kind, error, trace)
         self._store.leave()
+
+    def keep_open(self) -> None:
+        """The engine stays open until `close()`: for callers that enter once per micro-batch and not round the loop."""
+        if self.policy.enabled:
+            self._store.enter()
+
+    def mark_weights(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Whatever shares a storage with one of `tensors` is in memory anyway and does not travel."""
+        with self._store.lock:
+            self._index.mark_weights(tensors)
+
+    def leave_alone(self, nodes: Iterable[str]) -> None:
+        """Leaves what autograd nodes of these names made in memory: whoever made it frees its storage and refills it."""
+        self._left_alone |= frozenset(nodes)
 
     def close(self) -> None:
         """Frees slabs, threads and spill files at once. A later backward through records on disk raises an error."""
@@ -180,6 +203,8 @@ class ActivationOffload:
             return self._stay_weight(tensor, nbytes)
         if _graph_task() != -1:
             return self._stay(tensor, "saved during backward", nbytes)
+        if self._left_alone and is_made_by(tensor, self._left_alone):
+            return self._stay(tensor, "refilled by its owner", nbytes)
         if not self._store.is_usable:
             return self._stay(tensor, "no engine open in this process", nbytes)
         self._start_due()

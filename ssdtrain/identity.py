@@ -124,6 +124,20 @@ def is_weight(tensor: torch.Tensor) -> bool:
     return False
 
 
+def is_made_by(tensor: torch.Tensor, names: frozenset[str]) -> bool:
+    """Whether an autograd node of one of these names made a tensor, or what it is a view of."""
+    node = tensor.grad_fn
+    for _ in range(_MAX_RESHAPES):
+        if node is None:
+            return False
+        if node.name() in names:
+            return True
+        if node.name() not in _RESHAPES or not node.next_functions:
+            return False
+        node = node.next_functions[0][0]
+    return False
+
+
 def is_parameter(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a plain parameter or a view of one: the quick test, most weights end here."""
     base = tensor._base
