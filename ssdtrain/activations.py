@@ -190,6 +190,11 @@ class ActivationOffload:
             self._index.mark_weight(tensor.untyped_storage())
         return _Resident(tensor, 0, self._counters)
 
+    def _leave(self, tensor: torch.Tensor, nbytes: int) -> _Resident:
+        """Its owner frees and refills it: autograd holds next to nothing."""
+        self._counters.skip("refilled by its owner", nbytes)
+        return _Resident(tensor, 0, self._counters)
+
     def _pack_large(self, tensor: torch.Tensor, nbytes: int) -> _Resident | Handle:
         reason = why_not(tensor)
         if reason == "weight":
@@ -204,7 +209,7 @@ class ActivationOffload:
         if _graph_task() != -1:
             return self._stay(tensor, "saved during backward", nbytes)
         if self._left_alone and is_made_by(tensor, self._left_alone):
-            return self._stay(tensor, "refilled by its owner", nbytes)
+            return self._leave(tensor, nbytes)
         if not self._store.is_usable:
             return self._stay(tensor, "no engine open in this process", nbytes)
         self._start_due()
@@ -260,7 +265,7 @@ class ActivationOffload:
             thread.sequence_number = number
             if thread.pending:
                 due, thread.pending = thread.pending, []
-                self._store.offload(due)
+                self._store.offload([record for record in due if not _is_resized(record)])
 
     # -- unpack --------------------------------------------------------------------------------------------------
 
@@ -294,6 +299,11 @@ class ActivationOffload:
         storage, shift, handle.epoch = loan
         store.tidy()
         return rebuild(storage, handle.spec, shift, handle.probe)
+
+
+def _is_resized(record: Record) -> bool:
+    """Whether the source was freed behind autograd's back: whoever did that refills it before backward."""
+    return record.storage is not None and record.storage.nbytes() != record.storage_nbytes
 
 
 def _widen(span: tuple[int, int], storage_nbytes: int) -> tuple[int, int]:

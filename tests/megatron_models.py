@@ -15,6 +15,9 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+
+from ssdtrain.demo.saved import SavedTensorCounter
 
 VOCABULARY, SEQUENCE, BATCH = 256, 128, 2
 
@@ -28,12 +31,20 @@ class Case:
     vp: int | None = None
     cp: int = 1
     ep: int = 1
-    num_layers: int = 4
+    num_layers: int = 6
     hidden: int = 128
     num_microbatches: int = 4
     is_plain: bool = False  # torch's optimizer and no DDP, else Megatron's
     has_distributed_optimizer: bool = False
+    is_megatron_lm: bool = False  # the forward step is wrapped, as for Megatron-LM's loop, else the schedule
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Kept(SavedTensorCounter):
+    """Counts without keeping the graph alive that an operator's own output hangs on."""
+
+    def _pack(self, tensor: torch.Tensor) -> Any:
+        return super()._pack(tensor.detach())
 
 
 class Norm(torch.nn.Module):
@@ -42,7 +53,7 @@ class Norm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size))
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -129,6 +140,7 @@ def make_model(case: Case) -> list[torch.nn.Module]:
         chunk = make_chunk(case, config, stage)
         if not case.is_plain:
             ddp = DistributedDataParallelConfig(use_distributed_optimizer=case.has_distributed_optimizer)
+            chunk = Float16Module(config, chunk) if config.bf16 else chunk
             chunk = DistributedDataParallel(config, ddp, chunk, disable_bucketing=stage not in (None, 0))
         model.append(chunk)
     return model
@@ -176,7 +188,12 @@ class Trainer:
             config = get_model_config(self.model[0])
             config.finalize_model_grads_func = partial(finalize_model_grads)
             options = OptimizerConfig(
-                optimizer="adam", lr=1e-3, clip_grad=1.0, use_distributed_optimizer=case.has_distributed_optimizer
+                optimizer="adam",
+                lr=1e-3,
+                clip_grad=1.0,
+                bf16=config.bf16,
+                params_dtype=config.params_dtype,
+                use_distributed_optimizer=case.has_distributed_optimizer,
             )
             self.optimizer = get_megatron_optimizer(options, self.model)
 

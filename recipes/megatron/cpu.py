@@ -31,6 +31,8 @@ class _CudaMeansCpu(TorchFunctionMode):
         kwargs = kwargs or {}
         if "device" in kwargs and "cuda" in str(kwargs["device"]):
             kwargs = {**kwargs, "device": "cpu"}
+        if kwargs.get("pin_memory"):  # there is no device to pin for
+            kwargs = {**kwargs, "pin_memory": False}
         result = func(*args, **kwargs)
         if func is torch.Tensor.type and isinstance(result, str):  # Megatron's optimizers ask for CUDA types by name
             return result.replace("torch.", "torch.cuda.")

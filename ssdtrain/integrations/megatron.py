@@ -89,9 +89,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             group.add_argument(option, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
             accepted = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is Literal else None
-            kind = _checked(name, TypeAdapter(Annotated[(field.annotation, *field.metadata)]))
+            kind = _checked(name, TypeAdapter(_annotated(field.annotation, field.metadata)))
             group.add_argument(option, type=kind, choices=accepted, default=None, help=text)
     return parser
+
+
+def _annotated(kind: Any, metadata: Sequence[Any]) -> Any:
+    """What the policy's field was declared as."""
+    return Annotated[(kind, *metadata)] if metadata else kind
 
 
 def _checked(name: str, adapter: TypeAdapter[Any]) -> Callable[[str], Any]:
