@@ -33,11 +33,14 @@ class Case:
     ep: int = 1
     num_layers: int = 6
     hidden: int = 128
-    num_microbatches: int = 4
     is_plain: bool = False  # torch's optimizer and no DDP, else Megatron's
     has_distributed_optimizer: bool = False
     is_megatron_lm: bool = False  # the forward step is wrapped, as for Megatron-LM's loop, else the schedule
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def num_microbatches(self) -> int:
+        return 4 if self.pp > 1 else 2
 
 
 class Kept(SavedTensorCounter):

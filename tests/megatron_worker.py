@@ -222,7 +222,7 @@ def check_emptied(folder: Path) -> Any:
         with offload:
             hidden = (weight @ weight).t().sigmoid()
             if is_viewless:
-                hidden = make_viewless_tensor(hidden.view(4096), requires_grad=True, keep_graph=True)
+                hidden = make_viewless_tensor(hidden.t(), requires_grad=True, keep_graph=True)
             output = hidden.exp()  # saves its own output, which is then emptied
             if is_sent:
                 for size in (510, 510, 510, 16384, 510):

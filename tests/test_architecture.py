@@ -31,6 +31,7 @@ ROOMS = [
     "modules",
     "activations",
     "__init__",
+    "integrations",
     "demo",
     "cli",
     "__main__",
