@@ -235,3 +235,98 @@ def test_unseen_version_and_no_megatron(monkeypatch: pytest.MonkeyPatch) -> None
         megatron.wrap_forward_step(len, parse())
     with pytest.raises(ImportError, match=r"pip install megatron-core==0\.16\.1"):
         megatron.offload_schedule(len, "/x")
+
+
+# -- recipes -----------------------------------------------------------------------------------------------------------
+
+
+def run_recipe(*options: str) -> list[str]:
+    """Losses and statistics that the recipe prints, at toy size, on two CPU processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    size = "--steps 3 --layers 2 --hidden 64 --sequence 128 --micro-batch 2".split()
+    command = [*launcher, str(RECIPES / "megatron" / "pretrain_gpt.py"), *size, *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [line.split(" | ")[1] for line in done.stdout.splitlines() if line.startswith("step")] + [
+        line for line in done.stdout.splitlines() if line.startswith("ssdtrain:")
+    ]
+
+
+@pytest.mark.parametrize("options", [[], ["--pipeline", "2", "--tensor", "1"]], ids=["tensor", "pipeline"])
+def test_recipe(tmp_path: Path, options: list[str]) -> None:
+    """It prints the same losses with and without, and what travelled."""
+    plain = run_recipe(*options)
+    *losses, stats = run_recipe(*options, "--ssdtrain-dir", str(tmp_path), "--ssdtrain-min-nbytes", "16KiB")
+    assert len(plain) == 3 and losses == plain
+    assert re.match(r"ssdtrain: [\d.]+ MiB of \d+ records offloaded", stats)
+
+
+def test_recipe_refuses_sizes_that_do_not_fit() -> None:
+    script = str(RECIPES / "megatron" / "pretrain_gpt.py")
+    done = subprocess.run([sys.executable, script, "--tensor", "3"], capture_output=True, text=True)
+    assert done.returncode == 2 and "tensor x pipeline = 3 divides, got 1" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["gpt", "bert", "t5"])
+def test_launch_scripts(name: str) -> None:
+    """They are valid, say what they miss, and their options exist; `echo` stands in for torchrun and the GPUs."""
+    script = str(RECIPES / "megatron" / f"{name}.sh")
+    subprocess.run(["bash", "-n", script], check=True)
+    bare = {"PATH": os.environ["PATH"]}
+    missing = subprocess.run([script], env=bare, capture_output=True, text=True)
+    assert missing.returncode != 0 and "Expected MEGATRON_LM" in missing.stderr
+    given = {"MEGATRON_LM": "/lm", "SPILL": "/nvme/{local_rank}", "DATA": "--data-path text", "TORCHRUN": "echo"}
+    shape = {"HIDDEN": "12288", "LAYERS": "3"}
+    done = subprocess.run([script, "--more"], env=bare | given | shape, capture_output=True, text=True, check=True)
+    words = done.stdout.split()
+    assert f"/lm/pretrain_{name}.py" in words and words[-3:] == ["--data-path", "text", "--more"]
+    assert words[words.index("--hidden-size") + 1] == "12288" and words[words.index("--num-attention-heads") + 1] == "96"
+    parser = megatron.add_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    args, others = parser.parse_known_args(words[words.index("--hidden-size") :])
+    assert not [word for word in others if word.startswith("--ssdtrain")]
+    assert megatron._ask(args) is not None and args.ssdtrain_dir == ["/nvme/{local_rank}"]
+
+
+def test_running_a_script_of_a_checkout(tmp_path: Path) -> None:
+    """`run.py` gives the script's `pretrain` the options and the forward step, and leaves everything else alone.
+
+    Megatron-LM cannot be installed: a package of the same shape stands in for it.
+    """
+    package = tmp_path / "megatron" / "training"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(
+        "import argparse\n"
+        "def get_args(): return args\n"
+        "def pretrain(data, model, model_type, forward_step_func, extra_args_provider=None, args_defaults={}):\n"
+        "    global args\n"
+        "    args = extra_args_provider(argparse.ArgumentParser()).parse_args(namespace=argparse.Namespace(rank=0))\n"
+        "    print(data, model, forward_step_func.__name__, args.theirs, args.ssdtrain_mode, args_defaults)\n"
+    )
+    (tmp_path / "pretrain_x.py").write_text(
+        "from megatron.training import get_args, pretrain\n"
+        "def forward_step(data_iterator, model): ...\n"
+        "def more(parser):\n"
+        "    parser.add_argument('--theirs')\n"
+        "    return parser\n"
+        "if __name__ == '__main__':\n"
+        "    pretrain('data', 'model', 1, forward_step, extra_args_provider=more, args_defaults={'a': 1})\n"
+    )
+    command = [sys.executable, str(RECIPES / "megatron" / "run.py"), str(tmp_path / "pretrain_x.py")]
+    options = ["--theirs", "1", "--ssdtrain-dir", str(tmp_path), "--ssdtrain-mode", "all"]
+    environment = os.environ | {"PYTHONPATH": str(TESTS.parent)}
+    done = subprocess.run([*command, *options], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "data model forward_step 1 all {'a': 1}"
+    no_script = subprocess.run([command[0], command[1], "/no/such.py"], capture_output=True, text=True, env=environment)
+    assert no_script.returncode == 1 and "Expected a script of a Megatron-LM checkout" in no_script.stderr
+
+
+def test_benchmark(tmp_path: Path) -> None:
+    size = "--pairs 1 --layers 2 --hidden 64 --sequence 128 --min-nbytes 16KiB".split()
+    command = [sys.executable, str(RECIPES / "benchmarks" / "megatron.py"), str(tmp_path), *size]
+    environment = os.environ | {"PYTHONPATH": str(TESTS.parent), "MASTER_PORT": str(20000 + os.getpid() % 20000)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["offloaded_nbytes"] > 0 and result["overhead"] > 0 and result["machine"]["megatron-core"]
