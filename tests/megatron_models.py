@@ -110,7 +110,9 @@ def make_config(case: Case) -> TransformerConfig:
 
 def make_chunk(case: Case, config: TransformerConfig, vp_stage: int | None) -> torch.nn.Module:
     spec = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, normalization="RMSNorm", multi_latent_attention=config.multi_latent_attention
+        num_experts=config.num_moe_experts,
+        normalization="RMSNorm",
+        multi_latent_attention=config.multi_latent_attention,
     )
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = Norm
     if case.cp > 1:

@@ -69,7 +69,7 @@ PAIR = {
 }
 
 
-# -- cases: trained without and with ssdtrain ----------------------------------------------------------------------------
+# -- cases: trained without and with ssdtrain --------------------------------------------------------------------------
 
 
 def run_case(case: Case, directory: str) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def weights_stay(offload: ssdtrain.ActivationOffload, trainer: models.Trainer) -
     return offload.stats.num_offloaded == before
 
 
-# -- checks: what goes wrong, and what Megatron does behind autograd's back ------------------------------------------------
+# -- checks: what goes wrong, and what Megatron does behind autograd's back --------------------------------------------
 
 
 def message_of(call: Callable[[], Any]) -> str:
@@ -211,8 +211,11 @@ def check_schedules(folder: Path) -> Any:
 
 
 def check_emptied(folder: Path) -> Any:
-    """`deallocate_output_tensor` and `custom_backward`, with the record of the output in memory and on the drive; a view
-    made viewless, whose storage then has two version counters; a change in place that must be noticed."""
+    """What Megatron does behind autograd's back.
+
+    `deallocate_output_tensor` and `custom_backward`, with the record of the output in memory and on the drive; a view
+    made viewless, whose storage then has two version counters; a change in place that must be noticed.
+    """
     torch.manual_seed(0)
     weight = torch.randn(64, 64, requires_grad=True)
     policy = {"mode": "all", "min_nbytes": 0, "staging_nbytes": 64 * 1024}
@@ -250,12 +253,13 @@ def check_emptied(folder: Path) -> Any:
     return [all(equal), message_of(lambda: schedules.custom_backward(changed, torch.ones(64, 64)))]
 
 
+_PREFIX = "check_"
 CHECKS = {
-    name.removeprefix("check_").replace("_", "-"): check for name, check in globals().items() if name.startswith("check_")
+    name.removeprefix(_PREFIX).replace("_", "-"): check for name, check in globals().items() if name.startswith(_PREFIX)
 }
 
 
-# -- one after the other ---------------------------------------------------------------------------------------------------
+# -- one after the other -----------------------------------------------------------------------------------------------
 
 
 def run(name: str, folder: Path) -> dict[str, Any]:
@@ -277,9 +281,7 @@ def main() -> None:
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world
-    )
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     spill = folder / "spill"
     with cpu.stand_in():
         for name in sys.argv[4:]:

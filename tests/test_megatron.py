@@ -119,11 +119,13 @@ def test_peak(seen: dict[str, list[dict[str, Any]]], name: str, rank: int) -> No
 def test_storages_that_megatron_refills_stay(seen: dict[str, list[dict[str, Any]]], name: str) -> None:
     """A recomputed norm's output is freed after its consumer's forward: no copy of it may be under way then."""
     for result in seen[name]:
-        assert result["skipped"]["refilled by its owner"]["count"] == 5 * 2 * 6 * 2  # steps, micro-batches, layers, norms
+        assert (
+            result["skipped"]["refilled by its owner"]["count"] == 5 * 2 * 6 * 2
+        )  # steps, micro-batches, layers, norms
 
 
 def test_emptied_outputs(seen: dict[str, list[dict[str, Any]]]) -> None:
-    """Outputs that the schedule empties come back from memory and from the drive; changes in place are still noticed."""
+    """Outputs that the schedule empties come back from memory and from the drive; changes in place are noticed."""
     are_equal, message = seen["emptied"][0]["result"]
     assert are_equal
     assert "modified by an inplace operation" in message
@@ -156,7 +158,9 @@ def test_schedules_that_do_not_fit(seen: dict[str, list[dict[str, Any]]]) -> Non
     none_yet, sizes, one_wrong, foreign = messages(seen, "schedules")
     assert "Expected initialize_model_parallel to have been called" in none_yet
     assert "world_size (2) is not divisible by 3" in sizes
-    assert "rank 1: Expected forward_backward_pipelining_without_interleaving" in one_wrong and "rank 0" not in one_wrong
+    assert (
+        "rank 1: Expected forward_backward_pipelining_without_interleaving" in one_wrong and "rank 0" not in one_wrong
+    )
     assert "Expected one of megatron-core's schedules" in foreign and "got print" in foreign
 
 
@@ -187,7 +191,7 @@ def test_help_says_what_the_policy_says(capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--ssdtrain-mode", "fast"], "invalid choice: 'fast'"),
+        (["--ssdtrain-mode", "fast"], "Input should be 'auto' or 'all', got 'fast'"),
         (["--ssdtrain-min-nbytes", "big"], "Expected a size such as"),
         (["--ssdtrain-staging-nbytes", "1"], "greater than or equal to 65536"),
         (["--ssdtrain-directory", "/x"], "unrecognized arguments"),
@@ -216,7 +220,7 @@ def test_directory_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert megatron._fill_in("/nvme{local_rank}/{rank}") == "/nvme1/9"
     with pytest.raises(ValueError, match=re.escape("got {host} in '/x/{host}'")):
         megatron._fill_in("/x/{host}")
-    with pytest.raises(ValueError, match="at most, got '/x{'"):
+    with pytest.raises(ValueError, match=r"at most, got '/x\{'"):
         megatron._fill_in("/x{")
     monkeypatch.delenv("LOCAL_RANK")
     with pytest.raises(ValueError, match="Expected LOCAL_RANK in the environment"):
@@ -253,11 +257,10 @@ def run_recipe(*options: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("options", [[], ["--pipeline", "2", "--tensor", "1"]], ids=["tensor", "pipeline"])
-def test_recipe(tmp_path: Path, options: list[str]) -> None:
+def test_recipe(tmp_path: Path) -> None:
     """It prints the same losses with and without, and what travelled."""
-    plain = run_recipe(*options)
-    *losses, stats = run_recipe(*options, "--ssdtrain-dir", str(tmp_path), "--ssdtrain-min-nbytes", "16KiB")
+    plain = run_recipe()
+    *losses, stats = run_recipe("--ssdtrain-dir", str(tmp_path), "--ssdtrain-min-nbytes", "16KiB")
     assert len(plain) == 3 and losses == plain
     assert re.match(r"ssdtrain: [\d.]+ MiB of \d+ records offloaded", stats)
 
@@ -281,7 +284,9 @@ def test_launch_scripts(name: str) -> None:
     done = subprocess.run([script, "--more"], env=bare | given | shape, capture_output=True, text=True, check=True)
     words = done.stdout.split()
     assert f"/lm/pretrain_{name}.py" in words and words[-3:] == ["--data-path", "text", "--more"]
-    assert words[words.index("--hidden-size") + 1] == "12288" and words[words.index("--num-attention-heads") + 1] == "96"
+    assert (
+        words[words.index("--hidden-size") + 1] == "12288" and words[words.index("--num-attention-heads") + 1] == "96"
+    )
     parser = megatron.add_arguments(argparse.ArgumentParser(allow_abbrev=False))
     args, others = parser.parse_known_args(words[words.index("--hidden-size") :])
     assert not [word for word in others if word.startswith("--ssdtrain")]
@@ -324,7 +329,7 @@ def test_running_a_script_of_a_checkout(tmp_path: Path) -> None:
 
 def test_benchmark(tmp_path: Path) -> None:
     size = "--pairs 1 --layers 2 --hidden 64 --sequence 128 --min-nbytes 16KiB".split()
-    command = [sys.executable, str(RECIPES / "benchmarks" / "megatron.py"), str(tmp_path), *size]
+    command = [sys.executable, str(RECIPES / "benchmarks" / "megatron_overhead.py"), str(tmp_path), *size]
     environment = os.environ | {"PYTHONPATH": str(TESTS.parent), "MASTER_PORT": str(20000 + os.getpid() % 20000)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -36,7 +36,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--sequence", type=int, default=512, help="bytes per sequence")
     parser.add_argument("--micro-batch", type=int, default=4, help="sequences per micro-batch")
-    parser.add_argument("--num-micro-batches", type=int, default=2, help="micro-batches per step and data-parallel rank")
+    parser.add_argument(
+        "--num-micro-batches", type=int, default=2, help="micro-batches per step and data-parallel rank"
+    )
     parser.add_argument("--recompute", choices=["full", "selective"], help="recompute activations as well")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--lr", type=float, default=3e-4)
@@ -131,7 +133,9 @@ def train(args: argparse.Namespace) -> None:
         use_distributed_optimizer=True, clip_grad=1.0,
     )  # fmt: skip
     optimizer = get_megatron_optimizer(options, [model])
-    step_function = wrap_forward_step(forward_step, args)  # this line, and add_arguments, are all there is to offloading
+    step_function = wrap_forward_step(
+        forward_step, args
+    )  # this line, and add_arguments, are all there is to offloading
     for step in range(args.steps):
         start = time.perf_counter()
         model.zero_grad_buffer()

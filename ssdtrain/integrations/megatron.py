@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def _annotated(kind: Any, metadata: Sequence[Any]) -> Any:
     """What the policy's field was declared as."""
-    return Annotated[(kind, *metadata)] if metadata else kind
+    return functools.reduce(lambda inner, extra: Annotated[inner, extra], metadata, kind)
 
 
 def _checked(name: str, adapter: TypeAdapter[Any]) -> Callable[[str], Any]:

@@ -1,7 +1,7 @@
 """How much longer does a Megatron step take with ssdtrain? One case, steps with and without taking turns.
 
-python recipes/benchmarks/megatron.py /mnt/nvme                # one process; the last line is JSON
-torchrun --nproc-per-node 2 recipes/benchmarks/megatron.py /mnt/nvme --tensor 2
+python recipes/benchmarks/megatron_overhead.py /mnt/nvme                # one process; the last line is JSON
+torchrun --nproc-per-node 2 recipes/benchmarks/megatron_overhead.py /mnt/nvme --tensor 2
 
 Both trainings are alive at once and take their steps in turn, the first one alternating, so that what else the machine
 does hits both. The overhead is the median over pairs of steps of the ratio of their times: 1.00 is none.
@@ -135,7 +135,9 @@ def main() -> None:
     with contextlib.nullcontext() if is_cuda else cpu.stand_in():
         result = measure(args)
     if torch.distributed.get_rank() == 0:
-        print(f"{result['plain_seconds']:.3f} s without, {result['ssdtrain_seconds']:.3f} s with: x {result['overhead']:.3f}")
+        print(
+            f"{result['plain_seconds']:.3f} s without, {result['ssdtrain_seconds']:.3f} s with: x {result['overhead']:.3f}"
+        )
         print(json.dumps(result))
     torch.distributed.destroy_process_group()
 
