@@ -150,7 +150,7 @@ class ActivationOffload:
             self._index.mark_weights(tensors)
 
     def leave_alone(self, nodes: Iterable[str]) -> None:
-        """Leaves what autograd nodes of these names made in memory: whoever made it frees its storage and refills it."""
+        """Leaves what autograd nodes of these names made in memory: its maker frees its storage and refills it."""
         self._left_alone |= frozenset(nodes)
 
     def close(self) -> None:

@@ -82,29 +82,29 @@ class GatheringAttention(torch.nn.Module):
 
 
 def make_config(case: Case) -> TransformerConfig:
-    options: dict[str, Any] = dict(
-        num_layers=case.num_layers,
-        hidden_size=case.hidden,
-        num_attention_heads=4,
-        use_cpu_initialization=True,
-        tensor_model_parallel_size=case.tp,
-        pipeline_model_parallel_size=case.pp,
-        virtual_pipeline_model_parallel_size=case.vp,
-        context_parallel_size=case.cp,
-        expert_model_parallel_size=case.ep,
-        pipeline_dtype=torch.float32,
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        normalization="RMSNorm",
-        deallocate_pipeline_outputs=True,
-        deterministic_mode=False,
-    )
+    options: dict[str, Any] = {
+        "num_layers": case.num_layers,
+        "hidden_size": case.hidden,
+        "num_attention_heads": 4,
+        "use_cpu_initialization": True,
+        "tensor_model_parallel_size": case.tp,
+        "pipeline_model_parallel_size": case.pp,
+        "virtual_pipeline_model_parallel_size": case.vp,
+        "context_parallel_size": case.cp,
+        "expert_model_parallel_size": case.ep,
+        "pipeline_dtype": torch.float32,
+        "gradient_accumulation_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "persist_layer_norm": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "normalization": "RMSNorm",
+        "deallocate_pipeline_outputs": True,
+        "deterministic_mode": False,
+    }
     return TransformerConfig(**options | case.config)
 
 

@@ -38,7 +38,7 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompu
 SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "layernorm", "mlp"]}
 EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_token_dispatcher_type": "allgather"}
 BF16 = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
-# A recomputed MLP hands out its bias, a parameter, as its own output: backward then never ends, with or without ssdtrain.
+# A recomputed MLP hands out its bias, a parameter, as its own output: backward then never ends, without ssdtrain too.
 NO_BIAS = {"add_bias_linear": False}
 
 ALONE = {

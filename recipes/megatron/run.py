@@ -2,8 +2,8 @@
 
 torchrun --nproc-per-node 2 recipes/megatron/run.py ~/Megatron-LM/pretrain_gpt.py --ssdtrain-dir /mnt/nvme ...
 
-The script's call of `pretrain` gets two things more: the --ssdtrain options, and a forward step that offloads. In a script
-of your own write those two into the call; this file is then not needed.
+The script's call of `pretrain` gets two things more: the --ssdtrain options, and a forward step that offloads. In a
+script of your own write those two into the call; this file is then not needed.
 """
 
 import functools
