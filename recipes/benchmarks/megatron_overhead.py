@@ -5,7 +5,7 @@ torchrun --nproc-per-node 2 recipes/benchmarks/megatron_overhead.py /mnt/nvme --
 
 Both trainings are alive at once and take their steps in turn, the first one alternating, so that what else the machine
 does hits both. The overhead is the median over pairs of steps of the ratio of their times: 1.00 is none. The same ratio
-of processor time (all threads) is printed beside it: on a machine where others compute, that is what waiting multiplies.
+of processor time (all threads) is beside it: on a machine where others compute, that is what waiting multiplies.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Pre-train a byte-level GPT with megatron-core, its saved activations on NVMe. One file, one loop.
+r"""Pre-train a byte-level GPT with megatron-core, its saved activations on NVMe. One file, one loop.
 
 torchrun --nproc-per-node 2 recipes/megatron/pretrain_gpt.py --ssdtrain-dir /mnt/nvme    # 2 GPUs, or 2 CPU processes
 torchrun --nproc-per-node 2 recipes/megatron/pretrain_gpt.py                             # the same losses, more memory
-torchrun --nproc-per-node 8 recipes/megatron/pretrain_gpt.py --ssdtrain-dir /mnt/nvme/{local_rank} \\
+torchrun --nproc-per-node 8 recipes/megatron/pretrain_gpt.py --ssdtrain-dir /mnt/nvme/{local_rank} \
     --tensor 2 --pipeline 2 --layers 24 --hidden 2048 --heads 16 --sequence 2048
 """
 
