@@ -184,7 +184,27 @@ def check_missing_directory_in_pipeline(folder: Path) -> Any:
     finalize = config.finalize_model_grads_func
     first = message_of(lambda: trainer.step(0, get_forward_backward_func(), forward_step))
     assert config.finalize_model_grads_func is finalize, "the configuration is as it was"
-    return [first]
+    return [first, message_of(lambda: wrap_again(case, directory))]
+
+
+def wrap_again(case: Case, directory: str) -> None:
+    """The same where the ranks can agree before the first step."""
+    args = add_arguments(argparse.ArgumentParser()).parse_args(["--ssdtrain-dir", directory])
+    models.Trainer(case).step(0, get_forward_backward_func(), wrap_forward_step(models.forward_step, args))
+
+
+def check_alone(folder: Path) -> Any:
+    """A single rank raises the error itself, and again in the next step."""
+    parallel_state.initialize_model_parallel()
+    options = ["--ssdtrain-dir", str(folder / "missing")]
+    args = add_arguments(argparse.ArgumentParser()).parse_args(options)
+    step = wrap_forward_step(models.forward_step, lambda: args)
+    trainer = models.Trainer(Case())
+    again = [message_of(lambda i=i: trainer.step(i, get_forward_backward_func(), step)) for i in range(2)]
+    conflicting = models.Trainer(Case())
+    get_model_config(conflicting.model[0]).cpu_offloading = True
+    schedule = offload_schedule(get_forward_backward_func(), str(folder))
+    return again + [message_of(lambda i=i: conflicting.step(i, schedule)) for i in range(2)]
 
 
 def check_conflicts(folder: Path) -> Any:

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from ssdtrain.integrations import megatron
+from ssdtrain.integrations.arguments import asked_for, fill_in
 from ssdtrain.policy import ActivationPolicy
 
 TESTS = Path(__file__).parent
@@ -30,7 +31,7 @@ PAIR = (
     "tensor sequence sequence-selective distributed-checkpoints pipeline pipeline-megatron-lm pipeline-keeps-outputs"
     " pipeline-full-recompute interleaved context data data-distributed-optimizer experts-parallel"
 ).split()
-CHECKS_ALONE = ["emptied"]
+CHECKS_ALONE = ["emptied", "alone"]
 CHECKS_PAIR = "missing-directory missing-directory-in-pipeline conflicts schedules".split()
 CASES = [(name, rank) for names, ranks in ((ALONE, [0]), (PAIR, [0, 1])) for name in names for rank in ranks]
 
@@ -148,6 +149,12 @@ def test_missing_directory(seen: dict[str, list[dict[str, Any]]], name: str) -> 
         assert message.endswith("1'") and "rank 0" not in message
 
 
+def test_a_single_rank_raises_the_error_itself(seen: dict[str, list[dict[str, Any]]]) -> None:
+    first, again, conflict, conflict_again = seen["alone"][0]["result"]
+    assert first == again and first.startswith("FileNotFoundError: [Errno 2] Expected a directory")
+    assert conflict == conflict_again and conflict.startswith("ValueError: Expected cpu_offloading off")
+
+
 def test_conflicts(seen: dict[str, list[dict[str, Any]]]) -> None:
     names = ("cpu_offloading", "fine_grained_activation_offloading", "overlap_moe_expert_parallel_comm")
     for name, message in zip(names, messages(seen, "conflicts"), strict=True):
@@ -174,7 +181,7 @@ def parse(*options: str) -> argparse.Namespace:
 def test_every_field_of_the_policy_is_an_option() -> None:
     options = ["--ssdtrain-min-nbytes", "2MiB", "--ssdtrain-mode", "all", "--ssdtrain-checksum"]
     args = parse("--ssdtrain-dir", "/a", "/b", *options, "--ssdtrain-io-timeout-seconds", "5", "--ssdtrain-enabled")
-    directories, policy = megatron._ask(args) or ((), None)
+    directories, policy = asked_for(args) or ((), None)
     assert directories == ["/a", "/b"]
     expected = {"min_nbytes": 2 << 20, "mode": "all", "checksum": True, "io_timeout_seconds": 5, "enabled": True}
     assert policy == ActivationPolicy.of(expected)
@@ -204,27 +211,27 @@ def test_bad_options(capsys: pytest.CaptureFixture[str], options: list[str], mes
 
 
 def test_what_the_options_ask_for(tmp_path: Path) -> None:
-    assert megatron._ask(parse()) is None
-    assert megatron._ask(parse("--ssdtrain-dir", str(tmp_path), "--no-ssdtrain-enabled")) is None
+    assert asked_for(parse()) is None
+    assert asked_for(parse("--ssdtrain-dir", str(tmp_path), "--no-ssdtrain-enabled")) is None
     with pytest.raises(ValueError, match="Expected --ssdtrain-dir beside --ssdtrain-mode, got none"):
-        megatron._ask(parse("--ssdtrain-mode", "all"))
+        asked_for(parse("--ssdtrain-mode", "all"))
     with pytest.raises(ValueError, match="parse them with add_arguments"):
-        megatron._ask(argparse.Namespace())
+        asked_for(argparse.Namespace())
     with pytest.raises(ValueError, match="at least min_nbytes"):
-        megatron._ask(parse("--ssdtrain-dir", str(tmp_path), "--ssdtrain-disk-nbytes", "64KiB"))
+        asked_for(parse("--ssdtrain-dir", str(tmp_path), "--ssdtrain-disk-nbytes", "64KiB"))
 
 
 def test_directory_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "9")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert megatron._fill_in("/nvme{local_rank}/{rank}") == "/nvme1/9"
+    assert fill_in("/nvme{local_rank}/{rank}") == "/nvme1/9"
     with pytest.raises(ValueError, match=re.escape("got {host} in '/x/{host}'")):
-        megatron._fill_in("/x/{host}")
+        fill_in("/x/{host}")
     with pytest.raises(ValueError, match=r"at most, got '/x\{'"):
-        megatron._fill_in("/x{")
+        fill_in("/x{")
     monkeypatch.delenv("LOCAL_RANK")
     with pytest.raises(ValueError, match="Expected LOCAL_RANK in the environment"):
-        megatron._fill_in("/nvme{local_rank}")
+        fill_in("/nvme{local_rank}")
 
 
 def test_unseen_version_and_no_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +297,7 @@ def test_launch_scripts(name: str) -> None:
     parser = megatron.add_arguments(argparse.ArgumentParser(allow_abbrev=False))
     args, others = parser.parse_known_args(words[words.index("--hidden-size") :])
     assert not [word for word in others if word.startswith("--ssdtrain")]
-    assert megatron._ask(args) is not None and args.ssdtrain_dir == ["/nvme/{local_rank}"]
+    assert asked_for(args) is not None and args.ssdtrain_dir == ["/nvme/{local_rank}"]
 
 
 def test_running_a_script_of_a_checkout(tmp_path: Path) -> None:

@@ -7,34 +7,32 @@ A rank that cannot offload must not leave the others waiting in a collective, so
 raises. They do it where all of them come by: in `offload_schedule` itself and before its first step; in
 `wrap_forward_step` when the process group exists already. Megatron-LM makes it later, and with several pipeline stages
 the first forward steps of the ranks wait for each other: there the first step is trained without offloading on the rank
-that cannot, and the notes are compared when that step's gradients are finalised.
+that cannot, and the notes are compared when that step's gradients are finalised (Megatron-LM always does that; in
+a loop that does not, `wrap_forward_step` raises at once, on that rank).
 
 Example:
     >>> pretrain(datasets, model, ModelType.encoder_or_decoder, wrap_forward_step(forward_step, get_args),
     ...          extra_args_provider=add_arguments)                       # Megatron-LM: --ssdtrain-dir /mnt/nvme
-    >>> schedule = offload_schedule(get_forward_backward_func(), "/mnt/nvme/{local_rank}")     # megatron-core
+    >>> schedule = offload_schedule(get_forward_backward_func(), "/mnt/nvme/{local_rank}")  # megatron-core
     >>> losses = schedule(forward_step_func=forward_step, model=model, ...)
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import importlib
 import os
-import string
 import types
-import typing
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 
 from ssdtrain.activations import ActivationOffload, offload_activations
+from ssdtrain.integrations.arguments import add_arguments, asked_for, fill_in
 from ssdtrain.policy import ActivationPolicy
 
 __all__ = ["TESTED_VERSIONS", "add_arguments", "offload_schedule", "wrap_forward_step"]
@@ -42,7 +40,6 @@ __all__ = ["TESTED_VERSIONS", "add_arguments", "offload_schedule", "wrap_forward
 TESTED_VERSIONS: Mapping[str, tuple[str, ...]] = types.MappingProxyType({"megatron-core": ("0.16.1",)})
 """By package: the versions the tests ran with."""
 
-_PREFIX = "ssdtrain_"
 _SCHEDULES = (
     "forward_backward_no_pipelining",
     "forward_backward_pipelining_without_interleaving",
@@ -61,92 +58,6 @@ _REFILLED = frozenset({"CheckpointWithoutOutputFunctionBackward"})
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-# -- arguments ---------------------------------------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Adds `--ssdtrain-dir` and one option per field of `ActivationPolicy`; for Megatron-LM's `extra_args_provider`.
-
-    Without `--ssdtrain-dir` nothing is offloaded. Options not given keep the policy's defaults.
-
-    Returns:
-        The same parser.
-
-    Example:
-        >>> args = add_arguments(argparse.ArgumentParser()).parse_args(["--ssdtrain-dir", "/mnt/nvme"])
-    """
-    group = parser.add_argument_group("ssdtrain", "saved activations on NVMe drives")
-    group.add_argument(
-        "--ssdtrain-dir",
-        nargs="+",
-        metavar="DIR",
-        help="where spill files go, on a fast local drive; several are striped; {rank} and {local_rank} are replaced",
-    )
-    for name, field in ActivationPolicy.model_fields.items():
-        option = f"--ssdtrain-{name.replace('_', '-')}"
-        text = " ".join((field.description or "").replace("``", "").replace("%", "%%").split())
-        if field.annotation is bool:
-            group.add_argument(option, action=argparse.BooleanOptionalAction, default=None, help=text)
-        else:
-            accepted = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is Literal else None
-            kind = _checked(name, TypeAdapter(_annotated(field.annotation, field.metadata)))
-            group.add_argument(option, type=kind, choices=accepted, default=None, help=text)
-    return parser
-
-
-def _annotated(kind: Any, metadata: Sequence[Any]) -> Any:
-    """What the policy's field was declared as."""
-    return functools.reduce(lambda inner, extra: Annotated[inner, extra], metadata, kind)
-
-
-def _checked(name: str, adapter: TypeAdapter[Any]) -> Callable[[str], Any]:
-    """What argparse calls for one option: the policy's own check of that field."""
-
-    def check(text: str) -> Any:
-        try:
-            return adapter.validate_python(text)
-        except ValidationError as error:
-            raise argparse.ArgumentTypeError(f"{name}: {error.errors()[0]['msg']}, got {text!r}") from error
-
-    return check
-
-
-def _ask(args: object) -> tuple[Sequence[str], ActivationPolicy] | None:
-    """The directories and the policy that parsed arguments ask for; None when they ask for nothing."""
-    if not hasattr(args, _PREFIX + "dir"):
-        raise ValueError("Expected args with the --ssdtrain options, got none; parse them with add_arguments")
-    names = [name for name in ActivationPolicy.model_fields if getattr(args, _PREFIX + name, None) is not None]
-    directories = getattr(args, _PREFIX + "dir")
-    policy = ActivationPolicy.of({name: getattr(args, _PREFIX + name) for name in names})
-    if directories is None and any(name != "enabled" for name in names):
-        given = ", ".join(f"--ssdtrain-{name.replace('_', '-')}" for name in names)
-        raise ValueError(f"Expected --ssdtrain-dir beside {given}, got none; say where the spill files go")
-    if directories is None or not policy.enabled:
-        return None
-    return ([directories] if isinstance(directories, str) else directories), policy
-
-
-def _fill_in(directory: str) -> str:
-    """The directory with `{rank}` and `{local_rank}` replaced."""
-    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    known = {
-        "rank": str(torch.distributed.get_rank()) if is_distributed else os.environ.get("RANK"),
-        "local_rank": os.environ.get("LOCAL_RANK"),
-    }
-    try:
-        names = [name for _, name, _, _ in string.Formatter().parse(directory) if name is not None]
-    except ValueError as error:
-        raise ValueError(f"Expected a directory with {{rank}} or {{local_rank}} at most, got {directory!r}") from error
-    for name in names:
-        if name not in known:
-            raise ValueError(f"Expected {{rank}} or {{local_rank}} in a directory, got {{{name}}} in {directory!r}")
-        if known[name] is None:
-            raise ValueError(
-                f"Expected {name.upper()} in the environment to fill in {directory!r}, got none; start with torchrun"
-            )
-    return directory.format(**known)
-
-
 # -- what both ways share ----------------------------------------------------------------------------------------------
 
 
@@ -156,20 +67,23 @@ class _Rank:
     def __init__(self) -> None:
         self.offload: ActivationOffload | None = None
         self.error: Exception | None = None
-        self._refusal: RuntimeError | None = None
+        self.has_agreed = False  # an error from here on is raised at once
+        self._refusal: Exception | None = None
         self._seen: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
     @contextlib.contextmanager
-    def noting_errors(self) -> typing.Iterator[None]:
+    def noting_errors(self) -> Iterator[None]:
         """Keeps an error of the block for `agree`; see [Note: one error on every rank]."""
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
+            if self.has_agreed:
+                raise
             self.error = self.error or error
 
     def open(self, directories: Sequence[str | os.PathLike[str]], policy: ActivationPolicy) -> None:
         """Opens engine and spill files, and keeps them open between micro-batches."""
-        offload = offload_activations([_fill_in(os.fspath(directory)) for directory in directories], policy)
+        offload = offload_activations([fill_in(os.fspath(directory)) for directory in directories], policy)
         offload.keep_open()
         offload.leave_alone(_REFILLED)
         self.offload = offload
@@ -192,18 +106,23 @@ class _Rank:
         Raises:
             RuntimeError: with all errors, by rank.
         """
-        errors = [str(self.error or "")]
-        if _num_ranks() > 1:
-            errors = [""] * _num_ranks()
-            torch.distributed.all_gather_object(errors, str(self.error or ""))
-        elif self.error is not None:
-            raise self.error
+        if _num_ranks() == 1:
+            self.decide(self.error)
+            return
+        errors = [""] * _num_ranks()
+        torch.distributed.all_gather_object(errors, str(self.error or ""))
         texts = [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text]
-        if texts:
+        joined = "\n".join(["Expected ssdtrain to start on every rank, got:", *texts])
+        self.decide(RuntimeError(joined) if texts else None)
+
+    def decide(self, refusal: Exception | None) -> None:
+        """Goes on, or raises `refusal` now and in every later step."""
+        self._refusal = refusal
+        self.has_agreed = True
+        if self._refusal is not None:
             if self.offload is not None:
                 self.offload.close()
-            self._refusal = RuntimeError("\n".join(["Expected ssdtrain to start on every rank, got:", *texts]))
-            raise self._refusal from self.error
+            raise self._refusal
 
     def context(self) -> contextlib.AbstractContextManager[object]:
         """What a forward step runs in."""
@@ -221,7 +140,7 @@ class _Rank:
             with self.context():
                 return function(*args, **kwargs)
 
-        return typing.cast(_F, hooked)
+        return cast(_F, hooked)
 
 
 def _num_ranks() -> int:
@@ -279,18 +198,20 @@ class _ForwardStep:
         if not self._is_met:
             self._is_met = True
             self._start(model)
-        self._rank.meet(model)
+        with self._rank.noting_errors():
+            self._rank.meet(model)
         return self._rank.run(self._forward_step, data_iterator, model, *args, **kwargs)
 
     def _open(self) -> None:
         self._is_asked = True
         with self._rank.noting_errors():
-            asked = _ask(self._args() if callable(self._args) else self._args)
+            asked = asked_for(self._args() if callable(self._args) else self._args)
             if asked is not None:
                 self._rank.open(*asked)
 
     def _start(self, model: torch.nn.Module) -> None:
         """The first step: see [Note: one error on every rank]."""
+        self._rank.has_agreed = False  # about the directories at most
         if not self._is_asked:
             self._open()
         with self._rank.noting_errors():
@@ -301,8 +222,8 @@ class _ForwardStep:
             self._rank.agree()
         elif config.finalize_model_grads_func is not None:
             _agree_when_finalised(config, self._rank)
-        elif self._rank.error is not None:
-            raise self._rank.error
+        else:
+            self._rank.decide(self._rank.error)
 
 
 def _agree_when_finalised(config: Any, rank: _Rank) -> None:
@@ -365,6 +286,7 @@ class _Schedule:
             return self._schedule(forward_step_func=forward_step_func, model=model, **kwargs)
         chunks = model if isinstance(model, list) else [model]
         if not self._is_met:
+            self._rank.has_agreed = False  # about the directories only
             with self._rank.noting_errors():
                 for chunk in chunks:
                     self._rank.meet(chunk)
