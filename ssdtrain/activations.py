@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -29,7 +29,16 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ssdtrain.device import CpuDevice, Device
 from ssdtrain.devices import Devices
 from ssdtrain.directories import check_directories
-from ssdtrain.identity import byte_range, is_parameter, is_weight, rebuild, version_probe, view_spec, why_not
+from ssdtrain.identity import (
+    byte_range,
+    is_made_by,
+    is_parameter,
+    is_weight,
+    rebuild,
+    version_probe,
+    view_spec,
+    why_not,
+)
 from ssdtrain.index import Index
 from ssdtrain.modules import ModuleNames
 from ssdtrain.policy import ActivationPolicy
@@ -93,6 +102,7 @@ class ActivationOffload:
         self._names = ModuleNames(model)
         self._model = model
         self._thread = _Thread()
+        self._left_alone: frozenset[str] = frozenset()
         self._is_closed = False
         if directories is None and policy.host_nbytes == 0:
             raise ValueError("Expected a directory or a host tier, got directory=None and host_nbytes=0; pass either")
@@ -126,8 +136,7 @@ class ActivationOffload:
 
     def _enter_hooks(self) -> None:
         if self._model is not None:
-            with self._store.lock:
-                self._index.mark_weights([*self._model.parameters(), *self._model.buffers()])
+            self.mark_weights([*self._model.parameters(), *self._model.buffers()])
         hooks = saved_tensors_hooks(self._pack, self._unpack)
         hooks.__enter__()
         self._thread.entered.append(hooks)
@@ -142,6 +151,20 @@ class ActivationOffload:
         self._names.unwatch()
         self._thread.entered.pop().__exit__(kind, error, trace)
         self._store.leave()
+
+    def keep_open(self) -> None:
+        """The engine stays open until `close()`: for callers that enter once per micro-batch and not round the loop."""
+        if self.policy.enabled:
+            self._store.enter()
+
+    def mark_weights(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Whatever shares a storage with one of `tensors` is in memory anyway and does not travel."""
+        with self._store.lock:
+            self._index.mark_weights(tensors)
+
+    def leave_alone(self, nodes: Iterable[str]) -> None:
+        """Leaves what autograd nodes of these names made in memory: its maker frees its storage and refills it."""
+        self._left_alone |= frozenset(nodes)
 
     def close(self) -> None:
         """Frees slabs, threads and spill files at once. A later backward through records on disk raises an error."""
@@ -180,6 +203,11 @@ class ActivationOffload:
             self._index.mark_weight(tensor.untyped_storage())
         return _Resident(tensor, 0, self._counters)
 
+    def _leave(self, tensor: torch.Tensor, nbytes: int) -> _Resident:
+        """Its owner frees and refills it: autograd holds next to nothing."""
+        self._counters.skip("refilled by its owner", nbytes)
+        return _Resident(tensor, 0, self._counters)
+
     def _pack_large(self, tensor: torch.Tensor, nbytes: int) -> _Resident | Handle:
         reason = why_not(tensor)
         if reason == "weight":
@@ -196,6 +224,8 @@ class ActivationOffload:
             return self._stay(tensor, device, nbytes)
         if _graph_task() != -1:
             return self._stay(tensor, "saved during backward", nbytes)
+        if self._left_alone and is_made_by(tensor, self._left_alone):
+            return self._leave(tensor, nbytes)
         reason = self._store.why_not(device)
         if reason is not None:
             return self._stay(tensor, reason, nbytes)
@@ -259,7 +289,7 @@ class ActivationOffload:
             thread.sequence_number = number
             if thread.pending:
                 due, thread.pending = thread.pending, []
-                self._store.offload(due)
+                self._store.offload([record for record in due if not _is_resized(record)])
 
     # -- unpack --------------------------------------------------------------------------------------------------
 
@@ -293,6 +323,11 @@ class ActivationOffload:
         storage, shift, handle.epoch = loan
         store.tidy()
         return rebuild(storage, handle.spec, shift, handle.probe)
+
+
+def _is_resized(record: Record) -> bool:
+    """Whether the source was freed behind autograd's back: whoever did that refills it before backward."""
+    return record.storage is not None and record.storage.nbytes() != record.storage_nbytes
 
 
 def _widen(span: tuple[int, int], base_nbytes: int) -> tuple[int, int]:

@@ -37,6 +37,7 @@ ROOMS = [
     "modules",
     "activations",
     "__init__",
+    "integrations",
     "demo",
     "cli",
     "__main__",

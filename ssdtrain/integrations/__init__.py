@@ -1,0 +1,1 @@
+"""Offloading in other people's training loops. Thin: each module only translates one framework."""
