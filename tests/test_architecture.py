@@ -31,6 +31,8 @@ ROOMS = [
     "modules",
     "activations",
     "__init__",
+    "integrations",
+    "launch",
     "demo",
     "cli",
     "__main__",
