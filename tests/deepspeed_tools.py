@@ -80,6 +80,7 @@ class Case:
             "gradient_accumulation_steps": self.micro_batches,
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
             "steps_per_print": 2,
+            "log_level": "info",
         } | self.config
         if section is not None:
             config["ssdtrain"] = section
