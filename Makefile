@@ -51,7 +51,14 @@ $(VENV)/.torch: .constraints.txt
 	$(BIN)/pip install torch
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*)
+# DeepSpeed's build looks at the torch of the environment it is for, hence no isolation, and after torch. DS_BUILD_OPS=0:
+# its operators are compiled at first use; the tests use none.
+$(VENV)/.deepspeed: $(VENV)/.torch
+	$(BIN)/pip install 'setuptools>=77' wheel
+	DS_BUILD_OPS=0 $(BIN)/pip install --no-build-isolation deepspeed
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(VENV)/.deepspeed pyproject.toml setup.py $(wildcard csrc/*)
 	$(BIN)/pip install -e '.[test]'
 	@touch $@
 

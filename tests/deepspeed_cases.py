@@ -8,7 +8,20 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule
-from deepspeed_tools import NUM_STEPS, ROWS, WIDTH, Block, Case, Model, Result, compare, end, loss_of, parameters_of, zero
+from deepspeed_tools import (
+    NUM_STEPS,
+    ROWS,
+    WIDTH,
+    Block,
+    Case,
+    Model,
+    Result,
+    compare,
+    end,
+    loss_of,
+    parameters_of,
+    zero,
+)
 from torch.utils.checkpoint import checkpoint
 
 from ssdtrain.activations import innermost_hooks
@@ -88,7 +101,9 @@ def optimizer_on_cpu(directory: str) -> dict[str, Any]:
 
 def parameters_on_cpu(directory: str) -> dict[str, Any]:
     offloads = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
-    return compare(Case(zero(3, **offloads) | BF16 | {"zero_force_ds_cpu_optimizer": False}, dtype=torch.bfloat16), directory)
+    return compare(
+        Case(zero(3, **offloads) | BF16 | {"zero_force_ds_cpu_optimizer": False}, dtype=torch.bfloat16), directory
+    )
 
 
 def recompute(directory: str) -> dict[str, Any]:

@@ -68,7 +68,11 @@ def loss_is_covered(directory: str) -> dict[str, Any]:
     engine.backward(loss)
     assert innermost_hooks() is None
     engine.step()
-    files = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{fd}")]
+    files = [
+        os.readlink(f"/proc/self/fd/{fd}")
+        for fd in os.listdir("/proc/self/fd")
+        if os.path.islink(f"/proc/self/fd/{fd}")
+    ]
     assert any(file.startswith(directory) for file in files), "the spill file was closed between steps"
     return facts(end(engine), directory)
 
@@ -314,7 +318,9 @@ def errors(directory: str) -> dict[str, Any]:
         Case().build({"enabled": True, "activations": {"mode": "all"}})
     last = num_ranks - 1
     missing = section(directory if rank != last else "/nowhere/at/all")
-    kind, text = (FileNotFoundError, "does not exist") if rank == last else (RuntimeError, f"on rank {last} FileNotFound")
+    kind, text = (
+        (FileNotFoundError, "does not exist") if rank == last else (RuntimeError, f"on rank {last} FileNotFound")
+    )
     with raises(kind, text):
         Case().build(missing)
     kind, text = (ValueError, "keys among") if rank == 0 else (RuntimeError, "on rank 0 ValueError")

@@ -99,6 +99,8 @@ def with_lightning(folder: Path, policy: dict[str, Any] | None) -> Outcome:
     class OnTheCpu(DeepSpeedStrategy):
         """Without the two checks by which Lightning refuses all but CUDA devices; everything else is Lightning's."""
 
+        root_device = torch.device("cpu", 0)
+
         def setup_environment(self) -> None:
             super(DeepSpeedStrategy, self).setup_environment()
 

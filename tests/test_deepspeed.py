@@ -88,8 +88,8 @@ def run_cases(folder: Path, num_ranks: int, names: list[str]) -> list[Facts]:
 
 # -- results -----------------------------------------------------------------------------------------------------------
 
-TRAINING = """zero0 zero1 zero2 zero3 bf16_zero0 bf16_zero1 bf16_zero2 bf16_zero3 autocast_zero2 autocast_zero3 fp16_zero0
-fp16_zero2 fp16_zero3 optimizer_on_cpu parameters_on_cpu""".split()
+TRAINING = """zero0 zero1 zero2 zero3 bf16_zero0 bf16_zero1 bf16_zero2 bf16_zero3 autocast_zero2 autocast_zero3
+fp16_zero0 fp16_zero2 fp16_zero3 optimizer_on_cpu parameters_on_cpu""".split()
 RECOMPUTING = "recompute recompute_not_reentrant recompute_not_reentrant_zero1".split()
 LIFE = """loss_is_covered interrupted weights_stay ways_in log_and_detach dropped saved_and_resumed errors
 shared_drive""".split()
@@ -338,5 +338,36 @@ def test_sections_that_are_taken() -> None:
     assert taken.directories == ("/nvme3/11",) and taken.policy.min_nbytes == 2 << 20 and taken.policy.enabled
     several = Section.of({"enabled": True, "activations": {"directory": ["/a", "/b"], "mode": "auto"}}, PLACES)
     assert several.directories == ("/a", "/b")
-    for off in ({"enabled": False}, {"activations": {"enabled": False}}, {"enabled": False, "activations": {"mode": "all"}}):
+    for off in (
+        {"enabled": False},
+        {"activations": {"enabled": False}},
+        {"enabled": False, "activations": {"mode": "all"}},
+    ):
         assert Section.of(off, PLACES).directories == () and not Section.of(off, PLACES).policy.enabled
+
+
+# -- recipe and benchmark ----------------------------------------------------------------------------------------------
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("name", ["ds_zero2.json", "ds_zero3_offload.json"])
+def test_recipe(tmp_path: Path, name: str) -> None:
+    """Out of the box on two processes; the losses are those without offloading."""
+    recipe = ROOT / "recipes" / "deepspeed"
+    size = "--layers 2 --width 64 --sequence 64 --steps 3 --min-nbytes 16KiB".split()
+    command = [str(recipe / "train_gpt.py"), "--config", str(recipe / name), "--dir", str(tmp_path), *size]
+    with_us, without = run(command, 2), run([*command, "--no-offload"], 2) if name == "ds_zero2.json" else None
+    steps = [line.split("|")[1] for line in with_us[0].splitlines() if line.startswith("step ")]
+    assert len(steps) == 3 and "0 B of 0 records" not in with_us[0]
+    assert "records offloaded" in with_us[0] and list(tmp_path.iterdir()) == []
+    if without is not None:
+        assert steps == [line.split("|")[1] for line in without[0].splitlines() if line.startswith("step ")]
+
+
+@needs_deepspeed
+def test_benchmark(tmp_path: Path) -> None:
+    """It measures, and something travels."""
+    size = "--layers 1 --width 64 --sequence 64 --rounds 2 --min-nbytes 16KiB".split()
+    (output,) = run([str(ROOT / "recipes" / "benchmarks" / "deepspeed_overhead.py"), str(tmp_path), *size])
+    result = json.loads(next(line for line in reversed(output.splitlines()) if line.startswith("{")))
+    assert result["ratio"] > 0 and result["offloaded_nbytes"] > 0 and list(tmp_path.iterdir()) == []

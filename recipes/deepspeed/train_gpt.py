@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 
-import ssdtrain.integrations.deepspeed  # from here on `deepspeed.initialize` honours the section
+import ssdtrain.integrations.deepspeed  # noqa: F401  from here on `deepspeed.initialize` honours the section
 from ssdtrain.demo.model import GPT, GPTConfig
 from ssdtrain.demo.text import Text, read_text
 

@@ -77,9 +77,9 @@ def _start_processes(call: Mapping[str, Any]) -> None:
         distributed_port=call["distributed_port"],
         dist_init_required=call["dist_init_required"],
     )
-    device_rank = getattr(call["args"], "device_rank", _local_rank())
-    if device_rank >= 0:
-        accelerator.set_device(device_rank)  # collectives of objects travel through the current device
+    device_rank = getattr(call["args"], "device_rank", None)
+    # DeepSpeed sets the device a little later; collectives of objects travel through it.
+    accelerator.set_device(_local_rank() if device_rank is None or device_rank < 0 else device_rank)
 
 
 def _local_rank() -> int:
