@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -22,6 +23,8 @@ from deepspeed_tools import (
     parameters_of,
     zero,
 )
+from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ssdtrain.activations import innermost_hooks
@@ -116,6 +119,33 @@ def recompute_not_reentrant(directory: str) -> dict[str, Any]:
 
 def recompute_not_reentrant_zero1(directory: str) -> dict[str, Any]:
     return compare(Case(zero(1), lambda: Model(run=lambda b, x: checkpoint(b, x, use_reentrant=False))), directory)
+
+
+class _Hidden(nn.Module):
+    """Returns its result in an object that DeepSpeed does not look into: it learns too late that backward comes here.
+
+    Its linear function then gathers the frozen weight by itself, which it knows by attributes of the saved parameter.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH) / 8, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(result=F.linear(x, self.weight))
+
+
+class _FrozenModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.hidden, self.last = Block(), _Hidden(), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.tanh(self.hidden(self.first(x)).result))
+
+
+def frozen_and_unseen(directory: str) -> dict[str, Any]:
+    return compare(Case(zero(3), _FrozenModel), directory)
 
 
 class _TensorParallel:

@@ -136,17 +136,19 @@ def train(case: Case, own: dict[str, Any] | None, num_steps: int = NUM_STEPS) ->
 
 def grads_of(engine: Any) -> list[torch.Tensor]:
     """Whole gradients, whoever has the parts."""
-    grads = [safe_get_full_grad(p) if hasattr(p, "_z3_optimizer") or engine.zero_optimization() else p.grad
-             for p in engine.module.parameters()]  # fmt: skip
-    assert all(grad is not None for grad in grads)
-    return [grad.detach().clone() for grad in grads]
+    whole = safe_get_full_grad if engine.zero_optimization() else lambda parameter: parameter.grad
+    return [whole(parameter).detach().clone() for parameter in trained(engine)]
 
 
 def parameters_of(engine: Any) -> list[torch.Tensor]:
     """Whole parameters, at full precision where there is one."""
-    if engine.zero_optimization():
-        return [safe_get_full_fp32_param(p).detach().clone() for p in engine.module.parameters()]
-    return [p.detach().clone() for p in engine.module.parameters()]
+    whole = safe_get_full_fp32_param if engine.zero_optimization() else lambda parameter: parameter
+    return [whole(parameter).detach().clone() for parameter in trained(engine)]
+
+
+def trained(engine: Any) -> list[nn.Parameter]:
+    """The parameters that are not frozen."""
+    return [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
 
 
 def end(engine: Any) -> ssdtrain.Stats | None:
