@@ -1,4 +1,4 @@
-"""A saved parameter is kept as itself, and contexts that are entered often keep their engine: what integrations need."""
+"""A saved parameter is kept as itself; contexts that are entered often keep their engine: what integrations need."""
 
 from __future__ import annotations
 
