@@ -143,11 +143,24 @@ def _two_at_once(engine: Any, other: Any) -> list[torch.Tensor]:
 # -- weights -----------------------------------------------------------------------------------------------------------
 
 
+class _Detached(nn.Module):
+    """Uses a frozen weight through a detached alias only: nothing but its storage tells what it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH) / 8, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x @ self.weight.detach())
+
+
 def weights_stay(directory: str) -> dict[str, Any]:
     """With activations too small to travel nothing travels: parameters, gathered or not, are never taken for them."""
     offloaded = {}
     for stage in (0, 1, 2, 3):
-        engine = Case(zero(stage)).build(section(directory, POLICY | {"min_nbytes": "12KiB"}))
+        alone = {"stage3_prefetch_bucket_size": 0} if stage == 3 else {}  # each is gathered in a buffer of its own
+        case = Case(zero(stage, **alone), lambda: nn.Sequential(_Detached(), Block(), _Detached()))
+        engine = case.build(section(directory, POLICY | {"min_nbytes": "12KiB"}))
         for seed in range(2):
             engine.backward(engine(_batch(seed, rows=8).requires_grad_()).square().mean())
             engine.step()
