@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -107,6 +108,15 @@ def parameters_on_cpu(directory: str) -> dict[str, Any]:
     return compare(
         Case(zero(3, **offloads) | BF16 | {"zero_force_ds_cpu_optimizer": False}, dtype=torch.bfloat16), directory
     )
+
+
+def optimizer_on_nvme(directory: str) -> dict[str, Any]:
+    """The same drive for both; DeepSpeed's own bytes are seen there too."""
+    place = Path(directory).parent / f"infinity{deepspeed.comm.get_rank()}"
+    place.mkdir(exist_ok=True)
+    offload = {"offload_optimizer": {"device": "nvme", "nvme_path": str(place)}}
+    facts = compare(Case(zero(3, **offload) | {"zero_force_ds_cpu_optimizer": False}), directory)
+    return facts | {"theirs": sum(path.stat().st_size for path in place.rglob("*") if path.is_file())}
 
 
 def recompute(directory: str) -> dict[str, Any]:

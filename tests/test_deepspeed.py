@@ -186,6 +186,22 @@ def test_pipeline(two_ranks: list[Facts], name: str) -> None:
             check_lower(facts[name], num_forwards=2)
 
 
+def _async_io() -> Path | None:
+    """DeepSpeed's asynchronous I/O, if somebody has compiled it (minutes, and it needs libaio)."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    return next((path for path in root.rglob("async_io.so") if not (path.parent / "lock").exists()), None)
+
+
+@needs_deepspeed
+@pytest.mark.skipif(_async_io() is None, reason="needs DeepSpeed's async_io compiled: `ds_report` and libaio-dev")
+def test_optimizer_on_nvme(tmp_path: Path) -> None:
+    """ZeRO-Infinity on the same drive: both have bytes there, and the shared drive is noted."""
+    facts = run_cases(tmp_path, 1, ["optimizer_on_nvme"])[0]["optimizer_on_nvme"]
+    assert facts["losses"] and facts["grads"] and facts["parameters"], facts
+    assert facts["written"] > 0 and facts["theirs"] > 0
+    assert len(facts["fallbacks"]) == 1 and "share its bandwidth" in facts["fallbacks"][0]
+
+
 # -- life --------------------------------------------------------------------------------------------------------------
 
 

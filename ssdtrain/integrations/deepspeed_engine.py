@@ -5,6 +5,7 @@ The hooks are entered before the engine's forward and left when `engine.backward
 by the user in between. A loss that never comes to backward leaves them on until the next `forward`, `backward` or
 `step`; that is harmless. Hooks nest like parentheses and PyTorch does not check it: they are left only while they are
 the innermost, and where others surround a forward they cover that forward alone. Without gradients nothing is entered.
+An engine dropped without `destroy()`, which DeepSpeed itself keeps alive under ZeRO, may leave its hooks on.
 
 [Note: ZeRO-3]
 Between forward and backward a parameter has no memory: its `data` is replaced by an empty tensor, and by a fresh one,
