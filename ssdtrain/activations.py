@@ -64,7 +64,10 @@ class _Resident:
     def __init__(self, tensor: torch.Tensor, nbytes: int, counters: Counters) -> None:
         self.nbytes = nbytes  # first what `__del__` needs, should the rest raise
         self.counters = counters
-        self.tensor = tensor.detach()  # not the tensor itself: an operator's own output would keep its node alive
+        # A weight itself, as without hooks: ZeRO-3 frees a parameter's memory by giving it other data, and an alias
+        # would hold that memory. Of other tensors an alias: an operator's own output would keep its node alive.
+        is_plain_weight = type(tensor) is torch.nn.Parameter and tensor.is_leaf
+        self.tensor = tensor if is_plain_weight else tensor.detach()
         self.version = tensor._version
 
     def __del__(self) -> None:
@@ -152,19 +155,37 @@ class ActivationOffload:
         self._thread.entered.pop().__exit__(kind, error, trace)
         self._store.leave()
 
+    @property
+    def is_innermost(self) -> bool:
+        """Whether it is this context that takes what autograd saves in this thread now, rather than a later one."""
+        hooks = innermost_hooks()
+        return hooks is not None and hooks[0] == self._pack
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a thread, perhaps this one, is in the middle of something; a destructor must not wait for it."""
+        return self._store.lock.locked()
+
     def keep_open(self) -> None:
-        """The engine stays open until `close()`: for callers that enter once per micro-batch and not round the loop."""
+        """Keeps engine, slabs and spill files until `close()`, also while the context is left and no graph is alive.
+
+        For those who enter and leave it many times a second: opening them takes milliseconds.
+        """
         if self.policy.enabled:
             self._store.enter()
 
     def mark_weights(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Whatever shares a storage with one of `tensors` is in memory anyway and does not travel."""
+        """Says that these are weights: whatever shares a storage with one of them, as it is now, stays in memory."""
         with self._store.lock:
             self._index.mark_weights(tensors)
 
     def leave_alone(self, nodes: Iterable[str]) -> None:
         """Leaves what autograd nodes of these names made in memory: its maker frees its storage and refills it."""
         self._left_alone |= frozenset(nodes)
+
+    def note(self, text: str) -> None:
+        """Adds a remark to `stats.fallbacks`, and warns with it once."""
+        self._store.note_fallback(text)
 
     def close(self) -> None:
         """Frees slabs, threads and spill files at once. A later backward through records on disk raises an error."""
@@ -388,6 +409,12 @@ def offload_activations(
     several = [directory] if isinstance(directory, str | os.PathLike) else directory
     paths = None if several is None else [os.fspath(path) for path in several]
     return ActivationOffload(paths, ActivationPolicy.of(policy), model)
+
+
+def innermost_hooks() -> tuple[Any, Any] | None:
+    """The pack and unpack hooks that are asked first in this thread, whoever installed them."""
+    hooks: tuple[Any, Any] | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks
 
 
 @contextmanager

@@ -38,6 +38,7 @@ ROOMS = [
     "activations",
     "__init__",
     "integrations",
+    "launch",
     "demo",
     "cli",
     "__main__",

@@ -239,7 +239,7 @@ def test_unseen_version_and_no_megatron(monkeypatch: pytest.MonkeyPatch) -> None
     other.__version__ = "9.9.9"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "megatron", types.ModuleType("megatron"))
     monkeypatch.setitem(sys.modules, "megatron.core", other)
-    with pytest.warns(UserWarning, match=r"tested with megatron-core 0\.16\.1, this is 9\.9\.9"):
+    with pytest.warns(RuntimeWarning, match=r"Expected megatron-core 0\.16\.1, .* got 9\.9\.9"):
         megatron.wrap_forward_step(len, lambda: parse())
     monkeypatch.setitem(sys.modules, "megatron.core", None)
     with pytest.raises(ImportError, match=r"pip install megatron-core==0\.16\.1"):

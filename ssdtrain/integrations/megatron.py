@@ -23,8 +23,6 @@ import contextlib
 import functools
 import importlib
 import os
-import types
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
@@ -32,12 +30,12 @@ from typing import Any, TypeVar, cast
 import torch
 
 from ssdtrain.activations import ActivationOffload, offload_activations
+from ssdtrain.integrations import TESTED_VERSIONS, check_version
 from ssdtrain.integrations.arguments import add_arguments, asked_for, fill_in
 from ssdtrain.policy import ActivationPolicy
 
-__all__ = ["TESTED_VERSIONS", "add_arguments", "offload_schedule", "wrap_forward_step"]
+__all__ = ["add_arguments", "offload_schedule", "wrap_forward_step"]
 
-TESTED_VERSIONS: Mapping[str, tuple[str, ...]] = types.MappingProxyType({"megatron-core": ("0.16.1",)})
 """By package: the versions the tests ran with."""
 
 _SCHEDULES = (
@@ -166,9 +164,7 @@ def _require_megatron() -> None:
     except ImportError as error:
         tested = TESTED_VERSIONS["megatron-core"][-1]
         raise ImportError(f"Expected megatron-core, got none; pip install megatron-core=={tested}") from error
-    if version not in TESTED_VERSIONS["megatron-core"]:
-        tested = ", ".join(TESTED_VERSIONS["megatron-core"])
-        warnings.warn(f"ssdtrain was tested with megatron-core {tested}, this is {version}", stacklevel=3)
+    check_version("megatron-core", version)
 
 
 # -- Megatron-LM -------------------------------------------------------------------------------------------------------
