@@ -310,20 +310,22 @@ void bind_engine_methods(py::class_<PyEngine>& engine) {
       .def(py::init(&open_engine), py::arg("kind"), py::arg("files"), py::arg("staging_nbytes"),
            py::arg("slab_nbytes"), py::arg("checksum") = false, py::arg("num_threads") = 4,
            py::arg("queue_depth") = 64, py::arg("host_nbytes") = 0)
-      .def("add_device",
-           [](const PyEngine& engine, std::shared_ptr<DeviceDriver> driver) {
-             Engine* target = engine.get().get();
-             py::gil_scoped_release released;
-             return target->add_device(std::move(driver));
-           },
-           py::arg("driver"))
-      .def("grow_host",
-           [](const PyEngine& engine, size_t nbytes) {
-             Engine* target = engine.get().get();
-             py::gil_scoped_release released;
-             return target->grow_host(nbytes);
-           },
-           py::arg("nbytes"))
+      .def(
+          "add_device",
+          [](const PyEngine& engine, std::shared_ptr<DeviceDriver> driver) {
+            Engine* target = engine.get().get();
+            py::gil_scoped_release released;
+            return target->add_device(std::move(driver));
+          },
+          py::arg("driver"))
+      .def(
+          "grow_host",
+          [](const PyEngine& engine, size_t nbytes) {
+            Engine* target = engine.get().get();
+            py::gil_scoped_release released;
+            return target->grow_host(nbytes);
+          },
+          py::arg("nbytes"))
       .def("write", &start_write, py::arg("file"), py::arg("offset"), py::arg("nbytes"),
            py::arg("pieces"), py::arg("producer") = nullptr)
       .def("read", &start_read, py::arg("write"), py::arg("piece"), py::arg("address"),

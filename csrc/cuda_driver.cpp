@@ -136,9 +136,8 @@ int CudaDriver::numa_node() const {
   char id[32] = {};
   if (cuda_.device_get_pci_bus_id(id, sizeof(id), device_) != CudaLibrary::kSuccess) return -1;
   std::string name(id);
-  std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) {
-    return static_cast<char>(std::tolower(c));
-  });
+  std::transform(name.begin(), name.end(), name.begin(),
+                 [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
   int node = -1;
   std::ifstream("/sys/bus/pci/devices/" + name + "/numa_node") >> node;
   return node;

@@ -25,7 +25,8 @@ const CudaLibrary& CudaLibrary::get() {
 }
 
 CudaLibrary::CudaLibrary() {
-  void* library = ::dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);  // stays open: PyTorch has it too
+  void* library =
+      ::dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);  // stays open: PyTorch has it too
   if (library == nullptr) {
     throw std::runtime_error(std::string("Expected the CUDA driver, got: ") + ::dlerror());
   }

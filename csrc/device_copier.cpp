@@ -160,8 +160,14 @@ void DeviceCopier::stage(SlabLease lease) {
   const Part& part = *next.source.part;
   size_t nbytes = round_up(part.nbytes, next.file->io.block_nbytes);
   uint64_t file_offset = next.source.write->file_offset(part.chunk) + part.chunk_offset;
-  CopyIn copy{std::move(next.read), std::move(lease).share(), nullptr,     0,
-              next.destination,     part.nbytes,              file_offset, nbytes};
+  CopyIn copy{std::move(next.read),
+              std::move(lease).share(),
+              nullptr,
+              0,
+              next.destination,
+              part.nbytes,
+              file_offset,
+              nbytes};
   shared_.scheduler->enqueue(std::make_unique<StagedTransfer>(
       shared_.monitor, *next.file, std::move(next.source), std::move(copy), this));
 }

@@ -64,7 +64,8 @@ struct CopyIn {
 // One thread queues copies on the driver's two streams, so that nobody who trains waits for it: a
 // copy out after the producer's fence, a copy in after the destination's. Two watchers learn when
 // copies are over: then a slab goes on to its file, or back to the pool. Memory of the training
-// process may be used again earlier, by a stream that waits for the copy: make_wait() of the request.
+// process may be used again earlier, by a stream that waits for the copy: make_wait() of the
+// request.
 class DeviceCopier {
  public:
   struct Shared {

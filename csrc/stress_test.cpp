@@ -6,6 +6,8 @@
 // First a backend whose operations wait at a gate shows, step by step, that bytes are forwarded and
 // writes cancelled as promised; then a backend that fails, shortens and interrupts operations is
 // driven by several threads with requests of random sizes, in random order, with random cancels.
+// Half of them are of a device whose streams are threads: what computes, copies out and copies in
+// is ordered by nothing but the fences, so that a missing one is a race.
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -16,6 +18,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <string>
@@ -33,6 +38,7 @@ using ULL = unsigned long long;
 constexpr size_t kPage = 4096;
 constexpr size_t kSlab = 4 * kPage;
 constexpr size_t kThreads = 3;
+constexpr size_t kHostNbytes = 64 * kSlab;
 constexpr std::chrono::duration<double> kLong{600.0};
 
 void check(bool condition, const char* text, int line) {
@@ -158,6 +164,119 @@ class FaultyBackend : public IoBackend {
   std::unique_ptr<IoBackend> backend_;
 };
 
+// Runs what is queued on it, in order, on a thread of its own.
+class ThreadStream {
+ public:
+  using Work = std::function<void()>;
+
+  ThreadStream() : thread_([this] { run(); }) {}
+  ~ThreadStream() {
+    put(nullptr);
+    thread_.join();
+  }
+  void put(Work work) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    queue_.push_back(std::move(work));
+    changed_.notify_one();
+  }
+
+ private:
+  void run() {
+    for (;;) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      changed_.wait(lock, [this] { return !queue_.empty(); });
+      Work work = std::move(queue_.front());
+      queue_.pop_front();
+      lock.unlock();
+      if (!work) return;
+      work();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<Work> queue_;
+  std::thread thread_;
+};
+
+// A device in host memory. Streams 0 and 1 copy out and in, the others compute. Now and then a copy
+// out is refused.
+class ThreadDevice : public DeviceDriver {
+ public:
+  explicit ThreadDevice(uint32_t seed) : random_(seed) {
+    for (size_t i = 0; i < 2 + kThreads; ++i) streams_.push_back(std::make_unique<ThreadStream>());
+  }
+  void compute(Stream stream, ThreadStream::Work kernel) {
+    streams_[stream]->put(std::move(kernel));
+  }
+  int index() const override { return 0; }
+  Event record(Stream stream) override {
+    auto flag = std::make_shared<Flag>();
+    streams_[stream]->put([flag] { flag->set(); });
+    std::lock_guard<std::mutex> lock(mutex_);
+    events_[++last_event_] = flag;
+    return last_event_;
+  }
+  void wait(Stream stream, Event event) override {
+    std::shared_ptr<Flag> flag = find(event);
+    streams_[stream]->put([flag] { flag->wait(); });
+  }
+  void copy_out(Stream stream, char* host, uint64_t device, size_t nbytes) override {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (random_() % 100 == 0) throw std::runtime_error("refused");
+    }
+    streams_[stream]->put(
+        [=] { std::memcpy(host, reinterpret_cast<const char*>(device), nbytes); });
+  }
+  void copy_in(Stream stream, uint64_t device, const char* host, size_t nbytes) override {
+    streams_[stream]->put([=] { std::memcpy(reinterpret_cast<char*>(device), host, nbytes); });
+  }
+  void synchronize(Event event) override { find(event)->wait(); }
+  bool is_complete(Event event) override { return find(event)->is_set(); }
+  void release(Event event) noexcept override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    events_.erase(event);
+  }
+  Stream out_stream() override { return 0; }
+  Stream in_stream() override { return 1; }
+  std::string pin(char*, size_t) override { return ""; }
+  void unpin(char*) noexcept override {}
+
+ private:
+  class Flag {
+   public:
+    void set() {
+      std::lock_guard<std::mutex> lock(mutex_);
+      is_set_ = true;
+      changed_.notify_all();
+    }
+    bool is_set() {
+      std::lock_guard<std::mutex> lock(mutex_);
+      return is_set_;
+    }
+    void wait() {
+      std::unique_lock<std::mutex> lock(mutex_);
+      changed_.wait(lock, [this] { return is_set_; });
+    }
+
+   private:
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    bool is_set_ = false;
+  };
+  std::shared_ptr<Flag> find(Event event) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return events_.at(event);
+  }
+
+  std::mutex mutex_;
+  std::minstd_rand random_;
+  Event last_event_ = 0;
+  std::map<Event, std::shared_ptr<Flag>> events_;
+  std::vector<std::unique_ptr<ThreadStream>> streams_;
+};
+
 EngineOptions options_of(const std::string& kind, size_t num_slabs) {
   EngineOptions options;
   options.kind = kind;
@@ -219,8 +338,13 @@ void check_gate(const std::string& directory, const std::string& kind) {
 // One thread's random traffic in its own part of the file.
 class Worker {
  public:
-  Worker(Engine* engine, uint64_t base, uint32_t seed)
-      : engine_(engine), base_(base), random_(seed) {}
+  Worker(Engine* engine, std::shared_ptr<ThreadDevice> device, size_t index, uint64_t base,
+         uint32_t seed)
+      : engine_(engine),
+        device_(std::move(device)),
+        stream_(2 + index),
+        base_(base),
+        random_(seed) {}
 
   void run(size_t num_rounds) {
     for (size_t i = 0; i < num_rounds; ++i) round();
@@ -234,6 +358,8 @@ class Worker {
     std::vector<PieceSource> pieces;
     std::vector<bool> is_cancelled;
     std::shared_ptr<WriteState> write;
+    Memory expected;  // what the source holds once it is computed
+    bool is_device;
   };
 
   uint32_t up_to(uint32_t most) { return random_() % (most + 1); }
@@ -249,6 +375,7 @@ class Worker {
       for (size_t i = 0; i < request->pieces.size(); ++i) request->write->cancel(i);
     }
     for (auto& request : requests) CHECK(request->write->wait_done(kLong));
+    Fence(device_, stream_).synchronize();  // the sources go
   }
 
   std::unique_ptr<Request> start(uint64_t* offset) {
@@ -259,17 +386,35 @@ class Worker {
       sizes.push_back(1 + up_to(up_to(1) == 0 ? 600 : 3 * kSlab));
       extent += round_up(sizes.back(), kPage);
     }
-    auto request = std::make_unique<Request>(
-        Request{Memory(extent), {}, std::vector<bool>(num_pieces), nullptr});
-    fill(request->source, random_());
+    auto request = std::make_unique<Request>(Request{
+        Memory(extent), {}, std::vector<bool>(num_pieces), nullptr, Memory(extent), up_to(1) == 0});
+    uint32_t seed = random_();
+    fill(request->expected, seed);
+    if (!request->is_device) fill(request->source, seed);
     size_t at = 0;
     for (size_t nbytes : sizes) {
       request->pieces.push_back({request->source.data() + at, nbytes, at});
       at += round_up(nbytes, kPage);
     }
-    request->write = engine_->write({0, *offset, extent}, request->pieces);
+    std::shared_ptr<Fence> producer;
+    if (request->is_device) {
+      device_->compute(stream_, [source = &request->source, seed] { fill(*source, seed); });
+      producer = std::make_shared<Fence>(device_, stream_);
+    }
+    bool is_host = up_to(3) == 0;  // to the host tier
+    uint64_t at_file = is_host ? *offset % kHostNbytes : *offset;
+    is_host = is_host && at_file + extent <= kHostNbytes && base_ == 0;
+    request->write =
+        engine_->write({is_host ? size_t{1} : size_t{0}, is_host ? at_file : *offset, extent},
+                       request->pieces, std::move(producer));
     *offset += extent;
     return request;
+  }
+
+  // In the order of streams the source is free once its copies are queued: later work has it.
+  void reuse_source(Request* request) {
+    request->write->make_wait(stream_);
+    device_->compute(stream_, [source = &request->source] { fill(*source, 0); });
   }
 
   void cancel_some(Request* request) {
@@ -282,27 +427,53 @@ class Worker {
 
   void read_back(Request* request) {
     if (up_to(1) == 0) CHECK(request->write->wait_done(kLong));
-    CHECK(request->write->wait_copied(kLong));
+    if (request->is_device) {
+      while (!request->write->is_issued()) std::this_thread::yield();
+      if (up_to(1) == 0) reuse_source(request);
+    } else {
+      CHECK(request->write->wait_copied(kLong));
+    }
     std::vector<std::pair<Memory, std::shared_ptr<ReadState>>> reads;
     for (size_t i = 0; i < request->pieces.size(); ++i) {
       Memory back(request->pieces[i].nbytes);
       std::shared_ptr<ReadState> read;
       Destination destination{back.data(), back.nbytes()};
+      if (request->is_device && !request->is_cancelled[i]) {
+        device_->compute(stream_, [data = back.data(), nbytes = back.nbytes()] {
+          std::memset(data, 0xEE, nbytes);  // what had the memory before
+        });
+        destination.ready = std::make_shared<Fence>(device_, stream_);
+      }
       if (!request->is_cancelled[i]) read = engine_->read(request->write, i, destination);
       reads.emplace_back(std::move(back), std::move(read));
     }
     for (size_t i = 0; i < reads.size(); ++i) {
       auto& [back, read] = reads[i];
       if (!read) continue;
-      CHECK(read->wait_done(kLong));
+      CHECK(read->wait_issued(kLong));
+      const char* expected = request->expected.data() + request->pieces[i].offset;
       bool is_equal =
-          std::memcmp(back.data(), request->pieces[i].address, request->pieces[i].nbytes) == 0;
+          compare(request->is_device, *read, back.data(), expected, request->pieces[i].nbytes);
+      CHECK(read->wait_done(kLong));
       CHECK(is_equal || read->error());
-      if (read->error()) ++num_failed_reads;
+      if (read->error() && !request->write->is_lost()) ++num_failed_reads;
     }
   }
 
+  // On the stream that computes, for a device: after what `read` brings.
+  bool compare(bool is_device, const ReadState& read, const char* actual, const char* expected,
+               size_t nbytes) {
+    if (!is_device) return std::memcmp(actual, expected, nbytes) == 0;
+    read.make_wait(stream_);
+    bool is_equal = false;
+    device_->compute(stream_, [&] { is_equal = std::memcmp(actual, expected, nbytes) == 0; });
+    Fence(device_, stream_).synchronize();
+    return is_equal;
+  }
+
   Engine* engine_;
+  const std::shared_ptr<ThreadDevice> device_;
+  const DeviceDriver::Stream stream_;
   const uint64_t base_;
   std::minstd_rand random_;
 };
@@ -315,11 +486,15 @@ void check_random(const std::string& directory, const std::string& kind, size_t 
     return std::make_unique<FaultyBackend>(Engine::open_backend, options, staging, where,
                                            std::move(on_complete), seed);
   };
-  Engine engine({open_file(directory, kThreads * share)}, options_of(kind, 3), open);
+  EngineOptions options = options_of(kind, 4);
+  options.host_nbytes = kHostNbytes;
+  auto device = std::make_shared<ThreadDevice>(seed);
+  Engine engine({open_file(directory, kThreads * share)}, options, open);
+  CHECK(engine.add_device(device).empty() && engine.grow_host(kHostNbytes).empty());
   std::vector<std::unique_ptr<Worker>> workers;
   std::vector<std::thread> threads;
   for (uint32_t i = 0; i < kThreads; ++i) {
-    workers.push_back(std::make_unique<Worker>(&engine, i * share, seed + i));
+    workers.push_back(std::make_unique<Worker>(&engine, device, i, i * share, seed + i));
     threads.emplace_back([worker = workers.back().get(), num_rounds] { worker->run(num_rounds); });
   }
   for (std::thread& thread : threads) thread.join();

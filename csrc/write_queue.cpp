@@ -47,8 +47,8 @@ void WriteQueue::finish(Job job) {
       job.write->settle_in_memory(job.chunk);
       return;
     }
-    scheduler_->enqueue(std::make_unique<WriteTransfer>(monitor_, *job.target.file, job.write,
-                                                        job.chunk, bytes));
+    scheduler_->enqueue(
+        std::make_unique<WriteTransfer>(monitor_, *job.target.file, job.write, job.chunk, bytes));
   }
   scheduler_->start();
 }

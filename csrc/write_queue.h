@@ -31,8 +31,7 @@ class WriteQueue {
     std::shared_ptr<char> bytes;
   };
 
-  WriteQueue(std::shared_ptr<Monitor> monitor, std::shared_ptr<SlabPool> pool,
-             Scheduler* scheduler)
+  WriteQueue(std::shared_ptr<Monitor> monitor, std::shared_ptr<SlabPool> pool, Scheduler* scheduler)
       : monitor_(std::move(monitor)), pool_(std::move(pool)), scheduler_(scheduler) {}
 
   // monitor->mutex held.

@@ -182,9 +182,7 @@ void WriteState::fail_copy(size_t index, int errnum) {
   finish(&chunk, ChunkState::kFailed);
 }
 
-void WriteState::settle_in_memory(size_t index) {
-  finish(&chunks_[index], ChunkState::kHeld);
-}
+void WriteState::settle_in_memory(size_t index) { finish(&chunks_[index], ChunkState::kHeld); }
 
 bool WriteState::begin_write(size_t index) {
   if (chunks_[index].state != ChunkState::kCopied) return false;

@@ -52,7 +52,8 @@ enum class ChunkState : uint8_t {
   kWriting,  // handed to the backend
   kWritten,
   kHeld,     // in host memory for good
-  kFailed,   // the write failed and the bytes are kept in memory, or the copy failed and they are not
+  kFailed,   // the write failed and the bytes are kept in memory, or the copy failed and they are
+             // not
   kDropped,  // nobody wants it any more
 };
 
