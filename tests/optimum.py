@@ -7,10 +7,11 @@ The rules are those of `ssdtrain.planner.timeline`: [Note: the rules of a step].
     start     its reload starts; not after what is needed later starts
     u, v      at every instant between its save and its need: its write is done, its reload has started
 
-An instant is when something is saved, needed or released. Memory at an instant is what is alive, less what is written and not
-coming back yet. Between two instants the model does not look, and there memory could only be higher; so its optimum is a
-lower bound of the true one: nothing that keeps the rules is better. The rows over windows of time (what is written
-between two instants fits the bandwidth) say nothing new, they help the solver.
+An instant is when something is saved, needed or released. Memory at an instant is what is alive, less what is written
+and not coming back yet. Between two instants the model does not look, and there memory can only be higher: its optimum
+is a lower bound of the true one. The timeline then tells when the solver's placement really has its peak; that moment
+becomes an instant too and the model is solved again, until both agree: that is the optimum. The rows over windows of
+time (what is written between two instants fits the bandwidth) say nothing new, they help the solver.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from ssdtrain.planner import Machine, Step, Where
+from ssdtrain.planner.timeline import Timeline
 
-_INSTANT = 1e-9
+_INSTANT = 3e-5  # of the step: just after, and beyond the solver's tolerance
+_EXACT = 1e-3
 
 
 @dataclass(frozen=True)
@@ -33,24 +36,34 @@ class Optimum:
 
     bound_nbytes: float
     """No placement has a lower peak."""
-    is_proven: bool
-    """Whether the solver finished within its time."""
+    peak_nbytes: float
+    """Peak of the solver's last placement."""
+    num_solved: int
+    """Models solved."""
 
 
-def lowest_peak(step: Step, machine: Machine, seconds: float = 10.0) -> Optimum:
-    """Solves the model of the module's docstring; its bound holds even when the time is over first."""
-    model = _Model(step, machine)
-    model.build()
-    return model.solve(seconds)
+def lowest_peak(step: Step, machine: Machine, max_rounds: int = 12, seconds: float = 5.0) -> Optimum:
+    """Solves the model of the module's docstring; the bound holds even when rounds or time are over first."""
+    timeline, instants, bound, peak = Timeline(step, machine), set[float](), 0.0, math.inf
+    for num_solved in range(1, max_rounds + 1):
+        model = _Model(step, machine, instants)
+        model.build()
+        new_bound, placement = model.solve(seconds)
+        bound = max(bound, new_bound)
+        peak = min(peak, timeline.peak(placement))
+        if peak <= bound * (1 + _EXACT):
+            break
+        instants.add(timeline.moment_of_peak(placement) + _INSTANT * step.seconds)
+    return Optimum(bound, peak, num_solved)
 
 
 class _Model:
     """Variables and rows of one model. Variable 0 is the peak."""
 
-    def __init__(self, step: Step, machine: Machine) -> None:
+    def __init__(self, step: Step, machine: Machine, instants: set[float]) -> None:
         self._step, self._machine = step, machine
         self._records = step.records
-        times = {time for r in step.records for time in (r.saved, r.needed, r.released)}
+        times = instants | {time for r in step.records for time in (r.saved, r.needed, r.released)}
         self._times = sorted(times - {math.inf})
         self._num, self._unit = 1, max(r.nbytes for r in step.records)
         self._far: dict[tuple[int, Where], float] = {}
@@ -62,7 +75,8 @@ class _Model:
         self._start: dict[tuple[int, Where], int] = {}
         self._horizon = max([r.released for r in step.records])
 
-    def solve(self, seconds: float) -> Optimum:
+    def solve(self, seconds: float) -> tuple[float, list[int]]:
+        """The bound, and the placement the solver chose."""
         data, rows, columns, upper = [], [], [], []
         for row, (coefficients, bound) in enumerate(self._rows):
             scale = max(abs(value) for value in coefficients.values())
@@ -84,7 +98,11 @@ class _Model:
             options={"time_limit": seconds, "mip_rel_gap": 1e-4},
         )
         assert result.mip_dual_bound is not None, result.message
-        return Optimum(result.mip_dual_bound * self._unit, result.status == 0)
+        placement = [int(Where.KEEP)] * len(self._records)
+        for (i, where), x in self._x.items():
+            if result.x is not None and result.x[x] > 0.5:
+                placement[i] = int(where)
+        return result.mip_dual_bound * self._unit, placement
 
     def build(self) -> None:
         for where, tier in self._machine.tiers().items():
@@ -142,7 +160,8 @@ class _Model:
 
     def _row(self, coefficients: dict[int, float], bound: float) -> None:
         """At most `bound`."""
-        self._rows.append((coefficients, bound))
+        if coefficients:
+            self._rows.append((coefficients, bound))
 
     def _variable(self) -> int:
         self._num += 1

@@ -15,6 +15,7 @@ ROOMS = [
     "policy",
     "directories",
     "stats",
+    "planner",
     "extents",
     "_C",
     "_python_engine",

@@ -112,7 +112,12 @@ class _Decision:
 
     def _as_plan(self, placement: list[int], statement: str, *, is_patient: bool = False) -> Plan:
         timeline = self._timeline
-        prediction = predict(timeline, placement, is_patient=is_patient)
+        peak, stall = int(self._search.best_peak), 0.0
+        if is_patient:
+            prediction = predict(timeline, placement, is_patient=True)
+            peak, stall = prediction.peak_nbytes, prediction.stall_seconds
+        elif not any(placement):
+            peak = int(self._search.kept_peak)
         sent = {where: 0 for where in Where}
         for nbytes, where in zip(timeline.nbytes, placement, strict=True):
             sent[Where(where)] += nbytes
@@ -122,9 +127,9 @@ class _Decision:
             statement=statement,
             is_patient=is_patient,
             kept_peak_nbytes=int(self._search.kept_peak),
-            peak_nbytes=prediction.peak_nbytes,
+            peak_nbytes=peak,
             compute_seconds=self._step.seconds,
-            stall_seconds=prediction.stall_seconds,
+            stall_seconds=stall,
             host_nbytes=sent[Where.HOST],
             disk_nbytes=sent[Where.DISK],
             endurance_nbytes=self._goal.endurance_nbytes,

@@ -23,7 +23,7 @@ from ssdtrain.planner.step import Where
 from ssdtrain.planner.timeline import Timeline
 
 _WORK = 90_000  # records walked along in all
-_MIN_WALKS, _MAX_WALKS = 9, 3000
+_MIN_WALKS, _MAX_WALKS = 7, 4000
 _FOR_RULES, _FOR_CHANGES = 0.4, 0.8  # of the walks; what is left is for pruning
 _MANY_WALKS = 30  # below that the records are too many for changes of one at a time to matter
 _MAX_THRESHOLDS = 16
@@ -151,7 +151,6 @@ class Search:
         return max(levels, default=0), sum([level - limit for level in levels if level > limit])
 
     def _better_neighbour(self, score: Score) -> tuple[Score, list[int]] | None:
-        best: tuple[Score, list[int]] | None = None
         for changes in self._neighbours():
             if not self._has_walks(_FOR_CHANGES):
                 break
@@ -159,9 +158,9 @@ class Search:
             for i, where in changes:
                 placement[i] = where
             new = self._score(placement)
-            if new < (best[0] if best is not None else score):
-                best = new, placement
-        return best
+            if new < score:
+                return new, placement
+        return None
 
     def _neighbours(self) -> Iterator[list[tuple[int, int]]]:
         """Single changes, then exchanges of one that is away for one that is there at the moment of the peak."""
@@ -180,16 +179,22 @@ class Search:
         chance = random.Random(0)
         best, best_peak = self.best, self.best_peak
         while self._has_walks(_FOR_CHANGES):
-            wish = best.copy()
-            for _ in range(chance.randint(1, _MAX_CHANGES)):
-                i = chance.choice(self._movable)
-                wish[i] = int(Where.KEEP) if wish[i] else int(chance.choice(list(self._away)))
-            self.best = self._admit(wish)
+            self.best = self._admit(self._shaken(best, chance))
             self.best_peak = self._peak(self.best)
             self._repair()
             if self.best_peak < best_peak:
                 best, best_peak = self.best, self.best_peak
         self.best, self.best_peak = best, best_peak
+
+    def _shaken(self, placement: list[int], chance: random.Random) -> list[int]:
+        """A few places changed, or, one time in two, a part of any size."""
+        places = [int(Where.KEEP), *map(int, self._away)]
+        num = len(self._movable)
+        num_changes = chance.randint(1, _MAX_CHANGES) if chance.random() < 0.5 else chance.randint(1, num)
+        placement = placement.copy()
+        for i in chance.sample(self._movable, min(num, num_changes)):
+            placement[i] = chance.choice([where for where in places if where != placement[i]])
+        return placement
 
     # -- pruning -----------------------------------------------------------------------------------------------------
 
