@@ -14,6 +14,8 @@
 #include <vector>
 
 #include "crc32c.h"
+#include "cuda_driver.h"
+#include "device_driver.h"
 #include "engine.h"
 #include "fork_guard.h"
 #include "posix_error.h"
@@ -58,6 +60,78 @@ bool wait_interruptibly(std::optional<double> timeout_seconds, Wait wait) {
   }
 }
 
+// A driver written in Python. Engine threads call it, which need the GIL for that: see DeviceDriver
+// for why none of them holds a lock meanwhile.
+class PythonDriver : public DeviceDriver {
+ public:
+  int index() const override { PYBIND11_OVERRIDE_PURE(int, DeviceDriver, index); }
+  Event record(Stream stream) override {
+    return call([&] {
+      for (Event event : take_released()) method("release")(event);
+      return method("record")(stream).template cast<Event>();
+    });
+  }
+  void wait(Stream stream, Event event) override {
+    call([&] { method("wait")(stream, event); });
+  }
+  void copy_out(Stream stream, char* host, uint64_t device, size_t nbytes) override {
+    call([&] { method("copy_out")(stream, reinterpret_cast<uintptr_t>(host), device, nbytes); });
+  }
+  void copy_in(Stream stream, uint64_t device, const char* host, size_t nbytes) override {
+    call([&] { method("copy_in")(stream, device, reinterpret_cast<uintptr_t>(host), nbytes); });
+  }
+  void synchronize(Event event) override {
+    call([&] { method("synchronize")(event); });
+  }
+  bool is_complete(Event event) override {
+    return call([&] { return method("is_complete")(event).template cast<bool>(); });
+  }
+  // Under a lock, perhaps: Python learns of it with the next record().
+  void release(Event event) noexcept override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    released_.push_back(event);
+  }
+  Stream out_stream() override {
+    return call([&] { return method("out_stream")().template cast<Stream>(); });
+  }
+  Stream in_stream() override {
+    return call([&] { return method("in_stream")().template cast<Stream>(); });
+  }
+  std::string pin(char* address, size_t nbytes) override {
+    return call([&] {
+      return method("pin")(reinterpret_cast<uintptr_t>(address), nbytes)
+          .template cast<std::string>();
+    });
+  }
+  void unpin(char* address) noexcept override {
+    call([&] { method("unpin")(reinterpret_cast<uintptr_t>(address)); });
+  }
+
+ private:
+  // With the GIL; a Python exception becomes one that needs no GIL to be handled.
+  template <typename Body>
+  static auto call(Body body) -> decltype(body()) {
+    py::gil_scoped_acquire acquired;
+    try {
+      return body();
+    } catch (py::error_already_set& error) {
+      throw std::runtime_error(error.what());
+    }
+  }
+  py::function method(const char* name) const {
+    py::function found = py::get_override(static_cast<const DeviceDriver*>(this), name);
+    if (found) return found;
+    throw std::runtime_error(std::string("Expected a driver with ") + name + "(), got one without");
+  }
+  std::vector<Event> take_released() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return std::exchange(released_, {});
+  }
+
+  std::mutex mutex_;
+  std::vector<Event> released_;
+};
+
 void raise_os_error(const PosixError& error) {
   py::object path = error.path().empty() ? py::object(py::none()) : py::str(error.path());
   py::tuple arguments = py::make_tuple(error.errnum(), error.what(), path);
@@ -72,10 +146,11 @@ size_t checked_piece(const WriteState& write, size_t piece) {
 
 PyEngine open_engine(const std::string& kind, const std::vector<PySpillFile*>& files,
                      size_t staging_nbytes, size_t slab_nbytes, bool checksum, size_t num_threads,
-                     size_t queue_depth) {
+                     size_t queue_depth, size_t host_nbytes) {
   Engine::Files shared;
   for (const PySpillFile* file : files) shared.push_back(file->get());
-  EngineOptions options{kind, staging_nbytes, slab_nbytes, checksum, num_threads, queue_depth};
+  EngineOptions options{kind,        staging_nbytes, slab_nbytes, checksum,
+                        num_threads, queue_depth,    host_nbytes};
   // The destructor waits for what is in flight, which must not stop other Python threads.
   auto destroy = [](Engine* engine) {
     py::gil_scoped_release released;
@@ -87,19 +162,20 @@ PyEngine open_engine(const std::string& kind, const std::vector<PySpillFile*>& f
 }
 
 PyWrite start_write(const PyEngine& engine, size_t file, uint64_t offset, uint64_t nbytes,
-                    const std::vector<PieceTuple>& pieces) {
+                    const std::vector<PieceTuple>& pieces, std::shared_ptr<Fence> producer) {
   std::vector<PieceSource> sources;
   sources.reserve(pieces.size());
   for (const auto& [address, piece_nbytes, piece_offset] : pieces) {
     sources.push_back({reinterpret_cast<const char*>(address), piece_nbytes, piece_offset});
   }
-  return PyWrite(engine->write({file, offset, nbytes}, std::move(sources)), "a write");
+  return PyWrite(engine->write({file, offset, nbytes}, std::move(sources), std::move(producer)),
+                 "a write");
 }
 
 PyRead start_read(const PyEngine& engine, const PyWrite& write, size_t piece, uintptr_t address,
-                  size_t capacity) {
+                  size_t capacity, std::shared_ptr<Fence> ready) {
   checked_piece(*write.get(), piece);
-  Destination destination{reinterpret_cast<char*>(address), capacity};
+  Destination destination{reinterpret_cast<char*>(address), capacity, std::move(ready)};
   return PyRead(engine->read(write.get(), piece, destination), "a read");
 }
 
@@ -113,6 +189,22 @@ py::object read_error(const PyRead& read) {
   std::optional<ReadError> error = read->error();
   if (!error) return py::none();
   return py::make_tuple(error->errnum, error->offset, error->nbytes, error->message);
+}
+
+void bind_devices(py::module_& module) {
+  using Released = py::call_guard<py::gil_scoped_release>;
+  py::class_<DeviceDriver, PythonDriver, std::shared_ptr<DeviceDriver>>(module, "DeviceDriver")
+      .def(py::init<>())
+      .def("index", &DeviceDriver::index);
+  py::class_<CudaDriver, DeviceDriver, std::shared_ptr<CudaDriver>>(module, "CudaDriver")
+      .def(py::init<int>(), py::arg("index"), Released());
+  py::class_<Fence, std::shared_ptr<Fence>>(module, "Fence")
+      .def(py::init<std::shared_ptr<DeviceDriver>, uint64_t>(), py::arg("driver"),
+           py::arg("stream"))
+      .def("synchronize", &Fence::synchronize, Released())
+      .def("make_wait", &Fence::make_wait, py::arg("stream"))
+      .def_property_readonly("is_complete", &Fence::is_complete)
+      .def_property_readonly("device_index", [](const Fence& f) { return f.driver()->index(); });
 }
 
 void bind_spill_file(py::module_& module) {
@@ -169,7 +261,12 @@ void bind_write(py::module_& module) {
              WriteState* state = write.get().get();
              wait_interruptibly(std::nullopt, [&](Seconds t) { return state->wait_copied(t); });
            })
+      .def(
+          "make_wait", [](const PyWrite& w, uint64_t stream) { w->make_wait(stream); },
+          py::arg("stream"))
       .def_property_readonly("is_copied", [](const PyWrite& w) { return w->is_copied(); })
+      .def_property_readonly("is_issued", [](const PyWrite& w) { return w->is_issued(); })
+      .def_property_readonly("is_lost", [](const PyWrite& w) { return w->is_lost(); })
       .def_property_readonly("is_done", [](const PyWrite& w) { return w->is_done(); })
       .def_property_readonly("error", &write_error)
       .def_property_readonly("written_nbytes", [](const PyWrite& w) { return w->written_nbytes(); })
@@ -189,7 +286,19 @@ void bind_read(py::module_& module) {
                                       [&](Seconds t) { return state->wait_done(t); });
           },
           py::arg("timeout_seconds") = py::none())
+      .def(
+          "wait_issued",
+          [](const PyRead& read, std::optional<double> timeout_seconds) {
+            ReadState* state = read.get().get();
+            return wait_interruptibly(timeout_seconds,
+                                      [&](Seconds t) { return state->wait_issued(t); });
+          },
+          py::arg("timeout_seconds") = py::none())
+      .def(
+          "make_wait", [](const PyRead& r, uint64_t stream) { r->make_wait(stream); },
+          py::arg("stream"))
       .def_property_readonly("is_done", [](const PyRead& r) { return r->is_done(); })
+      .def_property_readonly("is_issued", [](const PyRead& r) { return r->is_issued(); })
       .def_property_readonly("error", &read_error)
       .def_property_readonly("read_nbytes", [](const PyRead& r) { return r->read_nbytes(); })
       .def_property_readonly("forwarded_nbytes",
@@ -200,11 +309,25 @@ void bind_engine_methods(py::class_<PyEngine>& engine) {
   engine
       .def(py::init(&open_engine), py::arg("kind"), py::arg("files"), py::arg("staging_nbytes"),
            py::arg("slab_nbytes"), py::arg("checksum") = false, py::arg("num_threads") = 4,
-           py::arg("queue_depth") = 64)
+           py::arg("queue_depth") = 64, py::arg("host_nbytes") = 0)
+      .def("add_device",
+           [](const PyEngine& engine, std::shared_ptr<DeviceDriver> driver) {
+             Engine* target = engine.get().get();
+             py::gil_scoped_release released;
+             return target->add_device(std::move(driver));
+           },
+           py::arg("driver"))
+      .def("grow_host",
+           [](const PyEngine& engine, size_t nbytes) {
+             Engine* target = engine.get().get();
+             py::gil_scoped_release released;
+             return target->grow_host(nbytes);
+           },
+           py::arg("nbytes"))
       .def("write", &start_write, py::arg("file"), py::arg("offset"), py::arg("nbytes"),
-           py::arg("pieces"))
+           py::arg("pieces"), py::arg("producer") = nullptr)
       .def("read", &start_read, py::arg("write"), py::arg("piece"), py::arg("address"),
-           py::arg("capacity"))
+           py::arg("capacity"), py::arg("ready") = nullptr)
       .def(
           "wait_inflight",
           [](const PyEngine& engine, uint64_t max_nbytes, std::optional<double> timeout_seconds) {
@@ -275,6 +398,7 @@ PYBIND11_MODULE(_C, module) {
       raise_os_error(error);
     }
   });
+  bind_devices(module);
   bind_spill_file(module);
   bind_write(module);
   bind_read(module);

@@ -7,7 +7,7 @@
 
 #include "copy_past_cache.h"
 #include "crc32c.h"
-#include "write_transfer.h"
+#include "slab_filler.h"
 
 namespace ssdtrain {
 
@@ -26,23 +26,9 @@ uint32_t copy_with_checksum(char* to, const char* from, size_t nbytes) {
   return checksum;
 }
 
-// Fills the slab with the chunk: its parts, and zeros where there are none, so that nothing of an
-// earlier tenant reaches the file.
-void fill_slab(WriteState* write, size_t index, char* slab, bool has_checksum) {
-  const Chunk& chunk = write->chunk(index);
-  Part* parts = write->chunk_parts(index);
-  size_t filled = 0;
-  for (size_t i = 0; i < chunk.num_parts; ++i) {
-    Part& part = parts[i];
-    if (part.is_skipped) continue;
-    std::memset(slab + filled, 0, part.chunk_offset - filled);
-    char* to = slab + part.chunk_offset;
-    const char* from = write->source(part.piece).address + part.piece_offset;
-    if (has_checksum) part.checksum = copy_with_checksum(to, from, part.nbytes);
-    if (!has_checksum) copy_past_cache(to, from, part.nbytes);
-    filled = part.chunk_offset + part.nbytes;
-  }
-  std::memset(slab + filled, 0, chunk.nbytes - filled);
+uint32_t copy_without_checksum(char* to, const char* from, size_t nbytes) {
+  copy_past_cache(to, from, nbytes);
+  return 0;
 }
 
 }  // namespace
@@ -50,10 +36,9 @@ void fill_slab(WriteState* write, size_t index, char* slab, bool has_checksum) {
 Copier::Copier(std::shared_ptr<Monitor> monitor, std::shared_ptr<SlabPool> pool,
                std::shared_ptr<Doorbell> doorbell, Scheduler* scheduler, bool has_checksum)
     : monitor_(std::move(monitor)),
-      pool_(std::move(pool)),
       doorbell_(std::move(doorbell)),
-      scheduler_(scheduler),
-      has_checksum_(has_checksum) {}
+      has_checksum_(has_checksum),
+      writes_(monitor_, std::move(pool), scheduler) {}
 
 Copier::~Copier() { stop(); }
 
@@ -65,7 +50,7 @@ void Copier::stop() {
   is_stopping_ = true;
   doorbell_->ring_all();
   threads_.join();
-  pool_.reset();
+  writes_.stop();
 }
 
 void Copier::run() {
@@ -78,16 +63,16 @@ void Copier::run() {
 
 bool Copier::run_one() {
   ForwardJob forward_job;
-  CopyJob copy_job;
+  std::optional<WriteQueue::Job> copy_job;
   bool is_forward;
   {
     std::lock_guard<std::mutex> lock(monitor_->mutex);
     is_forward = take_forward(&forward_job);
-    if (!is_forward && !take_copy(&copy_job)) return false;
+    if (!is_forward) copy_job = writes_.take();
   }
   if (is_forward) forward(std::move(forward_job));
-  if (!is_forward) copy(std::move(copy_job));
-  return true;
+  if (copy_job) copy(std::move(*copy_job));
+  return is_forward || copy_job;
 }
 
 bool Copier::take_forward(ForwardJob* job) {
@@ -97,25 +82,6 @@ bool Copier::take_forward(ForwardJob* job) {
   return true;
 }
 
-bool Copier::take_copy(CopyJob* job) {
-  while (!writes_.empty()) {
-    QueuedWrite& front = writes_.front();
-    std::optional<size_t> chunk = front.write->next_queued();
-    if (!chunk) {
-      writes_.pop_front();
-      continue;
-    }
-    SlabLease lease = pool_->try_lease();
-    if (!lease) return false;
-    auto owner = std::make_shared<SlabLease>(std::move(lease));
-    std::shared_ptr<char> slab(owner, owner->data());
-    front.write->begin_copy(*chunk, slab);
-    *job = {front, *chunk, std::move(slab)};
-    return true;
-  }
-  return false;
-}
-
 void Copier::forward(ForwardJob job) {
   std::memcpy(job.destination, job.bytes.get() + job.bytes_offset, job.nbytes);
   job.bytes.reset();  // before the request is seen to be done
@@ -123,24 +89,14 @@ void Copier::forward(ForwardJob job) {
   job.read->finish_forwarded(job.nbytes);
 }
 
-void Copier::copy(CopyJob job) {
-  WriteState& write = *job.target.write;
-  char* slab = job.slab.get();
-  fill_slab(&write, job.chunk, slab, has_checksum_);
-  job.slab.reset();  // the chunk's own reference decides from here on
-  {
-    std::lock_guard<std::mutex> lock(monitor_->mutex);
-    if (monitor_->is_closing) write.cancel_all();
-    if (!write.end_copy(job.chunk)) return;
-    scheduler_->enqueue(std::make_unique<WriteTransfer>(monitor_, *job.target.file,
-                                                        job.target.write, job.chunk, slab));
-  }
-  scheduler_->start();
+void Copier::copy(WriteQueue::Job job) {
+  fill_slab(job.write.get(), job.chunk, job.bytes.get(),
+            has_checksum_ ? copy_with_checksum : copy_without_checksum);
+  writes_.finish(std::move(job));
 }
 
 void Copier::cancel_queued() {
-  for (QueuedWrite& queued : writes_) queued.write->cancel_all();
-  writes_.clear();
+  writes_.cancel_all();
   for (ForwardJob& job : forwards_) {
     job.read->finish_failed({ECANCELED, job.file_offset, job.nbytes, "the engine was closed"});
   }

@@ -12,7 +12,7 @@
 #include "slab_pool.h"
 #include "spill_file.h"
 #include "thread_group.h"
-#include "write_state.h"
+#include "write_queue.h"
 
 namespace ssdtrain {
 
@@ -37,38 +37,25 @@ class Copier {
   void start(size_t num_threads);
   // monitor->mutex held; the doorbell must be rung once it is released.
   void enqueue(ForwardJob job) { forwards_.push_back(std::move(job)); }
-  void enqueue(std::shared_ptr<WriteState> write, std::shared_ptr<const OpenFile> file) {
-    writes_.push_back({std::move(write), std::move(file)});
+  void enqueue(std::shared_ptr<WriteState> write, WriteTarget target) {
+    writes_.push(std::move(write), std::move(target));
   }
   // monitor->mutex held: gives up what has not begun.
   void cancel_queued();
   void stop();
 
  private:
-  struct QueuedWrite {
-    std::shared_ptr<WriteState> write;
-    std::shared_ptr<const OpenFile> file;
-  };
-  struct CopyJob {
-    QueuedWrite target;
-    size_t chunk;
-    std::shared_ptr<char> slab;
-  };
-
   void run();
   bool run_one();
   bool take_forward(ForwardJob* job);
-  bool take_copy(CopyJob* job);
   void forward(ForwardJob job);
-  void copy(CopyJob job);
+  void copy(WriteQueue::Job job);
 
   const std::shared_ptr<Monitor> monitor_;
-  std::shared_ptr<SlabPool> pool_;  // null once stopped
   const std::shared_ptr<Doorbell> doorbell_;
-  Scheduler* const scheduler_;
   const bool has_checksum_;
   std::deque<ForwardJob> forwards_;
-  std::deque<QueuedWrite> writes_;
+  WriteQueue writes_;
   std::atomic<bool> is_stopping_{false};
   ThreadGroup threads_;
 };

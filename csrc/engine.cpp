@@ -1,6 +1,7 @@
 #include "engine.h"
 
 #include <algorithm>
+#include <cerrno>
 #include <stdexcept>
 #include <thread>
 #include <utility>
@@ -14,11 +15,14 @@ namespace {
 
 constexpr size_t kPageNbytes = 4096;
 constexpr size_t kCoresPerCopyThread = 4;
+constexpr size_t kHostBlockNbytes = 512;  // extents of the host tier, as of most files
 
 std::string number(uint64_t value) { return std::to_string(value); }
 
 void check_options(const EngineOptions& options, const Engine::Files& files) {
-  if (files.empty()) throw std::invalid_argument("Expected at least one spill file, got none");
+  if (files.empty() && options.host_nbytes == 0) {
+    throw std::invalid_argument("Expected a spill file or a host tier, got neither");
+  }
   if (options.slab_nbytes == 0 || options.slab_nbytes % kPageNbytes != 0) {
     throw std::invalid_argument("Expected slab_nbytes to be a multiple of 4096, got " +
                                 number(options.slab_nbytes));
@@ -95,7 +99,8 @@ Engine::Engine(Files files, EngineOptions options, const OpenBackend& open)
   staging_nbytes_ = pool_->nbytes();
   StagingSpan staging{pool_->data(), pool_->nbytes(), pool_->slab_nbytes()};
   BackendFactory factory = [&](IoBackend::OnComplete on_complete) {
-    return open(options_, staging, files_[0]->directory(), std::move(on_complete));
+    std::string directory = files_.empty() ? "" : files_[0]->directory();
+    return open(options_, staging, directory, std::move(on_complete));
   };
   scheduler_ = std::make_unique<Scheduler>(monitor_, factory, options_.queue_depth);
   kind_ = scheduler_->backend().kind();
@@ -104,6 +109,7 @@ Engine::Engine(Files files, EngineOptions options, const OpenBackend& open)
   copier_ =
       std::make_unique<Copier>(monitor_, pool_, doorbell_, scheduler_.get(), options_.has_checksum);
   copier_->start(num_copy_threads(options_.num_threads));
+  if (options_.host_nbytes > 0) host_ = std::make_shared<PinnedRegion>(options_.host_nbytes);
 }
 
 Engine::~Engine() { close(); }
@@ -118,13 +124,44 @@ void Engine::check_open() const {
   throw std::runtime_error("Expected an open engine, got a closed one; open another engine");
 }
 
+std::string Engine::add_device(std::shared_ptr<DeviceDriver> driver) {
+  DeviceCopier::Shared shared{monitor_, pool_, scheduler_.get(), options_.has_checksum};
+  auto copier = std::make_unique<DeviceCopier>(std::move(shared), driver);
+  std::string reason = pool_->add_driver(driver, copier->doorbell());
+  if (host_) reason += host_->add_driver(driver);
+  copier->start();
+  std::lock_guard<std::mutex> lock(monitor_->mutex);
+  check_open();
+  devices_.emplace(driver.get(), std::move(copier));
+  return reason;
+}
+
+std::string Engine::grow_host(size_t nbytes) {
+  if (!host_ || nbytes > host_->limit_nbytes()) {
+    throw std::invalid_argument("Expected at most " + number(host_ ? host_->limit_nbytes() : 0) +
+                                " bytes of host tier, got " + number(nbytes));
+  }
+  return host_->grow(nbytes);
+}
+
+DeviceCopier* Engine::device_copier(const Fence* fence) const {
+  if (fence == nullptr) return nullptr;
+  auto found = devices_.find(fence->driver());
+  if (found != devices_.end()) return found->second.get();
+  throw std::invalid_argument("Expected the fence of a device that was added, got another's");
+}
+
+size_t Engine::block_nbytes(size_t file) const {
+  return is_host(file) ? kHostBlockNbytes : open_files_[file]->io.block_nbytes;
+}
+
 void Engine::check_extent(const Extent& extent) const {
-  if (extent.file >= files_.size()) {
+  if (extent.file >= files_.size() && !is_host(extent.file)) {
     throw std::invalid_argument("Expected a file index below " + number(files_.size()) + ", got " +
                                 number(extent.file));
   }
-  size_t block = open_files_[extent.file]->io.block_nbytes;
-  uint64_t limit = files_[extent.file]->nbytes();
+  size_t block = block_nbytes(extent.file);
+  uint64_t limit = is_host(extent.file) ? host_->nbytes() : files_[extent.file]->nbytes();
   bool is_aligned = extent.offset % block == 0 && extent.nbytes % block == 0;
   bool is_inside = extent.offset <= limit && extent.nbytes <= limit - extent.offset;
   if (is_aligned && is_inside && extent.nbytes > 0) return;
@@ -134,19 +171,27 @@ void Engine::check_extent(const Extent& extent) const {
                               ", nbytes " + number(extent.nbytes) + "; grow the spill file first");
 }
 
-std::shared_ptr<WriteState> Engine::write(Extent extent, std::vector<PieceSource> sources) {
+std::shared_ptr<WriteState> Engine::write(Extent extent, std::vector<PieceSource> sources,
+                                          std::shared_ptr<Fence> producer) {
   std::shared_ptr<WriteState> write;
   {
     std::lock_guard<std::mutex> lock(monitor_->mutex);
     check_open();
     check_extent(extent);
-    const std::shared_ptr<const OpenFile>& file = open_files_[extent.file];
-    check_sources(sources, extent.nbytes, file->io.block_nbytes);
-    write =
-        std::make_shared<WriteState>(monitor_, extent, std::move(sources), options_.slab_nbytes);
+    check_sources(sources, extent.nbytes, block_nbytes(extent.file));
+    DeviceCopier* device = device_copier(producer.get());
+    WriteTarget target;
+    if (is_host(extent.file)) target.host = host_;
+    if (!is_host(extent.file)) target.file = open_files_[extent.file];
+    write = std::make_shared<WriteState>(monitor_, extent, std::move(sources), options_.slab_nbytes,
+                                         std::move(producer));
     ++monitor_->num_pending;
     monitor_->inflight_nbytes += extent.nbytes;
-    copier_->enqueue(write, file);
+    if (device != nullptr) {
+      device->enqueue(write, std::move(target));
+      return write;
+    }
+    copier_->enqueue(write, std::move(target));
   }
   // One copy thread for one chunk; more would wake for nothing.
   extent.nbytes <= options_.slab_nbytes ? doorbell_->ring_one() : doorbell_->ring_all();
@@ -154,23 +199,25 @@ std::shared_ptr<WriteState> Engine::write(Extent extent, std::vector<PieceSource
 }
 
 void Engine::check_destination(const WriteState& write, size_t piece,
-                               Destination destination) const {
-  const DirectIo& io = open_files_[write.extent().file]->io;
-  size_t nbytes = round_up(write.source(piece).nbytes, io.block_nbytes);
+                               const Destination& destination) const {
+  bool is_exact = destination.ready || is_host(write.extent().file);
+  size_t block = is_exact ? 1 : block_nbytes(write.extent().file);
+  size_t nbytes = round_up(write.source(piece).nbytes, block);
   if (destination.capacity < nbytes) {
     throw std::invalid_argument("Expected a capacity of at least " + number(nbytes) +
                                 " bytes (the piece in whole blocks), got " +
                                 number(destination.capacity));
   }
-  if (reinterpret_cast<uintptr_t>(destination.address) % io.memory_alignment != 0) {
+  size_t alignment = is_exact ? 1 : open_files_[write.extent().file]->io.memory_alignment;
+  if (reinterpret_cast<uintptr_t>(destination.address) % alignment != 0) {
     throw std::invalid_argument(
-        "Expected an address aligned to memory_alignment=" + number(io.memory_alignment) +
-        ", got " + number(reinterpret_cast<uintptr_t>(destination.address)));
+        "Expected an address aligned to memory_alignment=" + number(alignment) + ", got " +
+        number(reinterpret_cast<uintptr_t>(destination.address)));
   }
 }
 
 std::shared_ptr<ReadState> Engine::read(const std::shared_ptr<WriteState>& write, size_t piece,
-                                        Destination destination) {
+                                        const Destination& destination) {
   if (piece >= write->num_pieces()) {
     throw std::invalid_argument("Expected a piece below " + number(write->num_pieces()) + ", got " +
                                 number(piece));
@@ -181,13 +228,14 @@ std::shared_ptr<ReadState> Engine::read(const std::shared_ptr<WriteState>& write
     std::lock_guard<std::mutex> lock(monitor_->mutex);
     check_open();
     check_destination(*write, piece, destination);
+    device_copier(destination.ready.get());
     if (!write->is_readable(piece)) {
       throw std::runtime_error("Expected piece " + number(piece) +
                                " to be copied and not cancelled, got one that is not; "
                                "wait for is_piece_copied");
     }
     size_t num_parts = write->num_piece_parts(piece);
-    read = std::make_shared<ReadState>(monitor_, num_parts);
+    read = std::make_shared<ReadState>(monitor_, num_parts, destination.ready);
     ++monitor_->num_pending;
     for (size_t i = 0; i < num_parts; ++i) {
       has_forwards |= add_read(write, write->piece_parts(piece)[i], read, destination.address);
@@ -202,8 +250,16 @@ bool Engine::add_read(const std::shared_ptr<WriteState>& write, const Part& part
                       const std::shared_ptr<ReadState>& read, char* address) {
   const Chunk& chunk = write->chunk(part.chunk);
   char* to = address + part.piece_offset;
+  uint64_t file_offset = write->file_offset(part.chunk) + part.chunk_offset;
+  if (chunk.state == ChunkState::kFailed && !chunk.bytes) {
+    read->finish_failed({EIO, file_offset, part.nbytes, "it could not be copied from the device"});
+    return false;
+  }
+  if (read->ready()) {
+    add_device_read(write, part, read, to);
+    return false;
+  }
   if (chunk.bytes) {
-    uint64_t file_offset = write->file_offset(part.chunk) + part.chunk_offset;
     copier_->enqueue(
         ForwardJob{read, chunk.bytes, part.chunk_offset, to, part.nbytes, file_offset});
     return true;
@@ -214,6 +270,21 @@ bool Engine::add_read(const std::shared_ptr<WriteState>& write, const Part& part
   scheduler_->enqueue(
       std::make_unique<ReadTransfer>(monitor_, file, read, std::move(source), to, nbytes));
   return false;
+}
+
+void Engine::add_device_read(const std::shared_ptr<WriteState>& write, const Part& part,
+                             const std::shared_ptr<ReadState>& read, char* address) {
+  const Chunk& chunk = write->chunk(part.chunk);
+  DeviceCopier* device = device_copier(read->ready().get());
+  uint64_t to = reinterpret_cast<uint64_t>(address);
+  if (chunk.bytes) {
+    uint64_t file_offset = write->file_offset(part.chunk) + part.chunk_offset;
+    device->enqueue(CopyIn{read, chunk.bytes, chunk.copied, part.chunk_offset, to, part.nbytes,
+                           file_offset, 0});
+    return;
+  }
+  ReadTransfer::Source source{write, &part, options_.has_checksum};
+  device->enqueue(read, std::move(source), *open_files_[write->extent().file], to);
 }
 
 bool Engine::wait_inflight(uint64_t max_nbytes, Seconds timeout) {
@@ -234,16 +305,24 @@ void Engine::close() {
     std::unique_lock<std::mutex> lock(monitor_->mutex);
     monitor_->is_closing = true;
     copier_->cancel_queued();
+    for (auto& [driver, device] : devices_) device->cancel_queued();
     scheduler_->cancel_queued();
     monitor_->progress.wait(lock, [&] { return monitor_->num_pending == 0; });
   }
   copier_->stop();
+  for (auto& [driver, device] : devices_) device->stop();
   scheduler_->stop();
+  // Destroyed when the lock is released: a driver is never called with it held.
+  decltype(devices_) devices;
+  std::shared_ptr<PinnedRegion> host;
+  std::shared_ptr<SlabPool> pool;
   std::lock_guard<std::mutex> lock(monitor_->mutex);
   final_peak_nbytes_ = pool_->peak_nbytes();
   open_files_.clear();
   files_.clear();
-  pool_.reset();
+  devices.swap(devices_);
+  host.swap(host_);
+  pool.swap(pool_);
 }
 
 bool Engine::is_closed() const {

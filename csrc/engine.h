@@ -3,15 +3,19 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
 
 #include "copier.h"
+#include "device_copier.h"
+#include "device_driver.h"
 #include "doorbell.h"
 #include "io_backend.h"
 #include "monitor.h"
+#include "pinned_region.h"
 #include "read_state.h"
 #include "scheduler.h"
 #include "slab_pool.h"
@@ -28,18 +32,22 @@ struct EngineOptions {
   bool has_checksum = false;
   size_t num_threads = 4;
   size_t queue_depth = 64;
+  size_t host_nbytes = 0;  // limit of the host tier
 };
 
-// Where a piece comes back to.
+// Where a piece comes back to. `ready`: device memory, which may be written after this point.
 struct Destination {
   char* address;
   size_t capacity;
+  std::shared_ptr<Fence> ready = nullptr;
 };
 
 // Moves bytes between memory and spill files, in the background. Thread-safe.
 //
 // A write goes source -> slab (copy threads) -> file (backend); a read goes file -> destination, or
-// slab -> destination while the bytes are still in memory.
+// slab -> destination while the bytes are still in memory. Between a device and a file a slab is
+// passed in both directions (see device_copier.h). The file index after the last one is the host
+// tier: its writes end in host memory, which grows by grow_host().
 class Engine {
  public:
   using Files = std::vector<std::shared_ptr<SpillFile>>;
@@ -58,9 +66,16 @@ class Engine {
   Engine& operator=(const Engine&) = delete;
   ~Engine();
 
-  std::shared_ptr<WriteState> write(Extent extent, std::vector<PieceSource> sources);
+  // Gets a device ready for writes and reads with its fences. Empty, or why its copies block.
+  std::string add_device(std::shared_ptr<DeviceDriver> driver);
+  // Makes the host tier at least `nbytes` long. Empty, or why it is not pinned.
+  std::string grow_host(size_t nbytes);
+
+  // `producer`: sources are in device memory, to be read after this point of a stream.
+  std::shared_ptr<WriteState> write(Extent extent, std::vector<PieceSource> sources,
+                                    std::shared_ptr<Fence> producer = nullptr);
   std::shared_ptr<ReadState> read(const std::shared_ptr<WriteState>& write, size_t piece,
-                                  Destination destination);
+                                  const Destination& destination);
   // False when the time is over first.
   bool wait_inflight(uint64_t max_nbytes, Seconds timeout);
   bool wait_idle(Seconds timeout);
@@ -84,10 +99,16 @@ class Engine {
  private:
   void check_open() const;  // monitor_->mutex held
   void check_extent(const Extent& extent) const;
-  void check_destination(const WriteState& write, size_t piece, Destination destination) const;
+  void check_destination(const WriteState& write, size_t piece,
+                         const Destination& destination) const;
   // Whether the part is forwarded from memory.
   bool add_read(const std::shared_ptr<WriteState>& write, const Part& part,
                 const std::shared_ptr<ReadState>& read, char* address);
+  void add_device_read(const std::shared_ptr<WriteState>& write, const Part& part,
+                       const std::shared_ptr<ReadState>& read, char* address);
+  DeviceCopier* device_copier(const Fence* fence) const;  // null for a null fence
+  bool is_host(size_t file) const { return host_ && file == files_.size(); }
+  size_t block_nbytes(size_t file) const;
 
   const EngineOptions options_;
   Files files_;
@@ -97,6 +118,8 @@ class Engine {
   std::shared_ptr<SlabPool> pool_;
   std::unique_ptr<Scheduler> scheduler_;
   std::unique_ptr<Copier> copier_;
+  std::shared_ptr<PinnedRegion> host_;  // null without a host tier
+  std::map<DeviceDriver*, std::unique_ptr<DeviceCopier>> devices_;
   const char* kind_ = "";
   bool has_registered_buffers_ = false;
   std::vector<std::string> notes_;

@@ -4,17 +4,46 @@
 
 namespace ssdtrain {
 
-ReadState::ReadState(std::shared_ptr<Monitor> monitor, size_t num_parts)
-    : monitor_(std::move(monitor)), num_unfinished_(num_parts) {}
+ReadState::ReadState(std::shared_ptr<Monitor> monitor, size_t num_parts,
+                     std::shared_ptr<Fence> ready)
+    : monitor_(std::move(monitor)),
+      ready_(std::move(ready)),
+      num_unissued_(num_parts),
+      num_unfinished_(num_parts) {}
 
 bool ReadState::wait_done(std::chrono::duration<double> timeout) {
   std::unique_lock<std::mutex> lock(monitor_->mutex);
   return changed_.wait_for(lock, timeout, [this] { return is_done(); });
 }
 
+bool ReadState::wait_issued(std::chrono::duration<double> timeout) {
+  std::unique_lock<std::mutex> lock(monitor_->mutex);
+  return changed_.wait_for(lock, timeout, [this] { return is_issued(); });
+}
+
+void ReadState::make_wait(DeviceDriver::Stream stream) const {
+  std::shared_ptr<Fence> last;
+  {
+    std::lock_guard<std::mutex> lock(monitor_->mutex);
+    last = last_copy_;
+  }
+  if (last) last->make_wait(stream);
+}
+
 std::optional<ReadError> ReadState::error() const {
   std::lock_guard<std::mutex> lock(monitor_->mutex);
   return error_;
+}
+
+void ReadState::note_issued(std::shared_ptr<Fence> there) {
+  last_copy_ = std::move(there);
+  mark_issued();
+}
+
+void ReadState::mark_issued() {
+  if (--num_unissued_ > 0) return;
+  ++monitor_->num_events;
+  changed_.notify_all();
 }
 
 void ReadState::finish_forwarded(size_t nbytes) {
@@ -28,8 +57,9 @@ void ReadState::finish_read(size_t nbytes) {
   finish();
 }
 
-void ReadState::finish_failed(ReadError error) {
+void ReadState::finish_failed(ReadError error, bool was_issued) {
   if (!error_) error_ = std::move(error);
+  if (!was_issued) mark_issued();
   finish();
 }
 

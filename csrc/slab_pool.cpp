@@ -4,21 +4,33 @@
 
 namespace ssdtrain {
 
+namespace {
+
+constexpr size_t kReadShare = 4;  // one slab in so many is the reads' own
+
+}  // namespace
+
 SlabLease::~SlabLease() {
   if (pool_) pool_->put_back(data_);
+}
+
+std::shared_ptr<char> SlabLease::share() && {
+  auto owner = std::make_shared<SlabLease>(std::move(*this));
+  return std::shared_ptr<char>(owner, owner->data());
 }
 
 SlabPool::SlabPool(size_t num_slabs, size_t slab_nbytes, std::shared_ptr<Doorbell> available)
     : slab_nbytes_(slab_nbytes),
       region_(num_slabs * slab_nbytes),
-      available_(std::move(available)) {
+      available_{std::move(available)} {
+  region_.grow(region_.limit_nbytes());
   free_.reserve(num_slabs);
   for (size_t i = num_slabs; i > 0; --i) free_.push_back(data() + (i - 1) * slab_nbytes);
 }
 
-SlabLease SlabPool::try_lease() {
+SlabLease SlabPool::try_lease(For use) {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (free_.empty()) {
+  if (free_.size() <= (use == For::kRead ? 0 : num_reserved_)) {
     is_wanted_ = true;
     return SlabLease();
   }
@@ -28,15 +40,22 @@ SlabLease SlabPool::try_lease() {
   return SlabLease(shared_from_this(), slab);
 }
 
-void SlabPool::put_back(char* data) {
-  bool was_wanted;
+std::string SlabPool::add_driver(const std::shared_ptr<DeviceDriver>& driver,
+                                 std::shared_ptr<Doorbell> available) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    free_.push_back(data);
-    --num_leased_;
-    was_wanted = std::exchange(is_wanted_, false);
+    available_.push_back(std::move(available));
+    num_reserved_ = region_.limit_nbytes() / slab_nbytes_ / kReadShare;
   }
-  if (was_wanted) available_->ring_one();
+  return region_.add_driver(driver);
+}
+
+void SlabPool::put_back(char* data) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  free_.push_back(data);
+  --num_leased_;
+  if (!std::exchange(is_wanted_, false)) return;
+  for (const std::shared_ptr<Doorbell>& doorbell : available_) doorbell->ring_one();
 }
 
 size_t SlabPool::in_use_nbytes() const {

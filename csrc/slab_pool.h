@@ -3,11 +3,12 @@
 #include <cstddef>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "doorbell.h"
-#include "mapped_region.h"
+#include "pinned_region.h"
 
 namespace ssdtrain {
 
@@ -24,6 +25,8 @@ class SlabLease {
 
   char* data() const { return data_; }
   explicit operator bool() const { return pool_ != nullptr; }
+  // The slab, given back with the last copy of the pointer.
+  std::shared_ptr<char> share() &&;
 
  private:
   std::shared_ptr<SlabPool> pool_;
@@ -33,15 +36,23 @@ class SlabLease {
 // Staging memory cut into slabs of one size. Never grows. Thread-safe; its mutex is a leaf.
 //
 // A lease keeps the pool alive, so a slab that holds rescued bytes may outlive the engine.
+//
+// [Note: slabs for reads] Reads for a device land in slabs first. Once there is a device, writes
+// leave a quarter of the slabs to them: a read never waits for a write.
 class SlabPool : public std::enable_shared_from_this<SlabPool> {
  public:
+  enum class For { kWrite, kRead };
+
   // `available` is rung when a slab returns after a lease was refused.
   SlabPool(size_t num_slabs, size_t slab_nbytes, std::shared_ptr<Doorbell> available);
 
-  SlabLease try_lease();
+  SlabLease try_lease(For use);
+  // Slabs are pinned, and some reserved for reads. Empty, or why they are not pinned.
+  std::string add_driver(const std::shared_ptr<DeviceDriver>& driver,
+                         std::shared_ptr<Doorbell> available);
 
   char* data() const { return region_.data(); }
-  size_t nbytes() const { return region_.nbytes(); }
+  size_t nbytes() const { return region_.limit_nbytes(); }
   size_t slab_nbytes() const { return slab_nbytes_; }
   size_t in_use_nbytes() const;
   size_t peak_nbytes() const;
@@ -51,10 +62,11 @@ class SlabPool : public std::enable_shared_from_this<SlabPool> {
   void put_back(char* data);
 
   const size_t slab_nbytes_;
-  MappedRegion region_;
-  std::shared_ptr<Doorbell> available_;
+  PinnedRegion region_;
   mutable std::mutex mutex_;
+  std::vector<std::shared_ptr<Doorbell>> available_;
   std::vector<char*> free_;  // last in, first out: the slab used last is still in the cache
+  size_t num_reserved_ = 0;
   size_t num_leased_ = 0;
   size_t peak_leased_ = 0;
   bool is_wanted_ = false;

@@ -6,14 +6,16 @@
 namespace ssdtrain {
 
 WriteState::WriteState(std::shared_ptr<Monitor> monitor, Extent extent,
-                       std::vector<PieceSource> sources, size_t chunk_nbytes)
+                       std::vector<PieceSource> sources, size_t chunk_nbytes,
+                       std::shared_ptr<Fence> producer)
     : monitor_(std::move(monitor)),
       extent_(extent),
       sources_(std::move(sources)),
+      producer_(std::move(producer)),
       pieces_(sources_.size()) {
   add_chunks(chunk_nbytes);
   for (size_t i = 0; i < sources_.size(); ++i) add_parts(i, chunk_nbytes);
-  num_uncopied_ = sources_.size();
+  num_unissued_ = num_uncopied_ = sources_.size();
   for (Chunk& chunk : chunks_) {
     // A chunk between two pieces holds nothing that anyone could read.
     if (chunk.num_parts == 0) chunk.state = ChunkState::kDropped;
@@ -44,7 +46,7 @@ void WriteState::add_parts(size_t piece, size_t chunk_nbytes) {
     done += nbytes;
   }
   pieces_[piece].num_parts = parts_.size() - pieces_[piece].first_part;
-  pieces_[piece].num_unread = pieces_[piece].num_parts;
+  pieces_[piece].num_unread = pieces_[piece].num_unissued = pieces_[piece].num_parts;
 }
 
 void WriteState::cancel(size_t piece) {
@@ -71,7 +73,14 @@ void WriteState::cancel_locked(size_t piece) {
 void WriteState::skip(Part* part) {
   part->is_skipped = true;
   cancelled_nbytes_ += part->nbytes;
+  mark_issued(*part);
   mark_read(*part);
+}
+
+void WriteState::mark_issued(const Part& part) {
+  if (--pieces_[part.piece].num_unissued > 0) return;
+  ++monitor_->num_events;
+  --num_unissued_;
 }
 
 void WriteState::mark_read(const Part& part) {
@@ -89,6 +98,9 @@ void WriteState::drop_unwanted(Chunk* chunk) {
       break;
     case ChunkState::kFailed:
       if (chunk->bytes) rescued_nbytes_ -= chunk->nbytes;
+      chunk->bytes.reset();
+      break;
+    case ChunkState::kHeld:
       chunk->bytes.reset();
       break;
     case ChunkState::kCopying:
@@ -136,6 +148,16 @@ void WriteState::begin_copy(size_t index, std::shared_ptr<const char> bytes) {
   chunks_[index].bytes = std::move(bytes);
 }
 
+void WriteState::note_issued(size_t index, std::shared_ptr<Fence> copied) {
+  Chunk& chunk = chunks_[index];
+  chunk.copied = std::move(copied);
+  if (chunk.copied) last_copy_ = chunk.copied;
+  for (size_t i = 0; i < chunk.num_parts; ++i) {
+    const Part& part = parts_[chunk.first_part + i];
+    if (!part.is_skipped) mark_issued(part);
+  }
+}
+
 bool WriteState::end_copy(size_t index) {
   Chunk& chunk = chunks_[index];
   chunk.state = ChunkState::kCopied;
@@ -143,8 +165,25 @@ bool WriteState::end_copy(size_t index) {
     const Part& part = parts_[chunk.first_part + i];
     if (!part.is_skipped) mark_read(part);
   }
+  chunk.copied.reset();
   if (chunk.num_live == 0) drop(&chunk);
   return chunk.state == ChunkState::kCopied;
+}
+
+void WriteState::fail_copy(size_t index, int errnum) {
+  Chunk& chunk = chunks_[index];
+  if (!error_) error_ = WriteError{errnum, file_offset(index), chunk.nbytes};
+  is_lost_ = true;
+  ++monitor_->num_write_errors;
+  if (!chunk.copied) note_issued(index, nullptr);
+  end_copy(index);
+  if (chunk.state != ChunkState::kCopied) return;  // nobody wanted it
+  chunk.bytes.reset();
+  finish(&chunk, ChunkState::kFailed);
+}
+
+void WriteState::settle_in_memory(size_t index) {
+  finish(&chunks_[index], ChunkState::kHeld);
 }
 
 bool WriteState::begin_write(size_t index) {
@@ -179,6 +218,15 @@ bool WriteState::wait_done(std::chrono::duration<double> timeout) {
 bool WriteState::wait_copied(std::chrono::duration<double> timeout) {
   std::unique_lock<std::mutex> lock(monitor_->mutex);
   return changed_.wait_for(lock, timeout, [this] { return is_copied(); });
+}
+
+void WriteState::make_wait(DeviceDriver::Stream stream) const {
+  std::shared_ptr<Fence> last;
+  {
+    std::lock_guard<std::mutex> lock(monitor_->mutex);
+    last = last_copy_;
+  }
+  if (last) last->make_wait(stream);
 }
 
 std::optional<WriteError> WriteState::error() const {

@@ -9,6 +9,7 @@
 #include <optional>
 #include <vector>
 
+#include "device_driver.h"
 #include "monitor.h"
 
 namespace ssdtrain {
@@ -45,12 +46,13 @@ struct Part {
 };
 
 enum class ChunkState : uint8_t {
-  kQueued,   // waits for a slab
-  kCopying,  // a copy thread reads the sources
+  kQueued,   // waits for memory to be copied to
+  kCopying,  // its sources are being read, or will be by a stream
   kCopied,   // in a slab, waits for its turn to be written
   kWriting,  // handed to the backend
   kWritten,
-  kFailed,   // the write failed; the bytes are kept in memory
+  kHeld,     // in host memory for good
+  kFailed,   // the write failed and the bytes are kept in memory, or the copy failed and they are not
   kDropped,  // nobody wants it any more
 };
 
@@ -62,15 +64,18 @@ struct Chunk {
   size_t num_parts = 0;
   size_t num_live = 0;  // parts whose piece is not cancelled
   ChunkState state = ChunkState::kQueued;
-  std::shared_ptr<const char> bytes;  // slab or rescued memory while it holds the bytes
+  std::shared_ptr<const char> bytes;  // slab, host or rescued memory while it holds the bytes
+  std::shared_ptr<Fence> copied;      // while a stream copies: `bytes` are there after this point
 };
 
 // The life of one write request. Thread-safe where it says so; the transitions are the engine's and
 // need monitor->mutex held (see [Note: locking]).
 class WriteState {
  public:
+  // `producer`: the point in a stream after which sources in device memory may be read; null for
+  // host memory, which may be read at once.
   WriteState(std::shared_ptr<Monitor> monitor, Extent extent, std::vector<PieceSource> sources,
-             size_t chunk_nbytes);
+             size_t chunk_nbytes, std::shared_ptr<Fence> producer = nullptr);
   WriteState(const WriteState&) = delete;
   WriteState& operator=(const WriteState&) = delete;
 
@@ -78,6 +83,13 @@ class WriteState {
   size_t num_pieces() const { return sources_.size(); }
   bool is_piece_copied(size_t piece) const { return pieces_[piece].num_unread.load() == 0; }
   bool is_copied() const { return num_uncopied_.load() == 0; }
+  // Whether every copy is done or queued on a stream: in the order of streams the sources are free
+  // after make_wait().
+  bool is_issued() const { return producer_ ? num_unissued_.load() == 0 : is_copied(); }
+  // Work queued on `stream` later comes after the copies issued so far.
+  void make_wait(DeviceDriver::Stream stream) const;
+  // Whether some source could not be read.
+  bool is_lost() const { return is_lost_.load(); }
   bool is_done() const { return num_unfinished_.load() == 0; }
   void cancel(size_t piece);
   bool wait_done(std::chrono::duration<double> timeout);
@@ -89,13 +101,20 @@ class WriteState {
 
   // For the engine: monitor->mutex held.
   bool is_readable(size_t piece) const {
-    return is_piece_copied(piece) && !pieces_[piece].is_cancelled;
+    const Piece& it = pieces_[piece];
+    return (producer_ ? it.num_unissued : it.num_unread).load() == 0 && !it.is_cancelled;
   }
   // The next chunk that waits for a slab, or nullopt.
   std::optional<size_t> next_queued();
   void begin_copy(size_t chunk, std::shared_ptr<const char> bytes);
+  // A stream will have copied the chunk after `copied`.
+  void note_issued(size_t chunk, std::shared_ptr<Fence> copied);
   // False when the chunk was cancelled meanwhile and is dropped.
   bool end_copy(size_t chunk);
+  // The sources could not be read: the chunk holds nothing.
+  void fail_copy(size_t chunk, int errnum);
+  // The chunk stays where it was copied to.
+  void settle_in_memory(size_t chunk);
   // False when the chunk was dropped before its turn.
   bool begin_write(size_t chunk);
   void end_write(size_t chunk);
@@ -105,6 +124,7 @@ class WriteState {
   void cancel_all();
 
   const Extent& extent() const { return extent_; }
+  const std::shared_ptr<Fence>& producer() const { return producer_; }
   const PieceSource& source(size_t piece) const { return sources_[piece]; }
   const Chunk& chunk(size_t index) const { return chunks_[index]; }
   // The parts of a piece or a chunk are neighbours in one array, which never changes its length.
@@ -118,11 +138,13 @@ class WriteState {
     size_t first_part = 0;
     size_t num_parts = 0;
     bool is_cancelled = false;
-    std::atomic<size_t> num_unread{0};  // parts whose source may still be read
+    std::atomic<size_t> num_unread{0};    // parts whose source may still be read
+    std::atomic<size_t> num_unissued{0};  // parts whose copy is not even queued on a stream
   };
 
   void add_chunks(size_t chunk_nbytes);
   void add_parts(size_t piece, size_t chunk_nbytes);
+  void mark_issued(const Part& part);
   void mark_read(const Part& part);
   void skip(Part* part);
   void drop_unwanted(Chunk* chunk);
@@ -132,13 +154,17 @@ class WriteState {
   const std::shared_ptr<Monitor> monitor_;
   const Extent extent_;
   const std::vector<PieceSource> sources_;
+  const std::shared_ptr<Fence> producer_;
   std::vector<Chunk> chunks_;
   std::vector<Part> parts_;
   std::vector<Piece> pieces_;
   size_t next_chunk_ = 0;
   std::optional<WriteError> error_;
-  std::condition_variable changed_;  // copied or done
+  std::shared_ptr<Fence> last_copy_;  // a stream runs in order: covers all earlier ones
+  std::condition_variable changed_;   // copied or done
 
+  std::atomic<bool> is_lost_{false};
+  std::atomic<size_t> num_unissued_{0};  // pieces
   std::atomic<size_t> num_uncopied_{0};
   std::atomic<size_t> num_unfinished_{0};
   std::atomic<uint64_t> written_nbytes_{0};

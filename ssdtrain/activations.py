@@ -26,6 +26,8 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ssdtrain.device import CpuDevice, Device
+from ssdtrain.devices import Devices
 from ssdtrain.directories import check_directories
 from ssdtrain.identity import byte_range, is_parameter, is_weight, rebuild, version_probe, view_spec, why_not
 from ssdtrain.index import Index
@@ -74,9 +76,16 @@ class ActivationOffload:
     """A context manager inside which saved activations travel. Made by `offload_activations`, which documents it."""
 
     def __init__(
-        self, directories: Sequence[str], policy: ActivationPolicy, model: torch.nn.Module | None = None
+        self,
+        directories: Sequence[str] | None,
+        policy: ActivationPolicy,
+        model: torch.nn.Module | None = None,
+        cpu: Device | None = None,
     ) -> None:
-        """Checks the directories and opens the engine, so that what is wrong shows before training starts."""
+        """Checks the directories and opens the engine, so that what is wrong shows before training starts.
+
+        `directories`: None for a host tier only. `cpu`: the device of tensors in host memory, for simulations.
+        """
         self.policy = policy
         self._counters = Counters()
         self._index = Index()
@@ -85,9 +94,11 @@ class ActivationOffload:
         self._model = model
         self._thread = _Thread()
         self._is_closed = False
-        self._store = Store(directories, policy, self._counters, self._index)
+        cpu = cpu or CpuDevice(policy.prefetch_nbytes)
+        self._devices = Devices(cpu, has_host_tier_only=directories is None)
+        self._store = Store(directories or (), policy, self._counters, self._index, self._devices)
         if policy.enabled:
-            for text in check_directories(directories):
+            for text in check_directories(directories) if directories is not None else ():
                 self._store.note_fallback(text)
             self._store.open()
 
@@ -178,15 +189,18 @@ class ActivationOffload:
             return self._stay(tensor, _SMALL, storage.nbytes())
         if self._index.is_weight(storage._cdata) or is_weight(tensor):
             return self._stay_weight(tensor, nbytes)
+        device = self._devices.of(tensor)
+        if isinstance(device, str):
+            return self._stay(tensor, device, nbytes)
         if _graph_task() != -1:
             return self._stay(tensor, "saved during backward", nbytes)
         if not self._store.is_usable:
             return self._stay(tensor, "no engine open in this process", nbytes)
         self._start_due()
-        return self._pack_travelling(tensor, storage, byte_range(tensor, nbytes))
+        return self._pack_travelling(tensor, storage, byte_range(tensor, nbytes), device)
 
     def _pack_travelling(
-        self, tensor: torch.Tensor, storage: torch.UntypedStorage, span: tuple[int, int]
+        self, tensor: torch.Tensor, storage: torch.UntypedStorage, span: tuple[int, int], device: Device
     ) -> _Resident | Handle:
         spec, probe = view_spec(tensor), version_probe(tensor)
         with self._store.lock:
@@ -198,8 +212,10 @@ class ActivationOffload:
                 span = _widen(span, storage.nbytes())
                 reason = self._why_keep(storage, span)
                 if reason is None:
-                    record = self._new_record(storage, span, version, probe)
+                    record = self._new_record(storage, span, device)
+                    record.version, record.probe = version, probe
                     record.spec, record.where = spec, self._names.where()
+                    self._adopt(record)
             if record is not None:
                 record.num_handles += 1
         self._store.tidy()
@@ -215,17 +231,17 @@ class ActivationOffload:
             return "outlives its graph"
         return None
 
-    def _new_record(
-        self, storage: torch.UntypedStorage, span: tuple[int, int], version: int, probe: torch.Tensor
-    ) -> Record:
+    def _new_record(self, storage: torch.UntypedStorage, span: tuple[int, int], device: Device) -> Record:
         thread = self._thread
         if thread.pass_ is None or thread.pass_.is_closed:
             thread.pass_ = self._schedule.new_pass()
-        record = Record(storage, StorageWeakRef(storage), span, version, thread.pass_)
-        record.probe = probe
+        return Record(storage, StorageWeakRef(storage), span, device, thread.pass_)
+
+    def _adopt(self, record: Record) -> None:
+        if record.device.driver is not None:
+            record.prefers_host = self._schedule.is_needed_soon(record, self.policy.host_nbytes)
         self._store.adopt(record)
-        thread.pending.append(record)
-        return record
+        self._thread.pending.append(record)
 
     def _start_due(self) -> None:
         """Starts what earlier operators of this thread saved: see [Note: when a store may start]."""
@@ -290,11 +306,11 @@ def _modified(what: object, version: int, expected: int) -> RuntimeError:
 
 
 def offload_activations(
-    directory: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    directory: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None,
     policy: ActivationPolicy | Mapping[str, Any] | None = None,
     model: torch.nn.Module | None = None,
 ) -> ActivationOffload:
-    """Keeps saved activations on the drive between forward and backward.
+    """Keeps saved activations on the drive, or in pinned host memory, between forward and backward.
 
     Lowers peak memory by what autograd would hold between forward and backward; results are equal to the bit. It may
     wrap one forward, one step or the whole loop (best: the engine stays open), be entered again, and be left before
@@ -302,7 +318,7 @@ def offload_activations(
 
     Args:
         directory: where the spill files go, on a fast local drive. Several are striped. The files are unlinked at once:
-            nothing is ever left behind.
+            nothing is ever left behind. None: tensors of an accelerator go to pinned host memory only.
         policy: an `ActivationPolicy` or a mapping with its fields.
         model: names modules in messages and marks its parameters and buffers as weights. Never needed for correctness.
 
@@ -323,7 +339,8 @@ def offload_activations(
         >>> print(offload.stats)
     """
     several = [directory] if isinstance(directory, str | os.PathLike) else directory
-    return ActivationOffload([os.fspath(path) for path in several], ActivationPolicy.of(policy), model)
+    paths = None if several is None else [os.fspath(path) for path in several]
+    return ActivationOffload(paths, ActivationPolicy.of(policy), model)
 
 
 @contextmanager

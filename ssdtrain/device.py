@@ -1,14 +1,14 @@
-"""What the store needs of one kind of device: where a reload may land.
+"""What the store needs of one kind of device: whose streams are current, and where a reload may land.
 
-The store never calls torch for memory itself; a second kind of device (streams, events, asynchronous copies) is a
-second class here. On the CPU the tensor's own memory is host memory: engine threads copy out of it, and the drive
-reads straight into it.
+The store never calls torch for memory or streams itself. On the CPU the tensor's own memory is host memory: engine
+threads copy out of it, and the drive reads straight into it. An accelerator brings a driver, through which engine
+threads copy on streams of their own: `ssdtrain.cuda`, and `ssdtrain.simulated` to prove the logic on any machine.
 """
 
 from __future__ import annotations
 
 import mmap
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -26,16 +26,30 @@ class Allocation(NamedTuple):
 
 
 class Device(Protocol):
-    """One kind of device."""
+    """One device, or one kind of device where all share their memory."""
 
     kind: str
+    driver: Any
+    """What engine threads copy with (`ssdtrain._C.DeviceDriver`); None for host memory."""
+
+    def why_not(self) -> str | None:
+        """Why nothing may travel just now, or None."""
+
+    def current_stream(self) -> int:
+        """The calling thread's stream, by the handle the driver knows it by. Asked at every use, never kept."""
 
     def allocate(self, nbytes: int, alignment: int, block_nbytes: int) -> Allocation:
-        """Memory of `nbytes` at a multiple of `alignment`, writable up to whole blocks past the end.
+        """Memory of `nbytes`, usable in the order of the current stream.
+
+        In host memory it starts at a multiple of `alignment` and is writable up to whole blocks past the end.
 
         Raises:
-            MemoryError: there is none left.
+            MemoryError: there is none left in host memory.
+            torch.OutOfMemoryError: there is none left on an accelerator.
         """
+
+    def share(self, storage: torch.UntypedStorage, stream: int) -> None:
+        """`stream` uses memory that another stream allocated: freed, it is reused only after what is queued there."""
 
     def idle_nbytes(self) -> int:
         """Memory kept for the next reloads."""
@@ -53,11 +67,23 @@ class CpuDevice:
     """
 
     kind = "cpu"
+    driver = None
 
     def __init__(self, max_idle_nbytes: int) -> None:
         """Keeps at most `max_idle_nbytes` for later."""
         self._max_idle_nbytes = max_idle_nbytes
         self._mappings: list[tuple[mmap.mmap, StorageWeakRef]] = []  # the oldest first
+
+    def why_not(self) -> str | None:
+        """See `Device`."""
+        return None
+
+    def current_stream(self) -> int:
+        """See `Device`. Host memory is used in program order."""
+        return 0
+
+    def share(self, storage: torch.UntypedStorage, stream: int) -> None:
+        """See `Device`."""
 
     def allocate(self, nbytes: int, alignment: int, block_nbytes: int) -> Allocation:
         """See `Device`. The storage starts at the aligned address: offsets of rebuilt views equal the saved ones."""

@@ -9,6 +9,9 @@ Knows addresses, files and byte counts, no tensors. Three engines share one inte
     write.wait_copied()                                                    # the source may change now
     read = choice.engine.read(write, 0, other_address, nbytes)             # from memory or from the file
     read.wait()
+
+Memory of an accelerator needs a `Fence` each way, which says after what its bytes may be read or written. Its copies
+run on streams: `is_issued` then says that they are queued, and `make_wait(stream)` orders a stream after them.
 """
 
 from __future__ import annotations
@@ -78,12 +81,35 @@ class SpillFile(Protocol):
         """Gives the space back once no engine uses the file. Idempotent."""
 
 
+class Fence(Protocol):
+    """A point in the work of a stream of an accelerator."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the accelerator has passed it."""
+
+    @property
+    def device_index(self) -> int:
+        """Which accelerator of its kind."""
+
+    def synchronize(self) -> None:
+        """Blocks until the accelerator has passed it, without the GIL."""
+
+
 class Write(Protocol):
     """A request to bring pieces of memory to an extent of a file.
 
     Source memory must stay readable until its piece is copied. The bytes can be read back from then on, whatever
     becomes of the write: from a slab, from memory that was rescued from a failed write, or from the file.
     """
+
+    @property
+    def is_issued(self) -> bool:
+        """Whether every copy is done or queued on a stream: free for whoever waits in stream order."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether some source could not be read: its bytes are only there."""
 
     @property
     def is_copied(self) -> bool:
@@ -121,6 +147,9 @@ class Write(Protocol):
     def wait_copied(self) -> None:
         """Blocks until `is_copied`, without the GIL."""
 
+    def make_wait(self, stream: int) -> None:
+        """What is queued on `stream` from now on runs after the copies that are issued."""
+
 
 class Read(Protocol):
     """A request to bring one piece back."""
@@ -144,8 +173,18 @@ class Read(Protocol):
     def forwarded_nbytes(self) -> int:
         """Bytes that came from memory."""
 
+    @property
+    def is_issued(self) -> bool:
+        """Whether the bytes are there for whoever waits in stream order, or `error` says why not."""
+
     def wait(self, timeout_seconds: float | None = None) -> bool:
         """Blocks until `is_done`, without the GIL; false when the time is over first."""
+
+    def wait_issued(self, timeout_seconds: float | None = None) -> bool:
+        """Blocks until `is_issued`, without the GIL; false when the time is over first."""
+
+    def make_wait(self, stream: int) -> None:
+        """What is queued on `stream` from now on runs after the copies that are issued."""
 
 
 class Engine(Protocol):
@@ -223,24 +262,43 @@ class Engine(Protocol):
     def read_busy_seconds(self) -> float:
         """Wall time with at least one file read in flight."""
 
-    def write(self, file: int, offset: int, nbytes: int, pieces: list[tuple[int, int, int]]) -> Write:
+    def add_device(self, driver: Any) -> str:
+        """Gets ready for fences of an accelerator's driver. Empty, or why its copies are slow.
+
+        Raises:
+            RuntimeError: this engine moves host memory only.
+        """
+
+    def grow_host(self, nbytes: int) -> str:
+        """Makes the host tier at least `nbytes` long. Empty, or why it is not pinned."""
+
+    def write(
+        self,
+        file: int,
+        offset: int,
+        nbytes: int,
+        pieces: list[tuple[int, int, int]],
+        producer: Any = None,
+    ) -> Write:
         """Begins to write `pieces` to bytes [`offset`, `offset` + `nbytes`) of files[`file`]. Never blocks.
 
         Args:
-            file: index of the file.
+            file: index of the file; one more than the last is the host tier, where bytes stay in memory.
             offset: start of the extent, in whole blocks.
             nbytes: length of the extent, in whole blocks, inside `SpillFile.nbytes`.
             pieces: (source address, nbytes, offset in the extent), sorted, apart, each offset in whole blocks.
+            producer: the fence after which sources in an accelerator's memory may be read.
         """
 
-    def read(self, write: Any, piece: int, address: int, capacity: int) -> Read:
-        """Begins to bring one copied, not cancelled piece of `write` to `address`. Never blocks.
+    def read(self, write: Any, piece: int, address: int, capacity: int, ready: Any = None) -> Read:
+        """Begins to bring one issued, not cancelled piece of `write` to `address`. Never blocks.
 
         Args:
             write: what this engine's `write` returned.
             piece: index of the piece.
             address: a multiple of the file's `memory_alignment`.
             capacity: writable bytes there: the piece in whole blocks, or more.
+            ready: the fence after which `address`, in an accelerator's memory, may be written.
         """
 
     def wait_inflight(self, max_nbytes: int, timeout_seconds: float | None = None) -> bool:
@@ -262,6 +320,8 @@ class EngineChoice:
     kind: str
     reason: str
     fallbacks: list[str] = field(default_factory=list)
+    host_nbytes: int = 0
+    """Limit of the host tier; 0 where the engine has none."""
 
     def shortcomings(self) -> list[str]:
         """What works, but not the best way."""
@@ -285,6 +345,7 @@ class _Request:
     slab_nbytes: int
     checksum: bool
     disk_nbytes: int | None
+    host_nbytes: int
 
     def files(self, make: Callable[[str, int | None], SpillFile]) -> list[SpillFile]:
         """The files as they are, or one new file per directory, which share `disk_nbytes` evenly."""
@@ -299,16 +360,20 @@ def open_engine(
     slab_nbytes: int,
     checksum: bool = False,
     disk_nbytes: int | None = None,
+    *,
+    host_nbytes: int = 0,
 ) -> EngineChoice:
     """Opens the engine asked for, or with ``"auto"`` the best that works here, on files or on new files.
 
     Args:
         kind: one of `KINDS`. ``"auto"`` tries io_uring, then threads, then python.
-        files_or_directories: open spill files of the engine's own kind, or directories to open them in.
+        files_or_directories: open spill files of the engine's own kind, or directories to open them in. None at all
+            with a host tier: then nothing is ever written.
         staging_nbytes: memory for slabs; allocated now.
         slab_nbytes: size of a slab, a multiple of 4096.
         checksum: verify every byte that is read from a file.
         disk_nbytes: bound on all files together; None for no bound.
+        host_nbytes: limit of the host tier; 0 for none.
 
     Raises:
         ValueError: `kind` is unknown, or the sizes do not fit together.
@@ -317,7 +382,9 @@ def open_engine(
     """
     if kind not in KINDS:
         raise ValueError(f"Expected an engine among {', '.join(KINDS)}, got {kind!r}")
-    request = _Request(list(files_or_directories), staging_nbytes, slab_nbytes, checksum, disk_nbytes)
+    request = _Request(list(files_or_directories), staging_nbytes, slab_nbytes, checksum, disk_nbytes, host_nbytes)
+    if not request.places:
+        return _open_without_files(request)
     fallbacks: list[str] = []
     for name in KINDS[1:] if kind == "auto" else (kind,):
         try:
@@ -327,8 +394,19 @@ def open_engine(
             fallbacks.append(f"engine {name} is not available: {unavailable}")
             continue
         reason = "asked for by name" if kind == name else "; ".join(fallbacks) or "the fastest, and it works here"
-        return EngineChoice(engine, files, name, reason, fallbacks)
+        host_nbytes = request.host_nbytes if name in _CPP_KINDS else 0
+        return EngineChoice(engine, files, name, reason, fallbacks, host_nbytes)
     raise AssertionError("the python engine is always available")
+
+
+def _open_without_files(request: _Request) -> EngineChoice:
+    """Threads that copy, and no file: which kind the user asked for does not matter."""
+    try:
+        engine, files = _open("threads", request)
+    except _UnavailableError as error:
+        raise RuntimeError(f"Expected the C++ engine for a host tier, got: {error}; or pass a directory") from error
+    reason = "no directory: pinned host memory only"
+    return EngineChoice(engine, files, "host", reason, host_nbytes=request.host_nbytes)
 
 
 class _UnavailableError(Exception):
@@ -351,12 +429,45 @@ def _open(name: str, request: _Request) -> tuple[Engine, list[SpillFile]]:
     extension = _extension()
     files = request.files(extension.SpillFile)
     try:
-        return extension.Engine(name, files, request.staging_nbytes, request.slab_nbytes, request.checksum), files
+        return _make_engine(extension, name, files, request), files
     except (OSError, RuntimeError, TypeError) as error:
         for file, place in zip(files, request.places, strict=True):
             if file is not place:
                 file.close()
         raise _UnavailableError(str(error)) from error
+
+
+def _make_engine(extension: ModuleType, name: str, files: list[SpillFile], request: _Request) -> Engine:
+    r = request
+    engine: Engine = extension.Engine(
+        name, files, r.staging_nbytes, r.slab_nbytes, r.checksum, host_nbytes=r.host_nbytes
+    )
+    return engine
+
+
+def cuda_driver(index: int) -> Any:
+    """What engine threads copy with on CUDA device `index`.
+
+    Raises:
+        RuntimeError: the extension is not built, or there is no CUDA driver.
+    """
+    try:
+        return _extension().CudaDriver(index)
+    except _UnavailableError as error:
+        raise RuntimeError(str(error)) from error
+
+
+def driver_type() -> Any:
+    """What a driver written in Python derives from; `object` without the extension, which alone calls drivers."""
+    try:
+        return _extension().DeviceDriver
+    except _UnavailableError:
+        return object
+
+
+def fence(driver: Any, stream: int) -> Any:
+    """The point that `stream` has come to: a `Fence`, or None where there is no driver, for host memory."""
+    return None if driver is None else _extension().Fence(driver, stream)
 
 
 def _extension() -> ModuleType:

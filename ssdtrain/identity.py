@@ -90,15 +90,13 @@ def shares_version_counter(tensor: torch.Tensor, probe: torch.Tensor) -> bool:
 
 
 def why_not(tensor: torch.Tensor) -> str | None:
-    """Why a tensor is not a plain strided CPU tensor that may travel, or None."""
+    """Why a tensor is not a plain strided tensor that may travel, or None."""
     if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
         return "weight" if _is_marked(tensor) else "tensor subclass"
     if tensor.is_nested:
         return "nested"
     if tensor.layout is not torch.strided:
         return "not strided"
-    if not tensor.is_cpu:
-        return f"device {tensor.device.type}"
     if tensor.is_quantized:
         return "quantised"
     if tensor.is_conj() or tensor.is_neg():

@@ -74,6 +74,10 @@ class ActivationPolicy(BaseModel):
     disk_nbytes: Nbytes | None = Field(default=None, ge=MIN_STAGING_NBYTES)
     """Cap on spill space over all directories. What does not fit stays in memory. None: what the drive has free."""
 
+    host_nbytes: Nbytes | None = Field(default=None, ge=0)
+    """Limit of the host tier: pinned host memory that holds tensors of an accelerator for good, those that backward
+    needs first. None: nothing with a directory; without one, half of the memory that is free when it opens."""
+
     engine: Literal["auto", "io_uring", "threads", "python"] = "auto"
     """Who executes the file requests. ``"auto"`` takes the first that works on this machine and says why."""
 

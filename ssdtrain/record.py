@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch.multiprocessing.reductions import StorageWeakRef
 
-    from ssdtrain.device import Allocation
+    from ssdtrain.device import Allocation, Device
     from ssdtrain.engine import Read, Write
     from ssdtrain.space import Extent
     from ssdtrain.trace import Pass
@@ -31,17 +31,20 @@ class Residency(enum.IntEnum):
     """With the engine: the source is held until it is copied, after that the bytes are in slabs or in the file."""
     DISK = 4
     """In the spill file (or, after a failed write, rescued by the engine)."""
-    RELOADING = 8
+    HOST = 8
+    """In the host tier: pinned memory that holds it until backward wants it."""
+    RELOADING = 16
     """A read into fresh memory is under way."""
-    RELEASED = 16
+    RELEASED = 32
     """Nobody needs the bytes any more."""
 
 
 _NEXT: dict[int, int] = {
-    Residency.DEVICE: Residency.OFFLOADING | Residency.DISK | Residency.RELEASED,
-    Residency.OFFLOADING: Residency.DEVICE | Residency.DISK | Residency.RELOADING | Residency.RELEASED,
+    Residency.DEVICE: Residency.OFFLOADING | Residency.DISK | Residency.HOST | Residency.RELEASED,
+    Residency.OFFLOADING: Residency.DEVICE | Residency.DISK | Residency.HOST | Residency.RELOADING | Residency.RELEASED,
     Residency.DISK: Residency.DEVICE | Residency.RELOADING | Residency.RELEASED,
-    Residency.RELOADING: Residency.DEVICE | Residency.DISK | Residency.RELEASED,
+    Residency.HOST: Residency.DEVICE | Residency.RELOADING | Residency.RELEASED,
+    Residency.RELOADING: Residency.DEVICE | Residency.DISK | Residency.HOST | Residency.RELEASED,
     Residency.RELEASED: 0,
 }
 
@@ -60,6 +63,8 @@ class Record:
     """One offloaded storage range. Attributes belong to the store, which guards them with its lock."""
 
     __slots__ = (
+        "arrivals",
+        "device",
         "epoch",
         "identity",
         "index",
@@ -72,6 +77,7 @@ class Record:
         "num_unseen",
         "pass_",
         "places",
+        "prefers_host",
         "probe",
         "reads",
         "residency",
@@ -79,27 +85,36 @@ class Record:
         "start",
         "storage",
         "storage_nbytes",
+        "stream",
         "version",
         "weak",
         "where",
     )
 
     def __init__(
-        self, storage: torch.UntypedStorage, identity: StorageWeakRef, span: tuple[int, int], version: int, pass_: Pass
+        self,
+        storage: torch.UntypedStorage,
+        identity: StorageWeakRef,
+        span: tuple[int, int],
+        device: Device,
+        pass_: Pass,
     ) -> None:
         """A record of bytes `span` of `storage`, which it holds until they are safe elsewhere."""
+        self.device = device
+        self.stream = device.current_stream()  # that last allocated, or used first, the memory that holds the bytes
         self.storage: torch.UntypedStorage | None = storage
         self.storage_nbytes: int = storage.nbytes()
         self.identity = identity  # of the source, for as long as the record is filed under its address
         self.weak = identity  # of the memory that last held the bytes: the source, or the latest reload
         self.start, end = span
         self.nbytes = end - self.start
-        self.version = version
-        self.probe: torch.Tensor  # shares the version counter of the tensor it was made for
+        self.version: int  # at the save, and
+        self.probe: torch.Tensor  # a tensor that shares the counter
         self.residency = Residency.DEVICE
         self.places: tuple[Place, ...] = ()
         self.reads: tuple[Read, ...] = ()
         self.landing: Allocation | None = None  # where reads under way put the bytes
+        self.arrivals: tuple[Read, ...] = ()  # reads of memory handed out, whose copies a stream may still run
         self.pass_ = pass_
         self.index = pass_.append(self)
         self.spec: ViewSpec | None = None  # of the tensor it was made for, and where in the model: for messages
@@ -107,6 +122,7 @@ class Record:
         self.num_handles = 0
         self.epoch = 0  # grows with every reload
         self.num_unseen = 0  # handles not unpacked since then
+        self.prefers_host = False  # goes to the host tier while there is room
         self.is_wanted = False  # backward has asked for it: it does not travel any more
         self.is_prefetched = False
         self.is_lent = False  # storage given to autograd and no longer held here

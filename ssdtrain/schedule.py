@@ -27,7 +27,15 @@ class Schedule:
 
     def new_pass(self) -> Pass:
         """A pass that will teach its order when its last record is released."""
-        return Pass(self._history.learn)
+        return Pass(self._history.learn, self._history.latest)
+
+    def is_needed_soon(self, record: Record, nbytes: int | None) -> bool:
+        """Whether backward, if it goes as last time, wants the record among the first `nbytes` of its pass.
+
+        True while there is nothing to go by, or no bound.
+        """
+        expected = record.pass_.expected
+        return nbytes is None or expected is None or expected.needed_nbytes[record.index] <= nbytes
 
     def begin_backward(self, pass_: Pass) -> None:
         """Closes a pass at its first unpack and predicts its order."""

@@ -1,4 +1,4 @@
-"""Room on the spill files: which file, which extent, and when to make a file longer.
+"""Room on the spill files and in the host tier: which file, which extent, and when to make it longer.
 
 Knows extents and directories, no records and no requests. Not thread-safe: the store calls it under its lock.
 """
@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from ssdtrain.engine import SpillFile
@@ -21,6 +22,7 @@ logger = logging.getLogger("ssdtrain")
 _FIRST_NBYTES = 64 << 20
 _GROW_NBYTES = 256 << 20
 _MAX_WRITE_ERRORS = 3
+_BLOCK_NBYTES = 512  # where no file asks for more
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _RETRY_GROW_SECONDS = 5.0
 
@@ -33,13 +35,64 @@ class Extent(NamedTuple):
     nbytes: int
 
 
+def available_nbytes() -> int:
+    """Host memory that can be had without swapping, as the kernel estimates it."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class HostSpace:
+    """Room in the host tier: one range of pinned memory, which grows in steps up to its limit."""
+
+    def __init__(
+        self, file: int, limit_nbytes: int, grow: Callable[[int], str], note_fallback: Callable[[str], None]
+    ) -> None:
+        """`file`: the index of its extents. `grow(nbytes)` makes it so long, and says why it is not pinned."""
+        self.file = file
+        self._limit_nbytes = limit_nbytes
+        self._grow = grow
+        self._note_fallback = note_fallback
+        self._extents = ExtentAllocator(_BLOCK_NBYTES)
+
+    @property
+    def peak_nbytes(self) -> int:
+        """The most in use so far."""
+        return self._extents.peak_nbytes
+
+    def allocate(self, nbytes: int) -> Extent | None:
+        """Room for `nbytes`, or None when the tier is full."""
+        nbytes = self._extents.rounded(nbytes)
+        offset = self._extents.allocate(nbytes)
+        if offset is None and self._extend(self._extents.missing_nbytes(nbytes)):
+            offset = self._extents.allocate(nbytes)
+        return None if offset is None else Extent(self.file, offset, nbytes)
+
+    def release(self, extent: Extent) -> None:
+        """Gives an extent, or a block-aligned part of one, back."""
+        self._extents.release(extent.offset, extent.nbytes)
+
+    def _extend(self, missing_nbytes: int) -> bool:
+        needed = self._extents.capacity + missing_nbytes
+        if needed > self._limit_nbytes:
+            return False
+        generous = min(self._limit_nbytes, max(needed, self._extents.capacity + _GROW_NBYTES))
+        why = self._grow(generous)
+        if why:
+            self._note_fallback(why)
+        self._extents.extend(generous)
+        return True
+
+
 class SpillSpace:
     """Extents over one spill file per directory; large requests are striped, small ones take turns."""
 
     def __init__(self, files: Sequence[SpillFile], stripe_nbytes: int, note_fallback: Callable[[str], None]) -> None:
         """`stripe_nbytes`: what a file must at least get of a request for striping to pay."""
-        self.block_nbytes = max(file.block_nbytes for file in files)
-        self.memory_alignment = max(file.memory_alignment for file in files)
+        self.block_nbytes = max((file.block_nbytes for file in files), default=_BLOCK_NBYTES)
+        self.memory_alignment = max((file.memory_alignment for file in files), default=_BLOCK_NBYTES)
         self.in_use_nbytes = 0
         self.peak_nbytes = 0
         self._files = files
@@ -53,7 +106,7 @@ class SpillSpace:
         for i, file in enumerate(files):
             self._preallocate(i, stripe_nbytes)
             self._extents[i].extend(file.nbytes)
-        if not any(extents.capacity for extents in self._extents):
+        if files and not any(extents.capacity for extents in self._extents):
             names = ", ".join(file.directory for file in files)
             raise OSError(
                 errno.ENOSPC,

@@ -54,11 +54,13 @@ class Counters:
         self.offloaded_nbytes = self.deduplicated_nbytes = self.forwarded_nbytes = self.kept_nbytes = 0
         self.cancelled_write_nbytes = self.written_nbytes = self.read_nbytes = 0
         self.write_busy_seconds = self.read_busy_seconds = 0.0
-        self.peak_staging_nbytes = self.peak_disk_nbytes = 0
+        self.peak_staging_nbytes = self.peak_disk_nbytes = self.peak_host_nbytes = 0
+        self.hosted_nbytes = 0
+        self.ahead_seconds = 0.0
         self.num_live_records = 0
         self.held_nbytes = 0  # gauge: bytes of saved tensors in memory now, staging excluded
         self.prefetched_nbytes = 0  # gauge: bytes reloaded, or being reloaded, and not asked for yet
-        self.peak_saved_nbytes = 0
+        self.peak_saved_nbytes = self.peak_device_nbytes = 0
         self.skips: dict[str, list[int]] = {}
         self.stalls: dict[str, float] = {}
         self.fallbacks: list[str] = []
@@ -96,6 +98,8 @@ class Counters:
     def hold(self, nbytes: int, staging_nbytes: int = 0) -> None:
         """Moves the gauge of held bytes and its peak; `staging_nbytes` is what the slabs hold at this moment."""
         self.held_nbytes += nbytes
+        if self.held_nbytes > self.peak_device_nbytes:
+            self.peak_device_nbytes = self.held_nbytes
         if self.held_nbytes + staging_nbytes > self.peak_saved_nbytes:
             self.peak_saved_nbytes = self.held_nbytes + staging_nbytes
 
@@ -140,8 +144,16 @@ class Stats:
     """Most staging memory in use at once."""
     peak_disk_nbytes: int
     """Most spill space in use at once."""
+    hosted_nbytes: int
+    """Bytes of records that went to the host tier instead of the drive."""
+    peak_host_nbytes: int
+    """Most bytes in the host tier at once."""
     peak_saved_nbytes: int
     """Most bytes of saved tensors in memory at once: on the device, in staging and prefetched together."""
+    peak_device_nbytes: int
+    """The same without staging: what was in the memory that training computes in."""
+    ahead_seconds: float
+    """Time the training thread, far ahead of an accelerator, waited for it: no loss, the accelerator had work."""
     write_busy_seconds: float
     """Time with at least one write at the drive."""
     read_busy_seconds: float
@@ -174,7 +186,9 @@ class Stats:
             f"ssdtrain: {nbytes_text(self.offloaded_nbytes)} of {self.num_offloaded} records offloaded"
             f" ({self.num_saved} tensors saved, {nbytes_text(self.deduplicated_nbytes)} of them shared)",
             f"  memory    saved tensors peaked at {nbytes_text(self.peak_saved_nbytes)},"
-            f" staging {nbytes_text(self.peak_staging_nbytes)}, spill space {nbytes_text(self.peak_disk_nbytes)}",
+            f" {nbytes_text(self.peak_device_nbytes)} of them on the device;"
+            f" staging {nbytes_text(self.peak_staging_nbytes)}, spill space {nbytes_text(self.peak_disk_nbytes)}"
+            + (f", host tier {nbytes_text(self.peak_host_nbytes)}" if self.peak_host_nbytes else ""),
             f"  drive     wrote {_rate_text(self.written_nbytes, self.write_busy_seconds)},"
             f" read {_rate_text(self.read_nbytes, self.read_busy_seconds)}"
             f"; {nbytes_text(self.forwarded_nbytes)} forwarded,"

@@ -1,17 +1,21 @@
-"""Moves bytes: offload, reload, forward, wait, release. The only file that touches engines.
+"""Moves bytes out and keeps the books: which records there are, what the engine has done, who holds what.
 
-It does not know why a record travels or which one is next; `activations` and `schedule` do. Everything it owns (engine,
-counters aside) lives and ends with it.
+It does not know why a record travels or which one is next; `activations` and `schedule` do. The way back is
+`ssdtrain.reloads`, driven from here. Everything it owns (engine, counters aside) lives and ends with it.
 
 [Note: the lock]
 One lock guards records, extents and requests. It is never held while bytes move or a thread waits, and nothing that
 runs in a destructor waits for it: a dying handle leaves a note in `_bereaved`, which the next holder works off.
+
+[Note: waiting for an accelerator]
+The bytes in flight are bounded. When the bound is reached because the drive is behind, mode "auto" keeps the tensor.
+When it is reached because training runs ahead of an accelerator, which has not even computed what is to be copied, it
+waits until the accelerator is there: the accelerator has work meanwhile, and memory could not fall otherwise.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import threading
@@ -20,16 +24,13 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 
-import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-
-from ssdtrain.device import CpuDevice, Device
-from ssdtrain.engine import EngineChoice, Read, open_engine
-from ssdtrain.identity import live_storage
+from ssdtrain.devices import Devices
+from ssdtrain.engine import EngineChoice, Fence, open_engine
 from ssdtrain.index import Index
 from ssdtrain.policy import ActivationPolicy
-from ssdtrain.record import Place, Record, Residency
-from ssdtrain.space import NO_SPACE
+from ssdtrain.record import Record, Residency
+from ssdtrain.reloads import Loan, Reloads, wait_for_reads
+from ssdtrain.space import NO_SPACE, available_nbytes
 from ssdtrain.stats import Counters
 from ssdtrain.transport import Transport
 
@@ -38,36 +39,32 @@ logger = logging.getLogger("ssdtrain")
 _PAGE = 4096
 _NUM_SLABS = 16
 _MAX_SLAB_NBYTES = 4 << 20
-_AWAY = Residency.DISK | Residency.OFFLOADING
-_MAX_LENT = 8  # records before looking which of them autograd has dropped
-
-
-Loan = tuple[torch.UntypedStorage, int, int]
-"""A record's bytes in memory: the storage, how many bytes into the source it begins, and which reload it is."""
+_HELD_SHARE = 4  # of staging: sources that an accelerator is yet to copy, before they are let go in stream order
 
 
 class Store:
     """The bytes of all records of one offload context."""
 
-    def __init__(self, directories: Sequence[str], policy: ActivationPolicy, counters: Counters, index: Index) -> None:
+    def __init__(
+        self, directories: Sequence[str], policy: ActivationPolicy, counters: Counters, index: Index, devices: Devices
+    ) -> None:
         """Remembers what to open; `open` opens it."""
         self.lock = threading.Lock()
         _leave_to_parent_in_child(self)
         self.counters = counters
         self.index = index
+        self.devices = devices
+        self._reloads = Reloads(policy, counters, devices)
         self._num_entered = 0  # contexts that are active now
         self._is_patient = policy.mode == "all"  # waits for the drive rather than keeping
         self._directories = directories
         self._retired: set[str] = set()  # by engines that are closed
         self._policy = policy
-        self._device: Device = CpuDevice(policy.prefetch_nbytes)
         self._slab_nbytes = max(_PAGE, min(_MAX_SLAB_NBYTES, policy.staging_nbytes // _NUM_SLABS) // _PAGE * _PAGE)
         self._transport: Transport | None = None
         self._bereaved: deque[tuple[Record, int]] = deque()
-        self._lent: dict[Record, None] = {}
         self._batch: list[Record] = []
         self._batch_nbytes = 0
-        self._prefetched: deque[Record] = deque()
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -118,7 +115,7 @@ class Store:
         """A copy of the counters with what the open engine has done so far."""
         with self.lock:
             self._settle()
-            self._reclaim_lent()
+            self._reloads.reclaim_lent()
             totals = self.counters.copy()
             self._add_totals(totals)
         self.tidy()
@@ -129,16 +126,18 @@ class Store:
         if transport is not None:
             counters.add_engine(transport.engine, transport.space.peak_nbytes)
             counters.cancelled_write_nbytes += transport.cancelled_nbytes
+            if transport.host is not None:
+                counters.peak_host_nbytes = max(counters.peak_host_nbytes, transport.host.peak_nbytes)
 
     def _ensure_open(self) -> None:
         if self._transport is not None:
             return
         directories = [directory for directory in self._directories if directory not in self._retired]
-        if not directories:
+        if self._directories and not directories:
             return
         choice = self._open_engine(directories)
         try:
-            self._transport = Transport(choice, self._slab_nbytes, self.note_fallback)
+            self._transport = self._reloads.transport = Transport(choice, self._slab_nbytes, self.note_fallback)
         except BaseException:  # Ctrl-C too: nobody else knows this engine yet
             choice.close()
             raise
@@ -152,7 +151,13 @@ class Store:
         while True:
             try:
                 return open_engine(
-                    p.engine, directories, p.staging_nbytes, self._slab_nbytes, p.checksum, p.disk_nbytes
+                    p.engine,
+                    directories,
+                    p.staging_nbytes,
+                    self._slab_nbytes,
+                    p.checksum,
+                    p.disk_nbytes,
+                    host_nbytes=self._host_nbytes(),
                 )
             except OSError as error:
                 if len(directories) == 1 or error.errno not in NO_SPACE or error.filename not in directories:
@@ -160,12 +165,19 @@ class Store:
                 directories.remove(error.filename)
                 self.note_fallback(f"{error.filename} is full ({os.strerror(error.errno)}): not used")
 
+    def _host_nbytes(self) -> int:
+        """The limit of the host tier, in whole pages."""
+        nbytes = self._policy.host_nbytes
+        if nbytes is None:
+            nbytes = 0 if self._directories else available_nbytes() // 2
+        return -(-nbytes // _PAGE) * _PAGE
+
     def _close(self) -> None:
         transport = self._transport
         if transport is not None:
             for record in transport.records_under_way():
                 if record.residency is Residency.OFFLOADING and record.storage is not None:
-                    self._recall(record)
+                    self._reloads.recall(record)
             if not transport.close(self._policy.io_timeout_seconds):
                 self.note_fallback("the drive is stuck: memory and threads of its requests stay until the process ends")
             self._settle()
@@ -180,17 +192,13 @@ class Store:
         """
         self.lock = threading.Lock()
         for record in self._transport.records_coming_back() if self._transport is not None else ():
-            record.reads, record.landing = (), None
-            record.move(Residency.DISK)
-            self.counters.hold(-record.nbytes)
+            self._reloads.give_up(record)
         self.forget_engine()
 
     def forget_engine(self) -> None:
         """What is in memory stays; the next context opens another engine."""
         self._batch, self._batch_nbytes, self._transport = [], 0, None
-        self._device.trim()
-        for record in list(self._prefetched):
-            self._leave_prefetched(record)
+        self._reloads.forget_engine()
 
     def _close_if_idle(self) -> None:
         """Closes when no context is active and no record is left; the next context opens again."""
@@ -202,7 +210,7 @@ class Store:
     def adopt(self, record: Record) -> None:
         """Takes a new record under management. The caller holds the lock."""
         if record.index == 0:  # a forward begins: no reload is near
-            self._device.trim()
+            self.devices.trim()
         self.index.add(record)
         self.counters.num_live_records += 1
         self.counters.hold(record.nbytes, self._staging_in_use())
@@ -228,18 +236,13 @@ class Store:
             if record.num_handles == 0:
                 self._release(record)
             elif record.num_unseen <= 0:
-                self._lend(record)
+                self._reloads.lend(record)
 
     def _release(self, record: Record) -> None:
         """The graph let go: everything the record held is free again."""
-        self._leave_prefetched(record)
         if record.residency is Residency.RELOADING or record.storage is not None:
             self.counters.hold(-record.nbytes)
-        if record.is_lent:
-            self._give_up_lent(record)
-        if record.reads:
-            self._forget_reads(record)
-        self._abandon_places(record)
+        self._reloads.release(record)
         record.storage = None
         record.move(Residency.RELEASED)
         record.pass_.remove(record.index)
@@ -254,26 +257,32 @@ class Store:
         In mode ``"all"`` it waits for the drive while `staging_nbytes` are in flight.
         """
         with self.lock:
-            loads = [load for record in records if (load := self._load(record))]
+            loads = [load for record in records for load in self._load(record)]
         for cargo in loads:
-            while (excess := self._try_ship(cargo)) is not None:
-                self._wait_inflight(excess)
+            while (wait := self._try_ship(cargo)) is not None:
+                self._wait_for_room(wait)
 
-    def _load(self, record: Record) -> list[Record]:
-        """What leaves together with a record: nothing yet while small ones gather."""
+    def _load(self, record: Record) -> list[list[Record]]:
+        """What leaves now that this record may: nothing yet while small ones gather."""
         if not _may_leave(record):
             return []
         if record.nbytes * 2 >= self._slab_nbytes:
-            return [record]
+            return [[record]]
+        loads = []
+        if self._batch and not _travel_alike(record, self._batch[0]):
+            loads.append(self._take_batch())
         self._batch.append(record)
         self._batch_nbytes += record.nbytes
-        if self._batch_nbytes < self._slab_nbytes:
-            return []
+        if self._batch_nbytes >= self._slab_nbytes:
+            loads.append(self._take_batch())
+        return loads
+
+    def _take_batch(self) -> list[Record]:
         cargo, self._batch, self._batch_nbytes = self._batch, [], 0
         return cargo
 
-    def _try_ship(self, cargo: list[Record]) -> int | None:
-        """Ships or keeps `cargo`; or returns to how many bytes in flight to wait before trying again."""
+    def _try_ship(self, cargo: list[Record]) -> int | Fence | None:
+        """Ships or keeps `cargo`; or returns what to wait for before trying again: bytes in flight, or a device."""
         with self.lock:
             self._settle()
             cargo = [record for record in cargo if _may_leave(record)]
@@ -282,17 +291,20 @@ class Store:
                 return None
             need = sum(record.nbytes for record in cargo)
             in_flight = transport.engine.inflight_nbytes
-            if transport.space.is_exhausted:
+            if transport.space.is_exhausted and transport.host is None:
                 self._keep(cargo, "no directory left")
             elif in_flight and in_flight + need > self._policy.staging_nbytes:
                 if self._is_patient:
                     return max(0, self._policy.staging_nbytes - need)
+                fence = transport.device_is_behind()
+                if fence is not None:
+                    return fence
                 is_stuck = transport.retire_stuck(self._policy.io_timeout_seconds)
                 self._keep(cargo, "drive stuck" if is_stuck else "drive behind")
             elif transport.send(cargo):
                 self._note_departed(cargo)
             else:
-                self._keep(cargo, "no spill space")
+                self._keep(cargo, "no spill space" if self._directories else "host tier full")
         return None
 
     def _note_departed(self, cargo: list[Record]) -> None:
@@ -301,12 +313,17 @@ class Store:
             self.counters.num_offloaded += 1
             self.counters.offloaded_nbytes += record.nbytes
 
-    def _wait_inflight(self, max_nbytes: int) -> None:
+    def _wait_for_room(self, wait: int | Fence) -> None:
+        """See [Note: waiting for an accelerator]."""
+        begin = time.perf_counter()
+        if not isinstance(wait, int):
+            wait.synchronize()
+            self.counters.ahead_seconds += time.perf_counter() - begin
+            return
         transport = self._transport
         if transport is None:
             return
-        begin = time.perf_counter()
-        if not transport.wait_inflight(max_nbytes, self._policy.io_timeout_seconds):
+        if not transport.wait_inflight(wait, self._policy.io_timeout_seconds):
             self._is_patient = False
             self.note_fallback("the drive is stuck: mode 'all' keeps tensors like mode 'auto' from here on")
         self.counters.stall("write", time.perf_counter() - begin)
@@ -321,18 +338,34 @@ class Store:
     def _settle(self) -> None:
         """Takes note of what the engine finished: lets sources go, frees extents."""
         self._bury()
-        if len(self._lent) > _MAX_LENT:
-            self._reclaim_lent()
-        news = self._transport.collect() if self._transport is not None else ()
+        self._reloads.reclaim_many_lent()
+        transport = self._transport
+        news = transport.collect() if transport is not None else ()
         if news:
             self.counters.hold(0, self._staging_in_use())
         for record, has_arrived in news:
             if record.residency is Residency.OFFLOADING:
-                if record.storage is not None:
-                    record.storage = None
-                    self.counters.hold(-record.nbytes)
-                if has_arrived:
-                    record.move(Residency.DISK)
+                self._note_copied(record, has_arrived)
+        if transport is not None:
+            only_if_behind = not self._is_patient
+            for record in transport.let_go(self._policy.staging_nbytes // _HELD_SHARE, only_if_behind=only_if_behind):
+                self._let_go(record)
+
+    def _note_copied(self, record: Record, has_arrived: bool) -> None:
+        if record.storage is not None and any([place.write.is_lost for place in record.places]):
+            self._reloads.recall(record)
+            return
+        self._let_go(record)
+        if has_arrived:
+            assert self._transport is not None
+            is_in_host = self._transport.is_in_host(record)
+            record.move(Residency.HOST if is_in_host else Residency.DISK)
+            self.counters.hosted_nbytes += record.nbytes if is_in_host else 0
+
+    def _let_go(self, record: Record) -> None:
+        if record.storage is not None and record.residency is Residency.OFFLOADING:
+            record.storage = None
+            self.counters.hold(-record.nbytes)
 
     # -- back ----------------------------------------------------------------------------------------------------
 
@@ -343,15 +376,7 @@ class Store:
         """
         with self.lock:
             self._settle()
-            record.is_wanted = True
-            self._leave_prefetched(record)
-            storage = self._take(record)
-            if storage is not None:
-                return self._hand_out(record, epoch, storage), False
-            if record.residency is Residency.RELOADING:
-                return None, False
-            self._demand(record)
-            return None, True
+            return self._reloads.request(record, epoch)
 
     def wait(self, record: Record, epoch: int) -> Loan:
         """The bytes of a requested record, when they are there.
@@ -362,170 +387,20 @@ class Store:
         """
         while True:
             with self.lock:
-                storage = self._take(record)
-                if storage is not None:
-                    return self._hand_out(record, epoch, storage)
-                if record.residency is not Residency.RELOADING:  # another thread's reload came and went, or failed
-                    self._demand(record)
+                loan = self._reloads.take_or_demand(record, epoch)
                 reads = record.reads
-            self._wait_for_reads(record, reads)
-
-    def _demand(self, record: Record) -> None:
-        self._drop_mispredicted()
-        self._begin_reload(record)
-        self.counters.num_demand_reloads += 1
-
-    def _hand_out(self, record: Record, epoch: int, storage: torch.UntypedStorage) -> Loan:
-        """After the last handle asked, autograd alone holds the memory."""
-        if epoch != record.epoch:
-            record.num_unseen -= 1
-        if record.num_unseen <= 0:
-            self._lend(record)
-        return storage, record.start if record.epoch else 0, record.epoch
+            if loan is not None:
+                return loan
+            seconds, are_there = wait_for_reads(reads, self._policy.io_timeout_seconds)
+            self.counters.stall("read", seconds)
+            if not are_there:
+                with self.lock:
+                    self._reloads.check_stuck(record, reads)
 
     def prefetch(self, record: Record) -> bool:
         """Begins a reload ahead of need; False when the budget is used up."""
         with self.lock:
-            if not record.residency & _AWAY or self._in_memory(record) is not None:
-                return True
-            if self.counters.prefetched_nbytes + record.nbytes > self._policy.prefetch_nbytes:
-                return False
-            try:
-                self._begin_reload(record)
-            except MemoryError:  # not needed yet, and there may be room when it is
-                return False
-            record.is_prefetched = True
-            self._prefetched.append(record)
-            self.counters.num_prefetched += 1
-            self.counters.prefetched_nbytes += record.nbytes
-            return True
-
-    def _wait_for_reads(self, record: Record, reads: tuple[Read, ...]) -> None:
-        begin = time.perf_counter()
-        deadline = begin + self._policy.io_timeout_seconds
-        are_done = all(read.wait(max(0.0, deadline - time.perf_counter())) for read in reads)
-        self.counters.stall("read", time.perf_counter() - begin)
-        if not are_done:
-            self._check_stuck(record, reads)
-
-    def _check_stuck(self, record: Record, reads: tuple[Read, ...]) -> None:
-        seconds = f"{self._policy.io_timeout_seconds:g} s"
-        with self.lock:
-            late = [place for place, read in zip(record.places, reads, strict=False) if not read.is_done]
-            if not late:  # the bytes came just now
-                return
-            extent = late[0].extent
-            late[0].transport.space.retire(extent.file, f"after a read took more than {seconds}")
-        error = (errno.ETIMEDOUT, extent.offset, extent.nbytes, f"no answer from the drive for {seconds}")
-        raise _read_error(record, late[0], error)
-
-    def _take(self, record: Record) -> torch.UntypedStorage | None:
-        if record.residency is not Residency.RELOADING:
-            return self._in_memory(record)
-        return self._finish_reload(record) if all(read.is_done for read in record.reads) else None
-
-    def _in_memory(self, record: Record) -> torch.UntypedStorage | None:
-        """Bytes that never left or are back, held here or by somebody else; calls a write under way off."""
-        storage = record.storage
-        if storage is None and record.residency is not Residency.RELOADING:
-            storage = live_storage(record.weak)
-            if storage is None or storage.nbytes() != (record.nbytes if record.epoch else record.storage_nbytes):
-                return None
-            if record.epoch == 0:  # the source, held by the user: home again
-                record.storage = storage
-                self.counters.hold(record.nbytes, self._staging_in_use())
-        if storage is not None and record.epoch == 0 and record.residency is not Residency.DEVICE:
-            self._recall(record)
-        return storage
-
-    def _recall(self, record: Record) -> None:
-        """Makes memory the home of a record whose source is held: what is written or being written is not needed."""
-        record.is_wanted = True
-        self.counters.forwarded_nbytes += record.nbytes
-        self._abandon_places(record)
-        record.move(Residency.DEVICE)
-
-    def _begin_reload(self, record: Record) -> None:
-        transport = self._transport
-        if transport is None or record.places[0].transport is not transport:
-            raise RuntimeError(
-                f"Expected an open offload for backward, got one closed or of the parent process; {record!r} "
-                "was in its spill file. Call close() after the last backward, and run backward where forward ran"
-            )
-        memory = self._device.allocate(record.nbytes, transport.space.memory_alignment, transport.space.block_nbytes)
-        record.reads = transport.read(record, memory)
-        record.landing = memory
-        record.move(Residency.RELOADING)
-        self.counters.hold(record.nbytes, self._staging_in_use() + self._device.idle_nbytes())
-
-    def _finish_reload(self, record: Record) -> torch.UntypedStorage:
-        reads, memory = record.reads, record.landing
-        assert memory is not None
-        self._forget_reads(record)
-        for place, read in zip(record.places, reads, strict=True):
-            if read.error is not None:
-                record.move(Residency.DISK)
-                self.counters.hold(-record.nbytes)
-                if self._transport is not None:
-                    self._transport.space.note_read_error(place.extent.file, read.error)
-                raise _read_error(record, place, read.error)
-            self.counters.forwarded_nbytes += read.forwarded_nbytes
-        record.move(Residency.DEVICE)
-        record.storage = memory.storage
-        record.weak = StorageWeakRef(memory.storage)
-        record.epoch += 1
-        record.num_unseen = record.num_handles
-        if not all([place.write.is_done for place in record.places]):
-            self._abandon_places(record)
-        return memory.storage
-
-    def _forget_reads(self, record: Record) -> None:
-        transport = record.places[0].transport
-        record.reads, record.landing = (), None
-        if transport is self._transport:
-            transport.forget_reads(record)
-
-    def _drop_mispredicted(self) -> None:
-        """A miss while prefetched records wait means that these were guessed wrong: the oldest half makes room."""
-        for record in list(self._prefetched)[: (len(self._prefetched) + 1) // 2]:
-            if all(read.is_done for read in record.reads):
-                self._leave_prefetched(record)
-                record.move(Residency.DISK)
-                self._forget_reads(record)
-                self.counters.hold(-record.nbytes)
-
-    def _leave_prefetched(self, record: Record) -> None:
-        if record.is_prefetched:
-            record.is_prefetched = False
-            self._prefetched.remove(record)
-            self.counters.prefetched_nbytes -= record.nbytes
-
-    # -- letting go ------------------------------------------------------------------------------------------------
-
-    def _lend(self, record: Record) -> None:
-        """Autograd has the memory and the drive the bytes: the record holds neither, and shares what is still alive."""
-        if record.residency is Residency.DEVICE and record.places:
-            record.move(Residency.DISK)
-            record.storage = None
-            if record.is_lent:
-                self.counters.hold(-record.nbytes)
-            else:
-                record.is_lent = True
-                self._lent[record] = None
-
-    def _reclaim_lent(self) -> None:
-        for record in [record for record in self._lent if record.weak.expired()]:
-            self._give_up_lent(record)
-
-    def _give_up_lent(self, record: Record) -> None:
-        record.is_lent = False
-        del self._lent[record]
-        self.counters.hold(-record.nbytes)
-
-    def _abandon_places(self, record: Record) -> None:
-        places, record.places = record.places, ()
-        if places and places[0].transport is self._transport:
-            self._transport.abandon(places)
+            return self._reloads.prefetch(record)
 
     # -- accounts ------------------------------------------------------------------------------------------------
 
@@ -554,11 +429,7 @@ def _may_leave(record: Record) -> bool:
     return record.residency is Residency.DEVICE and not record.is_wanted and record.num_handles > 0
 
 
-def _read_error(record: Record, place: Place, error: tuple[int, int, int, str]) -> OSError:
-    number, offset, nbytes, message = error
-    return OSError(
-        number or errno.EIO,
-        f"Expected {nbytes} bytes of {record!r} at offset {offset} of the spill file, got: {message} (errno {number});"
-        " the activation is lost and this backward cannot go on. Check the drive, then run the step again",
-        place.transport.space.directory(place.extent.file),
-    )
+def _travel_alike(record: Record, other: Record) -> bool:
+    """Whether two records can be one request."""
+    mine = (record.device, record.stream, record.prefers_host)
+    return mine == (other.device, other.stream, other.prefers_host)

@@ -1,4 +1,4 @@
-"""One open engine with its spill files: sends records, brings them back, and looks after extents and requests.
+"""One open engine with its files and host tier: sends records, brings them back, looks after extents and requests.
 
 Knows where records lie, but neither why they travel nor what their residency is: that is the store's, which also holds
 the lock for every call except `wait_inflight`.
@@ -7,6 +7,12 @@ the lock for every call except `wait_inflight`.
 A record holds its storage until the engine has copied the bytes to a slab; if the record is released before that, the
 `_Shipment` still holds the storage until the engine says it does not read it any more. Likewise `_landings` holds the
 destination of every read until the read is over, whatever becomes of its record.
+
+[Note: letting go in stream order]
+The process that trains runs ahead of an accelerator: it asks for the memory of the tenth layer when the first is being
+computed. A source that goes only when its copy is over then goes too late to be the tenth layer's memory. So once its
+copies are queued, the stream it was saved on is told to wait for them, and the source goes at once: PyTorch gives the
+memory to later work of that stream, which the device runs after the copy.
 """
 
 from __future__ import annotations
@@ -19,10 +25,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ssdtrain.device import Allocation
-from ssdtrain.engine import EngineChoice, Read, Write
+from ssdtrain.device import Allocation, Device
+from ssdtrain.engine import EngineChoice, Fence, Read, Write, fence
 from ssdtrain.record import Place, Record
-from ssdtrain.space import Extent, SpillSpace
+from ssdtrain.space import Extent, HostSpace, SpillSpace
 
 
 @dataclass
@@ -33,6 +39,8 @@ class _Shipment:
     extent: Extent
     cargo: list[Record]
     sources: list[torch.UntypedStorage | None]
+    producer: Fence | None  # of an accelerator: the sources are computed after this point
+    stream: int
     begun: float  # time.monotonic()
     dead_extents: list[Extent] = field(default_factory=list)
 
@@ -48,7 +56,12 @@ class Transport:
         """
         self.engine = choice.engine
         self.space = SpillSpace(choice.files, slab_nbytes, note_fallback)
+        self.host: HostSpace | None = None
+        if choice.host_nbytes:
+            self.host = HostSpace(len(choice.files), choice.host_nbytes, self.engine.grow_host, note_fallback)
         self.cancelled_nbytes = 0
+        self._note_fallback = note_fallback
+        self._devices: set[Device] = set()
         self._choice = choice
         self._seen_events = -1
         self._shipments: list[_Shipment] = []
@@ -60,40 +73,95 @@ class Transport:
     def send(self, cargo: list[Record]) -> bool:
         """Begins to write one record, striped when it is large, or several small ones as one request.
 
-        False when there is no room; else every record has its places.
+        All of them are of one device, stream and preference for the host tier. False when there is no room; else every
+        record has its places.
         """
         sizes = [self.space.rounded(record.nbytes) for record in cargo]
-        extents = self.space.allocate(sum(sizes), stripe=len(cargo) == 1)
+        extents = self._allocate(sum(sizes), cargo)
         if not extents:
             return False
+        device = cargo[0].device
+        if device.driver is not None and device not in self._devices:
+            self._add_device(device)
+        producer = fence(device.driver, cargo[0].stream)
         if len(cargo) == 1:
-            self._send_alone(cargo[0], extents)
+            self._send_alone(cargo[0], extents, producer)
         else:
-            self._send_together(cargo, sizes, extents[0])
+            self._send_together(cargo, sizes, extents[0], producer)
         return True
 
-    def _send_alone(self, record: Record, extents: list[Extent]) -> None:
+    def is_in_host(self, record: Record) -> bool:
+        """Whether the bytes of a record that was sent are in the host tier."""
+        return self.host is not None and record.places[0].extent.file == self.host.file
+
+    def _allocate(self, nbytes: int, cargo: list[Record]) -> list[Extent]:
+        if self.host is not None and cargo[0].prefers_host:
+            extent = self.host.allocate(nbytes)
+            if extent is not None:
+                return [extent]
+        return self.space.allocate(nbytes, stripe=len(cargo) == 1)
+
+    def _add_device(self, device: Device) -> None:
+        why = self.engine.add_device(device.driver)
+        self._devices.add(device)
+        if why:
+            self._note_fallback(why)
+
+    def _send_alone(self, record: Record, extents: list[Extent], producer: Fence | None) -> None:
         start, places = 0, []
         for extent in extents:
             nbytes = min(extent.nbytes, record.nbytes - start)
-            write = self._write(extent, [record], [(_address(record) + start, nbytes, 0)])
+            write = self._write(extent, [record], [(_address(record) + start, nbytes, 0)], producer)
             places.append(Place(self, write, 0, extent, start))
             start += extent.nbytes
         record.places = tuple(places)
 
-    def _send_together(self, cargo: list[Record], sizes: list[int], extent: Extent) -> None:
+    def _send_together(self, cargo: list[Record], sizes: list[int], extent: Extent, producer: Fence | None) -> None:
         starts = [0, *itertools.accumulate(sizes)]
         pieces = [(_address(record), record.nbytes, start) for record, start in zip(cargo, starts, strict=False)]
-        write = self._write(extent, cargo, pieces)
+        write = self._write(extent, cargo, pieces, producer)
         for i, record in enumerate(cargo):
             own = Extent(extent.file, extent.offset + starts[i], sizes[i])
             record.places = (Place(self, write, i, own, 0),)
 
-    def _write(self, extent: Extent, cargo: list[Record], pieces: list[tuple[int, int, int]]) -> Write:
-        write = self.engine.write(extent.file, extent.offset, extent.nbytes, pieces)
+    def _write(
+        self, extent: Extent, cargo: list[Record], pieces: list[tuple[int, int, int]], producer: Fence | None
+    ) -> Write:
+        write = self.engine.write(extent.file, extent.offset, extent.nbytes, pieces, producer)
         sources = [record.storage for record in cargo]
-        self._shipments.append(_Shipment(write, extent, cargo, sources, time.monotonic()))
+        self._shipments.append(_Shipment(write, extent, cargo, sources, producer, cargo[0].stream, time.monotonic()))
         return write
+
+    def device_is_behind(self) -> Fence | None:
+        """The point an accelerator has yet to pass before the oldest copy can begin, if it has not passed it."""
+        waiting = (s for s in self._shipments if s.producer is not None and not s.write.is_copied)
+        oldest = next(waiting, None)
+        return None if oldest is None or oldest.producer is None or oldest.producer.is_complete else oldest.producer
+
+    def let_go(self, max_held_nbytes: int, *, only_if_behind: bool) -> list[Record]:
+        """Lets sources beyond `max_held_nbytes` go that an accelerator is yet to copy, the oldest first.
+
+        See [Note: letting go in stream order]. `only_if_behind`: not those that it could be copying by now, where a
+        stream might really have to wait. Returns the records whose sources are free.
+        """
+        free: list[Record] = []
+        held = [s for s in self._shipments if s.producer is not None and s.sources]
+        nbytes = sum(s.extent.nbytes for s in held)
+        for shipment in held:
+            if nbytes <= max_held_nbytes or not self._can_let_go(shipment, only_if_behind):
+                break
+            for write in {place.write for record in shipment.cargo for place in record.places} | {shipment.write}:
+                write.make_wait(shipment.stream)
+            shipment.sources = []
+            nbytes -= shipment.extent.nbytes
+            free += shipment.cargo
+        return free
+
+    def _can_let_go(self, shipment: _Shipment, only_if_behind: bool) -> bool:
+        assert shipment.producer is not None
+        if only_if_behind and shipment.producer.is_complete:
+            return False
+        return all(place.write.is_issued for record in shipment.cargo for place in record.places)
 
     def wait_inflight(self, max_nbytes: int, timeout_seconds: float) -> bool:
         """Blocks until at most `max_nbytes` are on their way out; false when the time is over first."""
@@ -133,25 +201,37 @@ class Transport:
                     news.append((record, all([place.write.is_done for place in record.places])))
         if is_done:
             self.cancelled_nbytes += write.cancelled_nbytes
-            if write.error is not None:
+            if write.is_lost:
+                self._note_fallback("an accelerator could not copy saved tensors out; they stay where they are")
+            elif write.error is not None:
                 self.space.note_write_error(shipment.extent.file, write.error)
             for extent in shipment.dead_extents:
-                self.space.release(extent)
+                self._release(extent)
         return is_done
+
+    def _release(self, extent: Extent) -> None:
+        if self.host is not None and extent.file == self.host.file:
+            self.host.release(extent)
+        else:
+            self.space.release(extent)
 
     # -- back ----------------------------------------------------------------------------------------------------
 
     def read(self, record: Record, memory: Allocation) -> tuple[Read, ...]:
         """Begins to bring a record's bytes to `memory`, which is kept alive until they are there."""
         read, (_, address, capacity) = self.engine.read, memory
-        reads = tuple([read(p.write, p.piece, address + p.start, capacity - p.start) for p in record.places])
+        ready = fence(record.device.driver, record.stream)
+        reads = tuple([read(p.write, p.piece, address + p.start, capacity - p.start, ready) for p in record.places])
         self._landings[record] = reads, memory
         return reads
 
-    def forget_reads(self, record: Record) -> None:
-        """The record's reads are over, or nobody waits for them any more."""
+    def forget_reads(self, record: Record, *, is_handed_over: bool = False) -> None:
+        """The record's reads are over, or nobody waits for them any more. Memory still being written to stays.
+
+        `is_handed_over`: whoever uses the memory next waits for the copies, in stream order.
+        """
         reads, memory = self._landings.pop(record)
-        if not all([read.is_done for read in reads]):
+        if not is_handed_over and not all([read.is_done for read in reads]):
             self._orphans.append((reads, memory))
 
     def abandon(self, places: tuple[Place, ...]) -> None:
@@ -162,7 +242,7 @@ class Transport:
                 place.write.cancel(place.piece)
                 shipment = next((s for s in self._shipments if s.write is place.write), None)
             if shipment is None:
-                self.space.release(place.extent)
+                self._release(place.extent)
             else:
                 shipment.dead_extents.append(place.extent)
 

@@ -263,9 +263,9 @@ class CountingEngine:
     def __getattr__(self, name: str) -> object:
         return getattr(self.engine, name)
 
-    def write(self, file: int, offset: int, nbytes: int, pieces: list[tuple[int, int, int]]) -> object:
+    def write(self, file: int, offset: int, nbytes: int, pieces: list[tuple[int, int, int]], producer: None) -> object:
         self.num_pieces.append(len(pieces))
-        return self.engine.write(file, offset, nbytes, pieces)  # type: ignore[attr-defined]
+        return self.engine.write(file, offset, nbytes, pieces, producer)  # type: ignore[attr-defined]
 
 
 def test_neighbouring_small_tensors_go_out_as_one_request(tmp_path: Path) -> None:

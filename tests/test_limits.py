@@ -111,7 +111,7 @@ def no_memory_for_reloads(directory: str, engine: str) -> None:
     steps = plain_steps(2)
     offload = ssdtrain.offload_activations(directory, policy(engine))
     trainer = Trainer()
-    device, prefetch = offload._store._device, offload._store.prefetch
+    device, prefetch = offload._devices.cpu, offload._store.prefetch
     allocate = device.allocate
     is_ahead, num_refused = False, 0
 
@@ -252,16 +252,16 @@ def within_bounds(directory: str) -> None:
                     loss = trainer.forward()
                     if is_drained:
                         drain(offload)
-                    begin_reload = offload._store._begin_reload
+                    begin_reload = offload._store._reloads.begin
 
                     def watch(record: object, begin_reload: object = begin_reload) -> None:
                         nonlocal peak
                         begin_reload(record)  # type: ignore[operator]
                         peak = max(peak, offload._counters.prefetched_nbytes)
 
-                    offload._store._begin_reload = watch  # type: ignore[method-assign]
+                    offload._store._reloads.begin = watch  # type: ignore[method-assign]
                     check_equal(trainer.finish(loss), expected)
-                    del offload._store._begin_reload, loss
+                    del offload._store._reloads.begin, loss
             stats = offload.stats
             assert stats.num_live_records == 0
             assert stats.peak_staging_nbytes <= int(fields["staging_nbytes"] or 0), str(stats)

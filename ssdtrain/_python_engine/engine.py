@@ -63,7 +63,15 @@ class PythonEngine(Owned):
         self._closer = weakref.finalize(self, self._core.close, _EXIT_SECONDS)
         self._core.start(num_threads)
 
-    def write(self, file: int, offset: int, nbytes: int, pieces: list[tuple[int, int, int]]) -> Write:
+    def add_device(self, driver: object) -> str:
+        raise RuntimeError("Expected host memory, got an accelerator's; use engine='io_uring' or 'threads'")
+
+    def grow_host(self, nbytes: int) -> str:
+        raise RuntimeError("Expected an engine with a host tier, got engine 'python'; use 'io_uring' or 'threads'")
+
+    def write(
+        self, file: int, offset: int, nbytes: int, pieces: list[tuple[int, int, int]], producer: None = None
+    ) -> Write:
         self._check_open()
         if not 0 <= file < len(self._core.files):
             raise ValueError(f"Expected a file index below {len(self._core.files)}, got {file}")
@@ -79,7 +87,7 @@ class PythonEngine(Owned):
             self._monitor.changed.notify_all()
         return write
 
-    def read(self, write: Write, piece: int, address: int, capacity: int) -> Read:
+    def read(self, write: Write, piece: int, address: int, capacity: int, ready: None = None) -> Read:
         self._check_open()
         source = write._piece(piece)
         self._check_destination(write, source, address, capacity)

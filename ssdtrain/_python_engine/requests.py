@@ -195,6 +195,12 @@ class Write(Owned):
         self._check_process()
         return self._num_unfinished == 0
 
+    is_issued = is_copied  # host memory knows no streams
+    is_lost = False
+
+    def make_wait(self, stream: int) -> None:
+        self._check_process()
+
     def is_piece_copied(self, piece: int) -> bool:
         self._check_process()
         return self._piece(piece).num_unread == 0
@@ -309,6 +315,12 @@ class Read(Owned):
         self._check_process()
         with self._monitor.changed:
             return self._monitor.changed.wait_for(lambda: self._num_unfinished == 0, timeout_seconds)
+
+    is_issued = is_done  # host memory knows no streams
+    wait_issued = wait
+
+    def make_wait(self, stream: int) -> None:
+        self._check_process()
 
     def _finish(self, error: tuple[int, int, int, str] | None = None) -> None:
         if error is not None and self.error is None:

@@ -1,0 +1,45 @@
+#include "pinned_region.h"
+
+namespace ssdtrain {
+
+PinnedRegion::~PinnedRegion() {
+  for (const Pinned& pinned : pinned_) pinned.driver->unpin(pinned.address);
+}
+
+size_t PinnedRegion::nbytes() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return segments_.empty() ? 0 : segments_.back().start + segments_.back().nbytes;
+}
+
+std::string PinnedRegion::grow(size_t nbytes) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  size_t start = segments_.empty() ? 0 : segments_.back().start + segments_.back().nbytes;
+  if (nbytes <= start) return "";
+  segments_.push_back({start, nbytes - start});
+  std::string reason;
+  for (const std::shared_ptr<DeviceDriver>& driver : drivers_) {
+    std::string why = pin(driver, segments_.back());
+    if (reason.empty()) reason = std::move(why);
+  }
+  return reason;
+}
+
+std::string PinnedRegion::add_driver(const std::shared_ptr<DeviceDriver>& driver) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  drivers_.push_back(driver);
+  std::string reason;
+  for (const Segment& segment : segments_) {
+    std::string why = pin(driver, segment);
+    if (reason.empty()) reason = std::move(why);
+  }
+  return reason;
+}
+
+std::string PinnedRegion::pin(const std::shared_ptr<DeviceDriver>& driver, const Segment& segment) {
+  char* address = data() + segment.start;
+  std::string reason = driver->pin(address, segment.nbytes);
+  if (reason.empty()) pinned_.push_back({driver, address});
+  return reason;
+}
+
+}  // namespace ssdtrain

@@ -1,0 +1,55 @@
+"""One CUDA device: current streams, memory from PyTorch's caching allocator, and the driver the engine copies with.
+
+[Note: memory in the order of streams]
+PyTorch hands a freed block out again at once, to the next allocation of the stream it was allocated on. That stream
+must therefore be ordered after whatever else still uses the block. The engine's copies run on streams of their own: a
+source goes only when its copy is over, or after the stream it was saved on waits for the copy; a destination is
+allocated on the current stream, written after that point of it, and used by streams that wait for the copy.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ssdtrain.device import Allocation
+from ssdtrain.engine import cuda_driver
+
+
+class CudaDevice:
+    """Tensors in the memory of one CUDA device."""
+
+    kind = "cuda"
+
+    def __init__(self, index: int) -> None:
+        """Opens the driver.
+
+        Raises:
+            RuntimeError: the extension is not built, or the driver cannot be used; the message says why.
+        """
+        self._device = torch.device("cuda", index)
+        self.driver = cuda_driver(index)
+
+    def why_not(self) -> str | None:
+        """See `Device`. What a graph replays must not depend on what moved when it was captured."""
+        return "CUDA graph capture" if torch.cuda.is_current_stream_capturing() else None
+
+    def current_stream(self) -> int:
+        """See `Device`. 0 is the legacy default stream."""
+        return int(torch.cuda.current_stream(self._device).cuda_stream)
+
+    def allocate(self, nbytes: int, alignment: int, block_nbytes: int) -> Allocation:
+        """See `Device`. Blocks of the caching allocator are aligned to 512 bytes, more than any dtype needs."""
+        memory = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        return Allocation(memory.untyped_storage(), memory.data_ptr(), nbytes)
+
+    def share(self, storage: torch.UntypedStorage, stream: int) -> None:
+        """See `Device`."""
+        tensor = torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
+        tensor.record_stream(torch.cuda.ExternalStream(stream, device=self._device))
+
+    def idle_nbytes(self) -> int:
+        """See `Device`. Idle memory is the caching allocator's."""
+        return 0
+
+    def trim(self) -> None:
+        """See `Device`."""
