@@ -26,12 +26,14 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ssdtrain.adaptation import adaptation_for
 from ssdtrain.device import CpuDevice, Device
 from ssdtrain.devices import Devices
 from ssdtrain.directories import check_directories
 from ssdtrain.identity import byte_range, is_parameter, is_weight, rebuild, version_probe, view_spec, why_not
 from ssdtrain.index import Index
 from ssdtrain.modules import ModuleNames
+from ssdtrain.planner import Plan
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.record import Handle, Record
 from ssdtrain.schedule import Schedule
@@ -60,6 +62,7 @@ class _Resident:
 
     def __del__(self) -> None:
         self.counters.held_nbytes -= self.nbytes
+        self.counters.resident_nbytes -= self.nbytes
 
 
 class _Thread(threading.local):
@@ -89,7 +92,8 @@ class ActivationOffload:
         self.policy = policy
         self._counters = Counters()
         self._index = Index()
-        self._schedule = Schedule()
+        self._schedule = Schedule(self._counters, adaptation_for(policy, directories or ()))
+        self._stalled_before = 0.0  # seconds, up to the step that is running
         self._names = ModuleNames(model)
         self._model = model
         self._thread = _Thread()
@@ -147,6 +151,23 @@ class ActivationOffload:
         self._store.close()
 
     @property
+    def plan(self) -> Plan | None:
+        """What the latest step, or the next one if it looks alike, does with every record. None before the second step,
+        in mode ``"all"``, and for tensors of an accelerator. ``print(offload.plan)`` explains it.
+        """
+        return self._schedule.plan
+
+    def hint_backward(self, micro_batch: int) -> None:
+        """Says that backward of a micro-batch comes next, so that its last tensors are reloaded in time.
+
+        Never needed: the order is learned. For pipeline schedules that know it before it happens the first time.
+
+        Args:
+            micro_batch: number of the forward pass, counted from 0 among those whose tensors are alive together.
+        """
+        self._prefetch(self._schedule.hinted(micro_batch))
+
+    @property
     def stats(self) -> Stats:
         """What it did and what it cost so far."""
         return Stats.of(self._store.engine_totals())
@@ -169,6 +190,7 @@ class ActivationOffload:
         counters = self._counters
         counters.skip(reason, nbytes)
         counters.hold(nbytes)
+        counters.resident_nbytes += nbytes
         return _Resident(tensor, nbytes, counters)
 
     def _stay_weight(self, tensor: torch.Tensor, nbytes: int) -> _Resident:
@@ -241,6 +263,7 @@ class ActivationOffload:
         if record.device.driver is not None:
             record.prefers_host = self._schedule.is_needed_soon(record, self.policy.host_nbytes)
         self._store.adopt(record)
+        self._schedule.note_saved(record)
         self._thread.pending.append(record)
 
     def _start_due(self) -> None:
@@ -249,9 +272,31 @@ class ActivationOffload:
         number = _sequence_number()
         if number != thread.sequence_number:
             thread.sequence_number = number
+            if self._schedule.has_news:
+                self._review()
             if thread.pending:
                 due, thread.pending = thread.pending, []
-                self._store.offload(due)
+                self._send(due)
+
+    def _send(self, due: list[Record]) -> None:
+        """Sends what the plan does not keep, and begins the reloads it wants begun by now."""
+        kept = [record for record in due if self._schedule.keeps(record)]
+        if kept:
+            self._store.keep(kept, "planned to stay")
+        self._store.offload([record for record in due if record not in kept] if kept else due)
+        self._prefetch(self._schedule.due())
+
+    def _prefetch(self, upcoming: Iterator[Record]) -> None:
+        for record in upcoming:
+            if not self._store.prefetch(record):
+                break
+
+    def _review(self) -> None:
+        """Between two steps: learns from the one that is over."""
+        totals, counters = self._store.engine_totals(), self._counters
+        stalled, self._stalled_before = totals.stalled_seconds - self._stalled_before, totals.stalled_seconds
+        self._schedule.review(counters.step_peak_nbytes, stalled, totals)
+        counters.begin_step()
 
     # -- unpack --------------------------------------------------------------------------------------------------
 
@@ -277,9 +322,7 @@ class ActivationOffload:
         is_first = not record.is_wanted
         loan, is_miss = store.request(record, handle.epoch)
         self._schedule.note_unpacked(record, is_first=is_first, is_miss=is_miss)
-        for upcoming in self._schedule.upcoming(record.pass_):
-            if not store.prefetch(upcoming):
-                break
+        self._prefetch(self._schedule.upcoming(record.pass_))
         if loan is None:
             loan = store.wait(record, handle.epoch)
         storage, shift, handle.epoch = loan

@@ -7,6 +7,7 @@ knows where the numbers come from.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
@@ -61,6 +62,9 @@ class Counters:
         self.held_nbytes = 0  # gauge: bytes of saved tensors in memory now, staging excluded
         self.prefetched_nbytes = 0  # gauge: bytes reloaded, or being reloaded, and not asked for yet
         self.peak_saved_nbytes = self.peak_device_nbytes = 0
+        self.resident_nbytes = 0  # gauge: those of the held bytes that no record stands for
+        self.step_peak_nbytes = 0  # the same as `peak_saved_nbytes` since `begin_step`
+        self.stalled_seconds = 0.0
         self.skips: dict[str, list[int]] = {}
         self.stalls: dict[str, float] = {}
         self.fallbacks: list[str] = []
@@ -100,12 +104,22 @@ class Counters:
         self.held_nbytes += nbytes
         if self.held_nbytes > self.peak_device_nbytes:
             self.peak_device_nbytes = self.held_nbytes
-        if self.held_nbytes + staging_nbytes > self.peak_saved_nbytes:
-            self.peak_saved_nbytes = self.held_nbytes + staging_nbytes
+        if self.held_nbytes + staging_nbytes > self.step_peak_nbytes:
+            self.step_peak_nbytes = self.held_nbytes + staging_nbytes
+            self.peak_saved_nbytes = max(self.peak_saved_nbytes, self.step_peak_nbytes)
+
+    def begin_step(self) -> None:
+        """Looks for the peak of another step."""
+        self.step_peak_nbytes = self.held_nbytes
+
+    def compute_seconds(self) -> float:
+        """A clock that stands still while training waits for a drive."""
+        return time.perf_counter() - self.stalled_seconds
 
     def stall(self, tier: str, seconds: float) -> None:
         """Charges waiting time to the tier that was waited for."""
         self.stalls[tier] = self.stalls.get(tier, 0.0) + seconds
+        self.stalled_seconds += seconds
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ class _Decision:
             peak, stall = prediction.peak_nbytes, prediction.stall_seconds
         elif not any(placement):
             peak = int(self._search.kept_peak)
-        sent = {where: 0 for where in Where}
+        sent = dict.fromkeys(Where, 0)
         for nbytes, where in zip(timeline.nbytes, placement, strict=True):
             sent[Where(where)] += nbytes
         return Plan(

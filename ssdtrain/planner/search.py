@@ -63,7 +63,8 @@ class Search:
         tier = self.timeline.tiers[where]
         records, most = self.timeline.step.records, self.timeline.machine.prefetch_nbytes
         return [
-            -1.0 if r.nbytes > most else min(r.needed, r.released) - r.saved - tier.round_trip(r.nbytes) for r in records
+            -1.0 if r.nbytes > most else min(r.needed, r.released) - r.saved - tier.round_trip(r.nbytes)
+            for r in records
         ]
 
     def longest_away(self) -> list[tuple[float, int]]:
