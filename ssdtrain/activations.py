@@ -45,7 +45,7 @@ _sequence_number = torch._C._autograd._get_sequence_nr
 _graph_task = torch._C._current_graph_task_id
 
 _SMALL = "smaller than min_nbytes"
-_ALIGNMENT = 64  # of the first byte of a record: a multiple of every element size
+_ALIGNMENT = 16  # of the first byte of a record: a multiple of every element size
 _WHOLE_STORAGE_FRACTION = 4  # a view of at least a quarter of its storage takes the whole storage along
 
 
@@ -55,10 +55,10 @@ class _Resident:
     __slots__ = ("counters", "nbytes", "tensor", "version")
 
     def __init__(self, tensor: torch.Tensor, nbytes: int, counters: Counters) -> None:
+        self.nbytes = nbytes  # first what `__del__` needs, should the rest raise
+        self.counters = counters
         self.tensor = tensor.detach()  # not the tensor itself: an operator's own output would keep its node alive
         self.version = tensor._version
-        self.nbytes = nbytes
-        self.counters = counters
 
     def __del__(self) -> None:
         self.counters.held_nbytes -= self.nbytes
@@ -98,6 +98,8 @@ class ActivationOffload:
         self._model = model
         self._thread = _Thread()
         self._is_closed = False
+        if directories is None and policy.host_nbytes == 0:
+            raise ValueError("Expected a directory or a host tier, got directory=None and host_nbytes=0; pass either")
         cpu = cpu or CpuDevice(policy.prefetch_nbytes)
         self._devices = Devices(cpu, has_host_tier_only=directories is None)
         self._store = Store(directories or (), policy, self._counters, self._index, self._devices)
@@ -216,10 +218,16 @@ class ActivationOffload:
             return self._stay(tensor, device, nbytes)
         if _graph_task() != -1:
             return self._stay(tensor, "saved during backward", nbytes)
-        if not self._store.is_usable:
-            return self._stay(tensor, "no engine open in this process", nbytes)
+        reason = self._store.why_not(device)
+        if reason is not None:
+            return self._stay(tensor, reason, nbytes)
         self._start_due()
-        return self._pack_travelling(tensor, storage, byte_range(tensor, nbytes), device)
+        span = byte_range(tensor, nbytes)
+        if device.driver is not None and span[1] - span[0] > nbytes and tensor._base is None:
+            # Rows of other tensors lie between its own, with version counters of their own (see `_widen`): a device
+            # would copy what another stream may be changing.
+            return self._stay(tensor, "interleaved with other tensors", nbytes)
+        return self._pack_travelling(tensor, storage, span, device)
 
     def _pack_travelling(
         self, tensor: torch.Tensor, storage: torch.UntypedStorage, span: tuple[int, int], device: Device
@@ -231,7 +239,7 @@ class ActivationOffload:
             if record is not None:
                 self._counters.deduplicated_nbytes += span[1] - span[0]
             else:
-                span = _widen(span, storage.nbytes())
+                span = _widen(span, storage.nbytes() if tensor._base is not None else 0)
                 reason = self._why_keep(storage, span)
                 if reason is None:
                     record = self._new_record(storage, span, device)
@@ -330,11 +338,15 @@ class ActivationOffload:
         return rebuild(storage, handle.spec, shift, handle.probe)
 
 
-def _widen(span: tuple[int, int], storage_nbytes: int) -> tuple[int, int]:
-    """The range a record takes: the whole storage unless the view is a small part of it."""
+def _widen(span: tuple[int, int], base_nbytes: int) -> tuple[int, int]:
+    """The range a record takes: the whole storage of a view's base, unless the view is a small part of it.
+
+    What shares a storage and is no view (`unsafe_chunk`, ``.data``) has a version counter of its own: the bytes around
+    it may be changed in place while it is copied.
+    """
     start, end = span
-    if (end - start) * _WHOLE_STORAGE_FRACTION >= storage_nbytes:
-        return 0, storage_nbytes
+    if start < base_nbytes <= (end - start) * _WHOLE_STORAGE_FRACTION:
+        return 0, base_nbytes
     return start - start % _ALIGNMENT, end
 
 

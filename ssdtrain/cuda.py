@@ -12,7 +12,12 @@ from __future__ import annotations
 import torch
 
 from ssdtrain.device import Allocation
-from ssdtrain.engine import cuda_driver
+from ssdtrain.engines import cuda_driver
+
+
+def index_in_use() -> int | None:
+    """The current CUDA device, once this process computes on one."""
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
 
 class CudaDevice:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ssdtrain.cuda import CudaDevice
+from ssdtrain.cuda import CudaDevice, index_in_use
 from ssdtrain.device import Device
 
 
@@ -31,6 +31,11 @@ class Devices:
         if found is None:
             found = self._met[tensor.device] = _meet(tensor.device)
         return found if isinstance(found, str) else found.why_not() or found
+
+    @staticmethod
+    def gpu_index() -> int | None:
+        """The GPU that is in use, for engines that can move its memory past the host."""
+        return index_in_use()
 
     def trim(self) -> None:
         """Gives idle memory of every device back."""

@@ -1,7 +1,6 @@
-"""The engines: what executes file requests, and which one this machine can run.
+"""What an engine is: it executes file requests between memory and spill files, in the background.
 
-Knows addresses, files and byte counts, no tensors. Three engines share one interface: ``io_uring`` and ``threads``
-(C++, `ssdtrain._C`) and ``python`` (`ssdtrain._python_engine`). This is the only file that imports them.
+Knows addresses, files and byte counts, no tensors. `ssdtrain.engines` opens one.
 
     choice = open_engine("auto", ["/mnt/nvme"], 256 << 20, 4 << 20, False, None)
     choice.files[0].grow(1 << 30)
@@ -16,16 +15,7 @@ run on streams: `is_issued` then says that they are queued, and `make_wait(strea
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any, Protocol
-
-from ssdtrain import _python_engine
-
-KINDS = ("auto", "io_uring", "threads", "python")
-_CPP_KINDS = ("io_uring", "threads")
 
 
 class SpillFile(Protocol):
@@ -100,7 +90,8 @@ class Write(Protocol):
     """A request to bring pieces of memory to an extent of a file.
 
     Source memory must stay readable until its piece is copied. The bytes can be read back from then on, whatever
-    becomes of the write: from a slab, from memory that was rescued from a failed write, or from the file.
+    becomes of the write: from a slab, from memory that was rescued from a failed write, or from the file. An engine
+    without slabs copies a piece by writing it; one that it can neither write nor rescue never counts as copied.
     """
 
     @property
@@ -145,7 +136,7 @@ class Write(Protocol):
         """Blocks until `is_done`, without the GIL."""
 
     def wait_copied(self) -> None:
-        """Blocks until `is_copied`, without the GIL."""
+        """Blocks until `is_copied` or `is_done`, without the GIL."""
 
     def make_wait(self, stream: int) -> None:
         """What is queued on `stream` from now on runs after the copies that are issued."""
@@ -192,7 +183,7 @@ class Engine(Protocol):
 
     @property
     def kind(self) -> str:
-        """``"io_uring"``, ``"threads"`` or ``"python"``."""
+        """One of `KINDS` but ``"auto"``."""
 
     @property
     def is_closed(self) -> bool:
@@ -208,7 +199,7 @@ class Engine(Protocol):
 
     @property
     def staging_nbytes(self) -> int:
-        """Staging memory: whole slabs."""
+        """Staging memory: whole slabs; 0 for an engine without them."""
 
     @property
     def slab_nbytes(self) -> int:
@@ -278,7 +269,7 @@ class Engine(Protocol):
         offset: int,
         nbytes: int,
         pieces: list[tuple[int, int, int]],
-        producer: Any = None,
+        producer: Fence | None = None,
     ) -> Write:
         """Begins to write `pieces` to bytes [`offset`, `offset` + `nbytes`) of files[`file`]. Never blocks.
 
@@ -290,7 +281,7 @@ class Engine(Protocol):
             producer: the fence after which sources in an accelerator's memory may be read.
         """
 
-    def read(self, write: Any, piece: int, address: int, capacity: int, ready: Any = None) -> Read:
+    def read(self, write: Any, piece: int, address: int, capacity: int, ready: Fence | None = None) -> Read:
         """Begins to bring one issued, not cancelled piece of `write` to `address`. Never blocks.
 
         Args:
@@ -309,174 +300,3 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Gives up what has not begun, waits for what has, frees threads and memory. Idempotent."""
-
-
-@dataclass(frozen=True)
-class EngineChoice:
-    """An open engine, its files and why it is this one."""
-
-    engine: Engine
-    files: Sequence[SpillFile]
-    kind: str
-    reason: str
-    fallbacks: list[str] = field(default_factory=list)
-    host_nbytes: int = 0
-    """Limit of the host tier; 0 where the engine has none."""
-
-    def shortcomings(self) -> list[str]:
-        """What works, but not the best way."""
-        texts = list(self.engine.notes)
-        for file in self.files:
-            reasons = [] if file.is_direct else [file.direct_reason]
-            texts += [f"{file.directory}: {why}" for why in (*reasons, file.fallocate_reason) if why]
-        return texts
-
-    def close(self) -> None:
-        """Ends the engine and gives the spill space back."""
-        self.engine.close()
-        for file in self.files:
-            file.close()
-
-
-@dataclass(frozen=True)
-class _Request:
-    places: Sequence[str | SpillFile]
-    staging_nbytes: int
-    slab_nbytes: int
-    checksum: bool
-    disk_nbytes: int | None
-    host_nbytes: int
-
-    def files(self, make: Callable[[str, int | None], SpillFile]) -> list[SpillFile]:
-        """The files as they are, or one new file per directory, which share `disk_nbytes` evenly."""
-        cap = None if self.disk_nbytes is None else self.disk_nbytes // len(self.places)
-        return [make(place, cap) if isinstance(place, str) else place for place in self.places]
-
-
-def open_engine(
-    kind: str,
-    files_or_directories: Sequence[str | SpillFile],
-    staging_nbytes: int,
-    slab_nbytes: int,
-    checksum: bool = False,
-    disk_nbytes: int | None = None,
-    *,
-    host_nbytes: int = 0,
-) -> EngineChoice:
-    """Opens the engine asked for, or with ``"auto"`` the best that works here, on files or on new files.
-
-    Args:
-        kind: one of `KINDS`. ``"auto"`` tries io_uring, then threads, then python.
-        files_or_directories: open spill files of the engine's own kind, or directories to open them in. None at all
-            with a host tier: then nothing is ever written.
-        staging_nbytes: memory for slabs; allocated now.
-        slab_nbytes: size of a slab, a multiple of 4096.
-        checksum: verify every byte that is read from a file.
-        disk_nbytes: bound on all files together; None for no bound.
-        host_nbytes: limit of the host tier; 0 for none.
-
-    Raises:
-        ValueError: `kind` is unknown, or the sizes do not fit together.
-        OSError: a directory cannot hold a spill file.
-        RuntimeError: the engine asked for by name does not work here.
-    """
-    if kind not in KINDS:
-        raise ValueError(f"Expected an engine among {', '.join(KINDS)}, got {kind!r}")
-    request = _Request(list(files_or_directories), staging_nbytes, slab_nbytes, checksum, disk_nbytes, host_nbytes)
-    if not request.places:
-        return _open_without_files(request)
-    fallbacks: list[str] = []
-    for name in KINDS[1:] if kind == "auto" else (kind,):
-        try:
-            engine, files = _open(name, request)
-        except _UnavailableError as unavailable:
-            _give_up_if_named(kind, unavailable)
-            fallbacks.append(f"engine {name} is not available: {unavailable}")
-            continue
-        reason = "asked for by name" if kind == name else "; ".join(fallbacks) or "the fastest, and it works here"
-        host_nbytes = request.host_nbytes if name in _CPP_KINDS else 0
-        return EngineChoice(engine, files, name, reason, fallbacks, host_nbytes)
-    raise AssertionError("the python engine is always available")
-
-
-def _open_without_files(request: _Request) -> EngineChoice:
-    """Threads that copy, and no file: which kind the user asked for does not matter."""
-    try:
-        engine, files = _open("threads", request)
-    except _UnavailableError as error:
-        raise RuntimeError(f"Expected the C++ engine for a host tier, got: {error}; or pass a directory") from error
-    reason = "no directory: pinned host memory only"
-    return EngineChoice(engine, files, "host", reason, host_nbytes=request.host_nbytes)
-
-
-class _UnavailableError(Exception):
-    """The engine cannot run here; the message says why."""
-
-
-def _give_up_if_named(kind: str, unavailable: _UnavailableError) -> None:
-    if kind == "auto":
-        return
-    others = " or ".join(f"engine={name!r}" for name in KINDS[1:] if name != kind)
-    raise RuntimeError(
-        f"Expected engine {kind!r} to be available, got: {unavailable}; use engine='auto' or {others}"
-    ) from unavailable
-
-
-def _open(name: str, request: _Request) -> tuple[Engine, list[SpillFile]]:
-    if name == "python":
-        files = request.files(_python_engine.SpillFile)
-        return _python_engine.PythonEngine(files, request.staging_nbytes, request.slab_nbytes, request.checksum), files
-    extension = _extension()
-    files = request.files(extension.SpillFile)
-    try:
-        return _make_engine(extension, name, files, request), files
-    except (OSError, RuntimeError, TypeError) as error:
-        for file, place in zip(files, request.places, strict=True):
-            if file is not place:
-                file.close()
-        raise _UnavailableError(str(error)) from error
-
-
-def _make_engine(extension: ModuleType, name: str, files: list[SpillFile], request: _Request) -> Engine:
-    r = request
-    engine: Engine = extension.Engine(
-        name, files, r.staging_nbytes, r.slab_nbytes, r.checksum, host_nbytes=r.host_nbytes
-    )
-    return engine
-
-
-def cuda_driver(index: int) -> Any:
-    """What engine threads copy with on CUDA device `index`.
-
-    Raises:
-        RuntimeError: the extension is not built, or there is no CUDA driver.
-    """
-    try:
-        return _extension().CudaDriver(index)
-    except _UnavailableError as error:
-        raise RuntimeError(str(error)) from error
-
-
-def driver_type() -> Any:
-    """What a driver written in Python derives from; `object` without the extension, which alone calls drivers."""
-    try:
-        return _extension().DeviceDriver
-    except _UnavailableError:
-        return object
-
-
-def fence(driver: Any, stream: int) -> Any:
-    """The point that `stream` has come to: a `Fence`, or None where there is no driver, for host memory."""
-    return None if driver is None else _extension().Fence(driver, stream)
-
-
-def _extension() -> ModuleType:
-    if os.environ.get("SSDTRAIN_NO_CPP", "0") not in ("", "0"):
-        raise _UnavailableError("SSDTRAIN_NO_CPP is set")
-    try:
-        from ssdtrain import _C
-    except ImportError as error:
-        raise _UnavailableError(
-            f"the extension ssdtrain._C does not import ({error}); reinstall ssdtrain without SSDTRAIN_NO_CPP"
-        ) from error
-    return _C

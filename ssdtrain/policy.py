@@ -92,8 +92,9 @@ class ActivationPolicy(BaseModel):
     """Limit of the host tier: pinned host memory that holds tensors of an accelerator for good, those that backward
     needs first. None: nothing with a directory; without one, half of the memory that is free when it opens."""
 
-    engine: Literal["auto", "io_uring", "threads", "python"] = "auto"
-    """Who executes the file requests. ``"auto"`` takes the first that works on this machine and says why."""
+    engine: Literal["auto", "io_uring", "threads", "python", "kvikio"] = "auto"
+    """Who executes the file requests. ``"auto"`` takes the first that works on this machine and says why. ``"kvikio"``
+    (``pip install "ssdtrain[gds]"``) moves GPU memory past the host where GPUDirect Storage is real."""
 
     io_timeout_seconds: float = Field(default=60.0, gt=0)
     """A request the drive has not answered for so long is reported, its directory not used any more, and nobody waits

@@ -24,8 +24,10 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 
+from ssdtrain.device import Device
 from ssdtrain.devices import Devices
-from ssdtrain.engine import EngineChoice, Fence, open_engine
+from ssdtrain.engine import Fence
+from ssdtrain.engines import EngineChoice, open_engine
 from ssdtrain.index import Index
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.record import Record, Residency
@@ -68,10 +70,14 @@ class Store:
 
     # -- life ----------------------------------------------------------------------------------------------------
 
-    @property
-    def is_usable(self) -> bool:
-        """Whether an engine is at work in this process."""
-        return self._transport is not None
+    def why_not(self, device: Device) -> str | None:
+        """Why no engine would move tensors of `device` now, or None."""
+        transport = self._transport
+        if transport is None:
+            return "no engine open in this process"
+        if device.driver is not None and transport.moves_host_memory_only:
+            return "engine python moves host memory only"
+        return None
 
     def open(self) -> None:
         """Opens spill files and an engine; nothing to do when they are open.
@@ -158,6 +164,7 @@ class Store:
                     p.checksum,
                     p.disk_nbytes,
                     host_nbytes=self._host_nbytes(),
+                    device_index=self.devices.gpu_index(),
                 )
             except OSError as error:
                 if len(directories) == 1 or error.errno not in NO_SPACE or error.filename not in directories:

@@ -26,7 +26,8 @@ from dataclasses import dataclass, field
 import torch
 
 from ssdtrain.device import Allocation, Device
-from ssdtrain.engine import EngineChoice, Fence, Read, Write, fence
+from ssdtrain.engine import Fence, Read, Write
+from ssdtrain.engines import EngineChoice, fence
 from ssdtrain.record import Place, Record
 from ssdtrain.space import Extent, HostSpace, SpillSpace
 
@@ -60,6 +61,7 @@ class Transport:
         if choice.host_nbytes:
             self.host = HostSpace(len(choice.files), choice.host_nbytes, self.engine.grow_host, note_fallback)
         self.cancelled_nbytes = 0
+        self.moves_host_memory_only = choice.kind == "python"
         self._note_fallback = note_fallback
         self._devices: set[Device] = set()
         self._choice = choice
@@ -161,7 +163,7 @@ class Transport:
         assert shipment.producer is not None
         if only_if_behind and shipment.producer.is_complete:
             return False
-        return all(place.write.is_issued for record in shipment.cargo for place in record.places)
+        return shipment.write.is_issued and all(p.write.is_issued for r in shipment.cargo for p in r.places)
 
     def wait_inflight(self, max_nbytes: int, timeout_seconds: float) -> bool:
         """Blocks until at most `max_nbytes` are on their way out; false when the time is over first."""

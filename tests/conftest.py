@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,8 @@ from drives import Drive, ext4_drive, tmpfs_drive
 from fault_tools import Lab
 
 import ssdtrain
+from ssdtrain.policy import ActivationPolicy
+from ssdtrain.simulated import SimulatedDevice
 
 # The least staging there is: slabs of one page, so that even records of a few bytes leave memory soon.
 STAGING_NBYTES = 64 * 1024
@@ -27,13 +32,75 @@ Send = Callable[[], None]
 Run = Callable[[Send], Any]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--devices", default="", help="cpu, simulated and cuda, with commas; default: all there are")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests of the cache run on every kind of device, those marked `cpu_only` on the CPU."""
+    if "device_kind" in metafunc.fixturenames:
+        marker = metafunc.definition.get_closest_marker("cpu_only")
+        kinds = ["cpu"] if marker is not None else device_kinds(metafunc.config)
+        metafunc.parametrize("device_kind", kinds, indirect=True, scope="function")
+
+
+def device_kinds(config: pytest.Config) -> list[str]:
+    asked = config.getoption("--devices")
+    if asked:
+        return asked.split(",")
+    has_extension = importlib.util.find_spec("ssdtrain._C") is not None
+    return ["cpu", *(["simulated"] if has_extension else []), *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The Python engine moves host memory only.
+
+    Without a GPU `needs_cuda` tests are skipped; FAIL_WITHOUT_CUDA=1 lets them run, and fail.
+    """
+    items[:] = [item for item in items if not _is_beyond_the_python_engine(item)]
+    if torch.cuda.is_available() or os.environ.get("FAIL_WITHOUT_CUDA", "0") not in ("", "0"):
+        return
+    for item in items:
+        if item.get_closest_marker("needs_cuda") is not None:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def _is_beyond_the_python_engine(item: pytest.Item) -> bool:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return parameters.get("engine") == "python" and parameters.get("device_kind", "cpu") != "cpu"
+
+
 @pytest.fixture
-def make_offload(tmp_path: Path) -> Iterator[MakeOffload]:
+def device_kind(request: pytest.FixtureRequest) -> str:
+    kind: str = request.param
+    return kind
+
+
+@pytest.fixture
+def device(device_kind: str) -> Iterator[SimulatedDevice | None]:
+    """The test computes on this kind of device; the object is there only for a simulated one."""
+    if device_kind == "simulated":
+        was_enabled = torch._C._get_mkldnn_enabled()
+        torch._C._set_mkldnn_enabled(False)  # its LSTM crashes when another thread runs it
+        try:
+            with SimulatedDevice(seed=1) as simulated:
+                yield simulated
+        finally:
+            torch._C._set_mkldnn_enabled(was_enabled)
+        simulated.close()
+    else:
+        with torch.device(device_kind):
+            yield None
+
+
+@pytest.fixture
+def make_offload(tmp_path: Path, device: SimulatedDevice | None) -> Iterator[MakeOffload]:
     """Makes contexts that send everything (`EAGER`) unless told otherwise; at the end each must have let go of all."""
     made: list[ssdtrain.ActivationOffload] = []
 
     def make(model: torch.nn.Module | None = None, **policy: Any) -> ssdtrain.ActivationOffload:
-        made.append(ssdtrain.offload_activations(tmp_path, policy=EAGER | policy, model=model))
+        chosen = ActivationPolicy(**(EAGER | policy))
+        made.append(ssdtrain.ActivationOffload([str(tmp_path)], chosen, model, device))
         return made[-1]
 
     yield make
@@ -67,15 +134,33 @@ def gauges(offload: ssdtrain.ActivationOffload) -> tuple[int, int, int]:
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """Runs functions in children that have `preload.c` loaded."""
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler for the library that plays the faults")
     folder = tmp_path_factory.mktemp("lab")
-    source = Path(__file__).parent / "preload.c"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", folder / "preload.so", source, "-ldl"], check=True)
-    lab = Lab(folder / "preload.so", folder)
+    lab = Lab(_compile("preload.c", folder / "preload.so"), folder)
     yield lab
     lab.close()
+
+
+@pytest.fixture(scope="session")
+def kvikio_environment(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
+    """The environment of a process in which kvikio runs without a GPU, and in which faults can be played."""
+    if sys.version_info < (3, 11):
+        pytest.skip("kvikio has no wheels for Python before 3.11")
+    if importlib.util.find_spec("kvikio") is None:
+        pytest.skip("kvikio is not installed; `make test` installs what its tests need")
+    folder = tmp_path_factory.mktemp("kvikio")
+    preload = _compile("preload.c", folder / "preload.so")
+    _compile("libcuda_stub.c", folder / "libcuda.so.1")
+    own = {"LD_LIBRARY_PATH": str(folder), "LD_PRELOAD": str(preload), "SSDTRAIN_TEST_ENGINES": "kvikio"}
+    return os.environ | own | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+def _compile(source: str, target: Path) -> Path:
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip(f"no C compiler for {source}")
+    command = [compiler, "-shared", "-fPIC", "-O1", "-pthread", "-o", target, Path(__file__).parent / source, "-ldl"]
+    subprocess.run(command, check=True)
+    return target
 
 
 @pytest.fixture

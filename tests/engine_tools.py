@@ -13,15 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ssdtrain import _python_engine
-
-KINDS = ("io_uring", "threads", "python")
+KINDS = tuple(os.environ.get("SSDTRAIN_TEST_ENGINES", "io_uring threads python").split())
 SLAB_NBYTES = 64 * 1024
 
 
 def implementation(kind: str) -> Any:
     """The module that has `kind`'s spill file."""
-    return _python_engine if kind == "python" else importlib.import_module("ssdtrain._C")
+    return importlib.import_module(f"ssdtrain._{kind}_engine" if kind in ("python", "kvikio") else "ssdtrain._C")
 
 
 def round_up(nbytes: int, step: int) -> int:
@@ -77,8 +75,12 @@ class Io:
         staging = num_slabs * SLAB_NBYTES
         if kind == "python":
             self.engine = module.PythonEngine(self.files, staging, SLAB_NBYTES, **options)
+        elif kind == "kvikio":
+            verdict = module.GpuDirect("posix", ("there is no GPU in the tests",))
+            self.engine = module.KvikioEngine(self.files, staging, SLAB_NBYTES, gpudirect=verdict, **options)
         else:
             self.engine = module.Engine(kind, self.files, staging, SLAB_NBYTES, **options)
+        self.has_slabs = kind != "kvikio"
         self.block = self.files[0].block_nbytes
         self._next = [0] * num_files
         self.kept: list[Memory] = []  # sources, as long as a thread may read them
@@ -87,6 +89,10 @@ class Io:
         self.engine.close()
         for file in self.files:
             file.close()
+
+    def written_nbytes(self, nbytes: int) -> int:
+        """What a piece of `nbytes` puts into the file: whole blocks, unless it goes there without a slab."""
+        return round_up(nbytes, self.block) if self.has_slabs else nbytes
 
     def write(self, *contents: bytes, file: int = 0, gap_blocks: int = 0) -> Written:
         """Begins to write `contents` as the pieces of one new extent, `gap_blocks` of nothing after each."""

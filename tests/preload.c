@@ -17,6 +17,7 @@ static int refuse(int number) {
 
 static int fake_open(const char* path, int flags, mode_t mode) {
   if ((flags & O_TMPFILE) == O_TMPFILE && getenv("FAKE_NO_TMPFILE")) return refuse(EOPNOTSUPP);
+  if ((flags & O_DIRECT) && getenv("FAKE_NO_DIRECT")) return refuse(EINVAL);
   return openat(AT_FDCWD, path, flags, mode);
 }
 
@@ -77,8 +78,8 @@ long syscall(long number, ...) {
   return real(number, a[0], a[1], a[2], a[3], a[4], a[5]);
 }
 
-// FAKE_READS and FAKE_WRITES are rows of letters, one per call: i = EINTR, a = EAGAIN, e = EIO, s = one page only,
-// d = 20 ms late, h = blocks for ever; then all is well. A star repeats the letter before it for ever.
+// FAKE_READS and FAKE_WRITES are rows of letters, one per call: i = EINTR, a = EAGAIN, e = EIO, n = ENOSPC, s = one page
+// only, d = 20 ms late, h = blocks for ever; then all is well. A star repeats the letter before it for ever.
 static int num_reads, num_writes;
 
 static char next_step(const char* script, int* count) {
@@ -96,6 +97,7 @@ static int falter(char step, size_t* nbytes) {
   if (step == 'i') return refuse(EINTR);
   if (step == 'a') return refuse(EAGAIN);
   if (step == 'e') return refuse(EIO);
+  if (step == 'n') return refuse(ENOSPC);
   if (step == 's' && *nbytes > 4096) *nbytes = 4096;
   if (step == 'd') usleep(20000);
   while (step == 'h') pause();

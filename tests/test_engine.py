@@ -18,7 +18,7 @@ from engine_tools import KINDS, SLAB_NBYTES, Io, Memory, eventually, num_fds, nu
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ssdtrain.engine import open_engine
+from ssdtrain.engines import open_engine
 
 SIZES = [1, 511, 512, 4095, 4096, 4097, SLAB_NBYTES, 3 * SLAB_NBYTES + 1, 40 * SLAB_NBYTES - 5]
 
@@ -52,7 +52,7 @@ def test_bytes_come_back(open_io: OpenIo, nbytes: int, checksum: bool) -> None:
     written = io.write(random_bytes(nbytes))
     written.write.wait()
     assert written.write.error is None
-    assert written.write.written_nbytes == round_up(nbytes, io.block)
+    assert written.write.written_nbytes == io.written_nbytes(nbytes)
     io.check(written)
     assert io.engine.read_nbytes == round_up(nbytes, io.block)
 
@@ -105,7 +105,7 @@ def test_short_staging_only_slows_down(open_io: OpenIo) -> None:
     io.engine.drain()
     for written in writes:
         io.check(written)
-    assert io.engine.peak_staging_nbytes == SLAB_NBYTES
+    assert io.engine.peak_staging_nbytes == SLAB_NBYTES * io.has_slabs
     assert io.engine.staging_in_use_nbytes == 0
 
 
@@ -126,7 +126,7 @@ def test_counters_add_up(open_io: OpenIo) -> None:
     assert io.engine.num_events == 3  # two pieces copied, one write done
     io.check(written)
     assert io.engine.num_events == 5
-    assert io.engine.written_nbytes == 3 * SLAB_NBYTES + io.block
+    assert io.engine.written_nbytes == 3 * SLAB_NBYTES + io.written_nbytes(10)
     assert io.engine.inflight_nbytes == 0
     assert io.engine.write_busy_seconds > 0
     assert io.engine.read_busy_seconds > 0
@@ -555,7 +555,7 @@ def test_open_engine_takes_open_files(kind: str, tmp_path: Path) -> None:
 
 
 def test_unknown_engine_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Expected an engine among auto, io_uring, threads, python, got 'aio'"):
+    with pytest.raises(ValueError, match="Expected an engine among auto, io_uring, threads, python, kvikio, got 'aio'"):
         open_engine("aio", [str(tmp_path)], 1 << 20, 1 << 16)
 
 

@@ -18,7 +18,7 @@ PRELUDE = f"""
 import errno, os, signal, stat, sys
 sys.path[:0] = [{str(TESTS)!r}]
 from engine_tools import Io, Memory, SLAB_NBYTES, implementation, random_bytes
-from ssdtrain.engine import open_engine
+from ssdtrain.engines import open_engine
 kind, directory = sys.argv[1:]
 """
 

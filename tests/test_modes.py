@@ -88,6 +88,7 @@ def test_autocast(offload: Offload, cache: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own use, on first import
+@pytest.mark.cpu_only
 def test_forward_mode_over_reverse_mode(offload: Offload) -> None:
     """Dual tensors: the tangent is saved beside the value and differentiated too."""
 
@@ -139,6 +140,7 @@ def test_compiled_function_inside(offload: Offload, backend: str) -> None:
     assert_same(run, offload)
 
 
+@pytest.mark.cpu_only
 def test_fake_tensor_mode(offload: Offload) -> None:
     """Shape propagation through a whole step: nothing has bytes, nothing may travel."""
 
@@ -154,6 +156,7 @@ def test_fake_tensor_mode(offload: Offload) -> None:
     assert offload.stats.skipped["tensor subclass"].count > 0
 
 
+@pytest.mark.cpu_only
 def test_no_grad_and_inference_mode(offload: Offload) -> None:
     def run(send: Send) -> Any:
         model, x = mlp(), torch.randn(4, 32)
@@ -167,6 +170,7 @@ def test_no_grad_and_inference_mode(offload: Offload) -> None:
     assert offload.stats.num_saved == 0
 
 
+@pytest.mark.cpu_only
 def test_inference_tensor_in_a_graph(offload: Offload) -> None:
     """Autograd refuses to save it, before our hook is asked."""
 

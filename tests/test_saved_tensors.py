@@ -142,6 +142,7 @@ LEFT_ALONE: dict[str, tuple[str, Callable[[], torch.Tensor]]] = {
 
 @pytest.mark.filterwarnings("ignore:Sparse (CSR|CSC|BSR)", "ignore:torch.quantize")
 @pytest.mark.parametrize("name", LEFT_ALONE)
+@pytest.mark.cpu_only
 def test_left_alone(offload: Offload, name: str) -> None:
     """What is not understood stays in memory, untouched, and is counted with a reason."""
     reason, make = LEFT_ALONE[name]
@@ -158,6 +159,7 @@ def test_left_alone(offload: Offload, name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.cpu_only
 def test_sparse_and_nested_gradients_flow(offload: Offload) -> None:
     """They pass through the hooks inside an ordinary graph too."""
 
@@ -280,6 +282,7 @@ def test_the_users_own_tensor_is_not_read_back(offload: Offload) -> None:
     assert offload.stats.read_nbytes == 0
 
 
+@pytest.mark.cpu_only
 def test_a_storage_emptied_after_forward(offload: Offload) -> None:
     """FSDP frees a storage by resizing it to nothing and fills it again before backward; the saved bytes come back
     whether it is filled or not."""

@@ -1,14 +1,15 @@
-"""The Python engine's face: checks requests and hands them to the workers."""
+"""An engine's face: checks requests and hands them to the workers."""
 
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
-from .requests import Part, Piece, Pool, Read, Write
+from .requests import Chunk, Part, Piece, Pool, Read, Write
 from .spill_file import File, Owned, round_up
-from .worker import Core, FetchJob
+from .worker import Core, Fence, FetchJob, Workers
 
 _PAGE_NBYTES = 4096
 _EXIT_SECONDS = 1.0  # for a file that does not answer, at the end of the process
@@ -28,7 +29,7 @@ def _check_pieces(pieces: Iterable[Piece], extent_nbytes: int, block: int) -> No
         raise ValueError("Expected at least one piece, got none")
 
 
-def _check_sizes(files: list[File], staging_nbytes: int, slab_nbytes: int) -> None:
+def check_sizes(files: list[File], staging_nbytes: int, slab_nbytes: int) -> None:
     if not files:
         raise ValueError("Expected at least one spill file, got none")
     for step in (_PAGE_NBYTES, *(file.block_nbytes for file in files)):
@@ -38,59 +39,47 @@ def _check_sizes(files: list[File], staging_nbytes: int, slab_nbytes: int) -> No
         raise ValueError(f"Expected staging_nbytes to hold one slab of {slab_nbytes} bytes, got {staging_nbytes}")
 
 
-class PythonEngine(Owned):
-    """The engine for `ssdtrain.engine.open_engine` kind ``"python"``."""
+class BaseEngine(Owned):
+    """Checks, counters and endings, whoever moves the bytes."""
 
-    kind = "python"
     registered_buffers = False
 
-    def __init__(
-        self,
-        files: Iterable[Any],
-        staging_nbytes: int,
-        slab_nbytes: int,
-        checksum: bool = False,
-        num_threads: int = 2,
-    ) -> None:
+    def __init__(self, core: Workers, slab_nbytes: int, num_threads: int) -> None:
         super().__init__()
-        targets: list[File] = list(files)
-        _check_sizes(targets, staging_nbytes, slab_nbytes)
         self.slab_nbytes = slab_nbytes
-        self.staging_nbytes = staging_nbytes // slab_nbytes * slab_nbytes
         self.notes: list[str] = []
-        self._core = Core(targets, Pool(staging_nbytes // slab_nbytes, slab_nbytes), checksum)
-        self._monitor = self._core.monitor
-        self._closer = weakref.finalize(self, self._core.close, _EXIT_SECONDS)
-        self._core.start(num_threads)
+        self._workers = core
+        self._monitor = core.monitor
+        self._closer = weakref.finalize(self, core.close, _EXIT_SECONDS)
+        core.start(num_threads)
 
-    def add_device(self, driver: object) -> str:
-        raise RuntimeError("Expected host memory, got an accelerator's; use engine='io_uring' or 'threads'")
-
-    def grow_host(self, nbytes: int) -> str:
-        raise RuntimeError("Expected an engine with a host tier, got engine 'python'; use 'io_uring' or 'threads'")
-
-    def write(
-        self, file: int, offset: int, nbytes: int, pieces: list[tuple[int, int, int]], producer: None = None
-    ) -> Write:
+    def _begin_write(self, place: tuple[int, int, int], pieces: list[tuple[int, int, int]]) -> Write:
         self._check_open()
-        if not 0 <= file < len(self._core.files):
-            raise ValueError(f"Expected a file index below {len(self._core.files)}, got {file}")
+        file, offset, nbytes = place
+        if not 0 <= file < len(self._workers.files):
+            raise ValueError(f"Expected a file index below {len(self._workers.files)}, got {file}")
         self._check_extent(file, offset, nbytes)
         sources = [Piece(*piece) for piece in pieces]
-        _check_pieces(sources, nbytes, self._core.files[file].block_nbytes)
-        write = Write(self._monitor, (file, offset, nbytes), sources, self.slab_nbytes)
+        _check_pieces(sources, nbytes, self._workers.files[file].block_nbytes)
+        return self._make_write(place, sources)
+
+    def _make_write(self, place: tuple[int, int, int], pieces: list[Piece]) -> Write:
+        return Write(self._monitor, place, pieces, self.slab_nbytes)
+
+    def _queue_write(self, write: Write, queue: deque[tuple[Write, Chunk]]) -> None:
         with self._monitor.changed:
             self._check_open()
             self._monitor.num_pending += 1
-            self._monitor.inflight_nbytes += nbytes
-            self._core.to_copy.extend((write, chunk) for chunk in write._chunks)
+            self._monitor.inflight_nbytes += write._nbytes
+            queue.extend((write, chunk) for chunk in write._chunks)
             self._monitor.changed.notify_all()
-        return write
 
-    def read(self, write: Write, piece: int, address: int, capacity: int, ready: None = None) -> Read:
+    def _begin_read(self, write: Write, piece: int, place: tuple[int, int], ready: Fence | None) -> Read:
         self._check_open()
+        address, capacity = place
         source = write._piece(piece)
-        self._check_destination(write, source, address, capacity)
+        if ready is None:
+            self._check_destination(write, source, address, capacity)
         with self._monitor.changed:
             self._check_open()
             if source.num_unread > 0 or source.is_cancelled:
@@ -101,13 +90,17 @@ class PythonEngine(Owned):
             read = Read(self._monitor, len(source.parts))
             self._monitor.num_pending += 1
             for part in source.parts:
-                self._core.add(self._fetch_job(read, write, part, address + part.piece_offset))
+                job = self._fetch_job(read, write, part, address + part.piece_offset)
+                job.ready = ready
+                if ready is not None:  # device memory ends where the tensor does
+                    job.nbytes = part.nbytes
+                self._workers.add(job)
             self._monitor.changed.notify_all()
         return read
 
     def _fetch_job(self, read: Read, write: Write, part: Part, address: int) -> FetchJob:
         chunk, start = part.chunk, part.chunk_offset
-        nbytes = round_up(part.nbytes, self._core.files[write._file].block_nbytes)
+        nbytes = round_up(part.nbytes, self._workers.files[write._file].block_nbytes)
         job = FetchJob(read, write, part, address, nbytes)
         if chunk.slab is not None:
             chunk.slab.num_users += 1
@@ -115,6 +108,9 @@ class PythonEngine(Owned):
         elif chunk.rescued is not None:
             job.source = memoryview(chunk.rescued)[start:]
         return job
+
+    def grow_host(self, nbytes: int) -> str:
+        raise RuntimeError("Expected an engine with a host tier, got one without; use 'io_uring' or 'threads'")
 
     def wait_inflight(self, max_nbytes: int, timeout_seconds: float | None = None) -> bool:
         self._check_open()
@@ -130,7 +126,7 @@ class PythonEngine(Owned):
     def close(self) -> None:
         self._check_process()
         self._closer.detach()
-        self._core.close()
+        self._workers.close()
 
     def _check_open(self) -> None:
         self._check_process()
@@ -138,7 +134,7 @@ class PythonEngine(Owned):
             raise RuntimeError("Expected an open engine, got a closed one; open another engine")
 
     def _check_extent(self, file: int, offset: int, nbytes: int) -> None:
-        target = self._core.files[file]
+        target = self._workers.files[file]
         block, limit = target.block_nbytes, target.nbytes
         is_aligned = offset % block == 0 and nbytes % block == 0
         if not is_aligned or nbytes <= 0 or offset < 0 or offset + nbytes > limit:
@@ -148,7 +144,7 @@ class PythonEngine(Owned):
             )
 
     def _check_destination(self, write: Write, piece: Piece, address: int, capacity: int) -> None:
-        target = self._core.files[write._file]
+        target = self._workers.files[write._file]
         needed = round_up(piece.nbytes, target.block_nbytes)
         if capacity < needed:
             raise ValueError(
@@ -163,14 +159,6 @@ class PythonEngine(Owned):
     def is_closed(self) -> bool:
         self._check_process()
         return self._monitor.is_closing
-
-    @property
-    def staging_in_use_nbytes(self) -> int:
-        return self._core.pool.in_use_nbytes
-
-    @property
-    def peak_staging_nbytes(self) -> int:
-        return self._core.pool.peak_nbytes
 
     @property
     def num_events(self) -> int:
@@ -211,3 +199,59 @@ class PythonEngine(Owned):
     @property
     def read_busy_seconds(self) -> float:
         return self._monitor.read_clock.seconds
+
+
+class PythonEngine(BaseEngine):
+    """The engine for `ssdtrain.engine.open_engine` kind ``"python"``."""
+
+    kind = "python"
+
+    def add_device(self, driver: object) -> str:
+        raise RuntimeError("Expected host memory, got an accelerator's; use engine='io_uring' or 'threads'")
+
+    def __init__(
+        self,
+        files: Iterable[Any],
+        staging_nbytes: int,
+        slab_nbytes: int,
+        checksum: bool = False,
+        num_threads: int = 2,
+    ) -> None:
+        targets: list[File] = list(files)
+        check_sizes(targets, staging_nbytes, slab_nbytes)
+        self.staging_nbytes = staging_nbytes // slab_nbytes * slab_nbytes
+        self._pool = Pool(staging_nbytes // slab_nbytes, slab_nbytes)
+        super().__init__(Core(targets, self._pool, checksum), slab_nbytes, num_threads)
+
+    def write(
+        self,
+        file: int,
+        offset: int,
+        nbytes: int,
+        pieces: list[tuple[int, int, int]],
+        producer: Fence | None = None,
+    ) -> Write:
+        _check_host(producer)
+        write = self._begin_write((file, offset, nbytes), pieces)
+        self._queue_write(write, self._workers.to_copy)
+        return write
+
+    def read(self, write: Write, piece: int, address: int, capacity: int, ready: Fence | None = None) -> Read:
+        _check_host(ready)
+        return self._begin_read(write, piece, (address, capacity), None)
+
+    @property
+    def staging_in_use_nbytes(self) -> int:
+        return self._pool.in_use_nbytes
+
+    @property
+    def peak_staging_nbytes(self) -> int:
+        return self._pool.peak_nbytes
+
+
+def _check_host(fence: Fence | None) -> None:
+    if fence is not None:
+        raise ValueError(
+            f"Expected host memory, got memory of device {fence.device_index}; copy it to the host first, or use "
+            "engine='kvikio'"
+        )

@@ -88,7 +88,7 @@ class Chunk:
     num_live: int = 0
     state: State = State.QUEUED
     slab: Slab | None = None
-    rescued: bytes | None = None
+    rescued: bytes | bytearray | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -254,32 +254,39 @@ class Write(Owned):
             self.cancelled_nbytes += sum(part.nbytes for part in chunk.parts if not part.is_skipped)
             self._finish(chunk, State.DROPPED)
         elif chunk.state is State.FAILED and chunk.rescued is not None:
-            self.rescued_nbytes -= chunk.nbytes
-            self._monitor.rescued_nbytes -= chunk.nbytes
+            self.rescued_nbytes -= len(chunk.rescued)
+            self._monitor.rescued_nbytes -= len(chunk.rescued)
             chunk.rescued = None
 
     def _end_copy(self, chunk: Chunk) -> bool:
         chunk.state = State.COPIED
-        for part in chunk.parts:
-            if not part.is_skipped:
-                self._mark_read(part)
+        self._free_sources(chunk)
         if chunk.num_live == 0:
             self._drop_unwanted(chunk)
         return chunk.state is State.COPIED
 
+    def _free_sources(self, chunk: Chunk) -> None:
+        for part in chunk.parts:
+            if not part.is_skipped:
+                self._mark_read(part)
+
     def _end_write(self, chunk: Chunk) -> None:
-        self.written_nbytes += chunk.nbytes
-        self._monitor.written_nbytes += chunk.nbytes
+        nbytes = self._stored_nbytes(chunk)
+        self.written_nbytes += nbytes
+        self._monitor.written_nbytes += nbytes
         self._finish(chunk, State.WRITTEN)
 
-    def _fail_write(self, chunk: Chunk, number: int) -> None:
+    def _stored_nbytes(self, chunk: Chunk) -> int:
+        return chunk.nbytes
+
+    def _fail_write(self, chunk: Chunk, number: int, rescued: bytes | bytearray | None) -> None:
         self._monitor.num_write_errors += 1
         if self.error is None:
             self.error = (number, self._offset + chunk.offset, chunk.nbytes)
-        if chunk.num_live > 0 and chunk.slab is not None:
-            chunk.rescued = bytes(chunk.slab.view[: chunk.nbytes])
-            self.rescued_nbytes += chunk.nbytes
-            self._monitor.rescued_nbytes += chunk.nbytes
+        if chunk.num_live > 0 and rescued is not None:
+            chunk.rescued = rescued
+            self.rescued_nbytes += len(rescued)
+            self._monitor.rescued_nbytes += len(rescued)
         self._finish(chunk, State.FAILED)
 
     def _finish(self, chunk: Chunk, state: State) -> None:

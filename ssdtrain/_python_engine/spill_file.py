@@ -76,9 +76,9 @@ def _try_one_block(fd: int, block: int) -> None:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
-def _enable_direct(fd: int, directory: str) -> tuple[int, bool, str]:
-    """Block size, whether direct, and why; leaves the file empty."""
-    least = max(512, _logical_block_nbytes(fd))
+def _enable_direct(fd: int, directory: str, least_nbytes: int) -> tuple[int, bool, str]:
+    """Block size (`least_nbytes` or more), whether direct, and why; leaves the file empty."""
+    least = max(least_nbytes, _logical_block_nbytes(fd))
     try:
         _set_direct(fd, True)
     except OSError:
@@ -108,6 +108,8 @@ def _fallocate(fd: int, start: int, stop: int) -> int:
 class SpillFile(Owned):
     """One preallocated, already unlinked file in a directory."""
 
+    least_block_nbytes = 512
+
     def __init__(self, directory: str, cap_nbytes: int | None = None) -> None:
         super().__init__()
         self.directory = directory
@@ -120,7 +122,7 @@ class SpillFile(Owned):
         self._users = 0
         self._is_closing = False
         self._lock = threading.Lock()
-        self.block_nbytes, self.is_direct, self.direct_reason = _enable_direct(fd, directory)
+        self.block_nbytes, self.is_direct, self.direct_reason = _enable_direct(fd, directory, self.least_block_nbytes)
         self.memory_alignment = self.block_nbytes if self.is_direct else 1
 
     @property

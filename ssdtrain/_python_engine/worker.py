@@ -1,7 +1,8 @@
-"""The threads of the Python engine. One moves bytes in memory: from slabs to readers first, then from sources to slabs.
+"""The threads of an engine. One moves bytes in memory: from slabs to readers first, then from sources to slabs.
 
 The others serve the files, reads first; a file that does not answer never keeps from anyone what is in memory.
-One condition guards all state; it is released while bytes move.
+One condition guards all state; it is released while bytes move. `Workers` knows queues, retries and endings, and leaves
+the moving to a subclass: `Core` here, with slabs and system calls, or another engine's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 from .requests import Chunk, Monitor, Part, Pool, Read, Slab, State, Write
 from .spill_file import File, SpillFile
@@ -24,7 +26,18 @@ _MAX_REFUSED = 1000  # then something is wrong and EAGAIN counts as an error
 _Task = Callable[[], None]
 
 
-def _view(address: int, nbytes: int) -> memoryview:
+class Fence(Protocol):
+    """What has to be over before device memory may be touched."""
+
+    @property
+    def device_index(self) -> int:
+        """The device whose memory it is."""
+
+    def synchronize(self) -> None:
+        """Blocks, without the GIL, until the memory may be read (its producer) or written (its last user)."""
+
+
+def view_of(address: int, nbytes: int) -> memoryview:
     return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
 
 
@@ -39,14 +52,19 @@ class FetchJob:
     nbytes: int
     source: memoryview | None = None
     slab: Slab | None = None
+    ready: Fence | None = None
 
     @property
     def file_offset(self) -> int:
         return self.write._offset + self.part.chunk.offset + self.part.chunk_offset
 
 
-class _EndOfFileError(OSError):
+class EndOfFileError(OSError):
     """The file is shorter than what is asked of it."""
+
+
+class _ChecksumError(OSError):
+    """The file holds other bytes than were written."""
 
 
 def _transfer(move: Callable[[memoryview, int], int], view: memoryview, offset: int, file: File) -> None:
@@ -57,18 +75,20 @@ def _transfer(move: Callable[[memoryview, int], int], view: memoryview, offset: 
         if file.is_direct and done + moved < len(view):
             moved -= moved % file.block_nbytes  # direct I/O can only continue at a block
         if moved == 0:
-            raise _EndOfFileError(errno.EIO, "end of file")
+            raise EndOfFileError(errno.EIO, "end of file")
         done += moved
 
 
-class Core:
-    """Queues and worker threads; the engine in front of it may be collected while they run."""
+class Workers:
+    """Queues and worker threads; the engine in front of them may be collected while they run."""
 
-    def __init__(self, files: list[File], pool: Pool, has_checksum: bool) -> None:
+    kind: str
+    takes_writes_in = State.COPIED  # what a chunk has to be for its turn to be written
+
+    def __init__(self, files: list[File], has_checksum: bool) -> None:
         self.pid = os.getpid()
         self.files = files
         self.fds = [file.acquire() if isinstance(file, SpillFile) else file.fd for file in files]
-        self.pool = pool
         self.has_checksum = has_checksum
         self.monitor = Monitor()
         self.forwards: deque[FetchJob] = deque()  # reads from memory
@@ -81,7 +101,7 @@ class Core:
     def start(self, num_threads: int) -> None:
         takes = [self._take_in_memory] + [self._take_of_files] * num_threads
         for i, take in enumerate(takes):
-            thread = threading.Thread(target=self._run, args=(take,), name=f"ssdtrain-python-{i}", daemon=True)
+            thread = threading.Thread(target=self._run, args=(take,), name=f"ssdtrain-{self.kind}-{i}", daemon=True)
             self.threads.append(thread)
             thread.start()
 
@@ -104,9 +124,13 @@ class Core:
             files, self.files = self.files, []
         for thread in threads:
             thread.join()
+        self._let_go()
         for file in files:
             if isinstance(file, SpillFile):
                 file.release()
+
+    def _let_go(self) -> None:
+        """Gives up what a subclass holds, when the threads are gone."""
 
     def _cancel_queued(self) -> None:
         for queue in (self.to_copy, self.to_write):
@@ -137,14 +161,7 @@ class Core:
             task = None  # a sleeping worker keeps no request alive
 
     def _take_in_memory(self) -> _Task | None:
-        if self.forwards:
-            return partial(self._forward, self.forwards.popleft())
-        while self.to_copy and self.pool.free:
-            write, chunk = self.to_copy.popleft()
-            if chunk.state is State.QUEUED:
-                chunk.state, chunk.slab = State.COPYING, self.pool.lease()
-                return partial(self._copy, write, chunk)
-        return None
+        return partial(self._forward, self.forwards.popleft()) if self.forwards else None
 
     def _take_of_files(self) -> _Task | None:
         if self.fetches:
@@ -152,11 +169,116 @@ class Core:
             return partial(self._fetch, self.fetches.popleft())
         while self.to_write:
             write, chunk = self.to_write.popleft()
-            if chunk.state is State.COPIED:
+            if chunk.state is self.takes_writes_in:
                 chunk.state = State.WRITING
                 self.monitor.write_clock.begin()
                 return partial(self._store, write, chunk)
         return None
+
+    def _store(self, write: Write, chunk: Chunk) -> None:
+        error = self._attempt(partial(self._write_file, write, chunk))
+        rescued = self._rescue(write, chunk) if error is not None else None
+        with self.monitor.changed:
+            self.monitor.write_clock.end()
+            if error is None:
+                write._end_write(chunk)
+            else:
+                write._fail_write(chunk, error.errno or errno.EIO, rescued)
+
+    def _forward(self, job: FetchJob) -> None:
+        error = self._attempt(partial(self._read_memory, job))
+        with self.monitor.changed:
+            if job.slab is not None:
+                job.slab.release()
+                self.monitor.changed.notify_all()
+            if error is None:
+                job.read.forwarded_nbytes += job.part.nbytes
+            self._finish(job, error)
+
+    def _fetch(self, job: FetchJob) -> None:
+        error = self._attempt(partial(self._read_checked, job))
+        with self.monitor.changed:
+            self.monitor.read_clock.end()
+            if error is None:
+                job.read.read_nbytes += job.nbytes
+                self.monitor.read_nbytes += job.nbytes
+            self._finish(job, error)
+
+    def _read_checked(self, job: FetchJob) -> None:
+        self._read_file(job)
+        if self.has_checksum and self._checksum(job) != job.part.checksum:
+            text = "checksum mismatch: the bytes in the file are not those that were written"
+            raise _ChecksumError(errno.EBADMSG, text)
+
+    def _finish(self, job: FetchJob, error: OSError | None) -> None:
+        if error is None:
+            job.read._finish()
+        else:
+            self.monitor.num_read_errors += 1
+            job.read._finish((error.errno or errno.EIO, job.file_offset, job.nbytes, str(error.strerror)))
+
+    def _attempt(self, move: Callable[[], None]) -> OSError | None:
+        num_failures = num_refused = 0
+        while True:
+            try:
+                move()
+            except (BlockingIOError, InterruptedError) as error:  # EAGAIN, EINTR: for now only
+                num_refused += 1
+                if num_refused > _MAX_REFUSED:
+                    return error.with_traceback(None)
+            except OSError as error:
+                num_failures += 1
+                if num_failures > _MAX_RETRIES or isinstance(error, (EndOfFileError, _ChecksumError)):
+                    return error.with_traceback(None)  # whose frames would keep the request alive
+                with self.monitor.changed:
+                    self.monitor.num_retries += 1
+            except MemoryError:
+                return OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+            else:
+                return None
+
+    def _write_file(self, write: Write, chunk: Chunk) -> None:
+        raise NotImplementedError
+
+    def _read_file(self, job: FetchJob) -> None:
+        raise NotImplementedError
+
+    def _read_memory(self, job: FetchJob) -> None:
+        raise NotImplementedError
+
+    def _rescue(self, write: Write, chunk: Chunk) -> bytes | bytearray | None:
+        """The bytes of a chunk that could not be written; None when they cannot be had."""
+        raise NotImplementedError
+
+    def _checksum(self, job: FetchJob) -> int:
+        """Of what a read brought."""
+        raise NotImplementedError
+
+    def _end_buffered(self, file: int, offset: int, nbytes: int, *, is_write: bool) -> None:
+        """Has a transfer through the page cache reach the drive, and leaves nothing of it in the cache."""
+        if not self.files[file].is_direct:
+            if is_write:
+                os.fdatasync(self.fds[file])
+            os.posix_fadvise(self.fds[file], offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+
+class Core(Workers):
+    """Slabs and system calls."""
+
+    kind = "python"
+
+    def __init__(self, files: list[File], pool: Pool, has_checksum: bool) -> None:
+        super().__init__(files, has_checksum)
+        self.pool = pool
+
+    def _take_in_memory(self) -> _Task | None:
+        forward = super()._take_in_memory()
+        while forward is None and self.to_copy and self.pool.free:
+            write, chunk = self.to_copy.popleft()
+            if chunk.state is State.QUEUED:
+                chunk.state, chunk.slab = State.COPYING, self.pool.lease()
+                return partial(self._copy, write, chunk)
+        return forward
 
     def _copy(self, write: Write, chunk: Chunk) -> None:
         assert chunk.slab is not None
@@ -179,74 +301,26 @@ class Core:
                 self.to_write.append((write, chunk))
                 self.monitor.changed.notify_all()
 
-    def _store(self, write: Write, chunk: Chunk) -> None:
+    def _write_file(self, write: Write, chunk: Chunk) -> None:
         assert chunk.slab is not None
         file, fd = self.files[write._file], self.fds[write._file]
         view, offset = chunk.slab.view[: chunk.nbytes], write._offset + chunk.offset
+        _transfer(lambda part, at: os.pwrite(fd, part, at), view, offset, file)
+        self._end_buffered(write._file, offset, chunk.nbytes, is_write=True)
 
-        def move() -> None:
-            _transfer(lambda part, at: os.pwrite(fd, part, at), view, offset, file)
-            if not file.is_direct:
-                os.fdatasync(fd)
-                os.posix_fadvise(fd, offset, chunk.nbytes, os.POSIX_FADV_DONTNEED)
+    def _rescue(self, write: Write, chunk: Chunk) -> bytes:
+        assert chunk.slab is not None
+        return bytes(chunk.slab.view[: chunk.nbytes])
 
-        error = self._attempt(move)
-        with self.monitor.changed:
-            self.monitor.write_clock.end()
-            if error is None:
-                write._end_write(chunk)
-            else:
-                write._fail_write(chunk, error.errno or errno.EIO)
-
-    def _forward(self, job: FetchJob) -> None:
+    def _read_memory(self, job: FetchJob) -> None:
         assert job.source is not None
-        nbytes = job.part.nbytes
-        _view(job.address, nbytes)[:] = job.source[:nbytes]
-        with self.monitor.changed:
-            if job.slab is not None:
-                job.slab.release()
-                self.monitor.changed.notify_all()
-            job.read.forwarded_nbytes += nbytes
-            job.read._finish()
+        view_of(job.address, job.part.nbytes)[:] = job.source[: job.part.nbytes]
 
-    def _fetch(self, job: FetchJob) -> None:
+    def _read_file(self, job: FetchJob) -> None:
         file, fd = self.files[job.write._file], self.fds[job.write._file]
-        view = _view(job.address, job.nbytes)
+        view = view_of(job.address, job.nbytes)
+        _transfer(lambda part, at: os.preadv(fd, [part], at), view, job.file_offset, file)
+        self._end_buffered(job.write._file, job.file_offset, job.nbytes, is_write=False)
 
-        def move() -> None:
-            _transfer(lambda part, at: os.preadv(fd, [part], at), view, job.file_offset, file)
-            if not file.is_direct:
-                os.posix_fadvise(fd, job.file_offset, job.nbytes, os.POSIX_FADV_DONTNEED)
-
-        error = self._attempt(move)
-        if error is None and self.has_checksum and zlib.crc32(view[: job.part.nbytes]) != job.part.checksum:
-            text = "checksum mismatch: the bytes in the file are not those that were written"
-            error = OSError(errno.EBADMSG, text)
-        with self.monitor.changed:
-            self.monitor.read_clock.end()
-            if error is None:
-                job.read.read_nbytes += job.nbytes
-                self.monitor.read_nbytes += job.nbytes
-                job.read._finish()
-            else:
-                self.monitor.num_read_errors += 1
-                number = error.errno or errno.EIO
-                job.read._finish((number, job.file_offset, job.nbytes, str(error.strerror)))
-
-    def _attempt(self, move: Callable[[], None]) -> OSError | None:
-        num_failures = num_refused = 0
-        while True:
-            try:
-                move()
-            except BlockingIOError as error:  # EAGAIN: for now only
-                num_refused += 1
-                if num_refused > _MAX_REFUSED:
-                    return error.with_traceback(None)
-            except OSError as error:
-                num_failures += 1
-                if num_failures > _MAX_RETRIES or isinstance(error, _EndOfFileError):
-                    return error.with_traceback(None)  # whose frames would keep the request alive
-                with self.monitor.changed:
-                    self.monitor.num_retries += 1
-            else:
-                return None
+    def _checksum(self, job: FetchJob) -> int:
+        return zlib.crc32(view_of(job.address, job.part.nbytes))

@@ -5,8 +5,9 @@
         loss.backward()
     ...                                         # everything has run, or what went wrong was raised
 
-Backward of CPU tensors runs in the calling thread, hence on that thread's current stream, whatever stream forward ran on.
-Code that reads a tensor's memory behind PyTorch's back (`numpy()`, `tolist()`, printing) must call `synchronize` first.
+Backward of CPU tensors runs in the calling thread, hence on that thread's current stream, whatever stream forward ran
+on. Code that reads a tensor's memory behind PyTorch's back (`numpy()`, `tolist()`, printing) must call `synchronize`
+first.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class SimulatedDevice:
     kind = "simulated"
 
     def __init__(self, seed: int = 0, *, run_ahead: int = 1 << 30, timeout_seconds: float = 30.0) -> None:
-        """Streams run in an order drawn from `seed`, when somebody waits or more than `run_ahead` operations are queued.
+        """Streams run in an order drawn from `seed`, when somebody waits or more than `run_ahead` operations wait.
 
         Any wait that takes longer than `timeout_seconds` is an error that lists what is queued.
         """
@@ -47,7 +48,7 @@ class SimulatedDevice:
     def __enter__(self) -> SimulatedDevice:
         """This thread computes on the device."""
         mode = LaterMode(self._machine, self._shapes)
-        mode.__enter__()
+        mode.__enter__()  # type: ignore[no-untyped-call]
         self._modes().append(mode)
         self._machine.thread.num_entered += 1
         return self
@@ -63,7 +64,7 @@ class SimulatedDevice:
                 self._abandon()
         finally:
             self._machine.thread.num_entered -= 1
-            self._modes().pop().__exit__(kind, error, trace)
+            self._modes().pop().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         """Lets held streams go, runs what is queued, ends the thread and raises what went wrong."""

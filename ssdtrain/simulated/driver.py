@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-from ssdtrain.engine import driver_type
+from ssdtrain.engines import driver_type
 from ssdtrain.simulated.machine import _IN, _OUT, Machine, Work
 from ssdtrain.simulated.order import Span
 from ssdtrain.simulated.streams import Event

@@ -33,7 +33,7 @@ class LaterMode(TorchDispatchMode):
 
     def __init__(self, machine: Machine, shapes: Shapes) -> None:
         """To be entered by the device."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._machine = machine
         self._shapes = shapes
         self._alias = Alias(machine)
@@ -51,7 +51,7 @@ class LaterMode(TorchDispatchMode):
         if _is_composite(func):
             with self:
                 return func.decompose(*args, **kwargs)
-        if not all(tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_quantized for tensor in tensors):
+        if not all(map(_is_plain, tensors)) or torch.device(kwargs.get("device") or "cpu").type != "cpu":
             return self._run_outside(func, args, kwargs, tensors)
         if func is _aten.lift_fresh.default:  # `torch.tensor(...)`: onto the device with it
             return self._later(_aten.clone.default, args, {})
@@ -122,7 +122,7 @@ class LaterMode(TorchDispatchMode):
 
     def _adopt(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy on the device of a result that is there already."""
-        return self._later(_aten.clone.default, (tensor,), {}) if tensor.layout is torch.strided else tensor
+        return self._later(_aten.clone.default, (tensor,), {}) if _is_plain(tensor) else tensor
 
     def _run_outside(
         self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor]
@@ -144,6 +144,10 @@ def _is_view(func: OpOverload) -> bool:
     return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
 
 
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_quantized
+
+
 def _stand_in(tensor: torch.Tensor) -> torch.Tensor:
     """Memory that is filled in the same order."""
     return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
@@ -162,7 +166,7 @@ def _makes_tensors(func: OpOverload) -> bool:
 
 def _own_targets(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What an operator in place, or with `out=`, returns."""
-    names = {name for r in func._schema.returns for name in r.alias_info.before_set}
+    names = {name for r in func._schema.returns if r.alias_info for name in r.alias_info.before_set}
     returned = tuple(
         args[i] if i < len(args) else kwargs[a.name]
         for i, a in enumerate(func._schema.arguments)

@@ -164,11 +164,10 @@ class Order:
             _join(clock, self._host)
         clock[actor] = clock.get(actor, 0) + 1
         operation = Operation(name, actor, clock[actor], caller())
-        error = self._conflict(operation, clock, [(s, False) for s in reads] + [(s, True) for s in writes])
-        for span in reads:
-            self.history.note(operation, span, False)
-        for span in writes:
-            self.history.note(operation, span, True)
+        accesses = [(span, False) for span in reads if span.nbytes] + [(span, True) for span in writes if span.nbytes]
+        error = self._conflict(operation, clock, accesses)
+        for span, is_write in accesses:
+            self.history.note(operation, span, is_write)
         return error
 
     def _conflict(

@@ -191,6 +191,6 @@ class Pool:
         free.append(block)
         index = blocks.index(block)
         for left, right in ((index, index + 1), (index - 1, index)):
-            if 0 <= left and right < len(blocks) and blocks[left] in free and blocks[right] in free:
+            if left >= 0 and right < len(blocks) and blocks[left] in free and blocks[right] in free:
                 free.remove(blocks[right])
                 blocks[left].nbytes += blocks.pop(right).nbytes

@@ -70,6 +70,14 @@ class Event:
         return f"waits for {self.position - self.stream.num_done} more of stream {self.stream.handle}"
 
 
+@dataclass(frozen=True, eq=False)
+class _Waiter:
+    """A thread that waits. The executor looks for it: to wake it after every operation would cost most of the time."""
+
+    condition: Callable[[], bool]
+    is_over: threading.Event = field(default_factory=threading.Event)
+
+
 class Executor:
     """Runs what is queued.
 
@@ -82,12 +90,12 @@ class Executor:
         self.lock = threading.RLock()  # a destructor may queue or record while this thread holds it
         self.streams: dict[int, Stream] = {}
         self.errors: list[BaseException] = []
-        self._changed = threading.Condition(self.lock)
+        self._work = threading.Condition(self.lock)  # the executor's thread sleeps on it
         self._random = random.Random(seed)
         self._run_ahead = run_ahead
         self._timeout_seconds = timeout_seconds
-        self._num_waiting = 0
-        self._num_nudges = 0
+        self._waiters: list[_Waiter] = []
+        self._is_nudged = False
         self._thread: threading.Thread | None = None
 
     def put(self, stream: Stream, item: Item) -> None:
@@ -98,19 +106,20 @@ class Executor:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._loop, name="ssdtrain-simulated", daemon=True)
                 self._thread.start()
-            self._changed.notify_all()
+            elif self._is_asked_to_run():
+                self._work.notify()
 
     def hold(self, stream: Stream, is_held: bool) -> None:
         """Nothing more of this stream is begun until it is let go."""
         with self.lock:
             stream.is_held = is_held
-            self._changed.notify_all()
+            self._work.notify()
 
     def nudge(self) -> None:
         """Somebody polls: one more operation runs, or polling would never end."""
         with self.lock:
-            self._num_nudges = 1
-            self._changed.notify_all()
+            self._is_nudged = True
+            self._work.notify()
 
     def wait_for(self, condition: Callable[[], bool], what: str) -> None:
         """Blocks without the lock and the GIL until `condition`.
@@ -119,15 +128,19 @@ class Executor:
             SimulationStuckError: it does not come about in time.
         """
         with self.lock:
-            self._num_waiting += 1
-            self._changed.notify_all()
-            try:
-                if not self._changed.wait_for(condition, self._timeout_seconds):
-                    raise SimulationStuckError(
-                        f"Expected {what} within {self._timeout_seconds} s, got stuck; still queued: {self.describe()}"
-                    )
-            finally:
-                self._num_waiting -= 1
+            if condition():
+                return
+            waiter = _Waiter(condition)
+            self._waiters.append(waiter)
+            self._work.notify()
+        try:
+            if not waiter.is_over.wait(self._timeout_seconds):
+                raise SimulationStuckError(
+                    f"Expected {what} within {self._timeout_seconds} s, got stuck; still queued: {self.describe()}"
+                )
+        finally:
+            with self.lock:
+                self._waiters.remove(waiter)
 
     def drain(self) -> None:
         """Blocks until nothing is queued."""
@@ -146,6 +159,7 @@ class Executor:
             thread.join(self._timeout_seconds)
 
     def _loop(self) -> None:
+        torch.set_num_threads(torch.get_num_threads())  # as in the program: sums depend on it, and a thread has its own
         with torch._C._AutoDispatchBelowAutograd():
             while (chosen := self._next()) is not None:
                 stream, item = chosen
@@ -153,7 +167,9 @@ class Executor:
                 del item, chosen
                 with self.lock:
                     stream.num_done += 1
-                    self._changed.notify_all()
+                    for waiter in self._waiters:
+                        if waiter.condition():
+                            waiter.is_over.set()
 
     def _run(self, item: Item) -> None:
         if item.run is None:
@@ -170,10 +186,10 @@ class Executor:
             while any(stream.queue for stream in self.streams.values()):
                 ready = self._ready()
                 if ready and self._is_asked_to_run():
-                    self._num_nudges = 0
+                    self._is_nudged = False
                     stream = self._random.choice(ready)
                     return stream, stream.queue.popleft()
-                self._changed.wait()
+                self._work.wait()
             self._thread = None
             return None
 
@@ -182,6 +198,6 @@ class Executor:
         return [s for s in free if s.queue[0].after is None or s.queue[0].after.is_complete]
 
     def _is_asked_to_run(self) -> bool:
-        if self._num_waiting or self._num_nudges:
+        if self._is_nudged or any(not waiter.is_over.is_set() for waiter in self._waiters):
             return True
         return sum(len(s.queue) for s in self.streams.values() if not s.is_held) > self._run_ahead

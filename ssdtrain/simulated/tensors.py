@@ -11,7 +11,7 @@ from ssdtrain.simulated.machine import INTEGER_POISON, RAW_POISON, Machine
 from ssdtrain.simulated.order import Span
 from ssdtrain.simulated.shapes import Spec
 
-_MAX_SPANS = 64
+_MAX_SPANS = 128
 
 
 def spans_of(tensor: torch.Tensor) -> tuple[Span, ...]:
@@ -44,21 +44,24 @@ class Alias:
         self._machine = machine
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """An alias of `tensor`. Device memory may be freed and handed out again before the alias is used."""
+        """An alias of `tensor` with a version counter of its own.
+
+        Device memory may be freed and handed out again before the alias is used; memory of others is kept alive.
+        """
         storage = tensor.untyped_storage()
-        if storage.nbytes() == 0:
-            return tensor.detach()
+        start = tensor.storage_offset()
         with self._machine.lock:
-            block = self._machine.pool.find(storage.data_ptr())
-        if block is None:
+            block = self._machine.pool.find(storage.data_ptr()) if storage.nbytes() else None
+        if block is not None:
+            start += (storage.data_ptr() - block.segment.address) // tensor.element_size()
+            storage = block.segment.storage
+        elif storage.nbytes():
             self._machine.note_foreign(storage)
-            return tensor.detach()
-        itemsize = tensor.element_size()
-        offset = (storage.data_ptr() - block.segment.address) // itemsize + tensor.storage_offset()
-        alias = torch.empty(0, dtype=tensor.dtype).set_(block.segment.storage, offset, tensor.size(), tensor.stride())
-        if tensor.is_conj():
-            alias = torch._conj(alias)
-        return torch._neg_view(alias) if tensor.is_neg() else alias
+        with torch.inference_mode(False):  # it is written to in a thread that is not in that mode
+            alias = torch.empty(0, dtype=tensor.dtype).set_(storage, start, tensor.size(), tensor.stride())
+            if tensor.is_conj():
+                alias = torch._conj(alias)
+            return torch._neg_view(alias) if tensor.is_neg() else alias
 
     def is_managed(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's memory is a block of ours."""
