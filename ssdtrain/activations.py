@@ -100,7 +100,7 @@ class ActivationOffload:
         self._is_closed = False
         if directories is None and policy.host_nbytes == 0:
             raise ValueError("Expected a directory or a host tier, got directory=None and host_nbytes=0; pass either")
-        cpu = cpu or CpuDevice(policy.prefetch_nbytes)
+        cpu = cpu or CpuDevice(policy.idle_nbytes)
         self._devices = Devices(cpu, has_host_tier_only=directories is None)
         self._store = Store(directories or (), policy, self._counters, self._index, self._devices)
         if policy.enabled:
@@ -154,8 +154,9 @@ class ActivationOffload:
 
     @property
     def plan(self) -> Plan | None:
-        """What the latest step, or the next one if it looks alike, does with every record. None before the second step,
-        in mode ``"all"``, and for tensors of an accelerator. ``print(offload.plan)`` explains it.
+        """What the running step does with every record, for how much memory and time; `print` explains it.
+
+        None before the second step, in mode ``"all"``, and for tensors of an accelerator.
         """
         return self._schedule.plan
 
@@ -301,10 +302,16 @@ class ActivationOffload:
 
     def _review(self) -> None:
         """Between two steps: learns from the one that is over."""
-        totals, counters = self._store.engine_totals(), self._counters
+        counters, totals = self._counters, self._store.engine_totals()
         stalled, self._stalled_before = totals.stalled_seconds - self._stalled_before, totals.stalled_seconds
-        self._schedule.review(counters.step_peak_nbytes, stalled, totals)
+        outcome = self._schedule.review(totals.step_peak_nbytes, stalled, totals)
         counters.begin_step()
+        counters.plan = self._schedule.plan.statement if self._schedule.plan is not None else ""
+        if outcome is not None and outcome.plan is not None:
+            counters.predicted_peak_nbytes = outcome.plan.peak_nbytes
+            counters.predicted_step_seconds = outcome.plan.step_seconds
+            counters.measured_peak_nbytes = outcome.measured.peak_nbytes
+            counters.measured_step_seconds = outcome.measured.seconds
 
     # -- unpack --------------------------------------------------------------------------------------------------
 

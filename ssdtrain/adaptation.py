@@ -1,10 +1,10 @@
 """Keeps plans in step with what is measured: bandwidths averaged over steps, a new plan when they or the steps drift.
 
 [Note: when to plan again]
-A plan holds while bandwidths and compute time stay within a quarter of those it was made for. Beyond that, and whenever
-a step waited although no wait was predicted, another one is made from what was measured last; every wait also makes it
-more cautious for a while, that is, it counts on less bandwidth than was measured. After a plan some steps pass before the
-next, so that one slow moment does not bring one plan and the next moment another.
+A plan holds while bandwidths and compute time stay within a quarter of those it was made for. Beyond that, and when a
+step waited although no wait was predicted, another one is made from what was measured last; every wait also makes it
+more cautious for a while, that is, it counts on less bandwidth than was measured. After a plan some steps pass before
+the next, so that one slow moment does not bring one plan and the next moment another.
 """
 
 from __future__ import annotations
@@ -69,7 +69,6 @@ class Adaptation:
         self._routes: OrderedDict[tuple[tuple[int, int], ...], Route] = OrderedDict()
         self._planned_for: Machine = machine
         self._num_since_plan = 0
-        self.measured: Measured | None = None
 
     @property
     def latest(self) -> Route | None:
@@ -82,7 +81,6 @@ class Adaptation:
 
     def review(self, step: Step, measured: Measured, totals: Counters) -> None:
         """Takes a finished step and the engine's totals; makes a plan where there is none or it holds no more."""
-        self.measured = measured
         self._write.note(totals.written_nbytes, totals.write_busy_seconds)
         self._read.note(totals.read_nbytes, totals.read_busy_seconds)
         if not self._write.average:
@@ -115,7 +113,7 @@ class Adaptation:
         )
 
     def _machine_now(self) -> Machine:
-        """The bounds, with the bandwidths that can be counted on. A drive never read from is taken to read as it writes."""
+        """The bounds, with bandwidths to count on. A drive not read from yet is taken to read as it writes."""
         read = self._read.average or self._write.average
         room = self._machine.disk.capacity_nbytes if self._machine.disk is not None else 0
         return replace(self._machine, disk=Tier(self._caution * self._write.average, self._caution * read, room))
@@ -131,7 +129,10 @@ def adaptation_for(policy: ActivationPolicy, directories: Sequence[str]) -> Adap
         return None
     capacity = math.inf if policy.disk_nbytes is None else policy.disk_nbytes
     machine = Machine(
-        Tier(1.0, 1.0, capacity), staging_nbytes=policy.staging_nbytes, prefetch_nbytes=policy.prefetch_nbytes
+        Tier(1.0, 1.0, capacity),
+        staging_nbytes=policy.staging_nbytes,
+        prefetch_nbytes=policy.prefetch_nbytes,
+        idle_nbytes=policy.idle_nbytes,
     )
     return Adaptation(machine, _goal(policy, directories))
 

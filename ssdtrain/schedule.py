@@ -1,19 +1,19 @@
-"""What stays and what to prefetch next: by the plan where a step goes as one before, else from the order of the last pass.
+"""What stays and what to prefetch next: by the plan while a step is like one before, else as in the last pass.
 
 Decides and moves nothing: it names records, the store begins their reloads. Records are noted under the store's lock.
 
 [Note: following a plan]
-A step follows a plan as long as every record saved has the size and the pass that the plan expects at this place. At the
-first one that has not, it falls back to another plan that fits so far, or to none: then everything travels that the drive
-has time for, and reloads go by the order of the last pass. Reloads also do so after a miss, which says that backward goes
-elsewhere than it used to.
+A step follows a plan as long as every record saved has the size and the pass that the plan expects at this place. At
+the first one that has not, it falls back to another plan that fits so far, or to none: then everything travels that the
+drive has time for, and reloads go by the order of the last pass. Reloads also do so after a miss, which says that
+backward goes elsewhere than it used to.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ssdtrain.adaptation import Adaptation, Measured
 from ssdtrain.recording import StepRecording, Surroundings
@@ -26,11 +26,18 @@ if TYPE_CHECKING:
     from ssdtrain.stats import Counters
 
 
+class Outcome(NamedTuple):
+    """A finished step: the plan it followed to its end, if any, and what it was like."""
+
+    plan: Plan | None
+    measured: Measured
+
+
 class Schedule:
     """Decides by plan, or predicts the order of reloads of each pass.
 
-    Without a plan it is the last step's order when the step looks the same, else the rule "the one saved just before the
-    one unpacked last", which also fits each micro-batch of a pipeline.
+    Without a plan it is the last step's order when the step looks the same, else the rule "the one saved just before
+    the one unpacked last", which also fits each micro-batch of a pipeline.
     """
 
     def __init__(self, surroundings: Surroundings, adaptation: Adaptation | None) -> None:
@@ -41,6 +48,7 @@ class Schedule:
         self._step = StepRecording(surroundings, self._end_step)
         self._passes: list[Pass] = []  # of the step
         self._finished: StepRecording | None = None  # and not reviewed
+        self._followed: Plan | None = None  # to its end
         self._route: Route | None = None
         self._num_begun = 0  # reloads of the route
         self._horizon = -math.inf  # until when reloads are due
@@ -60,6 +68,8 @@ class Schedule:
     def _end_step(self, step: StepRecording) -> None:
         if self._adaptation is not None and step.is_complete:
             self._finished = step
+            route = self._route
+            self._followed = route.plan if route is not None and len(route.shape) == len(step.shape) else None
         self._passes = []
 
     def _take(self, route: Route | None) -> None:
@@ -76,13 +86,15 @@ class Schedule:
         """Whether a step is over that was not reviewed."""
         return self._finished is not None and self._step.is_over
 
-    def review(self, peak_nbytes: int, stalled_seconds: float, totals: Counters) -> None:
-        """Learns from the finished step; the next one begins now. May take a tenth of a second, so without the lock."""
+    def review(self, peak_nbytes: int, stalled_seconds: float, totals: Counters) -> Outcome | None:
+        """Learns from the finished step; the next one begins now. May take a tenth of a second: not under the lock."""
         finished, self._finished = self._finished, None
-        if finished is not None and self._adaptation is not None:
-            step = finished.as_step(self._surroundings.compute_seconds())
-            measured = Measured(peak_nbytes, step.seconds + stalled_seconds, stalled_seconds)
-            self._adaptation.review(step, measured, totals)
+        if finished is None or self._adaptation is None:
+            return None
+        step = finished.as_step(self._surroundings.compute_seconds())
+        measured = Measured(peak_nbytes, step.seconds + stalled_seconds, stalled_seconds)
+        self._adaptation.review(step, measured, totals)
+        return Outcome(self._followed, measured)
 
     # -- what stays ------------------------------------------------------------------------------------------------
 

@@ -65,6 +65,9 @@ class Counters:
         self.resident_nbytes = 0  # gauge: those of the held bytes that no record stands for
         self.step_peak_nbytes = 0  # the same as `peak_saved_nbytes` since `begin_step`
         self.stalled_seconds = 0.0
+        self.plan = ""
+        self.predicted_peak_nbytes = self.measured_peak_nbytes = 0  # of the latest step that followed a plan
+        self.predicted_step_seconds = self.measured_step_seconds = 0.0
         self.skips: dict[str, list[int]] = {}
         self.stalls: dict[str, float] = {}
         self.fallbacks: list[str] = []
@@ -168,6 +171,14 @@ class Stats:
     """The same without staging: what was in the memory that training computes in."""
     ahead_seconds: float
     """Time the training thread, far ahead of an accelerator, waited for it: no loss, the accelerator had work."""
+    predicted_peak_nbytes: int
+    """Of the latest finished step that followed a plan: its peak of saved tensors in memory, staging included,"""
+    measured_peak_nbytes: int
+    """and what it was,"""
+    predicted_step_seconds: float
+    """the time from its beginning to that of the next step,"""
+    measured_step_seconds: float
+    """and what it was. All are 0 while no step has followed a plan."""
     write_busy_seconds: float
     """Time with at least one write at the drive."""
     read_busy_seconds: float
@@ -178,6 +189,8 @@ class Stats:
     """Who executes the file requests."""
     engine_reason: str = ""
     """Why this engine."""
+    plan: str = ""
+    """What the plan in force does, or why nothing moves; empty while there is none."""
     fallbacks: tuple[str, ...] = ()
     """Everything that did not go the best way, with its reason."""
 
@@ -212,6 +225,14 @@ class Stats:
             + f"; {self.num_prefetched} reloads prefetched, {self.num_demand_reloads} on demand",
             f"  engine    {self.engine or 'not opened'}{': ' + self.engine_reason if self.engine_reason else ''}",
         ]
+        if self.plan:
+            lines.append(f"  plan      {self.plan}")
+        if self.measured_step_seconds:
+            lines.append(
+                f"  step      peak {nbytes_text(self.predicted_peak_nbytes)} predicted,"
+                f" {nbytes_text(self.measured_peak_nbytes)} measured; {self.predicted_step_seconds:.3f} s predicted,"
+                f" {self.measured_step_seconds:.3f} s measured"
+            )
         for reason, skipped in sorted(self.skipped.items(), key=lambda item: -item[1].nbytes):
             lines.append(f"  in memory {skipped.count} x {reason} ({nbytes_text(skipped.nbytes)})")
         lines += [f"  fallback  {text}" for text in self.fallbacks]

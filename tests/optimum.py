@@ -45,7 +45,9 @@ class Optimum:
 def lowest_peak(step: Step, machine: Machine, max_rounds: int = 12, seconds: float = 5.0) -> Optimum:
     """Solves the model of the module's docstring; the bound holds even when rounds or time are over first."""
     timeline, instants, bound, peak = Timeline(step, machine), set[float](), 0.0, math.inf
-    for num_solved in range(1, max_rounds + 1):
+    num_solved = 0
+    while num_solved < max_rounds:
+        num_solved += 1
         model = _Model(step, machine, instants)
         model.build()
         new_bound, placement = model.solve(seconds)
@@ -137,7 +139,7 @@ class _Model:
             before = end
 
     def _add_order_of_reloads(self, where: Where, bandwidth: float) -> None:
-        """`start` is early enough, and before the `start` after it; unless v says so, it is not over yet at an instant."""
+        """`start` is early enough, and before the `start` after it; unless v says so, it comes after an instant."""
         after, near = None, self._horizon
         for _, _, i in sorted([(r.needed, r.nbytes, i) for i, r in enumerate(self._records)], reverse=True):
             record = self._records[i]

@@ -44,7 +44,7 @@ class LlamaBlock(nn.Module):
         self.down = nn.Linear(3 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
+        batch, length, _ = x.shape
         h = self.norm1(x)
         q = self.q(h).view(batch, length, self.heads, -1).transpose(1, 2)
         k, v = self.kv(h).view(batch, length, 2, self.heads // 4, -1).permute(2, 0, 3, 1, 4)
@@ -168,7 +168,8 @@ def main() -> None:
             for r in step.records
         ]
         text = ",\n    ".join(json.dumps(row) for row in rows)
-        (FOLDER / f"{name}.json").write_text(f'{{\n  "seconds": {_STEP_SECONDS},\n  "records": [\n    {text}\n  ]\n}}\n')
+        data = f'{{\n  "seconds": {_STEP_SECONDS},\n  "records": [\n    {text}\n  ]\n}}\n'
+        (FOLDER / f"{name}.json").write_text(data)
         print(name, len(rows))
 
 

@@ -112,12 +112,10 @@ class _Decision:
 
     def _as_plan(self, placement: list[int], statement: str, *, is_patient: bool = False) -> Plan:
         timeline = self._timeline
-        peak, stall = int(self._search.best_peak), 0.0
-        if is_patient:
-            prediction = predict(timeline, placement, is_patient=True)
+        peak, stall = int(self._search.best_peak if any(placement) else self._search.kept_peak), 0.0
+        if is_patient or timeline.machine.idle_nbytes:  # else the search knows it
+            prediction = predict(timeline, placement, is_patient=is_patient)
             peak, stall = prediction.peak_nbytes, prediction.stall_seconds
-        elif not any(placement):
-            peak = int(self._search.kept_peak)
         sent = dict.fromkeys(Where, 0)
         for nbytes, where in zip(timeline.nbytes, placement, strict=True):
             sent[Where(where)] += nbytes

@@ -78,7 +78,8 @@ class Plan:
             f"plan: {self.statement}",
             f"  records   {num[Where.KEEP]} kept, {num[Where.HOST]} to host memory ({nbytes_text(self.host_nbytes)}),"
             f" {num[Where.DISK]} to the drive ({nbytes_text(self.disk_nbytes)})",
-            f"  memory    peak {nbytes_text(self.peak_nbytes)}, {nbytes_text(self.kept_peak_nbytes)} if everything stayed",
+            f"  memory    peak {nbytes_text(self.peak_nbytes)},"
+            f" {nbytes_text(self.kept_peak_nbytes)} if everything stayed",
             f"  time      {self.step_seconds:.3f} s a step, {self.stall_seconds:.3f} s of it waiting",
         ]
         if self.disk_nbytes:

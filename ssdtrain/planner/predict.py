@@ -1,7 +1,7 @@
 """Plays one step under one placement, waits included: what it will take in time and memory.
 
 The general case of `timeline`: there nothing ever waits, here the clock of the training thread stands still whenever it
-waits for a reload or, when it is patient, for room on the way out. Where nothing waits both agree, and a test sees to it.
+waits for a reload or, when it is patient, for room on the way out. Where nothing waits both agree: a test sees to it.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ class _Play:
         self._back: dict[int, float] = {}  # when reloads end
         self._num_ahead = 0
         self._refused: list[int] = []
+        self._idle: list[int] = []  # sizes of memory kept for later reloads, the oldest first
 
     def run(self) -> Prediction:
         actions = {
@@ -161,6 +162,7 @@ class _Play:
             self._back[i] = now
             return
         self._changes += [(written, -nbytes), (now, nbytes)]
+        self._reuse_idle(nbytes, now)
         begun = max(now, self._read_free[where])
         self._back[i] = self._read_free[where] = begun + nbytes / self._timeline.tiers[where].read_bandwidth
 
@@ -180,4 +182,17 @@ class _Play:
     def _release(self, i: int, now: float) -> None:
         nbytes = self._timeline.nbytes[i]
         gone = i in self._written and i not in self._back  # never asked for: it left when it was written
-        self._changes.append((min(now, self._written[i]) if gone else now, -nbytes))
+        if i in self._back and self._back[i] > self._written[i]:
+            self._idle.append(nbytes)  # it is not given back yet
+        else:
+            self._changes.append((min(now, self._written[i]) if gone else now, -nbytes))
+
+    def _reuse_idle(self, nbytes: int, now: float) -> None:
+        """A reload takes memory of its size that is idle; where there is too much, the oldest goes."""
+        if nbytes in self._idle:
+            self._idle.reverse()
+            self._idle.remove(nbytes)  # the youngest
+            self._idle.reverse()
+            self._changes.append((now, -nbytes))
+        while self._idle and sum(self._idle) > self._timeline.machine.idle_nbytes:
+            self._changes.append((now, -self._idle.pop(0)))

@@ -79,6 +79,8 @@ class Machine:
     """Bound on bytes on their way to the drive; a larger record may go alone."""
     prefetch_nbytes: float = math.inf
     """Bound on bytes reloaded, or being reloaded, and not asked for yet."""
+    idle_nbytes: float = 0.0
+    """Most memory of released reloads that is kept for later ones of the same size."""
     max_written_nbytes: float = math.inf
     """What the drive's endurance allows to write per step."""
 

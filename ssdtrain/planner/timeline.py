@@ -1,4 +1,4 @@
-"""One step under one placement when nothing waits: when every write ends, every reload starts, and how high memory gets.
+"""One step under one placement when nothing waits: when writes end, when reloads start, and how high memory gets.
 
 [Note: the rules of a step]
 - A record is in memory from its save until its write is done, and from the start of its reload until its release.
