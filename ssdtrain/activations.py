@@ -35,7 +35,7 @@ from ssdtrain.index import Index
 from ssdtrain.modules import ModuleNames
 from ssdtrain.planner import Plan
 from ssdtrain.policy import ActivationPolicy
-from ssdtrain.record import Handle, Record
+from ssdtrain.record import Handle, Record, Resident
 from ssdtrain.schedule import Schedule
 from ssdtrain.stats import Counters, Stats
 from ssdtrain.store import Store
@@ -47,22 +47,6 @@ _graph_task = torch._C._current_graph_task_id
 _SMALL = "smaller than min_nbytes"
 _ALIGNMENT = 16  # of the first byte of a record: a multiple of every element size
 _WHOLE_STORAGE_FRACTION = 4  # a view of at least a quarter of its storage takes the whole storage along
-
-
-class _Resident:
-    """Handle of a saved tensor that stays in memory: keeps it, its version, and the account of held bytes."""
-
-    __slots__ = ("counters", "nbytes", "tensor", "version")
-
-    def __init__(self, tensor: torch.Tensor, nbytes: int, counters: Counters) -> None:
-        self.nbytes = nbytes  # first what `__del__` needs, should the rest raise
-        self.counters = counters
-        self.tensor = tensor.detach()  # not the tensor itself: an operator's own output would keep its node alive
-        self.version = tensor._version
-
-    def __del__(self) -> None:
-        self.counters.held_nbytes -= self.nbytes
-        self.counters.resident_nbytes -= self.nbytes
 
 
 class _Thread(threading.local):
@@ -93,7 +77,6 @@ class ActivationOffload:
         self._counters = Counters()
         self._index = Index()
         self._schedule = Schedule(self._counters, adaptation_for(policy, directories or ()))
-        self._stalled_before = 0.0  # seconds, up to the step that is running
         self._names = ModuleNames(model)
         self._model = model
         self._thread = _Thread()
@@ -177,7 +160,7 @@ class ActivationOffload:
 
     # -- pack ----------------------------------------------------------------------------------------------------
 
-    def _pack(self, tensor: torch.Tensor) -> _Resident | Handle:
+    def _pack(self, tensor: torch.Tensor) -> Resident | Handle:
         self._counters.num_saved += 1
         try:
             nbytes = tensor.nbytes
@@ -189,21 +172,21 @@ class ActivationOffload:
             return self._stay_weight(tensor, nbytes)
         return self._pack_large(tensor, nbytes)
 
-    def _stay(self, tensor: torch.Tensor, reason: str, nbytes: int) -> _Resident:
+    def _stay(self, tensor: torch.Tensor, reason: str, nbytes: int) -> Resident:
         counters = self._counters
         counters.skip(reason, nbytes)
         counters.hold(nbytes)
         counters.resident_nbytes += nbytes
-        return _Resident(tensor, nbytes, counters)
+        return Resident(tensor, nbytes, counters)
 
-    def _stay_weight(self, tensor: torch.Tensor, nbytes: int) -> _Resident:
+    def _stay_weight(self, tensor: torch.Tensor, nbytes: int) -> Resident:
         """A weight is in memory anyway: it costs nothing to save it."""
         self._counters.skip("weight", nbytes)
         if tensor.layout is torch.strided:
             self._index.mark_weight(tensor.untyped_storage())
-        return _Resident(tensor, 0, self._counters)
+        return Resident(tensor, 0, self._counters)
 
-    def _pack_large(self, tensor: torch.Tensor, nbytes: int) -> _Resident | Handle:
+    def _pack_large(self, tensor: torch.Tensor, nbytes: int) -> Resident | Handle:
         reason = why_not(tensor)
         if reason == "weight":
             return self._stay_weight(tensor, nbytes)
@@ -232,7 +215,7 @@ class ActivationOffload:
 
     def _pack_travelling(
         self, tensor: torch.Tensor, storage: torch.UntypedStorage, span: tuple[int, int], device: Device
-    ) -> _Resident | Handle:
+    ) -> Resident | Handle:
         spec, probe = view_spec(tensor), version_probe(tensor)
         with self._store.lock:
             version = tensor._version  # under the lock, as `shares_version_counter` asks
@@ -282,7 +265,7 @@ class ActivationOffload:
         if number != thread.sequence_number:
             thread.sequence_number = number
             if self._schedule.has_news:
-                self._review()
+                self._schedule.review(self._counters, self._store.engine_totals())
             if thread.pending:
                 due, thread.pending = thread.pending, []
                 self._send(due)
@@ -300,23 +283,10 @@ class ActivationOffload:
             if not self._store.prefetch(record):
                 break
 
-    def _review(self) -> None:
-        """Between two steps: learns from the one that is over."""
-        counters, totals = self._counters, self._store.engine_totals()
-        stalled, self._stalled_before = totals.stalled_seconds - self._stalled_before, totals.stalled_seconds
-        outcome = self._schedule.review(totals.step_peak_nbytes, stalled, totals)
-        counters.begin_step()
-        counters.plan = self._schedule.plan.statement if self._schedule.plan is not None else ""
-        if outcome is not None and outcome.plan is not None:
-            counters.predicted_peak_nbytes = outcome.plan.peak_nbytes
-            counters.predicted_step_seconds = outcome.plan.step_seconds
-            counters.measured_peak_nbytes = outcome.measured.peak_nbytes
-            counters.measured_step_seconds = outcome.measured.seconds
-
     # -- unpack --------------------------------------------------------------------------------------------------
 
-    def _unpack(self, handle: _Resident | Handle) -> torch.Tensor:
-        if type(handle) is _Resident:
+    def _unpack(self, handle: Resident | Handle) -> torch.Tensor:
+        if type(handle) is Resident:
             if handle.tensor._version != handle.version:
                 self._check_version(handle.tensor, handle.version, handle.tensor)
             return handle.tensor
@@ -416,11 +386,11 @@ def keep_resident() -> Iterator[None]:
         ...         loss = head(hidden)  # needed first by backward
     """
     counters = Counters()
-    with saved_tensors_hooks(lambda tensor: _Resident(tensor, 0, counters), _unpack_resident):
+    with saved_tensors_hooks(lambda tensor: Resident(tensor, 0, counters), _unpack_resident):
         yield
 
 
-def _unpack_resident(handle: _Resident) -> torch.Tensor:
+def _unpack_resident(handle: Resident) -> torch.Tensor:
     if handle.tensor._version != handle.version:
         raise _modified(handle.tensor, handle.tensor._version, handle.version)
     return handle.tensor

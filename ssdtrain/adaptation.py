@@ -1,16 +1,19 @@
 """Keeps plans in step with what is measured: bandwidths averaged over steps, a new plan when they or the steps drift.
 
-[Note: when to plan again]
-A plan holds while bandwidths and compute time stay within a quarter of those it was made for. Beyond that, and when a
-step waited although no wait was predicted, another one is made from what was measured last; every wait also makes it
-more cautious for a while, that is, it counts on less bandwidth than was measured. After a plan some steps pass before
-the next, so that one slow moment does not bring one plan and the next moment another.
+[Note: when to plan]
+The first plan for a kind of step is made when it was seen twice: the very first step of a run is slower than all others,
+and a step that never comes again needs none. A plan holds while bandwidths and compute time stay within a quarter of
+those it was made for. Beyond that, and when a step waited although no wait was predicted, another one is made from what
+was measured last; every wait also makes it more cautious for a while: it counts on less read bandwidth than was measured.
+After a plan some steps pass before the next, so that one slow moment does not bring one plan and the next moment another,
+and so that planning, however short the steps are, takes a small part of the time.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,8 +28,13 @@ _DRIFT = 0.25
 _LEAST_NBYTES = 1 << 20  # of traffic that says something about a drive
 _NEW_SHARE = 0.5  # of the latest step in the averages
 _LEAST_STEPS = 2  # between plans
+_PLANNING_SHARE = 0.02  # of the time
 _WAIT = 0.005  # of a step: more is not noise
 _CAUTION, _LEAST_CAUTION, _LESS_CAUTION, _RECOVERY = 0.85, 0.3, 0.8, 1.01
+
+
+Key = tuple[tuple[int, int], ...]
+"""What makes two steps look the same: size and pass of every record."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +74,11 @@ class Adaptation:
         self._machine, self._goal = machine, goal
         self._write, self._read = Bandwidth(), Bandwidth()
         self._caution = _CAUTION
-        self._routes: OrderedDict[tuple[tuple[int, int], ...], Route] = OrderedDict()
+        self._routes: OrderedDict[Key, Route] = OrderedDict()  # the latest last
+        self._seen: OrderedDict[Key, None] = OrderedDict()
         self._planned_for: Machine = machine
         self._num_since_plan = 0
+        self._no_plan_before = 0.0  # time.perf_counter()
 
     @property
     def latest(self) -> Route | None:
@@ -86,16 +96,25 @@ class Adaptation:
         if not self._write.average:
             return
         key = tuple((record.nbytes, record.micro_batch) for record in step.records)
-        route = self._routes.get(key)
+        route = self._routes.pop(key, None)
         self._num_since_plan += 1
-        if route is None or self._has_drifted(route, step, measured):
-            self._planned_for = self._machine_now()
-            route = Route(step, make_plan(step, self._planned_for, self._goal))
-            self._num_since_plan = 0
-        self._routes[key] = route
-        self._routes.move_to_end(key)
-        if len(self._routes) > _NUM_REMEMBERED:
-            self._routes.popitem(last=False)
+        is_due = key in self._seen if route is None else self._has_drifted(route, step, measured)
+        self._seen[key] = None
+        if is_due and time.perf_counter() >= self._no_plan_before:
+            route = self._plan(step)
+        if route is not None:
+            self._routes[key] = route
+        for known in (self._routes, self._seen):
+            if len(known) > _NUM_REMEMBERED:
+                known.popitem(last=False)
+
+    def _plan(self, step: Step) -> Route:
+        begin = time.perf_counter()
+        self._planned_for, self._num_since_plan = self._machine_now(), 0
+        route = Route(step, make_plan(step, self._planned_for, self._goal))
+        end = time.perf_counter()
+        self._no_plan_before = end + (end - begin) / _PLANNING_SHARE
+        return route
 
     def _has_drifted(self, route: Route, step: Step, measured: Measured) -> bool:
         waited = measured.stall_seconds - route.plan.stall_seconds > _WAIT * measured.seconds
@@ -116,7 +135,7 @@ class Adaptation:
         """The bounds, with bandwidths to count on. A drive not read from yet is taken to read as it writes."""
         read = self._read.average or self._write.average
         room = self._machine.disk.capacity_nbytes if self._machine.disk is not None else 0
-        return replace(self._machine, disk=Tier(self._caution * self._write.average, self._caution * read, room))
+        return replace(self._machine, disk=Tier(self._write.average, self._caution * read, room))
 
 
 def _differs(now: float, then: float) -> bool:

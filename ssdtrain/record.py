@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ssdtrain.device import Allocation, Device
     from ssdtrain.engine import Read, Write
     from ssdtrain.space import Extent
+    from ssdtrain.stats import Counters
     from ssdtrain.trace import Pass
     from ssdtrain.transport import Transport
 
@@ -135,6 +136,24 @@ class Record:
     def __repr__(self) -> str:
         """``record 3 (float32[8, 512] of h.0.mlp), 16384 bytes``."""
         return f"record {self.index} ({self.spec}{self.where}), {self.nbytes} bytes"
+
+
+class Resident:
+    """Handle of a saved tensor that stays in memory: keeps it, its version, and the account of held bytes."""
+
+    __slots__ = ("counters", "nbytes", "tensor", "version")
+
+    def __init__(self, tensor: torch.Tensor, nbytes: int, counters: Counters) -> None:
+        """Holds the tensor's memory, `nbytes` of which were added to `counters`."""
+        self.tensor = tensor.detach()  # not the tensor itself: an operator's own output would keep its node alive
+        self.version = tensor._version
+        self.nbytes = nbytes
+        self.counters = counters
+
+    def __del__(self) -> None:
+        """Takes the bytes off the account."""
+        self.counters.held_nbytes -= self.nbytes
+        self.counters.resident_nbytes -= self.nbytes
 
 
 class Handle:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ssdtrain.adaptation import Adaptation, Measured
 from ssdtrain.recording import StepRecording, Surroundings
@@ -24,13 +24,6 @@ if TYPE_CHECKING:
     from ssdtrain.record import Record
     from ssdtrain.route import Route
     from ssdtrain.stats import Counters
-
-
-class Outcome(NamedTuple):
-    """A finished step: the plan it followed to its end, if any, and what it was like."""
-
-    plan: Plan | None
-    measured: Measured
 
 
 class Schedule:
@@ -49,6 +42,7 @@ class Schedule:
         self._passes: list[Pass] = []  # of the step
         self._finished: StepRecording | None = None  # and not reviewed
         self._followed: Plan | None = None  # to its end
+        self._stalled_before = 0.0  # seconds, until the running step began
         self._route: Route | None = None
         self._num_begun = 0  # reloads of the route
         self._horizon = -math.inf  # until when reloads are due
@@ -86,15 +80,24 @@ class Schedule:
         """Whether a step is over that was not reviewed."""
         return self._finished is not None and self._step.is_over
 
-    def review(self, peak_nbytes: int, stalled_seconds: float, totals: Counters) -> Outcome | None:
-        """Learns from the finished step; the next one begins now. May take a tenth of a second: not under the lock."""
+    def review(self, counters: Counters, totals: Counters) -> None:
+        """Learns from the finished step; the next one begins now. May take a tenth of a second: not under the lock.
+
+        `totals` are `counters` with what the engine has done; into `counters` goes how well the step was predicted.
+        """
         finished, self._finished = self._finished, None
         if finished is None or self._adaptation is None:
-            return None
+            return
         step = finished.as_step(self._surroundings.compute_seconds())
-        measured = Measured(peak_nbytes, step.seconds + stalled_seconds, stalled_seconds)
+        stalled, self._stalled_before = totals.stalled_seconds - self._stalled_before, totals.stalled_seconds
+        measured = Measured(totals.step_peak_nbytes, step.seconds + stalled, stalled)
         self._adaptation.review(step, measured, totals)
-        return Outcome(self._followed, measured)
+        counters.begin_step()
+        counters.plan = self.plan.statement if self.plan is not None else ""
+        if self._followed is not None:
+            counters.predicted_peak_nbytes = self._followed.peak_nbytes
+            counters.predicted_step_seconds = self._followed.step_seconds
+            counters.measured_peak_nbytes, counters.measured_step_seconds = measured.peak_nbytes, measured.seconds
 
     # -- what stays ------------------------------------------------------------------------------------------------
 

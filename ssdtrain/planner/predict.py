@@ -182,7 +182,8 @@ class _Play:
     def _release(self, i: int, now: float) -> None:
         nbytes = self._timeline.nbytes[i]
         gone = i in self._written and i not in self._back  # never asked for: it left when it was written
-        if i in self._back and self._back[i] > self._written[i]:
+        is_reload = i in self._back and self._back[i] > self._written[i]
+        if is_reload and self._timeline.machine.idle_nbytes:
             self._idle.append(nbytes)  # it is not given back yet
         else:
             self._changes.append((min(now, self._written[i]) if gone else now, -nbytes))

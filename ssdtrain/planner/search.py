@@ -22,10 +22,10 @@ from collections.abc import Iterator
 from ssdtrain.planner.step import Where
 from ssdtrain.planner.timeline import Timeline
 
-_WORK = 90_000  # records walked along in all
-_MIN_WALKS, _MAX_WALKS = 7, 4000
-_FOR_RULES, _FOR_CHANGES = 0.4, 0.8  # of the walks; what is left is for pruning
-_MANY_WALKS = 30  # below that the records are too many for changes of one at a time to matter
+_WORK = 60_000  # records walked along in all
+_MIN_WALKS, _MAX_WALKS = 5, 4000
+_FOR_RULES, _FOR_CHANGES = 0.5, 0.8  # of the walks; what is left is for pruning
+_MANY_WALKS = 20  # below that the records are too many for changes of one at a time to matter
 _MAX_THRESHOLDS = 16
 _ROUNDS = 3
 _NEAR = 0.97  # of the peak
@@ -85,8 +85,7 @@ class Search:
         for wish in self._wishes():
             if not self._has_walks(_FOR_RULES):
                 return
-            placement = self._admit(wish)
-            peak = self._peak(placement)
+            placement, peak = self._admit(wish)
             if peak < self.best_peak:
                 self.best, self.best_peak = placement, peak
 
@@ -112,21 +111,21 @@ class Search:
                 found.append(seconds)
         return found
 
-    def _admit(self, wish: list[int]) -> list[int]:
-        """What of a wish the machine can do: what does not fit one tier may go to the other, or stays."""
+    def _admit(self, wish: list[int]) -> tuple[list[int], float]:
+        """What of a wish the machine can do, and its peak: what does not fit one tier may go to the other, or stays."""
         placement, moved = wish.copy(), set[int]()
         for _ in range(_ROUNDS):
             self.num_walks += 1
             moves = self.timeline.moves(placement)
             if moves.is_clean:
-                return placement
+                return placement, max(self.timeline.levels_of(moves), default=0)
             for i in moves.late or moves.refused:  # without the late ones there may be room for the refused
                 placement[i] = int(Where.KEEP) if i in moved else self._second_choice(i, placement[i])
                 moved.add(i)
         moves = self.timeline.moves(placement)
         for i in moves.late + moves.refused:
             placement[i] = int(Where.KEEP)
-        return placement
+        return placement, self._peak(placement)
 
     def _second_choice(self, i: int, where: int) -> int:
         other = Where.HOST if where == Where.DISK else Where.DISK
@@ -180,8 +179,7 @@ class Search:
         chance = random.Random(0)
         best, best_peak = self.best, self.best_peak
         while self._has_walks(_FOR_CHANGES):
-            self.best = self._admit(self._shaken(best, chance))
-            self.best_peak = self._peak(self.best)
+            self.best, self.best_peak = self._admit(self._shaken(best, chance))
             self._repair()
             if self.best_peak < best_peak:
                 best, best_peak = self.best, self.best_peak

@@ -76,7 +76,11 @@ class Timeline:
     def levels(self, placement: Placement) -> list[int] | None:
         """Bytes in memory after every change; None when a rule is broken."""
         moves = self.moves(placement, stops_at_refusal=True)
-        return list(accumulate([delta for _, delta in self.events(moves)])) if moves.is_clean else None
+        return self.levels_of(moves) if moves.is_clean else None
+
+    def levels_of(self, moves: Moves) -> list[int]:
+        """Bytes in memory after every change, when the times are known already."""
+        return list(accumulate([delta for _, delta in self.events(moves)]))
 
     def moment_of_peak(self, placement: Placement) -> float:
         """When most bytes are in memory."""
@@ -137,6 +141,7 @@ class Timeline:
         per_byte, most = self._seconds_per_byte_read(), self.machine.prefetch_nbytes
         free = [math.inf] * len(Where)
         ahead: tuple[deque[int], ...] = tuple(deque() for _ in Where)  # reloads of each tier, the last to start first
+        queues = [ahead[where] for where in self.tiers]
         num_ahead = 0
         for i in self.by_need:
             if written[i] < 0:
@@ -145,7 +150,7 @@ class Timeline:
             if due == math.inf:  # backward never asks for it: it does not come back
                 starts[i] = self.released[i]
                 continue
-            for started in ahead:
+            for started in queues:
                 while started and starts[started[0]] >= due:
                     num_ahead -= nbytes[started.popleft()]
             start = (due if due < free[where] else free[where]) - size * per_byte[where]
