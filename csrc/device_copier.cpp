@@ -167,7 +167,7 @@ void DeviceCopier::stage(SlabLease lease) {
 }
 
 void DeviceCopier::fail(const CopyIn& job, const std::string& error, bool was_issued) {
-  job.read->finish_failed({EIO, job.file_offset, job.nbytes, "copy to the device: " + error},
+  job.read->finish_failed({EREMOTEIO, job.file_offset, job.nbytes, "copy to the device: " + error},
                           was_issued);
 }
 
@@ -219,7 +219,7 @@ void DeviceCopier::issue(WriteQueue::Job job) {
     copied = queue_copies(job);
   } catch (const std::exception&) {
     drain(driver_, driver_->out_stream());  // the slab must not be another's meanwhile
-    writes_.fail(std::move(job), EIO);
+    writes_.fail(std::move(job), EREMOTEIO);
     return;
   }
   {
@@ -228,7 +228,7 @@ void DeviceCopier::issue(WriteQueue::Job job) {
   }
   out_watcher_.push(copied, [this, job = std::move(job)](const std::string& error) mutable {
     if (!error.empty()) {
-      writes_.fail(std::move(job), EIO);
+      writes_.fail(std::move(job), EREMOTEIO);
       return;
     }
     if (shared_.has_checksum) add_checksums(job);

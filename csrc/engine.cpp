@@ -252,7 +252,7 @@ bool Engine::add_read(const std::shared_ptr<WriteState>& write, const Part& part
   char* to = address + part.piece_offset;
   uint64_t file_offset = write->file_offset(part.chunk) + part.chunk_offset;
   if (chunk.state == ChunkState::kFailed && !chunk.bytes) {
-    read->finish_failed({EIO, file_offset, part.nbytes, "it could not be copied from the device"});
+    read->finish_failed({EREMOTEIO, file_offset, part.nbytes, "it could not be copied from the device"});
     return false;
   }
   if (read->ready()) {

@@ -304,7 +304,7 @@ class ActivationOffload:
 
     def _unpack_record(self, handle: Handle) -> torch.Tensor:
         record, store = handle.record, self._store
-        is_first = not record.is_wanted
+        is_first, record.is_unpacked = not record.is_unpacked, True
         loan, is_miss = store.request(record, handle.epoch)
         self._schedule.note_unpacked(record, is_first=is_first, is_miss=is_miss)
         self._prefetch(self._schedule.upcoming(record.pass_))

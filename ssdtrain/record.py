@@ -71,6 +71,7 @@ class Record:
         "index",
         "is_lent",
         "is_prefetched",
+        "is_unpacked",
         "is_wanted",
         "landing",
         "nbytes",
@@ -124,7 +125,8 @@ class Record:
         self.epoch = 0  # grows with every reload
         self.num_unseen = 0  # handles not unpacked since then
         self.prefers_host = False  # goes to the host tier while there is room
-        self.is_wanted = False  # backward has asked for it: it does not travel any more
+        self.is_wanted = False  # in memory or soon, and does not travel any more
+        self.is_unpacked = False  # backward has asked for it
         self.is_prefetched = False
         self.is_lent = False  # storage given to autograd and no longer held here
 

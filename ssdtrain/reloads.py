@@ -177,7 +177,10 @@ class Reloads:
         for place, read in zip(record.places, reads, strict=True):
             if read.error is not None:
                 self._fail(record, place, read.error)
-            self._counters.forwarded_nbytes += read.forwarded_nbytes
+            if self._home(record) is Residency.HOST:
+                self._counters.host_read_nbytes += read.forwarded_nbytes
+            else:
+                self._counters.forwarded_nbytes += read.forwarded_nbytes
         record.move(Residency.DEVICE)
         record.storage = memory.storage
         record.weak = StorageWeakRef(memory.storage)
@@ -191,7 +194,7 @@ class Reloads:
     def _fail(self, record: Record, place: Place, error: tuple[int, int, int, str]) -> None:
         record.move(self._home(record))
         self._counters.hold(-record.nbytes)
-        if self.transport is not None and not place.write.is_lost:
+        if self.transport is not None and error[0] != errno.EREMOTEIO:  # that one is the device's, not the drive's
             self.transport.space.note_read_error(place.extent.file, error)
         raise _read_error(record, place, error)
 

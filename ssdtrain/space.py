@@ -121,6 +121,8 @@ class SpillSpace:
 
     def allocate(self, nbytes: int, *, stripe: bool = True) -> list[Extent]:
         """Extents for `nbytes`: several, each of whole blocks, when it is striped. Empty when there is no room."""
+        if not self._files:
+            return []
         need, num = self.rounded(nbytes), len(self._files)
         first, self._next = self._next, (self._next + 1) % num
         if stripe and num > 1 and need >= num * self._stripe_nbytes:

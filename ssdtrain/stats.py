@@ -56,7 +56,7 @@ class Counters:
         self.cancelled_write_nbytes = self.written_nbytes = self.read_nbytes = 0
         self.write_busy_seconds = self.read_busy_seconds = 0.0
         self.peak_staging_nbytes = self.peak_disk_nbytes = self.peak_host_nbytes = 0
-        self.hosted_nbytes = 0
+        self.hosted_nbytes = self.host_read_nbytes = 0
         self.ahead_seconds = 0.0
         self.num_live_records = 0
         self.held_nbytes = 0  # gauge: bytes of saved tensors in memory now, staging excluded
@@ -163,6 +163,8 @@ class Stats:
     """Most spill space in use at once."""
     hosted_nbytes: int
     """Bytes of records that went to the host tier instead of the drive."""
+    host_read_nbytes: int
+    """Bytes that came back from there."""
     peak_host_nbytes: int
     """Most bytes in the host tier at once."""
     peak_saved_nbytes: int
@@ -207,6 +209,14 @@ class Stats:
             fallbacks=tuple(totals.fallbacks),
         )
 
+    def _host_lines(self) -> list[str]:
+        if not self.peak_host_nbytes:
+            return []
+        return [
+            f"  host tier took {nbytes_text(self.hosted_nbytes)}, gave {nbytes_text(self.host_read_nbytes)} back;"
+            f" peak {nbytes_text(self.peak_host_nbytes)}"
+        ]
+
     def __str__(self) -> str:
         """One screen: what it did, what it cost, what it left alone."""
         lines = [
@@ -214,12 +224,12 @@ class Stats:
             f" ({self.num_saved} tensors saved, {nbytes_text(self.deduplicated_nbytes)} of them shared)",
             f"  memory    saved tensors peaked at {nbytes_text(self.peak_saved_nbytes)},"
             f" {nbytes_text(self.peak_device_nbytes)} of them on the device;"
-            f" staging {nbytes_text(self.peak_staging_nbytes)}, spill space {nbytes_text(self.peak_disk_nbytes)}"
-            + (f", host tier {nbytes_text(self.peak_host_nbytes)}" if self.peak_host_nbytes else ""),
+            f" staging {nbytes_text(self.peak_staging_nbytes)}, spill space {nbytes_text(self.peak_disk_nbytes)}",
             f"  drive     wrote {_rate_text(self.written_nbytes, self.write_busy_seconds)},"
             f" read {_rate_text(self.read_nbytes, self.read_busy_seconds)}"
             f"; {nbytes_text(self.forwarded_nbytes)} forwarded,"
             f" {nbytes_text(self.cancelled_write_nbytes)} of writes cancelled",
+            *self._host_lines(),
             f"  cost      {self.stall_seconds:.3f} s stalled"
             + "".join(f", {tier} {seconds:.3f} s" for tier, seconds in self.stalls.items())
             + f"; {self.num_prefetched} reloads prefetched, {self.num_demand_reloads} on demand",

@@ -303,9 +303,9 @@ class Store:
             elif in_flight and in_flight + need > self._policy.staging_nbytes:
                 if self._is_patient:
                     return max(0, self._policy.staging_nbytes - need)
-                fence = transport.device_is_behind()
-                if fence is not None:
-                    return fence
+                point = transport.next_point()
+                if point is not None:
+                    return point
                 is_stuck = transport.retire_stuck(self._policy.io_timeout_seconds)
                 self._keep(cargo, "drive stuck" if is_stuck else "drive behind")
             elif transport.send(cargo):

@@ -134,11 +134,13 @@ class Transport:
         self._shipments.append(_Shipment(write, extent, cargo, sources, producer, cargo[0].stream, time.monotonic()))
         return write
 
-    def device_is_behind(self) -> Fence | None:
-        """The point an accelerator has yet to pass before the oldest copy can begin, if it has not passed it."""
-        waiting = (s for s in self._shipments if s.producer is not None and not s.write.is_copied)
-        oldest = next(waiting, None)
-        return None if oldest is None or oldest.producer is None or oldest.producer.is_complete else oldest.producer
+    def next_point(self) -> Fence | None:
+        """The next point an accelerator has yet to pass before something that was sent can be copied, if there is one.
+
+        While there is, the accelerator has work queued: training is ahead of it.
+        """
+        points = (s.producer for s in self._shipments if not s.write.is_copied)
+        return next((point for point in points if point is not None and not point.is_complete), None)
 
     def let_go(self, max_held_nbytes: int, *, only_if_behind: bool) -> list[Record]:
         """Lets sources beyond `max_held_nbytes` go that an accelerator is yet to copy, the oldest first.

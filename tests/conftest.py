@@ -141,7 +141,13 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 
 @pytest.fixture(scope="session")
-def kvikio_environment(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
+def libcuda_stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library that plays the CUDA driver."""
+    return _compile("libcuda_stub.c", tmp_path_factory.mktemp("cuda") / "libcuda.so.1")
+
+
+@pytest.fixture(scope="session")
+def kvikio_environment(tmp_path_factory: pytest.TempPathFactory, libcuda_stub: Path) -> Mapping[str, str]:
     """The environment of a process in which kvikio runs without a GPU, and in which faults can be played."""
     if sys.version_info < (3, 11):
         pytest.skip("kvikio has no wheels for Python before 3.11")
@@ -149,8 +155,7 @@ def kvikio_environment(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str,
         pytest.skip("kvikio is not installed; `make test` installs what its tests need")
     folder = tmp_path_factory.mktemp("kvikio")
     preload = _compile("preload.c", folder / "preload.so")
-    _compile("libcuda_stub.c", folder / "libcuda.so.1")
-    own = {"LD_LIBRARY_PATH": str(folder), "LD_PRELOAD": str(preload), "SSDTRAIN_TEST_ENGINES": "kvikio"}
+    own = {"LD_LIBRARY_PATH": str(libcuda_stub.parent), "LD_PRELOAD": str(preload), "SSDTRAIN_TEST_ENGINES": "kvikio"}
     return os.environ | own | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 

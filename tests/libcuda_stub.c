@@ -2,10 +2,13 @@
 // host memory. Device memory is real in one sense: its addresses are mapped without any permission, and only the copy
 // functions here know where the bytes are. Whoever touches it as host memory dies of SIGSEGV.
 //
-// STUB_COPY_ERROR=700 makes every copy fail with that code. cuFile is not played: kvikio takes its POSIX path.
+// STUB_COPY_ERROR=700 makes every copy fail with that code, STUB_REGISTER_ERROR=2 the pinning of host memory. What streams
+// are told is written down in order: see stub_log(). cuFile is not played: kvikio takes its POSIX path.
 #define _GNU_SOURCE
 #include <pthread.h>
+#include <stdarg.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -25,6 +28,21 @@ static Range ranges[MAX_RANGES];
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static __thread void* current;
 static int context;  // its address is the one context there is
+
+static char told[1 << 20];
+static size_t told_nbytes;
+
+const char* stub_log(void) { return told; }
+
+static void note(const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  pthread_mutex_lock(&mutex);
+  told_nbytes += vsnprintf(told + told_nbytes, sizeof(told) - told_nbytes, format, arguments);
+  if (told_nbytes >= sizeof(told)) told_nbytes = sizeof(told) - 1;
+  pthread_mutex_unlock(&mutex);
+  va_end(arguments);
+}
 
 static int find(CUdeviceptr address, Range* found) {
   pthread_mutex_lock(&mutex);
@@ -79,9 +97,11 @@ CUresult cuMemFree_v2(CUdeviceptr address) {
 
 CUresult cuMemcpyAsync(CUdeviceptr to, CUdeviceptr from, size_t nbytes, void* stream) { return copy(to, from, nbytes); }
 CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, void* from, size_t nbytes, void* stream) {
+  note("in %p\n", stream);
   return copy(to, (CUdeviceptr)from, nbytes);
 }
 CUresult cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, size_t nbytes, void* stream) {
+  note("out %p\n", stream);
   return copy((CUdeviceptr)to, from, nbytes);
 }
 CUresult cuMemcpyBatchAsync_v2(CUdeviceptr* to, CUdeviceptr* from, size_t* nbytes, size_t count, void* attributes,
@@ -129,24 +149,29 @@ CUresult cuCtxPushCurrent_v2(void* pushed) { return current = pushed, OK; }
 CUresult cuCtxPopCurrent_v2(void** popped) { return *popped = current, current = NULL, OK; }
 CUresult cuCtxGetCurrent(void** out) { return *out = current, OK; }
 CUresult cuCtxGetDevice(int* device) { return *device = 0, OK; }
-CUresult cuStreamCreate(void** stream, unsigned flags) { return *stream = &context, OK; }
+CUresult cuDeviceGetPCIBusId(char* id, int nbytes, int device) { return snprintf(id, nbytes, "0000:00:00.0"), OK; }
+CUresult cuStreamCreate(void** stream, unsigned flags) { return *stream = malloc(1), OK; }
+CUresult cuStreamDestroy_v2(void* stream) { return free(stream), OK; }
+CUresult cuStreamWaitEvent(void* stream, void* event, unsigned flags) { return note("wait %p %p\n", stream, event), OK; }
+CUresult cuEventCreate(void** event, unsigned flags) { return *event = malloc(1), OK; }
+CUresult cuEventDestroy_v2(void* event) { return free(event), OK; }
+CUresult cuEventRecord(void* event, void* stream) { return note("record %p %p\n", stream, event), OK; }
+CUresult cuMemHostRegister_v2(void* address, size_t nbytes, unsigned flags) {
+  const char* error = getenv("STUB_REGISTER_ERROR");
+  return error ? atoi(error) : OK;
+}
 CUresult cuGetErrorName(CUresult error, const char** text) { return *text = "CUDA_ERROR_STUB", OK; }
 CUresult cuGetErrorString(CUresult error, const char** text) { return *text = "played by the stub", OK; }
 
 // What kvikio looks up and these tests never need more of than success.
 #define SUCCEEDS(name) \
   CUresult name() { return OK; }
-SUCCEEDS(cuMemHostRegister_v2)
 SUCCEEDS(cuMemHostUnregister)
 SUCCEEDS(cuCtxCreate_v2)
 SUCCEEDS(cuCtxCreate_v4)
 SUCCEEDS(cuCtxDestroy_v2)
 SUCCEEDS(cuDevicePrimaryCtxRelease_v2)
 SUCCEEDS(cuStreamSynchronize)
-SUCCEEDS(cuStreamDestroy_v2)
 SUCCEEDS(cuEventSynchronize)
-SUCCEEDS(cuEventCreate)
-SUCCEEDS(cuEventDestroy_v2)
-SUCCEEDS(cuEventRecord)
 SUCCEEDS(cuEventQuery)
 SUCCEEDS(cuLaunchHostFunc)

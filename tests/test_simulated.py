@@ -154,6 +154,9 @@ def test_data_on_the_host_is_waited_for(make_device: MakeDevice) -> None:
         assert torch.equal(x[x > 5], torch.tensor([6.0, 7.0, 8.0, 9.0, 10.0]))
         assert not torch.equal(x, x + 1)
         assert torch.unique(x // 5).numel() == 3
+        assert (x * 2).tolist() == [2.0 * i for i in range(1, 11)]
+        assert repr(x[:2] * 3) == "tensor([3., 6.])"
+        assert [part.numel() for part in x.tensor_split(torch.tensor([3, 4]))] == [3, 1, 6]
 
 
 def test_host_tensor_is_filled_when_the_copy_returns(device: SimulatedDevice) -> None:

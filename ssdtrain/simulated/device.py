@@ -6,15 +6,14 @@
     ...                                         # everything has run, or what went wrong was raised
 
 Backward of CPU tensors runs in the calling thread, hence on that thread's current stream, whatever stream forward ran
-on. Code that reads a tensor's memory behind PyTorch's back (`numpy()`, `tolist()`, printing) must call `synchronize`
-first.
+on. `tolist()`, `numpy()` and printing wait; what else reads memory behind PyTorch's back must call `synchronize`.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 
 import torch
@@ -22,8 +21,8 @@ import torch
 from ssdtrain.device import Allocation
 from ssdtrain.simulated.driver import SimulatedDriver
 from ssdtrain.simulated.machine import Machine
-from ssdtrain.simulated.mode import LaterMode
-from ssdtrain.simulated.shapes import Shapes
+from ssdtrain.simulated.mode import HostReaderMode, LaterMode
+from ssdtrain.simulated.shapes import shared_shapes
 from ssdtrain.simulated.tensors import Alias
 
 
@@ -39,7 +38,6 @@ class SimulatedDevice:
         """
         self._machine = Machine(seed, run_ahead, timeout_seconds)
         self._alias = Alias(self._machine)
-        self._shapes = Shapes()
         self._local = threading.local()
         self.driver = SimulatedDriver(self._machine)
 
@@ -47,9 +45,10 @@ class SimulatedDevice:
 
     def __enter__(self) -> SimulatedDevice:
         """This thread computes on the device."""
-        mode = LaterMode(self._machine, self._shapes)
-        mode.__enter__()  # type: ignore[no-untyped-call]
-        self._modes().append(mode)
+        modes = ExitStack()
+        modes.enter_context(LaterMode(self._machine, shared_shapes()))
+        modes.enter_context(HostReaderMode(self._machine))
+        self._modes().append(modes)
         self._machine.thread.num_entered += 1
         return self
 
@@ -64,7 +63,7 @@ class SimulatedDevice:
                 self._abandon()
         finally:
             self._machine.thread.num_entered -= 1
-            self._modes().pop().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+            self._modes().pop().close()
 
     def close(self) -> None:
         """Lets held streams go, runs what is queued, ends the thread and raises what went wrong."""
@@ -79,10 +78,10 @@ class SimulatedDevice:
             self._machine.executor.hold(stream, False)
         self._machine.executor.drain()
 
-    def _modes(self) -> list[LaterMode]:
+    def _modes(self) -> list[ExitStack]:
         if not hasattr(self._local, "modes"):
             self._local.modes = []
-        modes: list[LaterMode] = self._local.modes
+        modes: list[ExitStack] = self._local.modes
         return modes
 
     # -- streams ---------------------------------------------------------------------------------------------------

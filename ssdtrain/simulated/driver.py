@@ -19,6 +19,7 @@ class SimulatedDriver(driver_type()):  # type: ignore[misc]
         self._machine = machine
         self._events: dict[int, Event] = {}
         self._free: list[int] = []
+        self._pinned: dict[int, int] = {}
 
     def index(self) -> int:
         """There is one device."""
@@ -83,11 +84,14 @@ class SimulatedDriver(driver_type()):  # type: ignore[misc]
     def pin(self, address: int, nbytes: int) -> str:
         """Host memory that copies will use; never refused. What was there before is other memory."""
         with self._machine.lock:
+            self._pinned[address] = nbytes
             self._machine.order.history.forget(Span(address, nbytes))
         return ""
 
     def unpin(self, address: int) -> None:
-        """Nothing to undo."""
+        """No copy will use this memory any more."""
+        with self._machine.lock:
+            self._machine.order.history.forget(Span(address, self._pinned.pop(address)))
 
     def host_read(self, address: int, nbytes: int, what: str) -> None:
         """The calling thread reads memory now, for instance to write it to a drive."""

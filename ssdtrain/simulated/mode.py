@@ -9,10 +9,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -25,7 +27,40 @@ _aten = torch.ops.aten
 _VIEWS_IN_DISGUISE = {"aten::_unsafe_view", "aten::unsafe_split", "aten::unsafe_split_with_sizes", "aten::unsafe_chunk"}
 _EMPTY = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided"}
 _HIDDEN_TARGETS = {"aten::native_batch_norm": (3, 4)}  # the running statistics, in training
+_HOST_READERS = {  # they read a CPU tensor's memory without an operator that could be seen
+    torch.Tensor.tolist,
+    torch.Tensor.numpy,
+    torch.Tensor.__array__,
+    torch.Tensor.__repr__,
+    torch.Tensor.__format__,
+    torch.Tensor.tensor_split,
+    torch.tensor_split,
+    torch.ctc_loss,
+}
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+class HostReaderMode(TorchFunctionMode):
+    """Makes functions that read a tensor's memory on the host wait for the current stream."""
+
+    def __init__(self, machine: Machine) -> None:
+        """To be entered by the device."""
+        super().__init__()
+        self._machine = machine
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Called by PyTorch for every function of its interface."""
+        if func in _HOST_READERS:
+            synchronize(self._machine, func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def synchronize(machine: Machine, what: str) -> None:
+    """Waits for the current stream, as an accelerator does when the host wants data."""
+    machine.synchronize(machine.record(machine.current), f"the data that `{what}` needs on the host")
+    machine.raise_kept()
 
 
 class LaterMode(TorchDispatchMode):
@@ -69,7 +104,7 @@ class LaterMode(TorchDispatchMode):
         if func._schema.name not in _EMPTY:
             self._queue(func, args, kwargs, result)
         if _is_blocking_copy_to_host(func, args, kwargs) and not self._alias.is_managed(args[0]):
-            self._synchronize(str(func))
+            synchronize(self._machine, str(func))
         return result
 
     def _prepare(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], outcome: Outcome) -> Any:
@@ -114,7 +149,7 @@ class LaterMode(TorchDispatchMode):
         reads = _spans([leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)])
         work = Work(str(func), lambda: _catch(actual, func, run_args, run_kwargs), reads, _spans(targets))
         self._machine.submit(self._machine.current, work)
-        self._synchronize(str(func))
+        synchronize(self._machine, str(func))
         value, error = actual
         if error is not None:
             raise error
@@ -129,15 +164,11 @@ class LaterMode(TorchDispatchMode):
     ) -> Any:
         """Sparse, quantised, meta: not of this device; what it needs of ours is there first."""
         if any(tensor.is_cpu for tensor in tensors):
-            self._synchronize(str(func))
+            synchronize(self._machine, str(func))
         return func(*args, **kwargs)
 
-    def _synchronize(self, what: str) -> None:
-        machine = self._machine
-        machine.synchronize(machine.record(machine.current), f"the data that `{what}` needs on the host")
-        machine.raise_kept()
 
-
+@cache
 def _is_view(func: OpOverload) -> bool:
     if torch.Tag.inplace_view in func.tags or func._schema.name in _VIEWS_IN_DISGUISE:
         return True
@@ -153,12 +184,14 @@ def _stand_in(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
 
 
+@cache
 def _is_composite(func: OpOverload) -> bool:
     """Whether PyTorch itself would run it as other operators: seen here in inference mode only."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return has_kernel(func.name(), "CompositeImplicitAutograd") and not has_kernel(func.name(), "CPU")
 
 
+@cache
 def _makes_tensors(func: OpOverload) -> bool:
     """Whether it returns something else than what it was given to write to."""
     return any(r.alias_info is None for r in func._schema.returns)

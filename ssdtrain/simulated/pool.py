@@ -80,16 +80,19 @@ class Pool:
         self,
         record: Callable[[Stream], Event],
         on_complete: Callable[[Clock], None],
-        on_map: Callable[[Span], None],
+        on_change: Callable[[Span], None],
     ) -> None:
-        """`record` needs no lock; `on_complete` is told the clock of an event seen complete, `on_map` of new memory."""
+        """`record` needs no lock; `on_complete` is told the clock of an event seen complete.
+
+        `on_change` is told of memory that was mapped or is no longer.
+        """
         self.num_allocated_nbytes = 0
         self.peak_allocated_nbytes = 0
         self.num_reserved_nbytes = 0
         self.peak_reserved_nbytes = 0
         self._record = record
         self._on_complete = on_complete
-        self._on_map = on_map
+        self._on_change = on_change
         self._segments: list[Segment] = []  # by address
         self._free: dict[int, list[Block]] = {}
         self._notes: deque[_Pending] = deque()
@@ -163,6 +166,7 @@ class Pool:
                 self._free[segment.blocks[0].stream].remove(segment.blocks[0])
                 self._segments.remove(segment)
                 self.num_reserved_nbytes -= segment.nbytes
+                self._on_change(Span(segment.address, segment.nbytes))
 
     def _map(self, nbytes: int, stream: int, alignment: int) -> Block:
         segment = Segment(nbytes, alignment)
@@ -172,7 +176,7 @@ class Pool:
         self._free[stream].append(block)
         self.num_reserved_nbytes += nbytes
         self.peak_reserved_nbytes = max(self.peak_reserved_nbytes, self.num_reserved_nbytes)
-        self._on_map(block.span)
+        self._on_change(block.span)
         return block
 
     def _cut(self, block: Block, at: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -50,7 +51,7 @@ class Shapes:
         leaves, tree = tree_flatten((args, kwargs))
         if not all(isinstance(leaf, torch.Tensor) or type(leaf) in _PLAIN for leaf in leaves):
             return self._ask(func, args, kwargs)
-        key = (func, tree, *map(_describe, leaves))
+        key = (func, tree, torch.get_default_dtype(), *map(_describe, leaves))
         if key not in self._known:
             self._known[key] = self._ask(func, args, kwargs)
         return self._known[key]
@@ -75,6 +76,12 @@ class Shapes:
         if tensor.is_conj():
             fake = torch._conj(fake)
         return torch._neg_view(fake) if tensor.is_neg() else fake
+
+
+@cache
+def shared_shapes() -> Shapes:
+    """One memo for all devices of the process: the answers are the same for all."""
+    return Shapes()
 
 
 def _is_plain(result: Any) -> bool:
