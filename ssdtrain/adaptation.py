@@ -1,12 +1,12 @@
 """Keeps plans in step with what is measured: bandwidths averaged over steps, a new plan when they or the steps drift.
 
 [Note: when to plan]
-The first plan for a kind of step is made when it was seen twice: the very first step of a run is slower than all others,
-and a step that never comes again needs none. A plan holds while bandwidths and compute time stay within a quarter of
-those it was made for. Beyond that, and when a step waited although no wait was predicted, another one is made from what
-was measured last; every wait also makes it more cautious for a while: it counts on less read bandwidth than was measured.
-After a plan some steps pass before the next, so that one slow moment does not bring one plan and the next moment another,
-and so that planning, however short the steps are, takes a small part of the time.
+The first plan for a kind of step is made when it was seen twice: the very first step of a run is slower than others,
+and a step that never comes again needs none. A plan holds while bandwidths and compute time stay within a quarter of those
+it was made for. Beyond that, and when a step waited although no wait was predicted, another one is made from what was
+measured last; every wait also makes it more cautious for a while: it counts on less read bandwidth than was measured.
+After a plan some steps pass before the next, so that one slow moment does not bring one plan and the next moment
+another, and so that planning, however short the steps are, takes a small part of the time.
 """
 
 from __future__ import annotations

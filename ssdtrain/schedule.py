@@ -181,7 +181,7 @@ class Schedule:
     def hinted(self, micro_batch: int) -> Iterator[Record]:
         """Records of a micro-batch of this step in the order of the last one: its backward comes next."""
         for pass_ in [pass_ for pass_ in self._passes if pass_.number == micro_batch]:
-            if not pass_.is_closed:
+            if not pass_.order:
                 self.begin_backward(pass_)
             yield from self._next_of(pass_)
 

@@ -200,7 +200,7 @@ def test_the_two_ways_to_evaluate_a_plan_agree(seed: int) -> None:
 
 def test_a_slower_drive_than_planned_for_is_predicted_to_stall() -> None:
     plan = make_plan(tower(), disk(1, 1), Goal())
-    slower = predict(Timeline(tower(), disk(1, 0.05)), plan.placement, is_patient=False)
+    slower = predict(Timeline(tower(), disk(1, 0.2)), plan.placement, is_patient=False, starts=plan.starts)
     assert slower.stall_seconds > 0 and slower.num_late > 0
     behind = predict(Timeline(tower(), disk(0.2, 1, staging_nbytes=2 * MIB)), plan.placement, is_patient=False)
     assert behind.refused and behind.peak_nbytes > plan.peak_nbytes

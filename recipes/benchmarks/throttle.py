@@ -5,8 +5,8 @@
 
 A GPT trains without ssdtrain, then with it on the drive as it is, then with the drive throttled by the kernel (blkio
 cgroup, needs root) to parts of what it would take to write everything during forward. Plain steps come before and after
-every row, so that a machine that slows down shows. A row begins after the fourth step. "allowed" is what the drive could
-write during forward, which is what could lower a peak at its end; "moved" is what was written.
+every row, so that a machine that slows down shows. A row begins after the fourth step. "allowed" is what the drive
+could write during forward, which is what could lower a peak at its end; "moved" is what was written.
 """
 
 from __future__ import annotations

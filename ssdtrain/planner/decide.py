@@ -116,9 +116,7 @@ class _Decision:
         if is_patient or timeline.machine.idle_nbytes:  # else the search knows it
             prediction = predict(timeline, placement, is_patient=is_patient)
             peak, stall = prediction.peak_nbytes, prediction.stall_seconds
-        sent = dict.fromkeys(Where, 0)
-        for nbytes, where in zip(timeline.nbytes, placement, strict=True):
-            sent[Where(where)] += nbytes
+        sent = [sum([n for n, w in zip(timeline.nbytes, placement, strict=True) if w == where]) for where in Where]
         return Plan(
             placement=tuple(placement),
             starts=tuple(latest_starts(timeline, placement)),

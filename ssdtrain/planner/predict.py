@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -35,24 +36,27 @@ class Prediction:
 
 def latest_starts(timeline: Timeline, placement: Placement) -> list[float]:
     """When each reload starts so that all end as late as they may, whether or not the bytes are there by then."""
-    starts, free = [-math.inf] * len(placement), dict.fromkeys(timeline.tiers, math.inf)
+    starts, free = [-math.inf] * len(placement), [math.inf] * len(Where)
+    per_byte = [1 / timeline.tiers[where].read_bandwidth if where in timeline.tiers else 0.0 for where in Where]
     for i in timeline.by_need:
-        where, due = Where(placement[i]), timeline.needed[i]
-        if where != Where.KEEP and due < math.inf:
-            seconds = timeline.nbytes[i] / timeline.tiers[where].read_bandwidth
-            starts[i] = free[where] = min(due, free[where]) - seconds
+        where, due = placement[i], timeline.needed[i]
+        if where and due < math.inf:
+            starts[i] = free[where] = min(due, free[where]) - timeline.nbytes[i] * per_byte[where]
     return starts
 
 
-def predict(timeline: Timeline, placement: Placement, *, is_patient: bool) -> Prediction:
+def predict(
+    timeline: Timeline, placement: Placement, *, is_patient: bool, starts: Sequence[float] | None = None
+) -> Prediction:
     """Plays the step.
 
     Args:
         timeline: the step and the machine.
         placement: what moves.
+        starts: when reloads start; as late as this machine allows where nothing is said.
         is_patient: when the drive is behind, the training thread waits for it; otherwise the record stays in memory.
     """
-    return _Play(timeline, placement, is_patient).run()
+    return _Play(timeline, placement, is_patient).run(starts or latest_starts(timeline, placement))
 
 
 class _Play:
@@ -73,7 +77,8 @@ class _Play:
         self._refused: list[int] = []
         self._idle: list[int] = []  # sizes of memory kept for later reloads, the oldest first
 
-    def run(self) -> Prediction:
+    def run(self, starts: Sequence[float]) -> Prediction:
+        """From the first event to the last."""
         actions = {
             _OTHER: self._change_other,
             _SAVE: self._save,
@@ -81,16 +86,16 @@ class _Play:
             _NEED: self._need,
             _RELEASE: self._release,
         }
-        for seconds, kind, i in self._script():
+        for seconds, kind, i in self._script(starts):
             actions[kind](i, seconds + self._stall)
         self._changes.sort()
         peak = max(accumulate([delta for _, delta in self._changes]), default=0)
         return Prediction(peak, self._stall, self._num_late, tuple(self._refused))
 
-    def _script(self) -> list[tuple[float, int, int]]:
+    def _script(self, starts: Sequence[float]) -> list[tuple[float, int, int]]:
         timeline = self._timeline
         script = [(seconds, _OTHER, i) for i, (seconds, _) in enumerate(timeline.step.other)]
-        for i, start in enumerate(latest_starts(timeline, self._placement)):
+        for i, start in enumerate(starts):
             script += [(timeline.saved[i], _SAVE, i), (timeline.released[i], _RELEASE, i)]
             if timeline.needed[i] < math.inf:
                 script.append((timeline.needed[i], _NEED, i))

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from ssdtrain.planner.step import Where
 from ssdtrain.planner.timeline import Timeline
 
-_WORK = 60_000  # records walked along in all
+_WORK = 50_000  # records walked along in all
 _MIN_WALKS, _MAX_WALKS = 5, 4000
 _FOR_RULES, _FOR_CHANGES = 0.5, 0.8  # of the walks; what is left is for pruning
 _MANY_WALKS = 20  # below that the records are too many for changes of one at a time to matter
@@ -46,7 +46,9 @@ class Search:
         self.best: list[int] = [int(Where.KEEP)] * num
         self.kept_peak = self.best_peak = timeline.peak(self.best)
         self._away = {where: self._seconds_away(where) for where in timeline.tiers}
-        self._movable = [i for i in range(num) if any([away[i] > 0 for away in self._away.values()])]
+        aways = list(self._away.values())
+        self._longest = list(map(max, *aways)) if len(aways) > 1 else aways[0] if aways else [-1.0] * num
+        self._movable = [i for i, seconds in enumerate(self._longest) if seconds > 0]
 
     def run(self, enough: float = 0.0) -> list[int]:
         """The placement with the lowest peak found; below `enough` nothing more is moved."""
@@ -60,11 +62,12 @@ class Search:
 
     def _seconds_away(self, where: Where) -> list[float]:
         """How long each record would be out of memory if it had the channels for itself."""
-        tier = self.timeline.tiers[where]
-        records, most = self.timeline.step.records, self.timeline.machine.prefetch_nbytes
+        timeline, tier = self.timeline, self.timeline.tiers[where]
+        per_byte, most = 1 / tier.write_bandwidth + 1 / tier.read_bandwidth, timeline.machine.prefetch_nbytes
+        ends = map(min, timeline.needed, timeline.released)
         return [
-            -1.0 if r.nbytes > most else min(r.needed, r.released) - r.saved - tier.round_trip(r.nbytes)
-            for r in records
+            end - saved - nbytes * per_byte if nbytes <= most else -1.0
+            for nbytes, saved, end in zip(timeline.nbytes, timeline.saved, ends, strict=True)
         ]
 
     def longest_away(self) -> list[tuple[float, int]]:
@@ -200,7 +203,7 @@ class Search:
     def _prune(self, most: float) -> None:
         """Keeps what need not travel for a peak of `most`, what would be away for the shortest time first."""
         moving = [i for i, where in enumerate(self.best) if where]
-        moving.sort(key=lambda i: max([away[i] for away in self._away.values()]))
+        moving.sort(key=self._longest.__getitem__)
         doubtful = [moving]
         while doubtful and self._has_walks():
             some = doubtful.pop()

@@ -64,10 +64,6 @@ class Tier:
     capacity_nbytes: float = math.inf
     """Room; a record takes it from its save to its release."""
 
-    def round_trip(self, nbytes: int) -> float:
-        """Seconds a record of `nbytes` spends on its way there and back."""
-        return nbytes / self.write_bandwidth + nbytes / self.read_bandwidth
-
 
 @dataclass(frozen=True)
 class Machine:
