@@ -233,6 +233,7 @@ class ActivationOffload:
             if record is not None:
                 record.num_handles += 1
         self._store.tidy()
+        self._prefetch(self._schedule.due())
         if record is None:
             assert reason is not None
             return self._stay(tensor, reason, span[1] - span[0])
@@ -271,12 +272,11 @@ class ActivationOffload:
                 self._send(due)
 
     def _send(self, due: list[Record]) -> None:
-        """Sends what the plan does not keep, and begins the reloads it wants begun by now."""
+        """Sends what the plan does not keep."""
         kept = [record for record in due if self._schedule.keeps(record)]
         if kept:
             self._store.keep(kept, "planned to stay")
         self._store.offload([record for record in due if record not in kept] if kept else due)
-        self._prefetch(self._schedule.due())
 
     def _prefetch(self, upcoming: Iterator[Record]) -> None:
         for record in upcoming:

@@ -2,9 +2,9 @@
 
 [Note: when to plan]
 The first plan for a kind of step is made when it was seen twice: the very first step of a run is slower than others,
-and a step that never comes again needs none. A plan holds while bandwidths and compute time stay within a quarter of those
-it was made for. Beyond that, and when a step waited although no wait was predicted, another one is made from what was
-measured last; every wait also makes it more cautious for a while: it counts on less read bandwidth than was measured.
+and a step that never comes again needs none. A plan holds while bandwidths and compute time stay within a quarter of
+those it was made for. Beyond that, and when a step waited although no wait was predicted, another one is made from what
+was measured last; every wait also makes it more cautious for a while: it counts on less read bandwidth than measured.
 After a plan some steps pass before the next, so that one slow moment does not bring one plan and the next moment
 another, and so that planning, however short the steps are, takes a small part of the time.
 """
