@@ -18,15 +18,20 @@ export PIP_CONSTRAINT := $(CURDIR)/.constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# The test extra, without building the package a second time.
+REQUIREMENTS := import importlib; from importlib.util import find_spec; \
+    toml = importlib.import_module("tomllib" if find_spec("tomllib") else "pip._vendor.tomli"); \
+    print(*toml.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["test"])
+
 .PHONY: help demo test lint format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.package
 	$(BIN)/ssdtrain demo $(DEMO)
 
-test: $(VENV)/.installed $(VENV)/.kvikio
+test: $(VENV)/.package $(VENV)/.tests
 	$(BIN)/python -m pytest $(PYTEST)
 
 lint: $(VENV)/.linters
@@ -51,17 +56,22 @@ $(VENV)/.torch: .constraints.txt
 	$(BIN)/pip install torch
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*)
-	$(BIN)/pip install -e '.[test]'
+$(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*)
+	$(BIN)/pip install -e .
 	@touch $@
 
-# kvikio without what it needs a GPU for (gigabytes); its wheels begin with Python 3.11, and without it its tests skip.
-$(VENV)/.kvikio: .constraints.txt | $(VENV)/.installed
+# What the tests need. DeepSpeed's build looks at the torch of the environment it is for, hence no isolation; its
+# operators are compiled at first use (DS_BUILD_OPS=0), and the tests use none. kvikio comes without what it needs a GPU
+# for (gigabytes); its wheels begin with Python 3.11, and without it its tests skip.
+$(VENV)/.tests: pyproject.toml .constraints.txt | $(VENV)/.package
+	$(BIN)/pip install 'setuptools>=77' wheel
+	DS_BUILD_OPS=0 $(BIN)/pip install --no-build-isolation deepspeed
+	$(BIN)/python -c '$(REQUIREMENTS)' | xargs $(BIN)/pip install
 	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then $(BIN)/pip install --no-deps \
 	    kvikio-cu13 libkvikio-cu13 rapids-logger cuda-pathfinder nvidia-cufile numpy packaging; fi
 	@touch $@
 
-$(VENV)/.linters: .constraints.txt | $(VENV)/.installed
+$(VENV)/.linters: .constraints.txt | $(VENV)/.package
 	$(BIN)/pip install ruff mypy clang-format
 	@touch $@
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -30,7 +30,16 @@ from ssdtrain.adaptation import adaptation_for
 from ssdtrain.device import CpuDevice, Device
 from ssdtrain.devices import Devices
 from ssdtrain.directories import check_directories
-from ssdtrain.identity import byte_range, is_parameter, is_weight, rebuild, version_probe, view_spec, why_not
+from ssdtrain.identity import (
+    byte_range,
+    is_made_by,
+    is_parameter,
+    is_weight,
+    rebuild,
+    version_probe,
+    view_spec,
+    why_not,
+)
 from ssdtrain.index import Index
 from ssdtrain.modules import ModuleNames
 from ssdtrain.planner import Plan
@@ -80,6 +89,7 @@ class ActivationOffload:
         self._names = ModuleNames(model)
         self._model = model
         self._thread = _Thread()
+        self._left_alone: frozenset[str] = frozenset()
         self._is_closed = False
         if directories is None and policy.host_nbytes == 0:
             raise ValueError("Expected a directory or a host tier, got directory=None and host_nbytes=0; pass either")
@@ -113,8 +123,7 @@ class ActivationOffload:
 
     def _enter_hooks(self) -> None:
         if self._model is not None:
-            with self._store.lock:
-                self._index.mark_weights([*self._model.parameters(), *self._model.buffers()])
+            self.mark_weights([*self._model.parameters(), *self._model.buffers()])
         hooks = saved_tensors_hooks(self._pack, self._unpack)
         hooks.__enter__()
         self._thread.entered.append(hooks)
@@ -129,6 +138,38 @@ class ActivationOffload:
         self._names.unwatch()
         self._thread.entered.pop().__exit__(kind, error, trace)
         self._store.leave()
+
+    @property
+    def is_innermost(self) -> bool:
+        """Whether it is this context that takes what autograd saves in this thread now, rather than a later one."""
+        hooks = innermost_hooks()
+        return hooks is not None and hooks[0] == self._pack
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a thread, perhaps this one, is in the middle of something; a destructor must not wait for it."""
+        return self._store.lock.locked()
+
+    def keep_open(self) -> None:
+        """Keeps engine, slabs and spill files until `close()`, also while the context is left and no graph is alive.
+
+        For those who enter and leave it many times a second: opening them takes milliseconds.
+        """
+        if self.policy.enabled:
+            self._store.enter()
+
+    def mark_weights(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Says that these are weights: whatever shares a storage with one of them, as it is now, stays in memory."""
+        with self._store.lock:
+            self._index.mark_weights(tensors)
+
+    def leave_alone(self, nodes: Iterable[str]) -> None:
+        """Leaves what autograd nodes of these names made in memory: its maker frees its storage and refills it."""
+        self._left_alone |= frozenset(nodes)
+
+    def note(self, text: str) -> None:
+        """Adds a remark to `stats.fallbacks`, and warns with it once."""
+        self._store.note_fallback(text)
 
     def close(self) -> None:
         """Frees slabs, threads and spill files at once. A later backward through records on disk raises an error."""
@@ -186,6 +227,11 @@ class ActivationOffload:
             self._index.mark_weight(tensor.untyped_storage())
         return Resident(tensor, 0, self._counters)
 
+    def _leave(self, tensor: torch.Tensor, nbytes: int) -> Resident:
+        """Its owner frees and refills it: autograd holds next to nothing."""
+        self._counters.skip("refilled by its owner", nbytes)
+        return Resident(tensor, 0, self._counters)
+
     def _pack_large(self, tensor: torch.Tensor, nbytes: int) -> Resident | Handle:
         reason = why_not(tensor)
         if reason == "weight":
@@ -202,6 +248,8 @@ class ActivationOffload:
             return self._stay(tensor, device, nbytes)
         if _graph_task() != -1:
             return self._stay(tensor, "saved during backward", nbytes)
+        if self._left_alone and is_made_by(tensor, self._left_alone):
+            return self._leave(tensor, nbytes)
         reason = self._store.why_not(device)
         if reason is not None:
             return self._stay(tensor, reason, nbytes)
@@ -269,7 +317,7 @@ class ActivationOffload:
                 self._schedule.review(self._counters, self._store.engine_totals())
             if thread.pending:
                 due, thread.pending = thread.pending, []
-                self._send(due)
+                self._send([record for record in due if not _is_resized(record)])
 
     def _send(self, due: list[Record]) -> None:
         """Sends what the plan does not keep."""
@@ -315,6 +363,11 @@ class ActivationOffload:
         return rebuild(storage, handle.spec, shift, handle.probe)
 
 
+def _is_resized(record: Record) -> bool:
+    """Whether the source was freed behind autograd's back: whoever did that refills it before backward."""
+    return record.storage is not None and record.storage.nbytes() != record.storage_nbytes
+
+
 def _widen(span: tuple[int, int], base_nbytes: int) -> tuple[int, int]:
     """The range a record takes: the whole storage of a view's base, unless the view is a small part of it.
 
@@ -355,8 +408,8 @@ def offload_activations(
         model: names modules in messages and marks its parameters and buffers as weights. Never needed for correctness.
 
     Returns:
-        A context manager with `stats` and `close()`. Everything is freed by `close()`, or when the context is left and
-        the last graph is gone.
+        A context manager with `stats` and `close()`. Everything is freed by `close()`, when the object is gone, and,
+        unless tensors of an accelerator travelled, when the context is left and the last graph is gone.
 
     Raises:
         OSError: a directory is missing, not writable or full.
@@ -373,6 +426,12 @@ def offload_activations(
     several = [directory] if isinstance(directory, str | os.PathLike) else directory
     paths = None if several is None else [os.fspath(path) for path in several]
     return ActivationOffload(paths, ActivationPolicy.of(policy), model)
+
+
+def innermost_hooks() -> tuple[Any, Any] | None:
+    """The pack and unpack hooks that are asked first in this thread, whoever installed them."""
+    hooks: tuple[Any, Any] | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks
 
 
 @contextmanager

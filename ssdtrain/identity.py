@@ -122,6 +122,19 @@ def is_weight(tensor: torch.Tensor) -> bool:
     return False
 
 
+def is_made_by(tensor: torch.Tensor, names: frozenset[str]) -> bool:
+    """Whether an autograd node of one of these names made a tensor, or what it is a view of."""
+    base = tensor._base
+    if base is not None and base.grad_fn is not None and base.grad_fn.name() in names:
+        return True
+    node = tensor.grad_fn
+    for _ in range(_MAX_RESHAPES):
+        if node is None or node.name() in names or node.name() not in _RESHAPES:
+            break
+        node = node.next_functions[0][0]
+    return node is not None and node.name() in names
+
+
 def is_parameter(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a plain parameter or a view of one: the quick test, most weights end here."""
     base = tensor._base

@@ -52,7 +52,7 @@ class ActivationPolicy(BaseModel):
         pydantic.ValidationError: (a ``ValueError``) an unknown key or a bad value, with what is accepted.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     enabled: bool = True
     """False makes ``offload_activations`` a null context: no hooks, no file, no cost."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 import enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from ssdtrain.identity import ViewSpec
 
 if TYPE_CHECKING:
-    import torch
     from torch.multiprocessing.reductions import StorageWeakRef
 
     from ssdtrain.device import Allocation, Device
@@ -147,10 +148,13 @@ class Resident:
 
     def __init__(self, tensor: torch.Tensor, nbytes: int, counters: Counters) -> None:
         """Holds the tensor's memory, `nbytes` of which were added to `counters`."""
-        self.tensor = tensor.detach()  # not the tensor itself: an operator's own output would keep its node alive
-        self.version = tensor._version
-        self.nbytes = nbytes
+        self.nbytes = nbytes  # first what `__del__` needs, should the rest raise
         self.counters = counters
+        # A weight itself, as without hooks: ZeRO-3 frees a parameter's memory by giving it other data, and an alias
+        # would hold that memory. Of other tensors an alias: an operator's own output would keep its node alive.
+        is_plain_weight = type(tensor) is torch.nn.Parameter and tensor.is_leaf
+        self.tensor = tensor if is_plain_weight else tensor.detach()
+        self.version = tensor._version
 
     def __del__(self) -> None:
         """Takes the bytes off the account."""

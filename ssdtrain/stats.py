@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -208,6 +208,11 @@ class Stats:
             stall_seconds=sum(totals.stalls.values()),
             fallbacks=tuple(totals.fallbacks),
         )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain types, for JSON."""
+        skipped = {reason: vars(entry).copy() for reason, entry in self.skipped.items()}
+        return vars(self) | {"skipped": skipped, "stalls": dict(self.stalls), "fallbacks": list(self.fallbacks)}
 
     def _host_lines(self) -> list[str]:
         if not self.peak_host_nbytes:

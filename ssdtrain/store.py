@@ -208,9 +208,14 @@ class Store:
         self._reloads.forget_engine()
 
     def _close_if_idle(self) -> None:
-        """Closes when no context is active and no record is left; the next context opens again."""
-        if self._transport is not None and not self._num_entered and not self.counters.num_live_records:
-            self._close()
+        """Closes when no context is active and no record is left; the next context opens again.
+
+        Not with an accelerator: the process would wait for it, and pinning memory anew costs more than a step.
+        """
+        transport = self._transport
+        if transport is None or self._num_entered or self.counters.num_live_records or transport.has_accelerators:
+            return
+        self._close()
 
     # -- records come and go ---------------------------------------------------------------------------------------
 

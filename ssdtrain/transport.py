@@ -92,6 +92,11 @@ class Transport:
             self._send_together(cargo, sizes, extents[0], producer)
         return True
 
+    @property
+    def has_accelerators(self) -> bool:
+        """Whether memory of an accelerator was ever sent."""
+        return bool(self._devices)
+
     def is_in_host(self, record: Record) -> bool:
         """Whether the bytes of a record that was sent are in the host tier."""
         return self.host is not None and record.places[0].extent.file == self.host.file

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 import ssdtrain
 from ssdtrain.demo.model import GPT, GPTConfig
 from ssdtrain.policy import ActivationPolicy
+from ssdtrain.record import Residency
 from ssdtrain.simulated import SimulatedDevice
 
 pytest.importorskip("ssdtrain._C", reason="an accelerator needs the extension")
@@ -206,6 +207,62 @@ def test_forward_on_one_stream_and_backward_on_another(make: Make, device: Simul
         device.driver.wait(device.current_stream(), event)
         loss.backward()
     assert torch.equal(x.grad, 2 * grad_of(24))  # type: ignore[arg-type]
+
+
+def test_prefetched_on_one_stream_and_used_on_another(
+    make: Make, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Backward of the second graph brings the first one's tensors too, into memory of its own stream. The stream that
+    uses them is another: the memory may serve the first one again only after what is queued there."""
+    offload = make(prefetch_nbytes=1024 * KIB)
+    side, shared = device.new_stream(), []
+    share = device.share
+    monkeypatch.setattr(device, "share", lambda storage, stream: [shared.append(stream), share(storage, stream)])
+    with device:
+        with offload:
+            x, first = layers(16)
+            _y, second = layers(16)
+        device.synchronize()
+        second.backward()
+        assert not shared
+        device.driver.wait(side, device.driver.record(device.current_stream()))
+        with device.stream(side):
+            first.backward()
+        device.driver.wait(device.current_stream(), device.driver.record(side))
+    assert len(shared) >= 8 and set(shared) == {side}
+    assert torch.equal(x.grad, grad_of(16))  # type: ignore[arg-type]
+
+
+def test_memory_of_a_dropped_reload_is_kept_until_it_is_filled(make: Make, device: SimulatedDevice) -> None:
+    """The graph is gone in the middle of backward; copies into memory of its reloads are queued all the same."""
+    offload = make(prefetch_nbytes=1024 * KIB)
+    store = offload._store
+    with device, offload:
+        x, loss = layers(16)
+        device.synchronize()
+        assert store._transport is not None
+        store._transport.engine.drain()
+        offload.stats  # noqa: B018  takes note of what the engine did
+        device.hold(device.driver.in_stream())
+        record = next(r for r in _records(offload) if r.residency == Residency.DISK)
+        assert store.prefetch(record) and record.reads[0].wait_issued(30)
+        del loss, x, record
+        assert offload.stats.num_live_records == 0
+        assert store._transport._orphans
+        device.release(device.driver.in_stream())
+
+
+def test_a_reload_waits_for_its_own_store(make: Make, device: SimulatedDevice) -> None:
+    """Megatron#7398: the source was let go in stream order, the copy out has not run, and backward wants the bytes."""
+    offload = make(staging_nbytes=512 * KIB)
+    with device:
+        device.hold(device.driver.out_stream())
+        with offload:
+            x, loss = layers(40)
+            assert any(r.residency == Residency.OFFLOADING and r.storage is None for r in _records(offload))
+        loss.backward()
+        device.release(device.driver.out_stream())
+    assert torch.equal(x.grad, grad_of(40))  # type: ignore[arg-type]
 
 
 def test_two_streams_take_turns(make: Make, device: SimulatedDevice) -> None:

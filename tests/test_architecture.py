@@ -41,6 +41,8 @@ ROOMS = [
     "modules",
     "activations",
     "__init__",
+    "integrations",
+    "launch",
     "demo",
     "cli",
     "__main__",

@@ -43,6 +43,27 @@ def test_engine(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_gpu(tmp_path: Path) -> None:
+    """What runs without a GPU: every way gives the same gradients, and bytes travelled in ours."""
+    size = "--hidden 64 --heads 2 --layers 3 --sequence 64 --batch 2 --dtype float32 --repeats 1 --warm-up 1".split()
+    result = run("gpu.py", str(tmp_path), *size, "--policy", '{"min_nbytes": 0, "staging_nbytes": "256KiB"}')
+    rows = {row["variant"]: row for row in result["rows"]}
+    assert {"plain", "ssdtrain drive auto", "ssdtrain drive all", "save_on_cpu", "recompute"} <= rows.keys()
+    assert all(row["is_equal"] for row in rows.values())
+    assert rows["ssdtrain drive all"]["stats"]["written_nbytes"] > 0
+    assert result["saved_nbytes"] > 0 and result["machine"]["torch"]
+
+
+def test_gpu_script_is_well_formed() -> None:
+    """It cannot run without a GPU; its syntax and the files it names can be checked."""
+    script = BENCHMARKS / "gpu.sh"
+    subprocess.run(["bash", "-n", script], check=True)
+    named = [
+        word for word in script.read_text().replace("\\\n", " ").split() if word.startswith(("tests/", "recipes/"))
+    ]
+    assert named and all((ROOT / word).exists() for word in named), named
+
+
 def test_readme_shows_the_recorded_results(tmp_path: Path) -> None:
     """The README's table is made from the data, not by hand."""
     for name in ("recipes/benchmarks/tables.py", "recipes/benchmarks/results/demo.json", "README.md"):

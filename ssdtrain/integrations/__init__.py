@@ -1,0 +1,42 @@
+"""Other frameworks: each module here translates between one of them and ssdtrain, and is imported by name.
+
+Nothing here is imported by `import ssdtrain`: a framework that is not used costs nothing and need not be installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from importlib.metadata import version
+from types import MappingProxyType, ModuleType
+
+TESTED_VERSIONS = MappingProxyType({"deepspeed": ("0.19.8",), "megatron-core": ("0.16.1",)})
+"""Versions of each framework that the tests ran with."""
+
+
+def require(package: str, install: str) -> ModuleType:
+    """The module of a framework.
+
+    Raises:
+        ImportError: it is not installed; the message has the command, `install`.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(
+            f"Expected {package} to be importable for ssdtrain.integrations.{package}, got: {error}. "
+            f"Install the version tested: {install}"
+        ) from error
+
+
+def check_version(package: str, found: str | None = None) -> None:
+    """Warns about a version that the tests have not run with; `found` is what is installed unless given."""
+    found = version(package) if found is None else found
+    tested = TESTED_VERSIONS[package]
+    if found.partition("+")[0] not in tested:
+        warnings.warn(
+            f"Expected {package} {' or '.join(tested)}, which ssdtrain is tested with, got {found}: it may well work; "
+            f"compare losses of a few steps with and without ssdtrain, or install {package}=={tested[-1]}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
