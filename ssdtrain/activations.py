@@ -26,6 +26,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ssdtrain.adaptation import adaptation_for
 from ssdtrain.device import CpuDevice, Device
 from ssdtrain.devices import Devices
 from ssdtrain.directories import check_directories
@@ -41,8 +42,9 @@ from ssdtrain.identity import (
 )
 from ssdtrain.index import Index
 from ssdtrain.modules import ModuleNames
+from ssdtrain.planner import Plan
 from ssdtrain.policy import ActivationPolicy
-from ssdtrain.record import Handle, Record
+from ssdtrain.record import Handle, Record, Resident
 from ssdtrain.schedule import Schedule
 from ssdtrain.stats import Counters, Stats
 from ssdtrain.store import Store
@@ -54,24 +56,6 @@ _graph_task = torch._C._current_graph_task_id
 _SMALL = "smaller than min_nbytes"
 _ALIGNMENT = 16  # of the first byte of a record: a multiple of every element size
 _WHOLE_STORAGE_FRACTION = 4  # a view of at least a quarter of its storage takes the whole storage along
-
-
-class _Resident:
-    """Handle of a saved tensor that stays in memory: keeps it, its version, and the account of held bytes."""
-
-    __slots__ = ("counters", "nbytes", "tensor", "version")
-
-    def __init__(self, tensor: torch.Tensor, nbytes: int, counters: Counters) -> None:
-        self.nbytes = nbytes  # first what `__del__` needs, should the rest raise
-        self.counters = counters
-        # A weight itself, as without hooks: ZeRO-3 frees a parameter's memory by giving it other data, and an alias
-        # would hold that memory. Of other tensors an alias: an operator's own output would keep its node alive.
-        is_plain_weight = type(tensor) is torch.nn.Parameter and tensor.is_leaf
-        self.tensor = tensor if is_plain_weight else tensor.detach()
-        self.version = tensor._version
-
-    def __del__(self) -> None:
-        self.counters.held_nbytes -= self.nbytes
 
 
 class _Thread(threading.local):
@@ -101,7 +85,7 @@ class ActivationOffload:
         self.policy = policy
         self._counters = Counters()
         self._index = Index()
-        self._schedule = Schedule()
+        self._schedule = Schedule(self._counters, adaptation_for(policy, directories or ()))
         self._names = ModuleNames(model)
         self._model = model
         self._thread = _Thread()
@@ -109,7 +93,7 @@ class ActivationOffload:
         self._is_closed = False
         if directories is None and policy.host_nbytes == 0:
             raise ValueError("Expected a directory or a host tier, got directory=None and host_nbytes=0; pass either")
-        cpu = cpu or CpuDevice(policy.prefetch_nbytes)
+        cpu = cpu or CpuDevice(policy.idle_nbytes)
         self._devices = Devices(cpu, has_host_tier_only=directories is None)
         self._store = Store(directories or (), policy, self._counters, self._index, self._devices)
         if policy.enabled:
@@ -193,13 +177,31 @@ class ActivationOffload:
         self._store.close()
 
     @property
+    def plan(self) -> Plan | None:
+        """What the running step does with every record, for how much memory and time; `print` explains it.
+
+        None before the second step, in mode ``"all"``, and for tensors of an accelerator.
+        """
+        return self._schedule.plan
+
+    def hint_backward(self, micro_batch: int) -> None:
+        """Says that backward of a micro-batch comes next, so that its last tensors are reloaded in time.
+
+        Never needed: the order is learned. For pipeline schedules that know it before it happens the first time.
+
+        Args:
+            micro_batch: number of the forward pass, counted from 0 among those whose tensors are alive together.
+        """
+        self._prefetch(self._schedule.hinted(micro_batch))
+
+    @property
     def stats(self) -> Stats:
         """What it did and what it cost so far."""
         return Stats.of(self._store.engine_totals())
 
     # -- pack ----------------------------------------------------------------------------------------------------
 
-    def _pack(self, tensor: torch.Tensor) -> _Resident | Handle:
+    def _pack(self, tensor: torch.Tensor) -> Resident | Handle:
         self._counters.num_saved += 1
         try:
             nbytes = tensor.nbytes
@@ -211,25 +213,26 @@ class ActivationOffload:
             return self._stay_weight(tensor, nbytes)
         return self._pack_large(tensor, nbytes)
 
-    def _stay(self, tensor: torch.Tensor, reason: str, nbytes: int) -> _Resident:
+    def _stay(self, tensor: torch.Tensor, reason: str, nbytes: int) -> Resident:
         counters = self._counters
         counters.skip(reason, nbytes)
         counters.hold(nbytes)
-        return _Resident(tensor, nbytes, counters)
+        counters.resident_nbytes += nbytes
+        return Resident(tensor, nbytes, counters)
 
-    def _stay_weight(self, tensor: torch.Tensor, nbytes: int) -> _Resident:
+    def _stay_weight(self, tensor: torch.Tensor, nbytes: int) -> Resident:
         """A weight is in memory anyway: it costs nothing to save it."""
         self._counters.skip("weight", nbytes)
         if tensor.layout is torch.strided:
             self._index.mark_weight(tensor.untyped_storage())
-        return _Resident(tensor, 0, self._counters)
+        return Resident(tensor, 0, self._counters)
 
-    def _leave(self, tensor: torch.Tensor, nbytes: int) -> _Resident:
+    def _leave(self, tensor: torch.Tensor, nbytes: int) -> Resident:
         """Its owner frees and refills it: autograd holds next to nothing."""
         self._counters.skip("refilled by its owner", nbytes)
-        return _Resident(tensor, 0, self._counters)
+        return Resident(tensor, 0, self._counters)
 
-    def _pack_large(self, tensor: torch.Tensor, nbytes: int) -> _Resident | Handle:
+    def _pack_large(self, tensor: torch.Tensor, nbytes: int) -> Resident | Handle:
         reason = why_not(tensor)
         if reason == "weight":
             return self._stay_weight(tensor, nbytes)
@@ -260,7 +263,7 @@ class ActivationOffload:
 
     def _pack_travelling(
         self, tensor: torch.Tensor, storage: torch.UntypedStorage, span: tuple[int, int], device: Device
-    ) -> _Resident | Handle:
+    ) -> Resident | Handle:
         spec, probe = view_spec(tensor), version_probe(tensor)
         with self._store.lock:
             version = tensor._version  # under the lock, as `shares_version_counter` asks
@@ -278,6 +281,7 @@ class ActivationOffload:
             if record is not None:
                 record.num_handles += 1
         self._store.tidy()
+        self._prefetch(self._schedule.due())
         if record is None:
             assert reason is not None
             return self._stay(tensor, reason, span[1] - span[0])
@@ -300,6 +304,7 @@ class ActivationOffload:
         if record.device.driver is not None:
             record.prefers_host = self._schedule.is_needed_soon(record, self.policy.host_nbytes)
         self._store.adopt(record)
+        self._schedule.note_saved(record)
         self._thread.pending.append(record)
 
     def _start_due(self) -> None:
@@ -308,14 +313,28 @@ class ActivationOffload:
         number = _sequence_number()
         if number != thread.sequence_number:
             thread.sequence_number = number
+            if self._schedule.has_news:
+                self._schedule.review(self._counters, self._store.engine_totals())
             if thread.pending:
                 due, thread.pending = thread.pending, []
-                self._store.offload([record for record in due if not _is_resized(record)])
+                self._send([record for record in due if not _is_resized(record)])
+
+    def _send(self, due: list[Record]) -> None:
+        """Sends what the plan does not keep."""
+        kept = [record for record in due if self._schedule.keeps(record)]
+        if kept:
+            self._store.keep(kept, "planned to stay")
+        self._store.offload([record for record in due if record not in kept] if kept else due)
+
+    def _prefetch(self, upcoming: Iterator[Record]) -> None:
+        for record in upcoming:
+            if not self._store.prefetch(record):
+                break
 
     # -- unpack --------------------------------------------------------------------------------------------------
 
-    def _unpack(self, handle: _Resident | Handle) -> torch.Tensor:
-        if type(handle) is _Resident:
+    def _unpack(self, handle: Resident | Handle) -> torch.Tensor:
+        if type(handle) is Resident:
             if handle.tensor._version != handle.version:
                 self._check_version(handle.tensor, handle.version, handle.tensor)
             return handle.tensor
@@ -336,9 +355,7 @@ class ActivationOffload:
         is_first, record.is_unpacked = not record.is_unpacked, True
         loan, is_miss = store.request(record, handle.epoch)
         self._schedule.note_unpacked(record, is_first=is_first, is_miss=is_miss)
-        for upcoming in self._schedule.upcoming(record.pass_):
-            if not store.prefetch(upcoming):
-                break
+        self._prefetch(self._schedule.upcoming(record.pass_))
         if loan is None:
             loan = store.wait(record, handle.epoch)
         storage, shift, handle.epoch = loan
@@ -428,11 +445,11 @@ def keep_resident() -> Iterator[None]:
         ...         loss = head(hidden)  # needed first by backward
     """
     counters = Counters()
-    with saved_tensors_hooks(lambda tensor: _Resident(tensor, 0, counters), _unpack_resident):
+    with saved_tensors_hooks(lambda tensor: Resident(tensor, 0, counters), _unpack_resident):
         yield
 
 
-def _unpack_resident(handle: _Resident) -> torch.Tensor:
+def _unpack_resident(handle: Resident) -> torch.Tensor:
     if handle.tensor._version != handle.version:
         raise _modified(handle.tensor, handle.tensor._version, handle.version)
     return handle.tensor

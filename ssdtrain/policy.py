@@ -74,6 +74,20 @@ class ActivationPolicy(BaseModel):
     disk_nbytes: Nbytes | None = Field(default=None, ge=MIN_STAGING_NBYTES)
     """Cap on spill space over all directories. What does not fit stays in memory. None: what the drive has free."""
 
+    memory_budget: Nbytes | None = Field(default=None, gt=0)
+    """Stay under so many bytes of saved tensors in memory, staging included, at the least step time that allows it:
+    what need not leave stays, and training waits for the drive where it must. None, in mode ``"auto"``: never waits,
+    and the peak is as low as that allows."""
+
+    drive_writes_per_day: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Endurance of the drive as its maker gives it: how often a day it may be written in full. Caps what is written."""
+
+    endurance_tbw: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Endurance in terabytes written, as its maker gives it. Caps what is written: it lasts `drive_life_years`."""
+
+    drive_life_years: float = Field(default=5.0, gt=0, allow_inf_nan=False)
+    """How long `endurance_tbw` is to last when training never stops."""
+
     host_nbytes: Nbytes | None = Field(default=None, ge=0)
     """Limit of the host tier: pinned host memory that holds tensors of an accelerator for good, those that backward
     needs first. None: nothing with a directory; without one, half of the memory that is free when it opens."""
@@ -108,6 +122,16 @@ class ActivationPolicy(BaseModel):
                 "nothing could ever be offloaded. Raise disk_nbytes or lower min_nbytes"
             )
         return self
+
+    @property
+    def is_patient(self) -> bool:
+        """Whether training waits for the drive rather than keep a tensor."""
+        return self.mode == "all" or self.memory_budget is not None
+
+    @property
+    def idle_nbytes(self) -> int:
+        """How much memory of finished reloads is kept for the next ones: none where memory counts more than time."""
+        return 0 if self.memory_budget is not None else self.prefetch_nbytes
 
     @classmethod
     def of(cls, policy: ActivationPolicy | Mapping[str, Any] | None) -> ActivationPolicy:

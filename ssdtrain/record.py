@@ -9,15 +9,17 @@ from __future__ import annotations
 import enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from ssdtrain.identity import ViewSpec
 
 if TYPE_CHECKING:
-    import torch
     from torch.multiprocessing.reductions import StorageWeakRef
 
     from ssdtrain.device import Allocation, Device
     from ssdtrain.engine import Read, Write
     from ssdtrain.space import Extent
+    from ssdtrain.stats import Counters
     from ssdtrain.trace import Pass
     from ssdtrain.transport import Transport
 
@@ -137,6 +139,27 @@ class Record:
     def __repr__(self) -> str:
         """``record 3 (float32[8, 512] of h.0.mlp), 16384 bytes``."""
         return f"record {self.index} ({self.spec}{self.where}), {self.nbytes} bytes"
+
+
+class Resident:
+    """Handle of a saved tensor that stays in memory: keeps it, its version, and the account of held bytes."""
+
+    __slots__ = ("counters", "nbytes", "tensor", "version")
+
+    def __init__(self, tensor: torch.Tensor, nbytes: int, counters: Counters) -> None:
+        """Holds the tensor's memory, `nbytes` of which were added to `counters`."""
+        self.nbytes = nbytes  # first what `__del__` needs, should the rest raise
+        self.counters = counters
+        # A weight itself, as without hooks: ZeRO-3 frees a parameter's memory by giving it other data, and an alias
+        # would hold that memory. Of other tensors an alias: an operator's own output would keep its node alive.
+        is_plain_weight = type(tensor) is torch.nn.Parameter and tensor.is_leaf
+        self.tensor = tensor if is_plain_weight else tensor.detach()
+        self.version = tensor._version
+
+    def __del__(self) -> None:
+        """Takes the bytes off the account."""
+        self.counters.held_nbytes -= self.nbytes
+        self.counters.resident_nbytes -= self.nbytes
 
 
 class Handle:

@@ -68,7 +68,9 @@ class Reloads:
         return None
 
     def prefetch(self, record: Record) -> bool:
-        """See `Store.prefetch`."""
+        """See `Store.prefetch`. What has not left yet, waiting for company, does not leave any more."""
+        if record.residency is Residency.DEVICE:
+            record.is_wanted = True
         if not record.residency & _AWAY or self._in_memory(record) is not None:
             return True
         if self._counters.prefetched_nbytes + record.nbytes > self._policy.prefetch_nbytes:

@@ -1,33 +1,122 @@
-"""What to prefetch next, from the recorded order and the last backward event.
+"""What stays and what to prefetch next: by the plan while a step is like one before, else as in the last pass.
 
-Decides and moves nothing: it names records, the store begins their reloads.
+Decides and moves nothing: it names records, the store begins their reloads. Records are noted under the store's lock.
+
+[Note: following a plan]
+A step follows a plan as long as every record saved has the size and the pass that the plan expects at this place. At
+the first one that has not, it falls back to another plan that fits so far, or to none: then everything travels that the
+drive has time for, and reloads go by the order of the last pass. Reloads also do so after a miss, which says that
+backward goes elsewhere than it used to.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ssdtrain.adaptation import Adaptation, Measured
+from ssdtrain.recording import StepRecording, Surroundings
 from ssdtrain.trace import History, Pass
 
 if TYPE_CHECKING:
+    from ssdtrain.planner import Plan
     from ssdtrain.record import Record
+    from ssdtrain.route import Route
+    from ssdtrain.stats import Counters
 
 
 class Schedule:
-    """Predicts the order of reloads of each pass.
+    """Decides by plan, or predicts the order of reloads of each pass.
 
-    The last step's order when the step looks the same, else the rule "the one saved just before the one unpacked last",
-    which also fits each micro-batch of a pipeline.
+    Without a plan it is the last step's order when the step looks the same, else the rule "the one saved just before
+    the one unpacked last", which also fits each micro-batch of a pipeline.
     """
 
-    def __init__(self) -> None:
-        """Knows nothing yet: the first pass goes by the rule."""
+    def __init__(self, surroundings: Surroundings, adaptation: Adaptation | None) -> None:
+        """Knows nothing yet: the first step goes by the rule. Without `adaptation`, all do."""
         self._history = History()
+        self._surroundings = surroundings
+        self._adaptation = adaptation
+        self._step = StepRecording(surroundings, self._end_step)
+        self._passes: list[Pass] = []  # of the step
+        self._finished: StepRecording | None = None  # and not reviewed
+        self._followed: Plan | None = None  # to its end
+        self._stalled_before = 0.0  # seconds, until the running step began
+        self._route: Route | None = None
+        self._num_begun = 0  # reloads of the route
+        self._horizon = -math.inf  # until when reloads are due
+        self._is_lost = False  # after a miss
+
+    # -- steps and passes ------------------------------------------------------------------------------------------
 
     def new_pass(self) -> Pass:
         """A pass that will teach its order when its last record is released."""
-        return Pass(self._history.learn, self._history.latest)
+        if self._step.is_over:
+            self._step, self._passes = StepRecording(self._surroundings, self._end_step), []
+        if not self._passes:
+            self._take(self._adaptation.latest if self._adaptation is not None else None)
+        self._passes.append(Pass(self._history.learn, self._step, self._history.latest))
+        return self._passes[-1]
+
+    def _end_step(self, step: StepRecording) -> None:
+        if self._adaptation is not None and step.is_complete:
+            self._finished = step
+            route = self._route
+            self._followed = route.plan if route is not None and len(route.shape) == len(step.shape) else None
+        self._passes = []
+
+    def _take(self, route: Route | None) -> None:
+        self._route, self._num_begun, self._horizon, self._is_lost = route, 0, -math.inf, False
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of the running or next step."""
+        route = self._route or (self._adaptation.latest if self._adaptation is not None else None)
+        return route.plan if route is not None else None
+
+    @property
+    def has_news(self) -> bool:
+        """Whether a step is over that was not reviewed."""
+        return self._finished is not None and self._step.is_over
+
+    def review(self, counters: Counters, totals: Counters) -> None:
+        """Learns from the finished step; the next one begins now. May take a tenth of a second: not under the lock.
+
+        `totals` are `counters` with what the engine has done; into `counters` goes how well the step was predicted.
+        """
+        finished, self._finished = self._finished, None
+        if finished is None or self._adaptation is None:
+            return
+        step = finished.as_step(self._surroundings.compute_seconds())
+        stalled, self._stalled_before = totals.stalled_seconds - self._stalled_before, totals.stalled_seconds
+        measured = Measured(totals.step_peak_nbytes, step.seconds + stalled, stalled)
+        self._adaptation.review(step, measured, totals)
+        counters.begin_step()
+        counters.plan = self.plan.statement if self.plan is not None else ""
+        if self._followed is not None:
+            counters.predicted_peak_nbytes = self._followed.peak_nbytes
+            counters.predicted_step_seconds = self._followed.step_seconds
+            counters.measured_peak_nbytes, counters.measured_step_seconds = measured.peak_nbytes, measured.seconds
+
+    # -- what stays ------------------------------------------------------------------------------------------------
+
+    def note_saved(self, record: Record) -> None:
+        """Follows the plan past a new record, or leaves it."""
+        place, route = record.pass_.places[record.index], self._route
+        if route is None:
+            return
+        if not route.expects(place, record.nbytes, record.pass_.number):
+            assert self._adaptation is not None
+            self._take(self._adaptation.route_of(self._step.shape))
+            route = self._route
+        if route is not None:
+            self._horizon = max(self._horizon, route.next_after_save(place))
+
+    def keeps(self, record: Record) -> bool:
+        """Whether the plan, if one is followed, has a record stay in memory."""
+        step = record.pass_.step
+        return self._route is not None and step is self._step and self._route.keeps(record.pass_.places[record.index])
 
     def is_needed_soon(self, record: Record, nbytes: int | None) -> bool:
         """Whether backward, if it goes as last time, wants the record among the first `nbytes` of its pass.
@@ -36,6 +125,8 @@ class Schedule:
         """
         expected = record.pass_.expected
         return nbytes is None or expected is None or expected.needed_nbytes[record.index] <= nbytes
+
+    # -- what comes back -------------------------------------------------------------------------------------------
 
     def begin_backward(self, pass_: Pass) -> None:
         """Closes a pass at its first unpack and predicts its order."""
@@ -54,12 +145,47 @@ class Schedule:
             self.begin_backward(pass_)
         if is_first:
             pass_.unpacked.append(record.index)
+        if is_miss and pass_.step is self._step:
+            self._is_lost = True
+        self._note_needed(record)
         rank = pass_.rank.get(record.index)
         if rank is not None and (is_miss or rank >= pass_.cursor):
             pass_.cursor = rank + 1
 
+    def _note_needed(self, record: Record) -> None:
+        pass_ = record.pass_
+        place, route = pass_.places[record.index], self._route
+        pass_.step.need(place, record.num_handles)
+        if route is not None and pass_.step is self._step and place < len(route.shape):
+            self._horizon = max(self._horizon, route.next_after_need(place))
+
     def upcoming(self, pass_: Pass) -> Iterator[Record]:
         """Records to reload next, soonest first. The caller asks for one more only after it began the last one."""
+        if self._route is not None and pass_.step is self._step and not self._is_lost:
+            return self.due()
+        return self._next_of(pass_)
+
+    def due(self) -> Iterator[Record]:
+        """Records whose reloads the plan wants begun by now, the earliest deadline first; none without a plan."""
+        route, step = self._route, self._step
+        while route is not None and route is self._route and self._num_begun < len(route.reloads):
+            num_begun = self._num_begun  # read once: another thread may walk the same graph
+            start, place = route.reloads[num_begun]
+            if start > self._horizon:
+                return
+            record = step.records[place] if place < len(step.records) else None
+            if record is not None:
+                yield record
+            self._num_begun = max(self._num_begun, num_begun + 1)
+
+    def hinted(self, micro_batch: int) -> Iterator[Record]:
+        """Records of a micro-batch of this step in the order of the last one: its backward comes next."""
+        for pass_ in [pass_ for pass_ in self._passes if pass_.number == micro_batch]:
+            if not pass_.order:
+                self.begin_backward(pass_)
+            yield from self._next_of(pass_)
+
+    def _next_of(self, pass_: Pass) -> Iterator[Record]:
         order = pass_.order
         while (cursor := pass_.cursor) < len(order):  # read once: another thread may walk the same graph
             record = pass_.records[order[cursor]]

@@ -7,6 +7,7 @@ knows where the numbers come from.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
@@ -61,6 +62,12 @@ class Counters:
         self.held_nbytes = 0  # gauge: bytes of saved tensors in memory now, staging excluded
         self.prefetched_nbytes = 0  # gauge: bytes reloaded, or being reloaded, and not asked for yet
         self.peak_saved_nbytes = self.peak_device_nbytes = 0
+        self.resident_nbytes = 0  # gauge: those of the held bytes that no record stands for
+        self.step_peak_nbytes = 0  # the same as `peak_saved_nbytes` since `begin_step`
+        self.stalled_seconds = 0.0
+        self.plan = ""
+        self.predicted_peak_nbytes = self.measured_peak_nbytes = 0  # of the latest step that followed a plan
+        self.predicted_step_seconds = self.measured_step_seconds = 0.0
         self.skips: dict[str, list[int]] = {}
         self.stalls: dict[str, float] = {}
         self.fallbacks: list[str] = []
@@ -100,12 +107,22 @@ class Counters:
         self.held_nbytes += nbytes
         if self.held_nbytes > self.peak_device_nbytes:
             self.peak_device_nbytes = self.held_nbytes
-        if self.held_nbytes + staging_nbytes > self.peak_saved_nbytes:
-            self.peak_saved_nbytes = self.held_nbytes + staging_nbytes
+        if self.held_nbytes + staging_nbytes > self.step_peak_nbytes:
+            self.step_peak_nbytes = self.held_nbytes + staging_nbytes
+            self.peak_saved_nbytes = max(self.peak_saved_nbytes, self.step_peak_nbytes)
+
+    def begin_step(self) -> None:
+        """Looks for the peak of another step."""
+        self.step_peak_nbytes = self.held_nbytes
+
+    def compute_seconds(self) -> float:
+        """A clock that stands still while training waits for a drive."""
+        return time.perf_counter() - self.stalled_seconds
 
     def stall(self, tier: str, seconds: float) -> None:
         """Charges waiting time to the tier that was waited for."""
         self.stalls[tier] = self.stalls.get(tier, 0.0) + seconds
+        self.stalled_seconds += seconds
 
 
 @dataclass(frozen=True)
@@ -156,6 +173,14 @@ class Stats:
     """The same without staging: what was in the memory that training computes in."""
     ahead_seconds: float
     """Time the training thread, far ahead of an accelerator, waited for it: no loss, the accelerator had work."""
+    predicted_peak_nbytes: int
+    """Of the latest finished step that followed a plan: its peak of saved tensors in memory, staging included,"""
+    measured_peak_nbytes: int
+    """and what it was,"""
+    predicted_step_seconds: float
+    """the time from its beginning to that of the next step,"""
+    measured_step_seconds: float
+    """and what it was. All are 0 while no step has followed a plan."""
     write_busy_seconds: float
     """Time with at least one write at the drive."""
     read_busy_seconds: float
@@ -166,6 +191,8 @@ class Stats:
     """Who executes the file requests."""
     engine_reason: str = ""
     """Why this engine."""
+    plan: str = ""
+    """What the plan in force does, or why nothing moves; empty while there is none."""
     fallbacks: tuple[str, ...] = ()
     """Everything that did not go the best way, with its reason."""
 
@@ -213,6 +240,14 @@ class Stats:
             + f"; {self.num_prefetched} reloads prefetched, {self.num_demand_reloads} on demand",
             f"  engine    {self.engine or 'not opened'}{': ' + self.engine_reason if self.engine_reason else ''}",
         ]
+        if self.plan:
+            lines.append(f"  plan      {self.plan}")
+        if self.measured_step_seconds:
+            lines.append(
+                f"  step      peak {nbytes_text(self.predicted_peak_nbytes)} predicted,"
+                f" {nbytes_text(self.measured_peak_nbytes)} measured; {self.predicted_step_seconds:.3f} s predicted,"
+                f" {self.measured_step_seconds:.3f} s measured"
+            )
         for reason, skipped in sorted(self.skipped.items(), key=lambda item: -item[1].nbytes):
             lines.append(f"  in memory {skipped.count} x {reason} ({nbytes_text(skipped.nbytes)})")
         lines += [f"  fallback  {text}" for text in self.fallbacks]

@@ -58,7 +58,7 @@ class Store:
         self.devices = devices
         self._reloads = Reloads(policy, counters, devices)
         self._num_entered = 0  # contexts that are active now
-        self._is_patient = policy.mode == "all"  # waits for the drive rather than keeping
+        self._is_patient = policy.is_patient  # waits for the drive rather than keeping
         self._directories = directories
         self._retired: set[str] = set()  # by engines that are closed
         self._policy = policy
@@ -339,6 +339,11 @@ class Store:
             self._is_patient = False
             self.note_fallback("the drive is stuck: mode 'all' keeps tensors like mode 'auto' from here on")
         self.counters.stall("write", time.perf_counter() - begin)
+
+    def keep(self, records: list[Record], reason: str) -> None:
+        """Keeps records in memory that have not left."""
+        with self.lock:
+            self._keep([record for record in records if _may_leave(record)], reason)
 
     def _keep(self, cargo: list[Record], reason: str) -> None:
         for record in cargo:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ssdtrain.record import Record
+    from ssdtrain.recording import StepRecording
 
 _NUM_REMEMBERED = 16
 
@@ -46,19 +47,27 @@ class Pass:
         "expected",
         "is_closed",
         "num_live",
+        "number",
         "order",
+        "places",
         "rank",
         "records",
         "sizes",
+        "step",
         "unpacked",
     )
 
-    def __init__(self, finished: Callable[[Pass], None], expected: Recording | None = None) -> None:
-        """An open pass; the first unpack closes it. `finished` is called when its last record is released.
+    def __init__(
+        self, finished: Callable[[Pass], None], step: StepRecording, expected: Recording | None = None
+    ) -> None:
+        """An open pass of `step`; the first unpack closes it. `finished` is called when its last record is released.
 
         `expected`: the pass this one may be like; forgotten when it turns out not to be.
         """
         self._finished = finished
+        self.step = step
+        self.number = step.begin_pass()
+        self.places: list[int] = []  # of its records in the step
         self.expected = expected
         self.records: list[Record | None] = []
         self.sizes: list[int] = []
@@ -72,6 +81,7 @@ class Pass:
     def append(self, record: Record) -> int:
         """Adds a record; its position."""
         self.records.append(record)
+        self.places.append(self.step.save(record, self.number))
         self.sizes.append(record.nbytes)
         self.num_live += 1
         index = len(self.records) - 1
@@ -86,6 +96,7 @@ class Pass:
         if self.num_live == 0:
             self.is_closed = True
             self._finished(self)
+        self.step.release(self.places[index])
 
     @property
     def signature(self) -> Signature:

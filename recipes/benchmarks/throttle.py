@@ -1,0 +1,181 @@
+"""Training on a drive that is too slow: what mode "auto" makes of it, predicted and measured.
+
+    python recipes/benchmarks/throttle.py /mnt/nvme
+    python recipes/benchmarks/throttle.py /mnt/nvme --layers 14 --width 384 --batch 8 --sequence 512
+
+A GPT trains without ssdtrain, then with it on the drive as it is, then with the drive throttled by the kernel (blkio
+cgroup, needs root) to parts of what it would take to write everything during forward. Plain steps come before and after
+every row, so that a machine that slows down shows. A row begins after the fourth step. "allowed" is what the drive
+could write during forward, which is what could lower a peak at its end; "moved" is what was written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ssdtrain
+from ssdtrain.demo.model import GPT, GPTConfig
+
+CGROUPS = Path("/sys/fs/cgroup/blkio")
+SETTLING_STEPS = 4
+
+
+@dataclass
+class Row:
+    """One drive."""
+
+    drive: str
+    bandwidth: float | None
+    """Bytes per second each way; None is not throttled."""
+    step_seconds: float
+    plain_seconds: float
+    peak_nbytes: int
+    predicted_peak_nbytes: int
+    predicted_step_seconds: float
+    moved_nbytes: float
+    """Written per step."""
+    allowed_nbytes: float | None
+    """What the bandwidth allowed to write during forward."""
+    demand_share: float
+    """Of all reloads."""
+    stall_seconds: float
+    plan: str
+
+
+class Trainer:
+    """A GPT and its optimizer."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        torch.manual_seed(0)
+        shape = GPTConfig(options.layers, options.width, 4, options.sequence)
+        self.model = GPT(shape)
+        self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-4)
+        self.forward_seconds = 0.0
+        self._tokens = torch.randint(0, 256, (options.batch, options.sequence))
+
+    def step(self) -> float:
+        """Takes one step; its seconds."""
+        begin = time.perf_counter()
+        loss = self.model(self._tokens, self._tokens)
+        self.forward_seconds = time.perf_counter() - begin
+        loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return time.perf_counter() - begin
+
+    def steps(self, num: int) -> list[float]:
+        """Seconds of `num` steps."""
+        return [self.step() for _ in range(num)]
+
+
+@contextlib.contextmanager
+def throttled(directory: str, bandwidth: float | None) -> Iterator[None]:
+    """Inside, this process reads and writes the drive of `directory` at most at `bandwidth` bytes per second."""
+    if bandwidth is None:
+        yield
+        return
+    group = CGROUPS / f"ssdtrain-{os.getpid()}"
+    group.mkdir()
+    device = os.stat(directory).st_dev
+    try:
+        for way in ("read", "write"):
+            (group / f"blkio.throttle.{way}_bps_device").write_text(
+                f"{os.major(device)}:{os.minor(device)} {int(bandwidth)}"
+            )
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+        yield
+    finally:
+        (CGROUPS / "cgroup.procs").write_text(str(os.getpid()))
+        group.rmdir()
+
+
+def measure(trainer: Trainer, options: argparse.Namespace, drive: str, bandwidth: float | None) -> Row:
+    """One row: plain steps, steps with ssdtrain, plain steps."""
+    plain = trainer.steps(options.steps)
+    with tempfile.TemporaryDirectory(dir=options.directory) as folder, throttled(folder, bandwidth):
+        with ssdtrain.offload_activations(folder, json.loads(options.policy), trainer.model) as offload:
+            trainer.steps(SETTLING_STEPS)
+            before = offload.stats
+            seconds = trainer.steps(options.steps)
+            after = offload.stats
+            print(offload.plan, flush=True)
+        offload.close()
+    plain += trainer.steps(options.steps)
+    reloads = (after.num_prefetched - before.num_prefetched) + (after.num_demand_reloads - before.num_demand_reloads)
+    return Row(
+        drive=drive,
+        bandwidth=bandwidth,
+        step_seconds=statistics.median(seconds),
+        plain_seconds=statistics.median(plain),
+        peak_nbytes=after.measured_peak_nbytes,
+        predicted_peak_nbytes=after.predicted_peak_nbytes,
+        predicted_step_seconds=after.predicted_step_seconds,
+        allowed_nbytes=bandwidth and bandwidth * trainer.forward_seconds,
+        moved_nbytes=(after.written_nbytes - before.written_nbytes) / options.steps,
+        demand_share=(after.num_demand_reloads - before.num_demand_reloads) / max(1, reloads),
+        stall_seconds=(after.stall_seconds - before.stall_seconds) / options.steps,
+        plan=after.plan,
+    )
+
+
+def saved_nbytes(trainer: Trainer, options: argparse.Namespace) -> int:
+    """Bytes that could travel in one step."""
+    with tempfile.TemporaryDirectory(dir=options.directory) as folder:
+        policy = json.loads(options.policy) | {"mode": "all"}
+        with ssdtrain.offload_activations(folder, policy) as offload:
+            trainer.step()
+        return offload.stats.offloaded_nbytes
+
+
+def text(row: Row) -> str:
+    """One line for people."""
+    allowed = f"{row.allowed_nbytes / 2**20:.1f}" if row.allowed_nbytes else "-"
+    return (
+        f"{row.drive:>14}  x {row.step_seconds / row.plain_seconds:.3f}"
+        f"  step {row.step_seconds:.3f} s ({row.predicted_step_seconds:.3f} predicted)"
+        f"  peak {row.peak_nbytes / 2**20:.1f} MiB ({row.predicted_peak_nbytes / 2**20:.1f} predicted)"
+        f"  moved {row.moved_nbytes / 2**20:.1f} of {allowed} MiB  {row.demand_share:.1%} on demand"
+        f"  stalled {row.stall_seconds:.3f} s"
+    )
+
+
+def main() -> None:
+    """Prints a line per drive, and everything as JSON last."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory")
+    for name, default in (("layers", 4), ("width", 192), ("batch", 4), ("sequence", 256), ("steps", 5)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--shares", type=float, nargs="*", default=[1.0, 0.5, 0.25, 0.1])
+    parser.add_argument("--policy", default='{"min_nbytes": "256KiB", "staging_nbytes": "8MiB"}')
+    options = parser.parse_args()
+    trainer = Trainer(options)
+    nbytes = saved_nbytes(trainer, options)
+    trainer.steps(options.steps)
+    need = nbytes / trainer.forward_seconds
+    print(f"{nbytes / 2**20:.1f} MiB saved in {trainer.forward_seconds:.3f} s of forward: {need / 1e6:.1f} MB/s")
+    rows: list[Row] = []
+    drives: list[tuple[str, float | None]] = [("as it is", None)]
+    drives += [(f"{share:g} of the need", share * need) for share in options.shares]
+    for drive, bandwidth in drives:
+        rows.append(measure(trainer, options, drive, bandwidth))
+        print(text(rows[-1]), flush=True)
+    versions: dict[str, Any] = {"torch": torch.__version__, "ssdtrain": ssdtrain.__version__}
+    machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), **versions}
+    print(json.dumps({**machine, "need": need, "rows": [asdict(row) for row in rows]}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Keeps plans in step with what is measured: bandwidths averaged over steps, a new plan when they or the steps drift.
+
+[Note: when to plan]
+The first plan for a kind of step is made when it was seen twice: the very first step of a run is slower than others,
+and a step that never comes again needs none. A plan holds while bandwidths and compute time stay within a quarter of
+those it was made for. Beyond that, and when a step waited although no wait was predicted, another one is made from what
+was measured last; every wait also makes it more cautious for a while: it counts on less read bandwidth than measured.
+After a plan some steps pass before the next, so that one slow moment does not bring one plan and the next moment
+another, and so that planning, however short the steps are, takes a small part of the time.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ssdtrain.planner import Goal, Machine, Step, Tier, make_plan
+from ssdtrain.policy import ActivationPolicy
+from ssdtrain.route import Route, Shape
+from ssdtrain.stats import Counters
+
+_NUM_REMEMBERED = 16
+_DRIFT = 0.25
+_LEAST_NBYTES = 1 << 20  # of traffic that says something about a drive
+_NEW_SHARE = 0.5  # of the latest step in the averages
+_LEAST_STEPS = 2  # between plans
+_PLANNING_SHARE = 0.02  # of the time
+_WAIT = 0.005  # of a step: more is not noise
+_CAUTION, _LEAST_CAUTION, _LESS_CAUTION, _RECOVERY = 0.85, 0.3, 0.8, 1.01
+
+
+Key = tuple[tuple[int, int], ...]
+"""What makes two steps look the same: size and pass of every record."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a step was like."""
+
+    peak_nbytes: int
+    """Most bytes of saved tensors in memory at once."""
+    seconds: float
+    """From its beginning to that of the next, waits included."""
+    stall_seconds: float
+    """What of it was waiting."""
+
+
+class Bandwidth:
+    """One direction of a drive: bytes per second while it was busy, averaged over steps."""
+
+    def __init__(self) -> None:
+        self.average = 0.0
+        self._nbytes, self._seconds = 0, 0.0
+
+    def note(self, nbytes: int, seconds: float) -> None:
+        """Takes running totals of traffic and busy time."""
+        new_nbytes, new_seconds = nbytes - self._nbytes, seconds - self._seconds
+        if new_nbytes < _LEAST_NBYTES or new_seconds <= 0:
+            return
+        self._nbytes, self._seconds = nbytes, seconds
+        rate = new_nbytes / new_seconds
+        self.average = rate if not self.average else self.average + _NEW_SHARE * (rate - self.average)
+
+
+class Adaptation:
+    """The plans of one offload context, one per kind of step."""
+
+    def __init__(self, machine: Machine, goal: Goal) -> None:
+        """`machine` has the bounds; its drive is replaced by what is measured."""
+        self._machine, self._goal = machine, goal
+        self._write, self._read = Bandwidth(), Bandwidth()
+        self._caution = _CAUTION
+        self._routes: OrderedDict[Key, Route] = OrderedDict()  # the latest last
+        self._seen: OrderedDict[Key, None] = OrderedDict()
+        self._planned_for: Machine = machine
+        self._num_since_plan = 0
+        self._no_plan_before = 0.0  # time.perf_counter()
+
+    @property
+    def latest(self) -> Route | None:
+        """The plan that was made or confirmed last."""
+        return next(reversed(self._routes.values()), None)
+
+    def route_of(self, shape: Shape) -> Route | None:
+        """A plan for a step that began like this."""
+        return next((route for route in reversed(self._routes.values()) if route.fits(shape)), None)
+
+    def review(self, step: Step, measured: Measured, totals: Counters) -> None:
+        """Takes a finished step and the engine's totals; makes a plan where there is none or it holds no more."""
+        self._write.note(totals.written_nbytes, totals.write_busy_seconds)
+        self._read.note(totals.read_nbytes, totals.read_busy_seconds)
+        if not self._write.average:
+            return
+        key = tuple((record.nbytes, record.micro_batch) for record in step.records)
+        route = self._routes.pop(key, None)
+        self._num_since_plan += 1
+        is_due = key in self._seen if route is None else self._has_drifted(route, step, measured)
+        self._seen[key] = None
+        if is_due and time.perf_counter() >= self._no_plan_before:
+            route = self._plan(step)
+        if route is not None:
+            self._routes[key] = route
+        for known in (self._routes, self._seen):
+            if len(known) > _NUM_REMEMBERED:
+                known.popitem(last=False)
+
+    def _plan(self, step: Step) -> Route:
+        begin = time.perf_counter()
+        self._planned_for, self._num_since_plan = self._machine_now(), 0
+        route = Route(step, make_plan(step, self._planned_for, self._goal))
+        end = time.perf_counter()
+        self._no_plan_before = end + (end - begin) / _PLANNING_SHARE
+        return route
+
+    def _has_drifted(self, route: Route, step: Step, measured: Measured) -> bool:
+        waited = measured.stall_seconds - route.plan.stall_seconds > _WAIT * measured.seconds
+        self._caution = max(_LEAST_CAUTION, self._caution * _LESS_CAUTION) if waited else self._caution
+        self._caution = self._caution if waited else min(_CAUTION, self._caution * _RECOVERY)
+        if self._num_since_plan < _LEAST_STEPS:
+            return False
+        now, then = self._machine_now().disk, self._planned_for.disk
+        assert now is not None and then is not None
+        return (
+            waited
+            or _differs(now.write_bandwidth, then.write_bandwidth)
+            or _differs(now.read_bandwidth, then.read_bandwidth)
+            or _differs(step.seconds, route.step.seconds)
+        )
+
+    def _machine_now(self) -> Machine:
+        """The bounds, with bandwidths to count on. A drive not read from yet is taken to read as it writes."""
+        read = self._read.average or self._write.average
+        room = self._machine.disk.capacity_nbytes if self._machine.disk is not None else 0
+        return replace(self._machine, disk=Tier(self._write.average, self._caution * read, room))
+
+
+def _differs(now: float, then: float) -> bool:
+    return abs(now - then) > _DRIFT * then
+
+
+def adaptation_for(policy: ActivationPolicy, directories: Sequence[str]) -> Adaptation | None:
+    """What mode ``"auto"`` adapts with; None where nothing is to be decided."""
+    if policy.mode != "auto" or not policy.enabled or not directories:
+        return None
+    capacity = math.inf if policy.disk_nbytes is None else policy.disk_nbytes
+    machine = Machine(
+        Tier(1.0, 1.0, capacity),
+        staging_nbytes=policy.staging_nbytes,
+        prefetch_nbytes=policy.prefetch_nbytes,
+        idle_nbytes=policy.idle_nbytes,
+    )
+    return Adaptation(machine, _goal(policy, directories))
+
+
+def _goal(policy: ActivationPolicy, directories: Sequence[str]) -> Goal:
+    daily, endurance = math.inf, math.inf
+    if policy.drive_writes_per_day is not None:
+        sizes = [os.statvfs(directory) for directory in directories]
+        daily = policy.drive_writes_per_day * sum([size.f_blocks * size.f_frsize for size in sizes])
+    if policy.endurance_tbw is not None:
+        endurance = policy.endurance_tbw * 1e12
+        daily = min(daily, endurance / (policy.drive_life_years * 365.25))
+    return Goal(policy.memory_budget, daily, endurance)

@@ -1,0 +1,14 @@
+"""What goes where and when: a recorded step, a machine and a goal in, a plan out.
+
+Pure and deterministic: no torch, no I/O, no clock. The same input gives the same plan on every machine.
+
+Example:
+    >>> step = Step((Lifetime(1 << 20, saved=0.1, needed=0.9, released=1.0),), seconds=1.0)
+    >>> plan = make_plan(step, Machine(disk=Tier(write_bandwidth=1e9, read_bandwidth=2e9)), Goal())
+"""
+
+from ssdtrain.planner.decide import make_plan
+from ssdtrain.planner.plan import Goal, Plan
+from ssdtrain.planner.step import Lifetime, Machine, Step, Tier, Where
+
+__all__ = ["Goal", "Lifetime", "Machine", "Plan", "Step", "Tier", "Where", "make_plan"]

@@ -1,0 +1,137 @@
+"""From a step, a machine and a goal to a plan: which of the possible placements, and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ssdtrain.planner.plan import SECONDS_PER_DAY, Goal, Plan
+from ssdtrain.planner.predict import Prediction, latest_starts, predict
+from ssdtrain.planner.search import Search
+from ssdtrain.planner.step import Machine, Step, Tier, Where
+from ssdtrain.planner.timeline import Timeline
+from ssdtrain.stats import nbytes_text
+
+_LEAST_GAIN = 0.01  # of the peak: for less nothing moves
+_WORK = 100_000  # records played in all when training has to wait
+_MIN_PLAYS, _MAX_PLAYS = 6, 200
+
+
+def make_plan(step: Step, machine: Machine, goal: Goal) -> Plan:
+    """Plans one step.
+
+    Args:
+        step: as recorded, without waits.
+        machine: measured bandwidths and the bounds in force.
+        goal: without a memory budget the lowest peak at which nothing waits; with one, the least step time under it.
+
+    Returns:
+        A plan. When moving cannot help, it keeps everything, and its statement says why.
+    """
+    daily_steps = SECONDS_PER_DAY / step.seconds if step.seconds else math.inf
+    per_step = min(machine.max_written_nbytes, goal.daily_nbytes / daily_steps)
+    return _Decision(step, replace(machine, max_written_nbytes=per_step), goal).plan()
+
+
+class _Decision:
+    """One decision while it is being made."""
+
+    def __init__(self, step: Step, machine: Machine, goal: Goal) -> None:
+        self._step, self._goal = step, goal
+        self._timeline = Timeline(step, machine)
+        self._search = Search(self._timeline)
+        self._kept: list[int] = [int(Where.KEEP)] * len(step.records)
+
+    def plan(self) -> Plan:
+        budget = self._goal.memory_budget
+        if budget is not None and self._search.kept_peak <= budget:
+            return self._as_plan(self._kept, f"nothing moves: everything fits the budget of {nbytes_text(budget)}")
+        placement = self._search.run(enough=budget or 0)
+        if budget is not None and self._search.best_peak > budget:
+            return self._plan_with_waits(budget)
+        gain = self._gain(self._search.best_peak)
+        if gain < _LEAST_GAIN:
+            return self._as_plan(self._kept, self._why_declined())
+        return self._as_plan(placement, f"the peak falls by {gain:.0%}, and nothing waits")
+
+    def _gain(self, peak: float) -> float:
+        kept = self._search.kept_peak
+        return 1 - peak / kept if kept else 0.0
+
+    def _why_declined(self) -> str:
+        if not self._step.records:
+            return "declined: nothing that could move was saved"
+        if not self._timeline.tiers:
+            return "declined: there is nowhere to move to"
+        at_once = Timeline(self._step, Machine(Tier(math.inf, math.inf)))
+        everything = [int(Where.DISK)] * len(self._kept)
+        if self._gain(at_once.peak(everything)) < _LEAST_GAIN:
+            return "declined: the peak is not in saved activations"
+        if self._timeline.machine.max_written_nbytes < min(self._timeline.nbytes):
+            return "declined: the drive's endurance allows no writes"
+        where = max(self._timeline.tiers, key=lambda tier: self._timeline.tiers[tier].write_bandwidth)
+        prediction = predict(self._timeline, [int(where)] * len(self._kept), is_patient=True)
+        if prediction.stall_seconds / self._step.seconds < _LEAST_GAIN:
+            return f"declined: it would lower the peak by less than {_LEAST_GAIN:.0%}"
+        return f"declined: moving everything would cost {self._cost(prediction)}"
+
+    def _cost(self, prediction: Prediction) -> str:
+        return f"{prediction.stall_seconds / self._step.seconds:.0%} of the step time"
+
+    # -- with waits ----------------------------------------------------------------------------------------------
+
+    def _plan_with_waits(self, budget: int) -> Plan:
+        """The least wait under the budget, or the lowest peak when nothing gets under it."""
+        plays = max(_MIN_PLAYS, min(_MAX_PLAYS, _WORK // len(self._kept)))
+        best, outcome = self._search.best, predict(self._timeline, self._search.best, is_patient=True)
+        for placement in self._candidates(plays):
+            new = predict(self._timeline, placement, is_patient=True)
+            if _rank(new, budget) < _rank(outcome, budget):
+                best, outcome = placement, new
+        cost = f"at a cost of {self._cost(outcome)}"
+        if outcome.peak_nbytes <= budget:
+            return self._as_plan(best, f"under the budget of {nbytes_text(budget)} {cost}", is_patient=True)
+        statement = f"the budget of {nbytes_text(budget)} cannot be met: the lowest peak is"
+        return self._as_plan(best, f"{statement} {nbytes_text(outcome.peak_nbytes)}, {cost}", is_patient=True)
+
+    def _candidates(self, num: int) -> Iterator[list[int]]:
+        """What moves without a wait, and more and more of the rest: what is away the longest first."""
+        best, away = self._search.best, self._search.longest_away()
+        rest = sorted([i for i, where in enumerate(best) if not where], key=lambda i: -away[i][0])
+        for k in range(1, num + 1):
+            placement = best.copy()
+            for i in rest[: max(1, len(rest) * k // num)]:
+                placement[i] = away[i][1]
+            if sum([n for n, w in zip(self._timeline.nbytes, placement, strict=True) if w == Where.DISK]) <= (
+                self._timeline.machine.max_written_nbytes
+            ):
+                yield placement
+
+    # -- the result ----------------------------------------------------------------------------------------------
+
+    def _as_plan(self, placement: list[int], statement: str, *, is_patient: bool = False) -> Plan:
+        timeline = self._timeline
+        peak, stall = int(self._search.best_peak if any(placement) else self._search.kept_peak), 0.0
+        if is_patient or timeline.machine.idle_nbytes:  # else the search knows it
+            prediction = predict(timeline, placement, is_patient=is_patient)
+            peak, stall = prediction.peak_nbytes, prediction.stall_seconds
+        sent = [sum([n for n, w in zip(timeline.nbytes, placement, strict=True) if w == where]) for where in Where]
+        return Plan(
+            placement=tuple(placement),
+            starts=tuple(latest_starts(timeline, placement)),
+            statement=statement,
+            is_patient=is_patient,
+            kept_peak_nbytes=int(self._search.kept_peak),
+            peak_nbytes=peak,
+            compute_seconds=self._step.seconds,
+            stall_seconds=stall,
+            host_nbytes=sent[Where.HOST],
+            disk_nbytes=sent[Where.DISK],
+            endurance_nbytes=self._goal.endurance_nbytes,
+        )
+
+
+def _rank(outcome: Prediction, budget: int) -> tuple[float, float]:
+    """Under the budget the least wait counts, above it the least memory."""
+    return max(0, outcome.peak_nbytes - budget), outcome.stall_seconds

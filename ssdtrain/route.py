@@ -1,0 +1,52 @@
+"""A plan on its way through a step: what stays, and which reloads are due after each thing that happens.
+
+Nothing happens between two hooks, so after each of them the reloads begin that should start before the next one.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+
+from ssdtrain.planner import Plan, Step, Where
+
+Shape = list[tuple[int, int]]
+"""By place in a step: size of the record, and number of its pass."""
+
+
+class Route:
+    """One step that was recorded, and the plan for those that look like it."""
+
+    def __init__(self, step: Step, plan: Plan) -> None:
+        """Prepares `plan`, which was made for `step`."""
+        self.step, self.plan = step, plan
+        self.shape = [(record.nbytes, record.micro_batch) for record in step.records]
+        self.reloads = sorted([(start, i) for i, start in enumerate(plan.starts) if start > -math.inf])
+        """When reloads start, and of which place, the earliest first."""
+        times = sorted({record.saved for record in step.records} | {record.needed for record in step.records})
+        times.append(math.inf)
+        self._after_save = [times[bisect_right(times, record.saved)] for record in step.records]
+        self._after_need = [
+            times[bisect_right(times, record.needed)] if record.needed < math.inf else math.inf
+            for record in step.records
+        ]
+
+    def fits(self, shape: Shape) -> bool:
+        """Whether a step with this beginning may still be one of these."""
+        return self.shape[: len(shape)] == shape
+
+    def expects(self, place: int, nbytes: int, number: int) -> bool:
+        """Whether a record of this size and pass comes at this place."""
+        return place < len(self.shape) and self.shape[place] == (nbytes, number)
+
+    def keeps(self, place: int) -> bool:
+        """Whether the record at this place stays in memory."""
+        return self.plan.placement[place] == Where.KEEP
+
+    def next_after_save(self, place: int) -> float:
+        """When the next thing happens after this save."""
+        return self._after_save[place]
+
+    def next_after_need(self, place: int) -> float:
+        """When the next thing happens after this first use."""
+        return self._after_need[place]
