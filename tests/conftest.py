@@ -70,6 +70,17 @@ def _is_beyond_the_python_engine(item: pytest.Item) -> bool:
     return parameters.get("engine") == "python" and parameters.get("device_kind", "cpu") != "cpu"
 
 
+@contextlib.contextmanager
+def without_onednn() -> Iterator[None]:
+    """PyTorch's own kernels. `torch.backends.mkldnn.flags` does the same and warns of other settings meanwhile."""
+    was_enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(was_enabled)
+
+
 @pytest.fixture
 def device_kind(request: pytest.FixtureRequest) -> str:
     kind: str = request.param
@@ -80,13 +91,8 @@ def device_kind(request: pytest.FixtureRequest) -> str:
 def device(device_kind: str) -> Iterator[SimulatedDevice | None]:
     """The test computes on this kind of device; the object is there only for a simulated one."""
     if device_kind == "simulated":
-        was_enabled = torch._C._get_mkldnn_enabled()
-        torch._C._set_mkldnn_enabled(False)  # its LSTM crashes when another thread runs it
-        try:
-            with SimulatedDevice(seed=1) as simulated:
-                yield simulated
-        finally:
-            torch._C._set_mkldnn_enabled(was_enabled)
+        with without_onednn(), SimulatedDevice(seed=1) as simulated:  # its LSTM crashes in another thread
+            yield simulated
         simulated.close()
     else:
         with torch.device(device_kind):

@@ -449,9 +449,10 @@ class RecordLife(RuleBasedStateMachine):
         lent = [record.nbytes for record in records if record.is_lent]
         resident = [saved.resident_nbytes for saved in self.saved]
         assert counters.held_nbytes == sum(in_memory) + sum(lent) + sum(resident)
-        assert set(store._lent) == {record for record in records if record.is_lent}
+        reloads = store._reloads
+        assert set(reloads._lent) == {record for record in records if record.is_lent}
         prefetched = [record for record in records if record.is_prefetched]
-        assert set(store._prefetched) == set(prefetched) and len(store._prefetched) == len(prefetched)
+        assert set(reloads._prefetched) == set(prefetched) and len(reloads._prefetched) == len(prefetched)
         assert all(record.residency is Residency.RELOADING for record in prefetched)
         assert counters.prefetched_nbytes == sum(record.nbytes for record in prefetched)
         assert counters.prefetched_nbytes <= self.policy["prefetch_nbytes"]
@@ -481,7 +482,7 @@ class RecordLife(RuleBasedStateMachine):
             self.forget(self.saved.pop())
         counters, store = self.offload._counters, self.offload._store
         assert (counters.num_live_records, counters.held_nbytes, counters.prefetched_nbytes) == (0, 0, 0)
-        assert not (store.index._records or store._lent or store._prefetched or store._bereaved)
+        assert not (store.index._records or store._reloads._lent or store._reloads._prefetched or store._bereaved)
         assert store._transport is None
         self.held.clear()
         assert all(memory.expired() for memory in self.memories)

@@ -13,6 +13,8 @@ from conftest import MakeOffload, Send, assert_same, grads_of, mlp, send
 
 import ssdtrain
 
+pytestmark = pytest.mark.cpu_only  # a simulated accelerator computes in one thread
+
 Offload = ssdtrain.ActivationOffload
 
 
