@@ -160,7 +160,7 @@ class RecordLife(RuleBasedStateMachine):
         if how == "slice" and view.dim():
             view = view[at:]
         elif how == "one" and view.numel():
-            view = view.flatten()[at] if view.is_contiguous() else view[at % view.size(0)]
+            view = view.flatten()[at % view.numel()] if view.is_contiguous() else view[at % view.size(0)]
         elif how == "step" and view.dim():
             view = view[at % 3 :: 2]
         elif how == "turn":
@@ -228,10 +228,10 @@ class RecordLife(RuleBasedStateMachine):
             if is_same and filed.start <= start and end <= filed.end:
                 break
         else:
-            if (end - start) * 4 >= storage.nbytes():
+            if tensor._base is not None and (end - start) * 4 >= storage.nbytes():
                 start, end = 0, storage.nbytes()
             else:
-                start -= start % 64
+                start -= start % 16
             ref = StorageWeakRef(storage)
             filed = Filed(record, ref, saved.version, start, end, ref)
             assert all(other.record is not record for other in self.filed), "one record for different bytes"
@@ -424,7 +424,7 @@ class RecordLife(RuleBasedStateMachine):
     def unpack_without_memory(self, which: int) -> None:
         """No memory for a reload: the accounts stay right, and the bytes come when there is some."""
         self.num_faults -= 1
-        device = self.offload._store._device
+        device = self.offload._devices.cpu
 
         def refuse(*sizes: int) -> None:
             raise MemoryError
