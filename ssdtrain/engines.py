@@ -115,6 +115,10 @@ def open_engine(
             preference = engine.gpudirect.sentence
         reason = "; ".join(filter(None, [*reasons, preference]))
         host_nbytes = request.host_nbytes if name in _CPP_KINDS else 0
+        if request.host_nbytes and not host_nbytes:
+            fallbacks.append(
+                f"host_nbytes={request.host_nbytes}: engine {name} has no host tier, all goes to the drive"
+            )
         return EngineChoice(engine, files, name, reason, fallbacks, host_nbytes)
     raise AssertionError("the python engine is always available")
 
