@@ -222,12 +222,16 @@ class ThreadDevice : public DeviceDriver {
     streams_[stream]->put([flag] { flag->wait(); });
   }
   void copy_out(Stream stream, char* host, uint64_t device, size_t nbytes) override {
+    std::chrono::microseconds delay;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       if (random_() % 100 == 0) throw std::runtime_error("refused");
+      delay = std::chrono::microseconds(random_() % 500);
     }
-    streams_[stream]->put(
-        [=] { std::memcpy(host, reinterpret_cast<const char*>(device), nbytes); });
+    streams_[stream]->put([=] {
+      std::this_thread::sleep_for(delay);  // so that reads come before it
+      std::memcpy(host, reinterpret_cast<const char*>(device), nbytes);
+    });
   }
   void copy_in(Stream stream, uint64_t device, const char* host, size_t nbytes) override {
     streams_[stream]->put([=] { std::memcpy(reinterpret_cast<char*>(device), host, nbytes); });
