@@ -363,7 +363,7 @@ class Store:
         for record, has_arrived in news:
             if record.residency is Residency.OFFLOADING:
                 self._note_copied(record, has_arrived)
-        if transport is not None:
+        if transport is not None and transport.has_accelerators:
             only_if_behind = not self._is_patient
             for record in transport.let_go(self._policy.staging_nbytes // _HELD_SHARE, only_if_behind=only_if_behind):
                 self._let_go(record)
