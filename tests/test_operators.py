@@ -152,6 +152,7 @@ def chunks() -> list[Any]:
 
 
 @pytest.mark.parametrize("operators", chunks())
+@pytest.mark.cpu_only  # hours on the simulated accelerator, whose own tests take every twelfth operator
 def test_gradients_of_every_operator(make_offload: MakeOffload, operators: list[Any]) -> None:
     """`rrelu` saves a tensor before its kernel fills it and never tells: a copy taken at once is garbage."""
     sweep = Sweep(make_offload())
