@@ -25,6 +25,8 @@ NUM_ROUNDS = 20
 HANG_SECONDS = 120
 ENGINES = ["threads", "python"]
 
+pytestmark = pytest.mark.cpu_only  # a simulated accelerator computes in one thread
+
 Offload = ssdtrain.ActivationOffload
 
 
