@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from conftest import MakeOffload, same_bits, send
 
@@ -50,6 +51,7 @@ def refilled(x: torch.Tensor, *, is_sent: bool) -> torch.Tensor:
     return grad
 
 
+@pytest.mark.cpu_only  # simulated memory cannot be resized
 def test_what_its_owner_refills_is_left_alone(make_offload: MakeOffload) -> None:
     """The owner frees the memory right after forward: a copy under way then would read freed memory."""
     offload = make_offload()
@@ -61,6 +63,7 @@ def test_what_its_owner_refills_is_left_alone(make_offload: MakeOffload) -> None
     assert offload.stats.skipped["refilled by its owner"].count == 2, "through a function, and transposed"
 
 
+@pytest.mark.cpu_only  # simulated memory cannot be resized
 def test_emptied_before_it_was_sent(make_offload: MakeOffload) -> None:
     """A storage freed behind autograd's back while its record waited does not travel: there is nothing to copy."""
     offload = make_offload()
