@@ -96,6 +96,7 @@ class ActivationOffload:
         cpu = cpu or CpuDevice(policy.idle_nbytes)
         self._devices = Devices(cpu, has_host_tier_only=directories is None)
         self._store = Store(directories or (), policy, self._counters, self._index, self._devices)
+        self._store.when_torn = self._schedule.start_afresh
         if policy.enabled:
             for text in check_directories(directories) if directories is not None else ():
                 self._store.note_fallback(text)
@@ -160,7 +161,7 @@ class ActivationOffload:
 
     def mark_weights(self, tensors: Iterable[torch.Tensor]) -> None:
         """Says that these are weights: whatever shares a storage with one of them, as it is now, stays in memory."""
-        with self._store.lock:
+        with self._store.lock, self._store.books:
             self._index.mark_weights(tensors)
 
     def leave_alone(self, nodes: Iterable[str]) -> None:
@@ -265,7 +266,7 @@ class ActivationOffload:
         self, tensor: torch.Tensor, storage: torch.UntypedStorage, span: tuple[int, int], device: Device
     ) -> Resident | Handle:
         spec, probe = view_spec(tensor), version_probe(tensor)
-        with self._store.lock:
+        with self._store.lock, self._store.books:
             version = tensor._version  # under the lock, as `shares_version_counter` asks
             record = self._index.find(storage._cdata, tensor, *span)
             if record is not None:
@@ -278,14 +279,16 @@ class ActivationOffload:
                     record.version, record.probe = version, probe
                     record.spec, record.where = spec, self._names.where()
                     self._adopt(record)
+            handle = None
             if record is not None:
                 record.num_handles += 1
+                handle = Handle(record, spec, probe, version, self._store.bereave)
         self._store.tidy()
         self._prefetch(self._schedule.due())
-        if record is None:
+        if handle is None:
             assert reason is not None
             return self._stay(tensor, reason, span[1] - span[0])
-        return Handle(record, spec, probe, version, self._store.bereave)
+        return handle
 
     def _why_keep(self, storage: torch.UntypedStorage, span: tuple[int, int]) -> str | None:
         if span[1] - span[0] < self.policy.min_nbytes:
@@ -296,7 +299,7 @@ class ActivationOffload:
 
     def _new_record(self, storage: torch.UntypedStorage, span: tuple[int, int], device: Device) -> Record:
         thread = self._thread
-        if thread.pass_ is None or thread.pass_.is_closed:
+        if thread.pass_ is None or not thread.pass_.is_open:
             thread.pass_ = self._schedule.new_pass()
         return Record(storage, StorageWeakRef(storage), span, device, thread.pass_)
 

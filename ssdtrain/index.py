@@ -51,6 +51,10 @@ class Index:
             self._lasting[key] = record.identity
             self._purge()
 
+    def forget_records(self) -> None:
+        """No record is known any more; weights are."""
+        self._records = {}
+
     def mark_weights(self, tensors: Iterable[torch.Tensor]) -> None:
         """Marks the storages of a model's parameters and buffers."""
         for tensor in tensors:

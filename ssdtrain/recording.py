@@ -47,6 +47,8 @@ class StepRecording:
         self._aliases: list[int] = []
         self._other: list[tuple[float, int]] = []
         self.is_over = False
+        self.is_abandoned = False
+        """Whether an interrupt left it in the middle of a change."""
         self.is_wall_time = True
         """Whether its times are those of the computation: a host that runs ahead of an accelerator knows none."""
 

@@ -17,6 +17,7 @@ from collections import deque
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ssdtrain.books import ClosedError
 from ssdtrain.devices import Devices
 from ssdtrain.engine import Read
 from ssdtrain.identity import live_storage
@@ -77,7 +78,7 @@ class Reloads:
             return False
         try:
             self.begin(record)
-        except (MemoryError, torch.OutOfMemoryError):  # not needed yet, and there may be room when it is
+        except (MemoryError, torch.OutOfMemoryError, ClosedError):  # not needed yet, and then there may be room
             return False
         record.is_prefetched = True
         self._prefetched.append(record)
@@ -154,14 +155,15 @@ class Reloads:
         """Begins a reload into fresh memory of the current stream.
 
         Raises:
-            RuntimeError: the engine that has the bytes is closed, or a parent process's.
+            ClosedError: the engine that has the bytes is closed, or a parent process's.
             MemoryError, torch.OutOfMemoryError: no memory.
         """
         transport = self.transport
         if transport is None or record.places[0].transport is not transport:
-            raise RuntimeError(
-                f"Expected an open offload for backward, got one closed or of the parent process; {record!r} "
-                "was in its spill file. Call close() after the last backward, and run backward where forward ran"
+            raise ClosedError(
+                f"Expected an open offload for backward, got one closed, of the parent process, or interrupted in the "
+                f"middle of its bookkeeping; {record!r} was in its spill file. Call close() after the last backward, "
+                "run backward where forward ran, and after an interrupt run the step again"
             )
         space, device = transport.space, record.device
         memory = device.allocate(record.nbytes, space.memory_alignment, space.block_nbytes)
@@ -196,8 +198,8 @@ class Reloads:
     def _fail(self, record: Record, place: Place, error: tuple[int, int, int, str]) -> None:
         record.move(self._home(record))
         self._counters.hold(-record.nbytes)
-        if self.transport is not None and error[0] != errno.EREMOTEIO:  # that one is the device's, not the drive's
-            self.transport.space.note_read_error(place.extent.file, error)
+        if error[0] != errno.EREMOTEIO:  # that one is the device's, not the drive's
+            place.transport.space.note_read_error(place.extent.file, error)
         raise _read_error(record, place, error)
 
     def _forget_reads(self, record: Record, *, is_handed_over: bool = False) -> None:
@@ -209,8 +211,9 @@ class Reloads:
     def give_up(self, record: Record) -> None:
         """Forgets a reload under way that is not ours."""
         record.reads, record.landing = (), None
-        record.move(self._home(record))
-        self._counters.hold(-record.nbytes)
+        if record.residency is Residency.RELOADING:
+            record.move(self._home(record))
+            self._counters.hold(-record.nbytes)
 
     def _home(self, record: Record) -> Residency:
         return Residency.HOST if record.places[0].transport.is_in_host(record) else Residency.DISK
@@ -227,7 +230,7 @@ class Reloads:
                 self._counters.hold(-record.nbytes)
 
     def _leave_prefetched(self, record: Record) -> None:
-        if record.is_prefetched:
+        if record.is_prefetched and not record.pass_.is_abandoned:
             record.is_prefetched = False
             self._prefetched.remove(record)
             self._counters.prefetched_nbytes -= record.nbytes
@@ -236,7 +239,7 @@ class Reloads:
 
     def lend(self, record: Record) -> None:
         """Autograd has the memory and the drive the bytes: the record holds neither, and shares what is still alive."""
-        if record.residency is Residency.DEVICE and record.places:
+        if record.residency is Residency.DEVICE and record.places and not record.pass_.is_abandoned:
             record.move(self._home(record))
             record.storage = None
             if record.is_lent:
@@ -280,6 +283,10 @@ class Reloads:
         self._devices.trim()
         for record in list(self._prefetched):
             self._leave_prefetched(record)
+
+    def forget_records(self) -> None:
+        """Nothing is known of any record."""
+        self._lent, self._prefetched, self._counters.prefetched_nbytes = {}, deque(), 0
 
     def _hold(self, nbytes: int, idle_nbytes: int = 0) -> None:
         engine = self.transport.engine if self.transport is not None else None

@@ -59,6 +59,12 @@ class Schedule:
         self._passes.append(Pass(self._history.learn, self._step, self._history.latest))
         return self._passes[-1]
 
+    def start_afresh(self) -> None:
+        """Gives the running step up; what is being saved from here on belongs to another."""
+        self._step.is_abandoned = True
+        self._step, self._passes, self._finished = StepRecording(self._surroundings, self._end_step), [], None
+        self._take(None)
+
     def _end_step(self, step: StepRecording) -> None:
         if self._adaptation is not None and step.is_complete:
             self._finished = step
@@ -141,6 +147,8 @@ class Schedule:
         micro-batch or through a graph for the second time: prediction goes on from there.
         """
         pass_ = record.pass_
+        if pass_.is_abandoned:
+            return
         if not pass_.is_closed:
             self.begin_backward(pass_)
         if is_first:
@@ -163,7 +171,7 @@ class Schedule:
         """Records to reload next, soonest first. The caller asks for one more only after it began the last one."""
         if self._route is not None and pass_.step is self._step and not self._is_lost:
             return self.due()
-        return self._next_of(pass_)
+        return self._next_of(pass_) if not pass_.is_abandoned else iter(())
 
     def due(self) -> Iterator[Record]:
         """Records whose reloads the plan wants begun by now, the earliest deadline first; none without a plan."""

@@ -4,8 +4,9 @@ It does not know why a record travels or which one is next; `activations` and `s
 `ssdtrain.reloads`, driven from here. Everything it owns (engine, counters aside) lives and ends with it.
 
 [Note: the lock]
-One lock guards records, extents and requests. It is never held while bytes move or a thread waits, and nothing that
-runs in a destructor waits for it: a dying handle leaves a note in `_bereaved`, which the next holder works off.
+One lock guards records, extents and requests; every change is also bracketed, see [Note: torn books]. It is never held
+while bytes move or a thread waits, and nothing that runs in a destructor waits for it: a dying handle leaves a note in
+`_bereaved`, which the next holder works off.
 
 [Note: waiting for an accelerator]
 The bytes in flight are bounded. When the bound is reached because the drive is behind, mode "auto" keeps the tensor.
@@ -15,15 +16,15 @@ waits until the accelerator is there: the accelerator has work meanwhile, and me
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from ssdtrain.books import Books
 from ssdtrain.device import Device
 from ssdtrain.devices import Devices
 from ssdtrain.engine import Fence
@@ -52,6 +53,8 @@ class Store:
     ) -> None:
         """Remembers what to open; `open` opens it."""
         self.lock = threading.Lock()
+        self.books = Books(self)
+        self.when_torn: Callable[[], None] = _nothing  # under the lock, when all that is filed is given up
         _leave_to_parent_in_child(self)
         self.counters = counters
         self.index = index
@@ -86,21 +89,18 @@ class Store:
             OSError: a directory cannot be used; errno and filename say which and why.
             RuntimeError: the engine asked for by name is not available.
         """
-        with self.lock:
+        with self.lock, self.books:
             self._ensure_open()
 
     def enter(self) -> None:
         """A context becomes active: the engine is open from here on, unless the drive has become unusable meanwhile."""
-        with self.lock:
-            try:
-                self._ensure_open()
-            except OSError as error:
-                self.note_fallback(f"the engine could not be opened again, tensors stay in memory: {error}")
+        with self.lock, self.books:
+            self._open_again()
             self._num_entered += 1
 
     def leave(self) -> None:
         """A context ends; the engine lives on while records do."""
-        with self.lock:
+        with self.lock, self.books:
             self._num_entered -= 1
             self._settle()
             self._close_if_idle()
@@ -108,18 +108,20 @@ class Store:
 
     def close(self) -> None:
         """Ends the engine and frees slabs and spill files. Records whose bytes were only there are lost."""
-        with self.lock:
+        with self.lock, self.books:
             self._close()
         self.tidy()
 
     def __del__(self) -> None:
         """The last handle and the context are gone: nobody is left to close it."""
-        with contextlib.suppress(Exception):  # the interpreter may be shutting down
+        try:  # noqa: SIM105  the interpreter may be shutting down: contextlib may be gone
             self._close()
+        except Exception:
+            pass
 
     def engine_totals(self) -> Counters:
         """A copy of the counters with what the open engine has done so far."""
-        with self.lock:
+        with self.lock, self.books:
             self._settle()
             self._reloads.reclaim_lent()
             totals = self.counters.copy()
@@ -150,6 +152,12 @@ class Store:
         self.counters.engine, self.counters.engine_reason = choice.kind, choice.reason
         for text in (*choice.fallbacks, *choice.shortcomings()):
             self.note_fallback(text)
+
+    def _open_again(self) -> None:
+        try:
+            self._ensure_open()
+        except OSError as error:
+            self.note_fallback(f"the engine could not be opened again, tensors stay in memory: {error}")
 
     def _open_engine(self, directories: list[str]) -> EngineChoice:
         """On those of `directories` that are not full; an error when all are."""
@@ -191,6 +199,24 @@ class Store:
             self._add_totals(self.counters)
             self._retired.update(transport.space.retired)
         self.forget_engine()
+
+    def start_afresh(self) -> None:
+        """See [Note: torn books]. What is in memory stays with its handles; what only the drive has is lost."""
+        transport = self._transport
+        if transport is not None:
+            transport.close(self._policy.io_timeout_seconds)
+            for record in transport.records_coming_back():
+                self._reloads.give_up(record)
+            self._add_totals(self.counters)
+            self._retired.update(transport.space.retired)
+        self.when_torn()
+        self.index.forget_records()
+        self._reloads.forget_records()
+        self.forget_engine()
+        self.counters.num_live_records, self.counters.held_nbytes = 0, self.counters.resident_nbytes
+        self.note_fallback("interrupted in the middle of its bookkeeping: began anew, without what was on the drive")
+        if self._num_entered:
+            self._open_again()
 
     def leave_to_parent(self) -> None:
         """This is a forked child: the engine is the parent's, and so are its reads under way.
@@ -235,7 +261,7 @@ class Store:
     def tidy(self) -> None:
         """Works off notes that could not be worked off when they were left: whoever had the lock calls this after."""
         while self._bereaved and not self.lock.locked():
-            with self.lock:  # not acquire(): Ctrl-C could come before the `try` that releases
+            with self.lock, self.books:  # not acquire(): Ctrl-C could come before the `try` that releases
                 self._bury()
                 self._close_if_idle()
 
@@ -252,6 +278,9 @@ class Store:
 
     def _release(self, record: Record) -> None:
         """The graph let go: everything the record held is free again."""
+        if record.pass_.is_abandoned:
+            record.storage = None
+            return
         if record.residency is Residency.RELOADING or record.storage is not None:
             self.counters.hold(-record.nbytes)
         self._reloads.release(record)
@@ -268,7 +297,7 @@ class Store:
 
         In mode ``"all"`` it waits for the drive while `staging_nbytes` are in flight.
         """
-        with self.lock:
+        with self.lock, self.books:
             loads = [load for record in records for load in self._load(record)]
         for cargo in loads:
             while (wait := self._try_ship(cargo)) is not None:
@@ -295,7 +324,7 @@ class Store:
 
     def _try_ship(self, cargo: list[Record]) -> int | Fence | None:
         """Ships or keeps `cargo`; or returns what to wait for before trying again: bytes in flight, or a device."""
-        with self.lock:
+        with self.lock, self.books:
             self._settle()
             cargo = [record for record in cargo if _may_leave(record)]
             transport = self._transport
@@ -342,7 +371,7 @@ class Store:
 
     def keep(self, records: list[Record], reason: str) -> None:
         """Keeps records in memory that have not left."""
-        with self.lock:
+        with self.lock, self.books:
             self._keep([record for record in records if _may_leave(record)], reason)
 
     def _keep(self, cargo: list[Record], reason: str) -> None:
@@ -391,7 +420,7 @@ class Store:
 
         `epoch` is the reload the asking handle saw last. The second value is whether a reload had to be begun.
         """
-        with self.lock:
+        with self.lock, self.books:
             self._settle()
             return self._reloads.request(record, epoch)
 
@@ -403,7 +432,7 @@ class Store:
             RuntimeError: the context was closed, or this is a forked child.
         """
         while True:
-            with self.lock:
+            with self.lock, self.books:
                 loan = self._reloads.take_or_demand(record, epoch)
                 reads = record.reads
             if loan is not None:
@@ -411,12 +440,12 @@ class Store:
             seconds, are_there = wait_for_reads(reads, self._policy.io_timeout_seconds)
             self.counters.stall("read", seconds)
             if not are_there:
-                with self.lock:
+                with self.lock, self.books:
                     self._reloads.check_stuck(record, reads)
 
     def prefetch(self, record: Record) -> bool:
         """Begins a reload ahead of need; False when the budget is used up."""
-        with self.lock:
+        with self.lock, self.books:
             return self._reloads.prefetch(record)
 
     # -- accounts ------------------------------------------------------------------------------------------------
@@ -429,6 +458,10 @@ class Store:
         if text not in self.counters.fallbacks:
             self.counters.fallbacks.append(text)
             logger.warning("%s", text)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _leave_to_parent_in_child(store: Store) -> None:

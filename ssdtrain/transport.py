@@ -20,7 +20,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -67,8 +67,9 @@ class Transport:
         self._choice = choice
         self._seen_events = -1
         self._shipments: list[_Shipment] = []
-        self._landings: dict[Record, tuple[tuple[Read, ...], Allocation]] = {}
-        self._orphans: list[tuple[tuple[Read, ...], Allocation]] = []
+        self._source_of_next: list[torch.UntypedStorage | None] = []  # held before the engine knows, see `books`
+        self._landings: dict[Record, tuple[Sequence[Read], Allocation]] = {}
+        self._orphans: list[tuple[Sequence[Read], Allocation]] = []
 
     # -- out -----------------------------------------------------------------------------------------------------
 
@@ -134,8 +135,8 @@ class Transport:
     def _write(
         self, extent: Extent, cargo: list[Record], pieces: list[tuple[int, int, int]], producer: Fence | None
     ) -> Write:
+        self._source_of_next = sources = [record.storage for record in cargo]
         write = self.engine.write(extent.file, extent.offset, extent.nbytes, pieces, producer)
-        sources = [record.storage for record in cargo]
         self._shipments.append(_Shipment(write, extent, cargo, sources, producer, cargo[0].stream, time.monotonic()))
         return write
 
@@ -230,9 +231,11 @@ class Transport:
         """Begins to bring a record's bytes to `memory`, which is kept alive until they are there."""
         read, (_, address, capacity) = self.engine.read, memory
         ready = fence(record.device.driver, record.stream)
-        reads = tuple([read(p.write, p.piece, address + p.start, capacity - p.start, ready) for p in record.places])
-        self._landings[record] = reads, memory
-        return reads
+        reads: list[Read] = []
+        self._landings[record] = reads, memory  # first: nothing may be read to memory that an interrupt sets free
+        for place in record.places:
+            reads.append(read(place.write, place.piece, address + place.start, capacity - place.start, ready))
+        return tuple(reads)
 
     def forget_reads(self, record: Record, *, is_handed_over: bool = False) -> None:
         """The record's reads are over, or nobody waits for them any more. Memory still being written to stays.
@@ -268,6 +271,9 @@ class Transport:
 
         False when the drive does not answer: what it may still touch then stays as it is until the process ends.
         """
+        if self.engine.is_closed:  # interrupted here before
+            self._choice.close()
+            return True
         deadline = time.monotonic() + timeout_seconds
         for shipment in self._shipments:
             for piece in range(len(shipment.cargo)):

@@ -27,6 +27,7 @@ ROOMS = [
     "cuda",
     "devices",
     "simulated",
+    "books",
     "identity",
     "recording",
     "trace",
