@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeOffload, Send, assert_same, assert_same_error
+from conftest import MakeOffload, Send, assert_same, assert_same_error, gauges
 from torch import nn
 from torch.autograd.function import once_differentiable
 
@@ -173,7 +173,8 @@ def test_inplace_change_in_backward_and_again(offload: Offload, is_held: bool) -
         return leaf.grad
 
     assert_same_error(run, offload, MODIFIED)
-    assert (offload.stats.read_nbytes > 0) != is_held
+    gauges(offload)  # with an accelerator a read counts when its copy is over
+    assert (offload.stats.read_nbytes > 0) != is_held, str(offload.stats)
 
 
 def test_inplace_change_in_backward_of_a_shared_storage(offload: Offload) -> None:

@@ -67,7 +67,6 @@ def random_bytes(numel: int, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @pytest.mark.parametrize("numel", [1, 3, 511, 4096, 100_003])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.cpu_only
 def test_dtypes_and_sizes(offload: Offload, dtype: torch.dtype, numel: int) -> None:
     """Any bytes, NaN patterns included, below, at and above a block, a slab and all of staging."""
     ((actual,),) = save_and_reload(offload, lambda: [random_bytes(numel, dtype)])
