@@ -44,6 +44,7 @@ from ssdtrain.index import Index
 from ssdtrain.modules import ModuleNames
 from ssdtrain.planner import Plan
 from ssdtrain.policy import ActivationPolicy
+from ssdtrain.recompute import recompute_for
 from ssdtrain.record import Handle, Record, Resident
 from ssdtrain.schedule import Schedule
 from ssdtrain.stats import Counters, Stats
@@ -85,7 +86,12 @@ class ActivationOffload:
         self.policy = policy
         self._counters = Counters()
         self._index = Index()
-        self._schedule = Schedule(self._counters, adaptation_for(policy, directories or ()))
+        self._recompute = recompute_for(policy, model, self._counters)
+        blocks = self._recompute.names if self._recompute is not None else None
+        adaptation = adaptation_for(policy, directories or (), blocks)
+        if self._recompute is not None and adaptation is not None and policy.recompute == "auto":
+            self._recompute.chosen = lambda: adaptation.recomputed
+        self._schedule = Schedule(self._counters, adaptation)
         self._names = ModuleNames(model)
         self._model = model
         self._thread = _Thread()
@@ -129,6 +135,8 @@ class ActivationOffload:
         hooks.__enter__()
         self._thread.entered.append(hooks)
         self._names.watch()
+        if self._recompute is not None:
+            self._recompute.enter()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -136,6 +144,8 @@ class ActivationOffload:
         """Takes the hooks away; what was saved stays available for backward."""
         if not self.policy.enabled:
             return
+        if self._recompute is not None:
+            self._recompute.leave()
         self._names.unwatch()
         self._thread.entered.pop().__exit__(kind, error, trace)
         self._store.leave()
@@ -408,7 +418,8 @@ def offload_activations(
         directory: where the spill files go, on a fast local drive. Several are striped. The files are unlinked at once:
             nothing is ever left behind. None: tensors of an accelerator go to pinned host memory only.
         policy: an `ActivationPolicy` or a mapping with its fields.
-        model: names modules in messages and marks its parameters and buffers as weights. Never needed for correctness.
+        model: names modules in messages, marks its parameters and buffers as weights, and has the blocks that
+            ``recompute`` is about. Never needed for correctness.
 
     Returns:
         A context manager with `stats` and `close()`. Everything is freed by `close()`, when the object is gone, and,

@@ -7,6 +7,10 @@ those it was made for. Beyond that, and when a step waited although no wait was 
 was measured last; every wait also makes it more cautious for a while: it counts on less read bandwidth than measured.
 After a plan some steps pass before the next, so that one slow moment does not bring one plan and the next moment
 another, and so that planning, however short the steps are, takes a small part of the time.
+
+[Note: recomputation]
+Which blocks are recomputed is decided from a step in which none was, remembered for later decisions. Once some are,
+steps look different; they are seen twice and planned like any others.
 """
 
 from __future__ import annotations
@@ -15,10 +19,10 @@ import math
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from ssdtrain.planner import Goal, Machine, Step, Tier, make_plan
+from ssdtrain.planner import Goal, Machine, Plan, Step, Tier, choose, make_plan
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.route import Route, Shape
 from ssdtrain.stats import Counters
@@ -69,9 +73,16 @@ class Bandwidth:
 class Adaptation:
     """The plans of one offload context, one per kind of step."""
 
-    def __init__(self, machine: Machine, goal: Goal) -> None:
-        """`machine` has the bounds; its drive is replaced by what is measured."""
-        self._machine, self._goal = machine, goal
+    def __init__(self, machine: Machine, goal: Goal, blocks: Callable[[], Sequence[str]] | None = None) -> None:
+        """`machine` has the bounds; its drive is replaced by what is measured.
+
+        `blocks`: names those that may be recomputed. None: nothing is.
+        """
+        self._machine, self._goal, self._blocks = machine, goal, blocks
+        self.recomputed: frozenset[str] = frozenset()
+        """Blocks to recompute from now on, by the plan with the latest measurements."""
+        self._whole: Step | None = None  # a step in which nothing was recomputed
+        self._statement = ""
         self._write, self._read = Bandwidth(), Bandwidth()
         self._caution = _CAUTION
         self._routes: OrderedDict[Key, Route] = OrderedDict()  # the latest last
@@ -111,10 +122,25 @@ class Adaptation:
     def _plan(self, step: Step) -> Route:
         begin = time.perf_counter()
         self._planned_for, self._num_since_plan = self._machine_now(), 0
-        route = Route(step, make_plan(step, self._planned_for, self._goal))
+        route = Route(step, self._make_plan(step))
         end = time.perf_counter()
-        self._no_plan_before = end + (end - begin) / _PLANNING_SHARE
+        is_final = self.recomputed == frozenset(route.plan.recomputed)  # else the steps to come look different
+        self._no_plan_before = end + (end - begin) / _PLANNING_SHARE if is_final else end
         return route
+
+    def _make_plan(self, step: Step) -> Plan:
+        """See [Note: recomputation]."""
+        if self._blocks is None:
+            return make_plan(step, self._planned_for, self._goal)
+        if not self.recomputed:
+            self._whole = step
+        assert self._whole is not None
+        chosen, plan = choose(self._whole, self._blocks(), self._planned_for, self._goal, self.recomputed)
+        if chosen == self.recomputed and chosen:
+            own = make_plan(step, self._planned_for, self._goal)
+            return replace(own, recomputed=plan.recomputed, statement=f"{own.statement}; {self._statement}")
+        self.recomputed, self._statement = chosen, plan.statement.rpartition("; ")[2]
+        return make_plan(step, self._planned_for, self._goal)
 
     def _has_drifted(self, route: Route, step: Step, measured: Measured) -> bool:
         waited = measured.stall_seconds - route.plan.stall_seconds > _WAIT * measured.seconds
@@ -142,8 +168,13 @@ def _differs(now: float, then: float) -> bool:
     return abs(now - then) > _DRIFT * then
 
 
-def adaptation_for(policy: ActivationPolicy, directories: Sequence[str]) -> Adaptation | None:
-    """What mode ``"auto"`` adapts with; None where nothing is to be decided."""
+def adaptation_for(
+    policy: ActivationPolicy, directories: Sequence[str], blocks: Callable[[], Sequence[str]] | None = None
+) -> Adaptation | None:
+    """What mode ``"auto"`` adapts with; None where nothing is to be decided.
+
+    `blocks`: names the model's blocks that may be recomputed.
+    """
     if policy.mode != "auto" or not policy.enabled or not directories:
         return None
     capacity = math.inf if policy.disk_nbytes is None else policy.disk_nbytes
@@ -153,7 +184,7 @@ def adaptation_for(policy: ActivationPolicy, directories: Sequence[str]) -> Adap
         prefetch_nbytes=policy.prefetch_nbytes,
         idle_nbytes=policy.idle_nbytes,
     )
-    return Adaptation(machine, _goal(policy, directories))
+    return Adaptation(machine, _goal(policy, directories), blocks if policy.recompute == "auto" else None)
 
 
 def _goal(policy: ActivationPolicy, directories: Sequence[str]) -> Goal:

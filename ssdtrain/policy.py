@@ -79,6 +79,11 @@ class ActivationPolicy(BaseModel):
     what need not leave stays, and training waits for the drive where it must. None, in mode ``"auto"``: never waits,
     and the peak is as low as that allows."""
 
+    recompute: Literal["never", "auto", "all"] = "never"
+    """Whether the model's blocks may run a second time in backward instead of keeping what they saved; needs `model`.
+    ``"all"``: every block, only their inputs travel: lowest memory, a third more compute. ``"auto"``: those that
+    bring memory under `memory_budget` for less time than waiting for the drive would."""
+
     drive_writes_per_day: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Endurance of the drive as its maker gives it: how often a day it may be written in full. Caps what is written."""
 
@@ -120,6 +125,11 @@ class ActivationPolicy(BaseModel):
             raise ValueError(
                 f"Expected disk_nbytes of at least min_nbytes ({self.min_nbytes}), got {self.disk_nbytes}: "
                 "nothing could ever be offloaded. Raise disk_nbytes or lower min_nbytes"
+            )
+        if self.recompute == "auto" and (self.memory_budget is None or self.mode != "auto"):
+            raise ValueError(
+                "Expected memory_budget and mode 'auto' with recompute='auto', which recomputes what the budget needs; "
+                f"got memory_budget={self.memory_budget} and mode={self.mode!r}. Set them, or recompute='all'"
             )
         return self
 

@@ -102,6 +102,13 @@ class Counters:
         self.skip(reason, nbytes)
         self.kept_nbytes += nbytes
 
+    def fall_back(self, text: str) -> bool:
+        """Notes once why something did not go the best way; whether it is news."""
+        is_news = text not in self.fallbacks
+        if is_news:
+            self.fallbacks.append(text)
+        return is_news
+
     def hold(self, nbytes: int, staging_nbytes: int = 0) -> None:
         """Moves the gauge of held bytes and its peak; `staging_nbytes` is what the slabs hold at this moment."""
         self.held_nbytes += nbytes

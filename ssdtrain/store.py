@@ -455,8 +455,7 @@ class Store:
 
     def note_fallback(self, text: str) -> None:
         """Warns once and remembers why something did not go the best way."""
-        if text not in self.counters.fallbacks:
-            self.counters.fallbacks.append(text)
+        if self.counters.fall_back(text):
             logger.warning("%s", text)
 
 

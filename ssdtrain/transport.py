@@ -138,6 +138,7 @@ class Transport:
         self._source_of_next = sources = [record.storage for record in cargo]
         write = self.engine.write(extent.file, extent.offset, extent.nbytes, pieces, producer)
         self._shipments.append(_Shipment(write, extent, cargo, sources, producer, cargo[0].stream, time.monotonic()))
+        self._source_of_next = []
         return write
 
     def next_point(self) -> Fence | None:

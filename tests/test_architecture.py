@@ -40,6 +40,8 @@ ROOMS = [
     "reloads",
     "store",
     "modules",
+    "blocks",
+    "recompute",
     "activations",
     "__init__",
     "integrations",

@@ -50,11 +50,13 @@ class Plan:
     """Written to the drive per step."""
     endurance_nbytes: float = math.inf
     """What may be written to the drive in its life."""
+    recomputed: tuple[str, ...] = ()
+    """Names of the blocks that run a second time in backward instead of keeping what they saved."""
 
     @property
     def is_declined(self) -> bool:
-        """Whether nothing moves."""
-        return not any(self.placement)
+        """Whether nothing moves, and nothing is recomputed."""
+        return not any(self.placement) and not self.recomputed
 
     @property
     def step_seconds(self) -> float:
@@ -82,6 +84,8 @@ class Plan:
             f" {nbytes_text(self.kept_peak_nbytes)} if everything stayed",
             f"  time      {self.step_seconds:.3f} s a step, {self.stall_seconds:.3f} s of it waiting",
         ]
+        if self.recomputed:
+            lines.append(f"  recompute {len(self.recomputed)} blocks: {', '.join(self.recomputed)}")
         if self.disk_nbytes:
             life = f", drive life {self.drive_life_years:.1f} years" if self.drive_life_years < math.inf else ""
             lines.append(f"  drive     {self.daily_nbytes / 1e12:.2f} TB written a day{life}")

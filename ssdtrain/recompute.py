@@ -1,0 +1,164 @@
+"""Runs blocks of a model a second time in backward instead of keeping what they saved.
+
+Wraps a block's forward from outside in PyTorch's non-reentrant checkpoint, which restores random numbers and autocast.
+Its tensor arguments, keyword and nested ones too, become inputs of the checkpoint, so that the hooks around see and
+send them. Which blocks are recomputed is decided elsewhere and looked up at every call.
+
+[Note: what may run twice]
+A block may when nothing but its result shows that it ran. One with running statistics, or one that is seen to change
+a buffer while it runs once, is never chosen; one that is called with an argument that is neither a tensor nor a plain
+value, such as a key-value cache, runs once in that call.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
+
+from ssdtrain.blocks import find_blocks
+from ssdtrain.policy import ActivationPolicy
+from ssdtrain.stats import Counters
+
+logger = logging.getLogger("ssdtrain")
+
+_PLAIN = (torch.Tensor, type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+_MISSING = object()
+
+
+class Recompute:
+    """The blocks of one model, and which of them run twice."""
+
+    def __init__(self, model: torch.nn.Module, counters: Counters) -> None:
+        """All run twice, until `chosen` says which. Remarks go to `counters`."""
+        self._blocks = find_blocks(model)
+        self.chosen: Callable[[], frozenset[str]] | None = None
+        self._counters = counters
+        self._impure: set[str] = set()
+        self._replaced: list[tuple[torch.nn.Module, Any]] = []
+        self._num_entered = 0
+        if not self._blocks:
+            self._note(
+                "recompute: the model has no repeated blocks in a ModuleList or Sequential; nothing is recomputed"
+            )
+
+    def names(self) -> list[str]:
+        """Blocks that may be recomputed, as far as is known."""
+        return [name for name in self._blocks if name not in self._impure]
+
+    def enter(self) -> None:
+        """Wraps the blocks' forwards; nested calls are counted."""
+        self._num_entered += 1
+        if self._num_entered == 1:
+            for name, block in self._blocks.items():
+                self._replaced.append((block, block.__dict__.get("forward", _MISSING)))
+                block.forward = self._wrapped(name, block, block.forward)
+
+    def leave(self) -> None:
+        """The forwards are what they were."""
+        self._num_entered -= 1
+        while self._num_entered == 0 and self._replaced:
+            block, own = self._replaced.pop()
+            if own is _MISSING:
+                del block.__dict__["forward"]
+            else:
+                block.forward = own
+
+    def _wrapped(self, name: str, block: torch.nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            is_chosen = self.chosen is None or name in self.chosen()
+            if is_chosen and name not in self._impure and self._may_run_twice(name, block, args, kwargs):
+                return self._run_twice(name, block, forward, args, kwargs)
+            return self._watched(name, block, forward, args, kwargs)
+
+        return run
+
+    def _may_run_twice(self, name: str, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if any(_keeps_statistics(module) for module in block.modules()):
+            self._refuse(name)
+            return False
+        strange = [leaf for leaf in tree_flatten((args, kwargs))[0] if not isinstance(leaf, _PLAIN)]
+        if strange:
+            self._note(f"recompute: a block called with {type(strange[0]).__name__} is not run twice: it may change it")
+        return not strange
+
+    def _run_twice(
+        self,
+        name: str,
+        block: torch.nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        leaves, tree = tree_flatten((args, kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        tensors = [leaves[i] for i in places]
+        for i in places:
+            leaves[i] = None  # only the checkpoint holds them, or they could not leave
+
+        def again(*inputs: torch.Tensor) -> Any:
+            filled = list(leaves)
+            for i, tensor in zip(places, inputs, strict=True):
+                filled[i] = tensor
+            own_args, own_kwargs = tree_unflatten(filled, tree)
+            return forward(*own_args, **own_kwargs)
+
+        before = _versions(block)
+        result = checkpoint(again, *tensors, use_reentrant=False)
+        if _versions(block) != before:
+            raise RuntimeError(
+                f"Expected block {name!r} to leave its buffers alone in forward, for it is to run a second time in "
+                "backward; it changed one. Use policy recompute='never', or put the block into eval mode"
+            )
+        return result
+
+    def _watched(
+        self,
+        name: str,
+        block: torch.nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if name in self._impure:
+            return forward(*args, **kwargs)
+        before = _versions(block)
+        result = forward(*args, **kwargs)
+        if _versions(block) != before:
+            self._refuse(name)
+        return result
+
+    def _note(self, text: str) -> None:
+        if self._counters.fall_back(text):
+            logger.warning("%s", text)
+
+    def _refuse(self, name: str) -> None:
+        self._impure.add(name)
+        self._note(f"recompute: block {name!r} changes its buffers in forward and is not run twice")
+
+
+def _keeps_statistics(module: torch.nn.Module) -> bool:
+    return module.training and bool(getattr(module, "track_running_stats", False))
+
+
+def _versions(block: torch.nn.Module) -> list[tuple[int, int]]:
+    return [(id(buffer), buffer._version) for buffer in block.buffers()]
+
+
+def recompute_for(policy: ActivationPolicy, model: torch.nn.Module | None, counters: Counters) -> Recompute | None:
+    """What wraps the blocks; None where nothing is to run twice.
+
+    Raises:
+        ValueError: it needs a model and has none.
+    """
+    if policy.recompute == "never" or not policy.enabled:
+        return None
+    if model is None:
+        raise ValueError(f"Expected model with recompute={policy.recompute!r}, got none; pass model=...")
+    return Recompute(model, counters)
