@@ -22,6 +22,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from ssdtrain.agreement import Agreement, agreement_of_job
 from ssdtrain.planner import Goal, Machine, Plan, Step, Tier, choose, make_plan
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.route import Route, Shape
@@ -73,12 +74,21 @@ class Bandwidth:
 class Adaptation:
     """The plans of one offload context, one per kind of step."""
 
-    def __init__(self, machine: Machine, goal: Goal, blocks: Callable[[], Sequence[str]] | None = None) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        goal: Goal,
+        blocks: Callable[[], Sequence[str]] | None = None,
+        join: Callable[[], Agreement | None] = agreement_of_job,
+    ) -> None:
         """`machine` has the bounds; its drive is replaced by what is measured.
 
-        `blocks`: names those that may be recomputed. None: nothing is.
+        `blocks`: names those that may be recomputed. None: nothing is. `join`: joins the other ranks.
         """
         self._machine, self._goal, self._blocks = machine, goal, blocks
+        self._bandwidths = (0.0, 0.0)
+        self._join: Callable[[], Agreement | None] | None = join
+        self._agreement = join()  # or with the first step, when the job is set up later
         self.recomputed: frozenset[str] = frozenset()
         """Blocks to recompute from now on, by the plan with the latest measurements."""
         self._whole: Step | None = None  # a step in which nothing was recomputed
@@ -106,6 +116,7 @@ class Adaptation:
         self._read.note(totals.read_nbytes, totals.read_busy_seconds)
         if not self._write.average:
             return
+        self._bandwidths = self._agreed(self._write.average, self._read.average or self._write.average)
         key = tuple((record.nbytes, record.micro_batch) for record in step.records)
         route = self._routes.pop(key, None)
         self._num_since_plan += 1
@@ -118,6 +129,13 @@ class Adaptation:
         for known in (self._routes, self._seen):
             if len(known) > _NUM_REMEMBERED:
                 known.popitem(last=False)
+
+    def _agreed(self, write: float, read: float) -> tuple[float, float]:
+        """The lowest of all ranks."""
+        if self._join is not None and self._agreement is None:
+            self._agreement = self._join()
+        self._join = None
+        return self._agreement.lowest((write, read)) if self._agreement is not None else (write, read)
 
     def _plan(self, step: Step) -> Route:
         begin = time.perf_counter()
@@ -159,9 +177,9 @@ class Adaptation:
 
     def _machine_now(self) -> Machine:
         """The bounds, with bandwidths to count on. A drive not read from yet is taken to read as it writes."""
-        read = self._read.average or self._write.average
         room = self._machine.disk.capacity_nbytes if self._machine.disk is not None else 0
-        return replace(self._machine, disk=Tier(self._write.average, self._caution * read, room))
+        write, read = self._bandwidths
+        return replace(self._machine, disk=Tier(write, self._caution * read, room))
 
 
 def _differs(now: float, then: float) -> bool:

@@ -56,19 +56,23 @@ def travelled(offload: ssdtrain.ActivationOffload, step: Step) -> int:
 
 
 def test_a_plan_comes_with_the_third_step(make_offload: MakeOffload) -> None:
-    """And what it says is what happens: as many records leave as it sends, its peak is the peak."""
+    """And what it says is what happens: as many records leave as it sends, and the next step begins with a look back.
+
+    On a busy machine that step may wait, and the next one have another plan.
+    """
     _, step = gpt()
     with make_offload(**AUTO) as offload:
         step()
         assert offload.plan is None
         step()
-        counts = [travelled(offload, step) for _ in range(2)]
+        count = travelled(offload, step)
         plan = offload.plan
+        step()
+        stats = offload.stats
     assert plan is not None and not plan.is_declined and plan.peak_nbytes < plan.kept_peak_nbytes
-    assert counts[0] == counts[1] == sum(where != 0 for where in plan.placement)
-    stats = offload.stats
-    assert stats.predicted_peak_nbytes == plan.peak_nbytes
-    assert stats.plan == plan.statement and "predicted" in str(stats) and plan.statement in str(stats)
+    assert count == sum(where != 0 for where in plan.placement)
+    assert stats.predicted_peak_nbytes == plan.peak_nbytes and "predicted" in str(stats)
+    assert stats.plan and stats.plan in str(stats)
 
 
 def test_results_are_equal_to_the_bit(make_offload: MakeOffload) -> None:

@@ -34,6 +34,7 @@ ROOMS = [
     "record",
     "index",
     "route",
+    "agreement",
     "adaptation",
     "schedule",
     "transport",
