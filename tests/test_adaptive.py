@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from conftest import MakeOffload, grads_of, same_bits
 
 import ssdtrain
+from ssdtrain.adaptation import Adaptation
 from ssdtrain.demo.model import GPT, GPTConfig
+from ssdtrain.planner import Tier
 
 pytestmark = pytest.mark.cpu_only  # what an accelerator does when is not known to the host that feeds it
 
@@ -137,8 +140,14 @@ def test_hardly_any_reload_is_on_demand(make_offload: MakeOffload, make: Callabl
     assert prefetched > 0 and demanded <= 0.01 * (demanded + prefetched), str(after)
 
 
-def test_reloads_wait_for_their_time(make_offload: MakeOffload) -> None:
-    """A plan brings back what is needed next, not all that `prefetch_nbytes` allows."""
+def test_reloads_wait_for_their_time(make_offload: MakeOffload, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan brings back what is needed next, not all that `prefetch_nbytes` allows.
+
+    It plans for a drive that is fast whatever else this machine does: a slow one has to begin early.
+    """
+    machine_now = Adaptation._machine_now
+    fast = Tier(4e9, 4e9)
+    monkeypatch.setattr(Adaptation, "_machine_now", lambda self: replace(machine_now(self), disk=fast))
     _, step = gpt()
     seen: list[int] = []
     with make_offload(**AUTO | {"prefetch_nbytes": "64MiB"}) as offload:
