@@ -21,7 +21,18 @@ KINDS = ("auto", "io_uring", "threads", "python", "kvikio")
 _ANYWHERE = ("io_uring", "threads", "python")
 _CPP_KINDS = ("io_uring", "threads")
 
-__all__ = ["KINDS", "EngineChoice", "GpuDirect", "cuda_driver", "driver_type", "fence", "gpudirect", "open_engine"]
+__all__ = [
+    "KINDS",
+    "EngineChoice",
+    "GpuDirect",
+    "cuda_driver",
+    "driver_type",
+    "extension_problem",
+    "fence",
+    "gpudirect",
+    "io_uring_problem",
+    "open_engine",
+]
 
 
 @dataclass(frozen=True)
@@ -203,6 +214,24 @@ def fence(driver: Any, stream: int) -> Fence | None:
     """The point that `stream` has come to: a `Fence`, or None where there is no driver, for host memory."""
     made: Fence | None = None if driver is None else _extension().Fence(driver, stream)
     return made
+
+
+def extension_problem() -> str | None:
+    """Why the C++ engines cannot run here; None when they can."""
+    try:
+        _extension()
+    except _UnavailableError as error:
+        return str(error)
+    return None
+
+
+def io_uring_problem(directory: str) -> str | None:
+    """Why this process cannot use io_uring on `directory`; None when it can."""
+    try:
+        open_engine("io_uring", [directory], 1 << 20, 1 << 16).close()
+    except (OSError, RuntimeError) as error:
+        return str(error.__cause__ or error)
+    return None
 
 
 def _extension() -> ModuleType:

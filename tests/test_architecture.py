@@ -48,6 +48,9 @@ ROOMS = [
     "integrations",
     "launch",
     "demo",
+    "doctor",
+    "bench",
+    "estimate",
     "cli",
     "__main__",
 ]

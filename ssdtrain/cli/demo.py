@@ -1,46 +1,22 @@
-"""The `ssdtrain` command. It turns options into calls, results into exit codes, and knows nothing else.
-
-Exit codes: 0 all is as promised; 1 a run failed or its numbers differ; 2 the options or the directory cannot
-be used; 130 interrupted.
-"""
+"""`ssdtrain demo`: the comparison that shows what it is about."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
-from pydantic import ValidationError
 
+from ssdtrain.cli.ending import end, one_line
 from ssdtrain.demo.compare import Comparison, LimitError, compare
 from ssdtrain.demo.process import WorkerError
 from ssdtrain.demo.report import ProgressLines, print_json, print_table
 from ssdtrain.demo.settings import DEFAULT_POLICY, DemoSettings
 from ssdtrain.directories import check_directories
 from ssdtrain.policy import ActivationPolicy, parse_nbytes
-
-app = typer.Typer(
-    name="ssdtrain",
-    help="Train with saved activations on NVMe.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-
-def main() -> None:
-    """Entry point of the installed command and of `python -m ssdtrain`."""
-    app()
-
-
-@app.callback()
-def _group() -> None:
-    """Train with saved activations on NVMe."""
-
 
 _FIELDS = ", ".join(ActivationPolicy.model_fields)
 _POLICY_HELP = f"One field of the policy, as FIELD=VALUE; repeatable. Fields: {_FIELDS}."
@@ -50,7 +26,6 @@ _LIMIT_HELP = (
 )
 
 
-@app.command()
 def demo(
     *,
     layers: Annotated[int, typer.Option(min=1, help="Transformer blocks.")] = DemoSettings.layers,
@@ -87,13 +62,13 @@ def demo(
         limit = _parse_limit(memory_limit)
         warnings = check_directories([settings.directory])
     except (ValueError, OSError) as error:
-        _quit(2, _one_line(error))
+        _end(2, one_line(error))
     comparison = _run(settings, limit, warnings)
     print_table(comparison)
     if json_line:
         print_json(comparison)
     if comparison.problem is not None:
-        _quit(1, comparison.problem)
+        _end(1, comparison.problem)
 
 
 def _run(settings: DemoSettings, memory_limit: int | Literal["auto"] | None, warnings: list[str]) -> Comparison:
@@ -105,13 +80,13 @@ def _run(settings: DemoSettings, memory_limit: int | Literal["auto"] | None, war
             return compare(settings, memory_limit=memory_limit, progress=progress)
     except WorkerError as failure:
         if failure.kind == "usage":
-            _quit(2, str(failure))
+            _end(2, str(failure))
         kind = failure.kind.replace("_", " ")
-        _quit(1, f"the {failure.role} run failed ({kind}): {failure}\n{failure.detail}")
+        _end(1, f"the {failure.role} run failed ({kind}): {failure}\n{failure.detail}")
     except LimitError as error:
-        _quit(2, str(error))
+        _end(2, str(error))
     except KeyboardInterrupt:
-        _quit(130, "interrupted; both runs were ended.")
+        _end(130, "interrupted; both runs were ended.")
 
 
 def _parse_policy(pairs: list[str]) -> dict[str, Any]:
@@ -145,14 +120,5 @@ def _default_directory() -> str:
     return str(Path.cwd()) if os.access(Path.cwd(), os.W_OK) else tempfile.gettempdir()
 
 
-def _one_line(error: ValueError | OSError) -> str:
-    if not isinstance(error, ValidationError):
-        return str(error)
-    return "; ".join(
-        ": ".join([*map(str, item["loc"]), item["msg"].removeprefix("Value error, ")]) for item in error.errors()
-    )
-
-
-def _quit(code: int, message: str) -> NoReturn:
-    print(f"ssdtrain demo: {message}", file=sys.stderr)
-    raise typer.Exit(code)
+def _end(code: int, message: str) -> NoReturn:
+    end("demo", code, message)

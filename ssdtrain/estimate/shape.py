@@ -1,0 +1,71 @@
+"""The shape of a model and of the job that trains it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KINDS = ("gpt", "bert", "t5", "llama")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A transformer in mixed precision (bf16), split over GPUs as Megatron does.
+
+    Raises:
+        ValueError: numbers that do not fit together.
+    """
+
+    kind: str = "gpt"
+    layers: int = 32
+    """Blocks; of a T5, so many in the encoder and as many in the decoder."""
+    hidden: int = 4096
+    heads: int = 32
+    kv_heads: int | None = None
+    """Key and value heads of a Llama; None: as many as `heads`."""
+    ffn: int | None = None
+    """Width of the MLP; None: 4 x hidden, for a Llama 8/3 x hidden."""
+    sequence: int = 2048
+    batch: int = 1
+    """Sequences of one micro-batch on one GPU."""
+    vocabulary: int = 50304
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    micro_batches: int = 1
+    """Per step and pipeline."""
+    is_sequence_parallel: bool = False
+    has_flash: bool = True
+    """Attention that keeps no scores (FlashAttention, SDPA)."""
+    has_dropout: bool = True
+    element_nbytes: int = 2
+
+    def __post_init__(self) -> None:
+        """Checks."""
+        if self.kind not in KINDS:
+            raise ValueError(f"Expected a model among {', '.join(KINDS)}, got {self.kind!r}")
+        for name in "layers hidden heads sequence batch vocabulary tp pp dp micro_batches".split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"Expected {name} of at least 1, got {getattr(self, name)}")
+        for whole, part in (("hidden", "heads"), ("heads", "tp"), ("layers", "pp"), ("hidden", "tp")):
+            if getattr(self, whole) % getattr(self, part):
+                numbers = getattr(self, whole), getattr(self, part)
+                raise ValueError(f"Expected {whole} to be a multiple of {part}, got {numbers[0]} and {numbers[1]}")
+        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
+            raise ValueError(f"Expected heads to be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
+
+    @property
+    def ffn_width(self) -> int:
+        """Width of the MLP."""
+        if self.ffn is not None:
+            return self.ffn
+        return 4 * self.hidden if self.kind != "llama" else 8 * self.hidden // 3
+
+    @property
+    def kv_width(self) -> int:
+        """Width of keys, and of values."""
+        return self.hidden // self.heads * (self.kv_heads or self.heads)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in all."""
+        return 2 * self.layers if self.kind == "t5" else self.layers
