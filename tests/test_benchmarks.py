@@ -71,3 +71,17 @@ def test_readme_shows_the_recorded_results(tmp_path: Path) -> None:
         shutil.copy(ROOT / name, tmp_path / name)
     subprocess.run([sys.executable, str(tmp_path / "recipes/benchmarks/tables.py")], check=True)
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
+
+
+def test_compare(tmp_path: Path) -> None:
+    """Every method that runs here learns the same, and one that cannot says why."""
+    size = "--layers 2 --width 32 --heads 2 --sequence 32 --batch 2 --steps 1 --threads 1".split()
+    size += ["--min-nbytes", "1KiB", "--staging", "64KiB"]  # small ones would wait for company
+    able = ["plain", "checkpoint per block", "ssdtrain, mode all"]
+    options = ["--models", "llama", "--methods", *able, "torchtune OffloadActivations", *size]
+    rows = run("compare.py", str(tmp_path), *options)["models"]["llama"]
+    ran = {row["method"]: row for row in rows if "unavailable" not in row}
+    assert set(able) <= ran.keys()
+    assert all(row["is_equal"] and row["peak_nbytes"] > 0 and row["step_ratio"] > 0 for row in ran.values())
+    assert ran["ssdtrain, mode all"]["written_nbytes"] > 0
+    assert all(row["unavailable"] for row in rows if row["method"] not in ran)

@@ -1,0 +1,135 @@
+"""One method of the comparison in a process of its own: a step per line of stdin, an answer per line of stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import torch
+from compare_models import MODELS, Size, batch_of
+from torch.utils.checkpoint import checkpoint
+
+import ssdtrain
+from ssdtrain.blocks import find_blocks
+from ssdtrain.demo.memory import PeakResident
+from ssdtrain.demo.saved import SavedTensorCounter
+
+PEERS = {
+    "TRL OffloadActivations": ("trl.models.activation_offloading", "OffloadActivations"),
+    "torchtune OffloadActivations": ("torchtune.training", "OffloadActivations"),
+}
+OURS: dict[str, dict[str, Any]] = {
+    "ssdtrain": {},
+    "ssdtrain, mode all": {"mode": "all"},
+    "ssdtrain, recompute all": {"recompute": "all"},
+}
+PLAIN, HOST = "plain", "ssdtrain, host memory"
+METHODS = (PLAIN, "save_on_cpu", "checkpoint per block", *PEERS, *OURS, HOST)
+
+
+class UnavailableError(Exception):
+    """A method that cannot run here; the message says why."""
+
+
+def context_of(method: str, model: torch.nn.Module, directory: str, policy: dict[str, Any]) -> Any:
+    """What every step of a method runs in. `checkpoint per block` changes the model instead."""
+    has_gpu = torch.cuda.is_available()
+    if method == "save_on_cpu":
+        return torch.autograd.graph.save_on_cpu(pin_memory=has_gpu)
+    if method == "checkpoint per block":
+        for block in find_blocks(model).values():
+            block.forward = _checkpointed(block.forward)
+    if method in PEERS:
+        if not has_gpu:
+            raise UnavailableError("needs an accelerator")
+        module, name = PEERS[method]
+        try:
+            return getattr(importlib.import_module(module), name)()
+        except ImportError as error:
+            raise UnavailableError(f"not installed: {error}") from error
+    if method in OURS:
+        return ssdtrain.offload_activations(directory, policy | OURS[method], model=model)
+    if method == HOST:
+        if not has_gpu:
+            raise UnavailableError("host memory is where the tensors are")
+        return ssdtrain.offload_activations(None, policy, model=model)
+    return contextlib.nullcontext()
+
+
+def _checkpointed(forward: Any) -> Any:
+    return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+class Training:
+    """A model under one method."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self._name, self._size = job["model"], Size(**job["size"])
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.manual_seed(0)
+        self.model = MODELS[self._name](self._size).to(self._device)
+        self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-4)
+        self._counts = job["method"] in (PLAIN, "checkpoint per block")
+        self._counter: SavedTensorCounter | None = None
+        self.context = context_of(job["method"], self.model, job["directory"], job["policy"])
+        self._number = 0
+        self._resident = PeakResident()
+        self._losses: list[str] = []
+
+    def step(self) -> dict[str, Any]:
+        """One step; the first counts saved tensors where nothing else is hooked in."""
+        batch = batch_of(self._name, self._size, self._number, self._device)
+        counter = contextlib.nullcontext()
+        if self._counts and self._number == 0:
+            counter = self._counter = SavedTensorCounter(self.model.parameters())
+        begin = time.perf_counter()
+        with counter:
+            loss = self.model(batch)
+            loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._losses.append(loss.item().hex())
+        self._number += 1
+        return {"seconds": time.perf_counter() - begin}
+
+    def finish(self) -> dict[str, Any]:
+        """Peaks, and what was learned."""
+        digest = hashlib.sha256()
+        for parameter in self.model.parameters():
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        peak = torch.cuda.max_memory_allocated() if self._device.type == "cuda" else self._resident.nbytes()
+        stats = getattr(self.context, "stats", None)
+        saved = stats.peak_saved_nbytes if stats is not None else self._counter.peak_nbytes if self._counter else None
+        written = stats.written_nbytes if stats is not None else 0
+        learned = [*self._losses, digest.hexdigest()]
+        return {"peak_nbytes": peak, "peak_saved_nbytes": saved, "written_nbytes": written, "learned": learned}
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(**values: Any) -> None:
+        print(json.dumps(values), file=answers, flush=True)
+
+    job = json.loads(sys.stdin.readline())
+    torch.set_num_threads(job["threads"])
+    try:
+        training = Training(job)
+    except UnavailableError as error:
+        answer(unavailable=str(error))
+        return
+    answer(ready=True)
+    with training.context:
+        for line in sys.stdin:
+            answer(**(training.step() if line.strip() == "step" else training.finish()))
+
+
+if __name__ == "__main__":
+    main()
