@@ -5,7 +5,8 @@ torchrun --nproc-per-node 2 recipes/benchmarks/megatron_overhead.py /mnt/nvme --
 
 Both trainings are alive at once and take their steps in turn, the first one alternating, so that what else the machine
 does hits both. The overhead is the median over pairs of steps of the ratio of their times: 1.00 is none. The same ratio
-of processor time (all threads) is beside it: on a machine where others compute, that is what waiting multiplies.
+of processor time (all threads) is beside it: on a machine where others compute, that is what waiting multiplies. On a
+machine with few cores say `OMP_NUM_THREADS` one less than there are: the engine's threads copy while training computes.
 """
 
 import argparse
@@ -42,10 +43,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("directory", help="folder on the drive that activations travel to")
     parser.add_argument("--pairs", type=int, default=10, help="pairs of steps that count")
     parser.add_argument("--tensor", type=int, default=1)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--sequence", type=int, default=512)
-    parser.add_argument("--micro-batch", type=int, default=4)
+    parser.add_argument("--micro-batch", type=int, default=2)
     parser.add_argument("--min-nbytes", default="1MiB")
     args = parser.parse_args()
     fixed = {"pipeline": 1, "heads": 4, "num_micro_batches": 2, "recompute": None}

@@ -1,6 +1,7 @@
-"""Writes the README's table of results from the data beside this file, so that the two cannot differ.
+"""Writes the README's tables of results from the data beside this file, so that the two cannot differ.
 
-Fresh data: `ssdtrain demo --json | tail -1 > recipes/benchmarks/results/demo.json`, then run this file.
+Fresh data: `ssdtrain demo --json | tail -1 > recipes/benchmarks/results/demo.json`, and
+`python recipes/benchmarks/compare.py DIR | tail -1 > recipes/benchmarks/results/compare.json`; then run this file.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from typing import Any
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
-BEGIN, END = "<!-- demo: begin -->\n", "<!-- demo: end -->"
 GIB = 1 << 30
 
 
@@ -38,13 +38,39 @@ def demo_table(result: dict[str, Any]) -> str:
     return "\n".join(rows) + "\n"
 
 
+def compare_table(result: dict[str, Any]) -> str:
+    """The comparison with the alternatives as Markdown: one row per method, memory and time per model."""
+    models, size = result["models"], result["size"]
+    rows = [
+        f"Beside the alternatives (`recipes/benchmarks/compare.py`; {size['layers']} layers, width {size['width']}, batches "
+        f"of {size['batch']} x {size['sequence']}, {size['threads']} thread(s) of a machine with "
+        f"{result['machine']['cores']} cores; peak memory of training and step time, both against plain):",
+        "",
+        f"| | {' | '.join(models)} | equal to the bit |",
+        "|---" * (len(models) + 2) + "|",
+    ]
+    for i, first in enumerate(next(iter(models.values()))):
+        own = [entries[i] for entries in models.values()]
+        if "unavailable" in first:
+            rows.append(f"| {first['method']} |{' n/a |' * len(models)} {first['unavailable']} |")
+            continue
+        cells = [f"{entry['peak_ratio'] - 1:+.0%}, x {entry['step_ratio']:.2f}" for entry in own]
+        rows.append(f"| {first['method']} | {' | '.join(cells)} | {'yes' if all(e['is_equal'] for e in own) else 'NO'} |")
+    return "\n".join(rows) + "\n"
+
+
+TABLES = {"demo": demo_table, "compare": compare_table}
+
+
 def main() -> None:
     """Replaces what stands between the marks."""
     text = README.read_text()
-    head, rest = text.split(BEGIN)
-    tail = rest[rest.index(END) :]
-    result = json.loads((HERE / "results" / "demo.json").read_text())
-    README.write_text(head + BEGIN + demo_table(result) + tail)
+    for name, table in TABLES.items():
+        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+        head, rest = text.split(begin)
+        result = json.loads((HERE / "results" / f"{name}.json").read_text())
+        text = head + begin + table(result) + rest[rest.index(end) :]
+    README.write_text(text)
 
 
 if __name__ == "__main__":
