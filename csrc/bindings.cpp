@@ -191,6 +191,16 @@ py::object read_error(const PyRead& read) {
   return py::make_tuple(error->errnum, error->offset, error->nbytes, error->message);
 }
 
+py::tuple write_moments(const PyWrite& write) {
+  WriteMoments at = write->moments();
+  return py::make_tuple(at.queued, at.copy_begun, at.copied, at.write_begun, at.done);
+}
+
+py::tuple read_moments(const PyRead& read) {
+  ReadMoments at = read->moments();
+  return py::make_tuple(at.queued, at.read_begun, at.done);
+}
+
 void bind_devices(py::module_& module) {
   using Released = py::call_guard<py::gil_scoped_release>;
   py::class_<DeviceDriver, PythonDriver, std::shared_ptr<DeviceDriver>>(module, "DeviceDriver")
@@ -269,6 +279,7 @@ void bind_write(py::module_& module) {
       .def_property_readonly("is_lost", [](const PyWrite& w) { return w->is_lost(); })
       .def_property_readonly("is_done", [](const PyWrite& w) { return w->is_done(); })
       .def_property_readonly("error", &write_error)
+      .def_property_readonly("moments", &write_moments)
       .def_property_readonly("written_nbytes", [](const PyWrite& w) { return w->written_nbytes(); })
       .def_property_readonly("cancelled_nbytes",
                              [](const PyWrite& w) { return w->cancelled_nbytes(); })
@@ -300,6 +311,7 @@ void bind_read(py::module_& module) {
       .def_property_readonly("is_done", [](const PyRead& r) { return r->is_done(); })
       .def_property_readonly("is_issued", [](const PyRead& r) { return r->is_issued(); })
       .def_property_readonly("error", &read_error)
+      .def_property_readonly("moments", &read_moments)
       .def_property_readonly("read_nbytes", [](const PyRead& r) { return r->read_nbytes(); })
       .def_property_readonly("forwarded_nbytes",
                              [](const PyRead& r) { return r->forwarded_nbytes(); });

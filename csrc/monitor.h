@@ -8,6 +8,11 @@
 
 namespace ssdtrain {
 
+// The clock of all moments that are reported: what Python calls time.monotonic() on Linux.
+inline double seconds_now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
 // Seconds during which at least one of something was going on. Not thread-safe.
 class BusyClock {
  public:

@@ -9,7 +9,9 @@ ReadState::ReadState(std::shared_ptr<Monitor> monitor, size_t num_parts,
     : monitor_(std::move(monitor)),
       ready_(std::move(ready)),
       num_unissued_(num_parts),
-      num_unfinished_(num_parts) {}
+      num_unfinished_(num_parts) {
+  moments_.queued = seconds_now();
+}
 
 bool ReadState::wait_done(std::chrono::duration<double> timeout) {
   std::unique_lock<std::mutex> lock(monitor_->mutex);
@@ -33,6 +35,15 @@ void ReadState::make_wait(DeviceDriver::Stream stream) const {
 std::optional<ReadError> ReadState::error() const {
   std::lock_guard<std::mutex> lock(monitor_->mutex);
   return error_;
+}
+
+ReadMoments ReadState::moments() const {
+  std::lock_guard<std::mutex> lock(monitor_->mutex);
+  return moments_;
+}
+
+void ReadState::note_begun() {
+  if (moments_.read_begun == 0.0) moments_.read_begun = seconds_now();
 }
 
 void ReadState::note_issued(std::shared_ptr<Fence> there) {
@@ -68,6 +79,7 @@ void ReadState::finish() {
     --num_unfinished_;
     return;
   }
+  moments_.done = seconds_now();
   --monitor_->num_pending;
   num_unfinished_ = 0;
   ++monitor_->num_events;

@@ -21,6 +21,13 @@ struct ReadError {
   std::string message;
 };
 
+// When a read got where, by seconds_now(); 0 for what has not happened.
+struct ReadMoments {
+  double queued = 0.0;
+  double read_begun = 0.0;  // of the first part that comes from the file
+  double done = 0.0;
+};
+
 // The life of one read request: a number of parts, from the file or from memory.
 class ReadState {
  public:
@@ -41,10 +48,13 @@ class ReadState {
   // Work queued on `stream` later comes after the copies issued so far.
   void make_wait(DeviceDriver::Stream stream) const;
   std::optional<ReadError> error() const;
+  ReadMoments moments() const;
   uint64_t read_nbytes() const { return read_nbytes_.load(); }
   uint64_t forwarded_nbytes() const { return forwarded_nbytes_.load(); }
 
   // For the engine: monitor->mutex held.
+  // The drive is asked for a part.
+  void note_begun();
   // A stream will have brought a part after `there`.
   void note_issued(std::shared_ptr<Fence> there);
   void finish_forwarded(size_t nbytes);
@@ -62,6 +72,7 @@ class ReadState {
   const std::shared_ptr<Fence> ready_;
   std::shared_ptr<Fence> last_copy_;  // a stream runs in order: covers all earlier ones
   std::optional<ReadError> error_;    // the first
+  ReadMoments moments_;
   std::condition_variable changed_;
   std::atomic<size_t> num_unissued_;  // parts
   std::atomic<size_t> num_unfinished_;

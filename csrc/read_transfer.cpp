@@ -16,6 +16,11 @@ ReadTransfer::ReadTransfer(std::shared_ptr<Monitor> monitor, const OpenFile& fil
       read_(std::move(read)),
       source_(std::move(source)) {}
 
+bool ReadTransfer::begin() {
+  read_->note_begun();
+  return true;
+}
+
 void ReadTransfer::settle() {
   if (errnum() != 0 || !source_.has_checksum) return;
   if (crc32c(0, address(), source_.part->nbytes) != source_.part->checksum) {

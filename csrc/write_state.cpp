@@ -16,6 +16,7 @@ WriteState::WriteState(std::shared_ptr<Monitor> monitor, Extent extent,
   add_chunks(chunk_nbytes);
   for (size_t i = 0; i < sources_.size(); ++i) add_parts(i, chunk_nbytes);
   num_unissued_ = num_uncopied_ = sources_.size();
+  moments_.queued = seconds_now();
   for (Chunk& chunk : chunks_) {
     // A chunk between two pieces holds nothing that anyone could read.
     if (chunk.num_parts == 0) chunk.state = ChunkState::kDropped;
@@ -86,6 +87,7 @@ void WriteState::mark_issued(const Part& part) {
 void WriteState::mark_read(const Part& part) {
   if (--pieces_[part.piece].num_unread > 0) return;
   ++monitor_->num_events;
+  if (num_uncopied_ == 1) moments_.copied = seconds_now();  // before anyone sees that it is
   if (--num_uncopied_ == 0) changed_.notify_all();
 }
 
@@ -126,6 +128,7 @@ void WriteState::finish(Chunk* chunk, ChunkState state) {
     --num_unfinished_;
     return;
   }
+  moments_.done = seconds_now();
   // Counters first: whoever sees is_done sees them too.
   monitor_->inflight_nbytes -= extent_.nbytes;
   --monitor_->num_pending;
@@ -144,6 +147,7 @@ std::optional<size_t> WriteState::next_queued() {
 }
 
 void WriteState::begin_copy(size_t index, std::shared_ptr<const char> bytes) {
+  if (moments_.copy_begun == 0.0) moments_.copy_begun = seconds_now();
   chunks_[index].state = ChunkState::kCopying;
   chunks_[index].bytes = std::move(bytes);
 }
@@ -186,6 +190,7 @@ void WriteState::settle_in_memory(size_t index) { finish(&chunks_[index], ChunkS
 
 bool WriteState::begin_write(size_t index) {
   if (chunks_[index].state != ChunkState::kCopied) return false;
+  if (moments_.write_begun == 0.0) moments_.write_begun = seconds_now();
   chunks_[index].state = ChunkState::kWriting;
   return true;
 }
@@ -230,6 +235,11 @@ void WriteState::make_wait(DeviceDriver::Stream stream) const {
 std::optional<WriteError> WriteState::error() const {
   std::lock_guard<std::mutex> lock(monitor_->mutex);
   return error_;
+}
+
+WriteMoments WriteState::moments() const {
+  std::lock_guard<std::mutex> lock(monitor_->mutex);
+  return moments_;
 }
 
 }  // namespace ssdtrain

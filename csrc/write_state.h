@@ -34,6 +34,15 @@ struct Extent {
   uint64_t nbytes;
 };
 
+// When a write got where, by seconds_now(); 0 for what has not happened.
+struct WriteMoments {
+  double queued = 0.0;
+  double copy_begun = 0.0;   // of the first chunk
+  double copied = 0.0;       // the last source is free
+  double write_begun = 0.0;  // of the first chunk
+  double done = 0.0;
+};
+
 // The part of one piece that lies in one chunk.
 struct Part {
   size_t piece;
@@ -96,6 +105,7 @@ class WriteState {
   bool wait_done(std::chrono::duration<double> timeout);
   bool wait_copied(std::chrono::duration<double> timeout);
   std::optional<WriteError> error() const;
+  WriteMoments moments() const;
   uint64_t written_nbytes() const { return written_nbytes_.load(); }
   uint64_t cancelled_nbytes() const { return cancelled_nbytes_.load(); }
   uint64_t rescued_nbytes() const { return rescued_nbytes_.load(); }
@@ -161,6 +171,7 @@ class WriteState {
   std::vector<Piece> pieces_;
   size_t next_chunk_ = 0;
   std::optional<WriteError> error_;
+  WriteMoments moments_;
   std::shared_ptr<Fence> last_copy_;  // a stream runs in order: covers all earlier ones
   std::condition_variable changed_;   // copied or done
 

@@ -115,6 +115,13 @@ class Write(Protocol):
         """(errno, offset in the file, nbytes) of the first chunk that could not be written."""
 
     @property
+    def moments(self) -> tuple[float, float, float, float, float]:
+        """When it was queued, its copy began, all was copied, its write began, it was done.
+
+        By `time.monotonic()`; 0.0 for what has not happened, or never does: what is called off in time is not written.
+        """
+
+    @property
     def written_nbytes(self) -> int:
         """Bytes that went to the file, padding included."""
 
@@ -155,6 +162,10 @@ class Read(Protocol):
 
         EIO with "end of file", EBADMSG for a checksum that does not match, ECANCELED when the engine closed.
         """
+
+    @property
+    def moments(self) -> tuple[float, float, float]:
+        """When it was queued, the drive was asked, it was done, as in `Write`; what comes from memory asks no drive."""
 
     @property
     def read_nbytes(self) -> int:

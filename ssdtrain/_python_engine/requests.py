@@ -161,6 +161,8 @@ class Write(Owned):
             self._split(i, piece, step)
         self._chunks = [chunk for chunk in self._chunks if chunk.parts]
         self._num_uncopied = len(pieces)
+        self._queued = time.monotonic()
+        self._copy_begun = self._copied = self._write_begun = self._done = 0.0
         self._num_unfinished = len(self._chunks)
         self.error: tuple[int, int, int] | None = None
         self.written_nbytes = 0
@@ -194,6 +196,11 @@ class Write(Owned):
     def is_done(self) -> bool:
         self._check_process()
         return self._num_unfinished == 0
+
+    @property
+    def moments(self) -> tuple[float, float, float, float, float]:
+        self._check_process()
+        return self._queued, self._copy_begun, self._copied, self._write_begun, self._done
 
     is_issued = is_copied  # host memory knows no streams
     is_lost = False
@@ -246,6 +253,8 @@ class Write(Owned):
         piece = self._pieces[part.piece]
         piece.num_unread -= 1
         if piece.num_unread == 0:
+            if self._num_uncopied == 1:
+                self._copied = time.monotonic()
             self._num_uncopied -= 1
             self._monitor.add_event()
 
@@ -257,6 +266,14 @@ class Write(Owned):
             self.rescued_nbytes -= len(chunk.rescued)
             self._monitor.rescued_nbytes -= len(chunk.rescued)
             chunk.rescued = None
+
+    def _begin_copy(self, chunk: Chunk) -> None:
+        chunk.state = State.COPYING
+        self._copy_begun = self._copy_begun or time.monotonic()
+
+    def _begin_write(self, chunk: Chunk) -> None:
+        chunk.state = State.WRITING
+        self._write_begun = self._write_begun or time.monotonic()
 
     def _end_copy(self, chunk: Chunk) -> bool:
         chunk.state = State.COPIED
@@ -295,6 +312,8 @@ class Write(Owned):
             chunk.slab.release()
             chunk.slab = None
             self._monitor.changed.notify_all()
+        if self._num_unfinished == 1:
+            self._done = time.monotonic()
         self._num_unfinished -= 1
         if self._num_unfinished == 0:
             self._monitor.inflight_nbytes -= self._nbytes
@@ -309,6 +328,7 @@ class Read(Owned):
         super().__init__()
         self._monitor = monitor
         self._num_unfinished = num_parts
+        self._queued, self._read_begun, self._done = time.monotonic(), 0.0, 0.0
         self.error: tuple[int, int, int, str] | None = None
         self.read_nbytes = 0
         self.forwarded_nbytes = 0
@@ -323,15 +343,25 @@ class Read(Owned):
         with self._monitor.changed:
             return self._monitor.changed.wait_for(lambda: self._num_unfinished == 0, timeout_seconds)
 
+    @property
+    def moments(self) -> tuple[float, float, float]:
+        self._check_process()
+        return self._queued, self._read_begun, self._done
+
     is_issued = is_done  # host memory knows no streams
     wait_issued = wait
 
     def make_wait(self, stream: int) -> None:
         self._check_process()
 
+    def _begin(self) -> None:
+        self._read_begun = self._read_begun or time.monotonic()
+
     def _finish(self, error: tuple[int, int, int, str] | None = None) -> None:
         if error is not None and self.error is None:
             self.error = error
+        if self._num_unfinished == 1:
+            self._done = time.monotonic()
         self._num_unfinished -= 1
         if self._num_unfinished == 0:
             self._monitor.num_pending -= 1

@@ -166,11 +166,13 @@ class Workers:
     def _take_of_files(self) -> _Task | None:
         if self.fetches:
             self.monitor.read_clock.begin()
-            return partial(self._fetch, self.fetches.popleft())
+            job = self.fetches.popleft()
+            job.read._begin()
+            return partial(self._fetch, job)
         while self.to_write:
             write, chunk = self.to_write.popleft()
             if chunk.state is self.takes_writes_in:
-                chunk.state = State.WRITING
+                write._begin_write(chunk)
                 self.monitor.write_clock.begin()
                 return partial(self._store, write, chunk)
         return None
@@ -276,7 +278,8 @@ class Core(Workers):
         while forward is None and self.to_copy and self.pool.free:
             write, chunk = self.to_copy.popleft()
             if chunk.state is State.QUEUED:
-                chunk.state, chunk.slab = State.COPYING, self.pool.lease()
+                chunk.slab = self.pool.lease()
+                write._begin_copy(chunk)
                 return partial(self._copy, write, chunk)
         return forward
 
