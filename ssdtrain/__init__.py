@@ -8,8 +8,10 @@ Example:
     >>> print(offload.stats)
 """
 
-from ssdtrain.activations import ActivationOffload, keep_resident, offload_activations
+from ssdtrain.activations import ActivationOffload
+from ssdtrain.offloading import offload_activations
 from ssdtrain.policy import ActivationPolicy
+from ssdtrain.saving import keep_resident
 from ssdtrain.stats import Skipped, Stats
 
 __version__ = "0.1.0"

@@ -15,12 +15,9 @@ at save time and shares the counter, so that unpack can raise what autograd woul
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -42,21 +39,22 @@ from ssdtrain.identity import (
 )
 from ssdtrain.index import Index
 from ssdtrain.modules import ModuleNames
+from ssdtrain.observer import Callback
 from ssdtrain.planner import Plan
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.recompute import recompute_for
 from ssdtrain.record import Handle, Record, Resident
+from ssdtrain.saving import innermost_hooks, is_resized, modified, widen
 from ssdtrain.schedule import Schedule
 from ssdtrain.stats import Counters, Stats
 from ssdtrain.store import Store
 from ssdtrain.trace import Pass
+from ssdtrain.watch import Watch
 
 _sequence_number = torch._C._autograd._get_sequence_nr
 _graph_task = torch._C._current_graph_task_id
 
 _SMALL = "smaller than min_nbytes"
-_ALIGNMENT = 16  # of the first byte of a record: a multiple of every element size
-_WHOLE_STORAGE_FRACTION = 4  # a view of at least a quarter of its storage takes the whole storage along
 
 
 class _Thread(threading.local):
@@ -103,6 +101,7 @@ class ActivationOffload:
         self._devices = Devices(cpu, has_host_tier_only=directories is None)
         self._store = Store(directories or (), policy, self._counters, self._index, self._devices)
         self._store.when_torn = self._schedule.start_afresh
+        self._watch = Watch(policy, directories or (), self._schedule, self._store)
         if policy.enabled:
             for text in check_directories(directories) if directories is not None else ():
                 self._store.note_fallback(text)
@@ -148,6 +147,7 @@ class ActivationOffload:
             self._recompute.leave()
         self._names.unwatch()
         self._thread.entered.pop().__exit__(kind, error, trace)
+        self._watch.leave()
         self._store.leave()
 
     @property
@@ -185,6 +185,7 @@ class ActivationOffload:
     def close(self) -> None:
         """Frees slabs, threads and spill files at once. A later backward through records on disk raises an error."""
         self._is_closed = True
+        self._watch.close()
         self._store.close()
 
     @property
@@ -204,6 +205,13 @@ class ActivationOffload:
             micro_batch: number of the forward pass, counted from 0 among those whose tensors are alive together.
         """
         self._prefetch(self._schedule.hinted(micro_batch))
+
+    def on_step(self, callback: Callback) -> None:
+        """Calls `callback(number, stats)` after every step, counted from 1: for loggers, see `ssdtrain.loggers`.
+
+        A step is over when the next one begins. A callback that raises is noted and not called again.
+        """
+        self._watch.call(callback)
 
     @property
     def stats(self) -> Stats:
@@ -267,7 +275,7 @@ class ActivationOffload:
         self._start_due()
         span = byte_range(tensor, nbytes)
         if device.driver is not None and span[1] - span[0] > nbytes and tensor._base is None:
-            # Rows of other tensors lie between its own, with version counters of their own (see `_widen`): a device
+            # Rows of other tensors lie between its own, with version counters of their own (see `widen`): a device
             # would copy what another stream may be changing.
             return self._stay(tensor, "interleaved with other tensors", nbytes)
         return self._pack_travelling(tensor, storage, span, device)
@@ -282,7 +290,7 @@ class ActivationOffload:
             if record is not None:
                 self._counters.deduplicated_nbytes += span[1] - span[0]
             else:
-                span = _widen(span, storage.nbytes() if tensor._base is not None else 0)
+                span = widen(span, storage.nbytes() if tensor._base is not None else 0)
                 reason = self._why_keep(storage, span)
                 if reason is None:
                     record = self._new_record(storage, span, device)
@@ -327,10 +335,10 @@ class ActivationOffload:
         if number != thread.sequence_number:
             thread.sequence_number = number
             if self._schedule.has_news:
-                self._schedule.review(self._counters, self._store.engine_totals())
+                self._watch.review()
             if thread.pending:
                 due, thread.pending = thread.pending, []
-                self._send([record for record in due if not _is_resized(record)])
+                self._send([record for record in due if not is_resized(record)])
 
     def _send(self, due: list[Record]) -> None:
         """Sends what the plan does not keep."""
@@ -361,7 +369,7 @@ class ActivationOffload:
         with self._store.lock:
             current = probe._version
         if current != version:
-            raise _modified(what, current, version)
+            raise modified(what, current, version)
 
     def _unpack_record(self, handle: Handle) -> torch.Tensor:
         record, store = handle.record, self._store
@@ -374,96 +382,3 @@ class ActivationOffload:
         storage, shift, handle.epoch = loan
         store.tidy()
         return rebuild(storage, handle.spec, shift, handle.probe)
-
-
-def _is_resized(record: Record) -> bool:
-    """Whether the source was freed behind autograd's back: whoever did that refills it before backward."""
-    return record.storage is not None and record.storage.nbytes() != record.storage_nbytes
-
-
-def _widen(span: tuple[int, int], base_nbytes: int) -> tuple[int, int]:
-    """The range a record takes: the whole storage of a view's base, unless the view is a small part of it.
-
-    What shares a storage and is no view (`unsafe_chunk`, ``.data``) has a version counter of its own: the bytes around
-    it may be changed in place while it is copied.
-    """
-    start, end = span
-    if start < base_nbytes <= (end - start) * _WHOLE_STORAGE_FRACTION:
-        return 0, base_nbytes
-    return start - start % _ALIGNMENT, end
-
-
-def _modified(what: object, version: int, expected: int) -> RuntimeError:
-    if isinstance(what, torch.Tensor):
-        what = f"{str(what.dtype).removeprefix('torch.')}{list(what.shape)}"
-    return RuntimeError(
-        "one of the variables needed for gradient computation has been modified by an inplace operation: "
-        f"{what} is at version {version}; expected version {expected} instead. Hint: find the in-place operation on a "
-        "tensor that was saved for backward, and use its out-of-place form or clone the tensor first"
-    )
-
-
-def offload_activations(
-    directory: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None,
-    policy: ActivationPolicy | Mapping[str, Any] | None = None,
-    model: torch.nn.Module | None = None,
-) -> ActivationOffload:
-    """Keeps saved activations on the drive, or in pinned host memory, between forward and backward.
-
-    Lowers peak memory by what autograd would hold between forward and backward; results are equal to the bit. It may
-    wrap one forward, one step or the whole loop (best: the engine stays open), be entered again, and be left before
-    backward, which may run in another thread. The hooks act in the thread that entered.
-
-    Args:
-        directory: where the spill files go, on a fast local drive. Several are striped. The files are unlinked at once:
-            nothing is ever left behind. None: tensors of an accelerator go to pinned host memory only.
-        policy: an `ActivationPolicy` or a mapping with its fields.
-        model: names modules in messages, marks its parameters and buffers as weights, and has the blocks that
-            ``recompute`` is about. Never needed for correctness.
-
-    Returns:
-        A context manager with `stats` and `close()`. Everything is freed by `close()`, when the object is gone, and,
-        unless tensors of an accelerator travelled, when the context is left and the last graph is gone.
-
-    Raises:
-        OSError: a directory is missing, not writable or full.
-        ValueError: the policy has an unknown key or a bad value, or no directory is given.
-        RuntimeError: the engine asked for by name is not available.
-
-    Example:
-        >>> with offload_activations("/mnt/nvme") as offload:
-        ...     for batch in loader:
-        ...         model(batch).backward()
-        ...         optimizer.step(); optimizer.zero_grad()
-        >>> print(offload.stats)
-    """
-    several = [directory] if isinstance(directory, str | os.PathLike) else directory
-    paths = None if several is None else [os.fspath(path) for path in several]
-    return ActivationOffload(paths, ActivationPolicy.of(policy), model)
-
-
-def innermost_hooks() -> tuple[Any, Any] | None:
-    """The pack and unpack hooks that are asked first in this thread, whoever installed them."""
-    hooks: tuple[Any, Any] | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks
-
-
-@contextmanager
-def keep_resident() -> Iterator[None]:
-    """Inside, saved tensors are left alone: they stay in memory, also in a surrounding `offload_activations`.
-
-    Example:
-        >>> with offload_activations("/mnt/nvme"):
-        ...     hidden = body(batch)
-        ...     with keep_resident():
-        ...         loss = head(hidden)  # needed first by backward
-    """
-    counters = Counters()
-    with saved_tensors_hooks(lambda tensor: Resident(tensor, 0, counters), _unpack_resident):
-        yield
-
-
-def _unpack_resident(handle: Resident) -> torch.Tensor:
-    if handle.tensor._version != handle.version:
-        raise _modified(handle.tensor, handle.tensor._version, handle.version)
-    return handle.tensor

@@ -105,6 +105,16 @@ class ActivationPolicy(BaseModel):
     """A request the drive has not answered for so long is reported, its directory not used any more, and nobody waits
     for it any longer: tensors stay in memory, and backward raises an error for bytes that are nowhere else."""
 
+    record: str | None = Field(default=None, min_length=1)
+    """Writes a record of the run to this file, for ``ssdtrain report``; an older record is replaced. ``{rank}`` and
+    ``{local_rank}`` are filled in; without them only rank 0 records. None: no record, and no cost."""
+
+    record_nbytes: Nbytes = Field(default=16 << 20, ge=64 << 10)
+    """Limit of the record. Longer runs are recorded more coarsely; the first and the worst steps keep their details."""
+
+    log_every: int = Field(default=0, ge=0)
+    """Logs one line per so many steps on the logger ``ssdtrain``, level INFO. 0: none."""
+
     checksum: bool = False
     """Verify a checksum of every byte read back. Without it, corruption by the drive itself goes undetected."""
 

@@ -58,6 +58,11 @@ class StepRecording:
         return self._saved[0]
 
     @property
+    def ended_at(self) -> float:
+        """When the last of its records was released."""
+        return max([at for at in self._released if at < math.inf], default=self.began_at)
+
+    @property
     def is_complete(self) -> bool:
         """Whether it can be planned: backward used it, and everything was seen."""
         return self.is_wall_time and len(self.records) < _MAX_RECORDS and any(at < math.inf for at in self._needed)

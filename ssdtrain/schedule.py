@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ssdtrain.adaptation import Adaptation, Measured
+from ssdtrain.observer import FinishedStep
 from ssdtrain.recording import StepRecording, Surroundings
 from ssdtrain.trace import History, Pass
 
@@ -47,6 +48,8 @@ class Schedule:
         self._num_begun = 0  # reloads of the route
         self._horizon = -math.inf  # until when reloads are due
         self._is_lost = False  # after a miss
+        self.is_watched = False
+        """Whether every finished step is to be reviewed, also one that teaches nothing."""
 
     # -- steps and passes ------------------------------------------------------------------------------------------
 
@@ -66,7 +69,7 @@ class Schedule:
         self._take(None)
 
     def _end_step(self, step: StepRecording) -> None:
-        if self._adaptation is not None and step.is_complete:
+        if self.is_watched or (self._adaptation is not None and step.is_complete):
             self._finished = step
             route = self._route
             self._followed = route.plan if route is not None and len(route.shape) == len(step.shape) else None
@@ -86,24 +89,46 @@ class Schedule:
         """Whether a step is over that was not reviewed."""
         return self._finished is not None and self._step.is_over
 
-    def review(self, counters: Counters, totals: Counters) -> None:
+    def finished(self, totals: Counters, *, is_last: bool = False) -> FinishedStep | None:
+        """The step that is over and not reviewed, if the next one began now; changes nothing.
+
+        `is_last`: no other follows. It then lasted until its last record was released: how long is not known better.
+        """
+        recording = self._finished
+        if recording is None:
+            return None
+        step = recording.as_step(recording.ended_at if is_last else self._surroundings.compute_seconds())
+        stalled = totals.stalled_seconds - self._stalled_before
+        return FinishedStep(
+            recording=recording,
+            step=step,
+            began_at=recording.began_at + self._stalled_before,
+            seconds=step.seconds + stalled,
+            stall_seconds=stalled,
+            peak_nbytes=totals.step_peak_nbytes,
+            plan=self._followed,
+            totals=totals,
+        )
+
+    def review(self, counters: Counters, totals: Counters) -> FinishedStep | None:
         """Learns from the finished step; the next one begins now. May take a tenth of a second: not under the lock.
 
         `totals` are `counters` with what the engine has done; into `counters` goes how well the step was predicted.
         """
-        finished, self._finished = self._finished, None
-        if finished is None or self._adaptation is None:
-            return
-        step = finished.as_step(self._surroundings.compute_seconds())
-        stalled, self._stalled_before = totals.stalled_seconds - self._stalled_before, totals.stalled_seconds
-        measured = Measured(totals.step_peak_nbytes, step.seconds + stalled, stalled)
-        self._adaptation.review(step, measured, totals)
+        finished, self._finished = self.finished(totals), None
+        if finished is None:
+            return None
+        self._stalled_before = totals.stalled_seconds
+        measured = Measured(finished.peak_nbytes, finished.seconds, finished.stall_seconds)
+        if self._adaptation is not None and finished.recording.is_complete:
+            self._adaptation.review(finished.step, measured, totals)
         counters.begin_step()
         counters.plan = self.plan.statement if self.plan is not None else ""
         if self._followed is not None:
             counters.predicted_peak_nbytes = self._followed.peak_nbytes
             counters.predicted_step_seconds = self._followed.step_seconds
             counters.measured_peak_nbytes, counters.measured_step_seconds = measured.peak_nbytes, measured.seconds
+        return finished
 
     # -- what stays ------------------------------------------------------------------------------------------------
 

@@ -270,6 +270,20 @@ def nbytes_text(nbytes: float) -> str:
     return f"{nbytes:.2f} GiB"
 
 
+def progress_line(last: Stats, now: Stats) -> str:
+    """What happened between two snapshots, and the peaks so far, in one line."""
+
+    def since(name: str) -> str:
+        return nbytes_text(getattr(now, name) - getattr(last, name))
+
+    return (
+        f"{since('offloaded_nbytes')} offloaded, {since('written_nbytes')} written, {since('read_nbytes')} read,"
+        f" {since('kept_nbytes')} kept, {now.stall_seconds - last.stall_seconds:.3f} s stalled; peaks:"
+        f" {nbytes_text(now.peak_saved_nbytes)} of saved tensors in memory, {nbytes_text(now.peak_disk_nbytes)} on"
+        f" disk; {len(now.fallbacks)} fallbacks"
+    )
+
+
 def _rate_text(nbytes: int, seconds: float) -> str:
     rate = f" at {nbytes / seconds / 1e9:.2f} GB/s" if seconds > 0 else ""
     return nbytes_text(nbytes) + rate

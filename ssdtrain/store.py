@@ -33,6 +33,7 @@ from ssdtrain.index import Index
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.record import Record, Residency
 from ssdtrain.reloads import Loan, Reloads, wait_for_reads
+from ssdtrain.run_record import Journal
 from ssdtrain.space import NO_SPACE, available_nbytes
 from ssdtrain.stats import Counters
 from ssdtrain.transport import Transport
@@ -57,6 +58,7 @@ class Store:
         self.when_torn: Callable[[], None] = _nothing  # under the lock, when all that is filed is given up
         _leave_to_parent_in_child(self)
         self.counters = counters
+        self.journal: Journal | None = None  # of whoever records the run
         self.index = index
         self.devices = devices
         self._reloads = Reloads(policy, counters, devices)
@@ -145,7 +147,8 @@ class Store:
             return
         choice = self._open_engine(directories)
         try:
-            self._transport = self._reloads.transport = Transport(choice, self._slab_nbytes, self.note_fallback)
+            transport = Transport(choice, self._slab_nbytes, self.note_fallback, self.journal)
+            self._transport = self._reloads.transport = transport
         except BaseException:  # Ctrl-C too: nobody else knows this engine yet
             choice.close()
             raise
@@ -227,6 +230,7 @@ class Store:
         for record in self._transport.records_coming_back() if self._transport is not None else ():
             self._reloads.give_up(record)
         self.forget_engine()
+        self.journal = None
 
     def forget_engine(self) -> None:
         """What is in memory stays; the next context opens another engine."""
@@ -301,7 +305,7 @@ class Store:
             loads = [load for record in records for load in self._load(record)]
         for cargo in loads:
             while (wait := self._try_ship(cargo)) is not None:
-                self._wait_for_room(wait)
+                self._wait_for_room(wait, cargo[0])
 
     def _load(self, record: Record) -> list[list[Record]]:
         """What leaves now that this record may: nothing yet while small ones gather."""
@@ -354,7 +358,7 @@ class Store:
             self.counters.num_offloaded += 1
             self.counters.offloaded_nbytes += record.nbytes
 
-    def _wait_for_room(self, wait: int | Fence) -> None:
+    def _wait_for_room(self, wait: int | Fence, record: Record) -> None:
         """See [Note: waiting for an accelerator]."""
         begin = time.perf_counter()
         if not isinstance(wait, int):
@@ -367,7 +371,12 @@ class Store:
         if not transport.wait_inflight(wait, self._policy.io_timeout_seconds):
             self._is_patient = False
             self.note_fallback("the drive is stuck: mode 'all' keeps tensors like mode 'auto' from here on")
-        self.counters.stall("write", time.perf_counter() - begin)
+        self._stall("write", time.perf_counter() - begin, record)
+
+    def _stall(self, tier: str, seconds: float, record: Record) -> None:
+        self.counters.stall(tier, seconds)
+        if self.journal is not None:
+            self.journal.note_stall(tier, time.monotonic() - seconds, seconds, record)
 
     def keep(self, records: list[Record], reason: str) -> None:
         """Keeps records in memory that have not left."""
@@ -438,7 +447,7 @@ class Store:
             if loan is not None:
                 return loan
             seconds, are_there = wait_for_reads(reads, self._policy.io_timeout_seconds)
-            self.counters.stall("read", seconds)
+            self._stall("read", seconds, record)
             if not are_there:
                 with self.lock, self.books:
                     self._reloads.check_stuck(record, reads)

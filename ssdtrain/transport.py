@@ -29,6 +29,7 @@ from ssdtrain.device import Allocation, Device
 from ssdtrain.engine import Fence, Read, Write
 from ssdtrain.engines import EngineChoice, fence
 from ssdtrain.record import Place, Record
+from ssdtrain.run_record import Journal
 from ssdtrain.space import Extent, HostSpace, SpillSpace
 
 
@@ -49,13 +50,20 @@ class _Shipment:
 class Transport:
     """What exists between the opening and the closing of an engine."""
 
-    def __init__(self, choice: EngineChoice, slab_nbytes: int, note_fallback: Callable[[str], None]) -> None:
-        """Takes an open engine over.
+    def __init__(
+        self,
+        choice: EngineChoice,
+        slab_nbytes: int,
+        note_fallback: Callable[[str], None],
+        journal: Journal | None = None,
+    ) -> None:
+        """Takes an open engine over. `journal` is told of every request that is over.
 
         Raises:
             OSError: there is no room in any directory.
         """
         self.engine = choice.engine
+        self._journal = journal
         self.space = SpillSpace(choice.files, slab_nbytes, note_fallback)
         self.host: HostSpace | None = None
         if choice.host_nbytes:
@@ -212,6 +220,9 @@ class Transport:
                     news.append((record, all([place.write.is_done for place in record.places])))
         if is_done:
             self.cancelled_nbytes += write.cancelled_nbytes
+            if self._journal is not None:
+                is_in_host = self.host is not None and shipment.extent.file == self.host.file
+                self._journal.note_written(write, shipment.cargo, shipment.extent.nbytes, is_in_host=is_in_host)
             if write.is_lost:
                 self._note_fallback("an accelerator could not copy saved tensors out; they stay where they are")
             elif write.error is not None:
@@ -244,6 +255,8 @@ class Transport:
         `is_handed_over`: whoever uses the memory next waits for the copies, in stream order.
         """
         reads, memory = self._landings.pop(record)
+        if self._journal is not None:
+            self._journal.note_reads(record, reads)
         if not is_handed_over and not all([read.is_done for read in reads]):
             self._orphans.append((reads, memory))
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from drives import Drive, ext4_drive, tmpfs_drive
 from fault_tools import Lab
+from run_tools import browser
 
 import ssdtrain
 from ssdtrain.policy import ActivationPolicy
@@ -55,9 +56,18 @@ def device_kinds(config: pytest.Config) -> list[str]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The Python engine moves host memory only.
 
-    Without a GPU `needs_cuda` tests are skipped; FAIL_WITHOUT_CUDA=1 lets them run, and fail.
+    Without a GPU `needs_cuda` tests are skipped; FAIL_WITHOUT_CUDA=1 lets them run, and fail. Without a Chromium,
+    `needs_browser` tests are.
     """
     items[:] = [item for item in items if not _is_beyond_the_python_engine(item)]
+    for item in items:
+        needed = item.get_closest_marker("needs_package")
+        if needed is not None and importlib.util.find_spec(needed.args[0]) is None:
+            item.add_marker(pytest.mark.skip(reason=f"{needed.args[0]} is not installed"))
+    if browser() is None:
+        for item in items:
+            if item.get_closest_marker("needs_browser") is not None:
+                item.add_marker(pytest.mark.skip(reason="no Chromium; apt-get install chromium, or SSDTRAIN_CHROMIUM"))
     if torch.cuda.is_available() or os.environ.get("FAIL_WITHOUT_CUDA", "0") not in ("", "0"):
         return
     for item in items:

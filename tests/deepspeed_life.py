@@ -38,7 +38,7 @@ from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import ssdtrain.integrations.deepspeed as integration
-from ssdtrain.activations import innermost_hooks
+from ssdtrain.saving import innermost_hooks
 
 
 def _batch(seed: int = 0, rows: int = ROWS) -> torch.Tensor:

@@ -24,8 +24,9 @@ import torch
 from deepspeed import PipelineEngine
 from deepspeed.utils import log_dist
 
-from ssdtrain.activations import ActivationOffload, innermost_hooks
-from ssdtrain.stats import Stats, nbytes_text
+from ssdtrain.activations import ActivationOffload
+from ssdtrain.saving import innermost_hooks
+from ssdtrain.stats import Stats, progress_line
 
 Method = Callable[..., Any]
 
@@ -160,24 +161,10 @@ class EngineOffload:
             return
         now = self.stats
         self._reported = step, now
-        log_dist(_line(step, step - last_step, last, now), ranks=[0])
+        log_dist(f"ssdtrain: step={step}, in {step - last_step} steps: {progress_line(last, now)}", ranks=[0])
 
 
 def _hooks_may_be_entered() -> bool:
     """False inside `torch.autograd.graph.disable_saved_tensors_hooks`."""
     may: bool = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
     return may
-
-
-def _line(step: int, num_steps: int, last: Stats, now: Stats) -> str:
-    """What happened since the last line, in one line."""
-
-    def since(name: str) -> str:
-        return nbytes_text(getattr(now, name) - getattr(last, name))
-
-    return (
-        f"ssdtrain: step={step}, in {num_steps} steps: {since('offloaded_nbytes')} offloaded,"
-        f" {since('written_nbytes')} written, {since('read_nbytes')} read, {since('kept_nbytes')} kept,"
-        f" {now.stall_seconds - last.stall_seconds:.3f} s stalled; peaks: {nbytes_text(now.peak_saved_nbytes)} of saved"
-        f" tensors in memory, {nbytes_text(now.peak_disk_nbytes)} on disk; {len(now.fallbacks)} fallbacks"
-    )

@@ -29,9 +29,10 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from ssdtrain.activations import ActivationOffload, offload_activations
+from ssdtrain.activations import ActivationOffload
 from ssdtrain.integrations import TESTED_VERSIONS, check_version
 from ssdtrain.integrations.arguments import add_arguments, asked_for, fill_in
+from ssdtrain.offloading import offload_activations
 from ssdtrain.policy import ActivationPolicy
 
 __all__ = ["add_arguments", "offload_schedule", "wrap_forward_step"]

@@ -1,0 +1,11 @@
+"""What a run did, step by step, in a file of bounded size that survives a crash; and how it is read back.
+
+Knows steps, requests and counters, but no tensors, and not how a run is shown. `Recorder` writes, `read_run` reads.
+"""
+
+from ssdtrain.run_record.format import RecordError
+from ssdtrain.run_record.journal import Journal
+from ssdtrain.run_record.reader import Detail, Run, read_run
+from ssdtrain.run_record.recorder import Recorder
+
+__all__ = ["Detail", "Journal", "RecordError", "Recorder", "Run", "read_run"]
