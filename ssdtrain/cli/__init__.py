@@ -12,6 +12,7 @@ from ssdtrain.cli.bench import bench
 from ssdtrain.cli.demo import demo
 from ssdtrain.cli.doctor import doctor
 from ssdtrain.cli.plan import plan
+from ssdtrain.cli.report import report
 
 app = typer.Typer(
     name="ssdtrain",
@@ -20,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, doctor, bench, plan):
+for command in (demo, doctor, bench, plan, report):
     app.command()(command)
 
 
