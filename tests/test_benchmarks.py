@@ -85,3 +85,11 @@ def test_compare(tmp_path: Path) -> None:
     assert all(row["is_equal"] and row["peak_nbytes"] > 0 and row["step_ratio"] > 0 for row in ran.values())
     assert ran["ssdtrain, mode all"]["written_nbytes"] > 0
     assert all(row["unavailable"] for row in rows if row["method"] not in ran)
+
+
+def test_recording(tmp_path: Path) -> None:
+    """Both copies trained, and a record was written."""
+    size = "--layers 2 --width 64 --heads 2 --sequence 32 --batch 2 --rounds 4 --min-nbytes 4KiB".split()
+    result = run("recording.py", str(tmp_path), *size)
+    assert result["step_seconds"] > 0 and result["record_nbytes_per_step"] > 100 and result["thread_seconds"] > 0
+    assert list(tmp_path.iterdir()) == []
