@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import MakeOffload, mlp
 from drives import Drive, fill
 from engine_tools import KINDS, Io, random_bytes
 from run_tools import POLICY, network, recorded_run, train
@@ -24,6 +25,7 @@ import ssdtrain
 from ssdtrain.observer import FinishedStep
 from ssdtrain.planner import Lifetime, Step
 from ssdtrain.recording import StepRecording
+from ssdtrain.report import describe
 from ssdtrain.run_record import Recorder, RecordError, Run, read_run
 from ssdtrain.run_record.format import first_line, pack
 from ssdtrain.run_record.place import record_path
@@ -79,14 +81,21 @@ def test_what_would_have_been_is_what_a_run_without_moving_holds(tmp_path: Path)
 
 
 def test_stalls_are_charged_to_a_record(tmp_path: Path) -> None:
-    """Without prefetch every reload is waited for."""
-    path, stats = recorded_run(tmp_path, 3, prefetch_nbytes=0)
-    detail = read_run(path).details[-1]
-    assert stats.stall_seconds > 0
-    reads = [(place, begin, took) for tier, place, begin, took in detail.stalls if tier == "read"]
-    assert reads and all(begin >= 0 and 0 <= place < len(detail.records["nbytes"]) for place, begin, _ in reads)
-    for place, begin, took in reads:  # a use comes first, then the wait, then the release
-        assert detail.records["needed"][place] <= begin + 1 and begin + took <= detail.records["released"][place] + 1
+    """Without prefetch, and with room for one record in staging, every reload from the drive is waited for."""
+    path, stats = recorded_run(tmp_path, 6, prefetch_nbytes=0, staging_nbytes="64KiB")
+    run = read_run(path)
+    assert stats.stall_seconds == pytest.approx(run.steps[-1]["counters"]["stalled_seconds"], abs=1e-5)
+    num_reads = 0
+    for detail in run.details:
+        columns = detail.records
+        for tier, place, begin, took in detail.stalls:
+            assert begin >= 0 and 0 <= place < len(columns["nbytes"]) and tier in ("read", "write")
+            if tier == "read":  # a use comes first, then the wait, then the release
+                num_reads += 1
+                assert columns["needed"][place] <= begin + 1 and begin + took <= columns["released"][place] + 1
+        total = sum(took for *_, took in detail.stalls) / 1e6
+        assert total == pytest.approx(run.steps[detail.step - 1]["stall_seconds"], abs=1e-4)
+    assert num_reads > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -106,6 +115,26 @@ def test_requests_say_when(tmp_path: Path, kind: str) -> None:
         assert done <= queued <= read_begun <= read_done <= end
     finally:
         io.close()
+
+
+@pytest.mark.parametrize("host_nbytes", [0, MIB])
+def test_every_kind_of_device(
+    make_offload: MakeOffload, device_kind: str, tmp_path_factory: pytest.TempPathFactory, host_nbytes: int
+) -> None:
+    """With an accelerator the host's clock is not that of the computation, and the record says so."""
+    path = tmp_path_factory.mktemp("record") / "run.ssdtrain"
+    offload, model = make_offload(record=str(path), host_nbytes=host_nbytes), mlp(width=32)
+    with offload:
+        for _ in range(3):
+            model(torch.randn(64, 32)).square().sum().backward()
+    offload.close()
+    run = read_run(path)
+    detail = run.details[-1]
+    assert run.num_steps == 3 and detail.is_wall_time == (device_kind == "cpu")
+    assert detail.writes and all(write[4] <= write[8] for write in detail.writes)
+    went_to_host = {write[2] for write in detail.writes} == {1}
+    assert went_to_host == (host_nbytes > 0 and device_kind != "cpu")
+    assert describe(run)["headline"]
 
 
 # -- nobody notices ----------------------------------------------------------------------------------------------------
@@ -326,6 +355,20 @@ def test_one_file_for_each_rank() -> None:
     assert record_path("run.{rank}", {}) == "run.0"
     with pytest.raises(ValueError, match="rank"):
         record_path("run.{host}", ranks)
+
+
+def test_it_can_be_asked_for_by_environment_and_arguments() -> None:
+    import argparse
+
+    from ssdtrain.integrations.arguments import add_arguments, asked_for
+    from ssdtrain.integrations.section import Section
+
+    assert ssdtrain.ActivationPolicy.from_environment({"SSDTRAIN_RECORD": "a", "SSDTRAIN_LOG_EVERY": "5"}).record == "a"
+    words = ["--ssdtrain-dir", "/x", "--ssdtrain-record", "run.{rank}", "--ssdtrain-record-nbytes", "1MiB"]
+    asked = asked_for(add_arguments(argparse.ArgumentParser()).parse_args(words))
+    assert asked is not None and (asked[1].record, asked[1].record_nbytes) == ("run.{rank}", MIB)
+    section = {"activations": {"directory": "/x", "record": "run.{rank}", "log_every": 10}}
+    assert (Section.of(section, {}).policy.record, Section.of(section, {}).policy.log_every) == ("run.{rank}", 10)
 
 
 def test_it_can_be_asked_for_by_policy(tmp_path: Path) -> None:
