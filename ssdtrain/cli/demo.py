@@ -77,7 +77,7 @@ def _run(settings: DemoSettings, memory_limit: int | Literal["auto"] | None, war
         with ProgressLines() as progress:
             for warning in warnings:
                 progress(f"Warning: {warning}")
-            return compare(settings, memory_limit=memory_limit, progress=progress)
+            return compare(settings, memory_limit=memory_limit, progress=progress, watcher=progress.show)
     except WorkerError as failure:
         if failure.kind == "usage":
             _end(2, str(failure))

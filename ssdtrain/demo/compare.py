@@ -6,7 +6,7 @@ machine does hits both alike. It knows neither torch nor how results are shown; 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from statistics import median
@@ -18,7 +18,21 @@ from ssdtrain.demo.settings import DemoSettings
 Progress = Callable[[str], None]
 """Is told what happens, one line at a time."""
 
+Watcher = Callable[["Standing"], None]
+"""Is shown where both runs are, after every step of either."""
+
 ROLES = ("plain", "ssdtrain")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where both runs are."""
+
+    settings: DemoSettings
+    results: Mapping[str, RunResult]
+    """By role; they go on changing."""
+    so_far: Mapping[str, Mapping[str, Any]]
+    """By role: what the latest step told."""
 
 
 class LimitError(ValueError):
@@ -101,7 +115,13 @@ class Comparison:
         return None
 
 
-def compare(settings: DemoSettings, *, memory_limit: int | Literal["auto"] | None, progress: Progress) -> Comparison:
+def compare(
+    settings: DemoSettings,
+    *,
+    memory_limit: int | Literal["auto"] | None,
+    progress: Progress,
+    watcher: Watcher = lambda standing: None,
+) -> Comparison:
     """Runs the demonstration.
 
     Args:
@@ -109,6 +129,7 @@ def compare(settings: DemoSettings, *, memory_limit: int | Literal["auto"] | Non
         memory_limit: Private memory, in bytes, that each run may add to what it has before its first step.
             "auto" measures both runs first and takes the middle of their peaks; None is no limit.
         progress: Is told what happens.
+        watcher: Is shown where both runs are.
 
     Returns:
         Both runs; under a limit one of them may have run out of memory.
@@ -120,14 +141,14 @@ def compare(settings: DemoSettings, *, memory_limit: int | Literal["auto"] | Non
     progress(f"Training a {settings.describe()}.")
     if memory_limit == "auto":
         progress("Measuring the memory of both runs to choose a limit between them.")
-        measured = _train(replace(settings, steps=1), progress, measures_private_memory=True)
-        limited = _train(settings, progress, memory_limit_nbytes=_limit_between(measured))
+        measured = _train(replace(settings, steps=1), progress, watcher, measures_private_memory=True)
+        limited = _train(settings, progress, watcher, memory_limit_nbytes=_limit_between(measured))
         return replace(limited, reference_losses=tuple(measured.plain.losses))
-    return _train(settings, progress, memory_limit_nbytes=memory_limit)
+    return _train(settings, progress, watcher, memory_limit_nbytes=memory_limit)
 
 
-def _train(settings: DemoSettings, progress: Progress, **job: Any) -> Comparison:
-    with _Pair(settings, progress) as pair:
+def _train(settings: DemoSettings, progress: Progress, watcher: Watcher, **job: Any) -> Comparison:
+    with _Pair(settings, progress, watcher) as pair:
         pair.start(**job)
         return pair.train()
 
@@ -145,9 +166,11 @@ def _limit_between(runs: Comparison) -> int:
 class _Pair:
     """The two workers of one comparison and what came of them."""
 
-    def __init__(self, settings: DemoSettings, progress: Progress) -> None:
+    def __init__(self, settings: DemoSettings, progress: Progress, watcher: Watcher) -> None:
         self._settings = settings
         self._progress = progress
+        self._watcher = watcher
+        self._so_far: dict[str, Mapping[str, Any]] = {}
         self._stack = ExitStack()
         self._workers: dict[str, WorkerProcess] = {}
         self._results = {role: RunResult(role) for role in ROLES}
@@ -191,6 +214,8 @@ class _Pair:
         self._results[role].losses.append(answer["loss"])
         if index:
             self._results[role].step_seconds.append(answer["seconds"])
+        self._so_far[role] = answer["so_far"]
+        self._watcher(Standing(self._settings, self._results, self._so_far))
 
     def _ask(self, role: str, command: str) -> dict[str, Any] | None:
         """Has one worker carry out a command; None when it ran into the memory limit, now or before."""

@@ -11,24 +11,26 @@ from rich.console import Console
 from rich.table import Table
 
 from ssdtrain.demo.compare import Comparison, RunResult
+from ssdtrain.demo.live import LiveView
 from ssdtrain.stats import nbytes_text
 
 
 class ProgressLines:
-    """Writes one line for each thing that happens and, on a terminal, shows that something is happening."""
+    """Writes one line for each thing that happens and, on a terminal, shows both runs while they train."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False)
-        self._status = self._console.status("training")
+        self._view = LiveView(self._console)
+        self.show = self._view.show
 
     def __enter__(self) -> ProgressLines:
-        self._status.start()
+        self._view.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._status.stop()
+        self._view.__exit__(kind, error, trace)
 
     def __call__(self, line: str) -> None:
         """Writes one line."""

@@ -141,7 +141,16 @@ class Run:
         """Takes a step and returns its loss, exactly, and its seconds."""
         start = time.perf_counter()
         loss = self.trainer.step()
-        return {"seconds": time.perf_counter() - start, "loss": loss.hex()}
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "loss": loss.hex(), "so_far": self._so_far()}
+
+    def _so_far(self) -> dict[str, Any]:
+        """What can be told without slowing the next step down; for who watches."""
+        if self._offload is None:
+            return {"peak_saved_nbytes": self._peak_saved_nbytes()}
+        stats = self._offload.stats
+        names = ("peak_saved_nbytes", "written_nbytes", "read_nbytes", "stall_seconds", "plan")
+        return {name: getattr(stats, name) for name in names}
 
     def finish(self) -> dict[str, Any]:
         """Returns everything measured over the run and a hash of what was learned."""
