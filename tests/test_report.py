@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import subprocess
+import sys
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,15 @@ def test_what_cannot_be_read_is_one_line_and_exit_code_2(tmp_path: Path, data: b
 def test_a_place_that_cannot_be_written_to(record: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["report", str(record), "--trace", str(tmp_path / "no" / "trace.json")])
     assert result.exit_code == 2 and "No such file" in result.stderr
+
+
+def test_without_the_package_that_draws_there_is_still_json(
+    record: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bokeh.embed", None)
+    result = CliRunner().invoke(app, ["report", str(record), "-o", str(tmp_path / "report.html")])
+    assert result.exit_code == 2 and 'pip install "ssdtrain[report]"' in result.stderr
+    assert CliRunner().invoke(app, ["report", str(record), "--json"]).exit_code == 0
 
 
 # -- the trace ---------------------------------------------------------------------------------------------------------

@@ -202,6 +202,35 @@ def test_a_full_disk_is_said_once(small_ext4: Drive, tmp_path: Path) -> None:
     assert len(losses) == 30 and len(said) == 1 and "No space left" in said[0]
 
 
+def test_an_error_of_the_writer_is_said_once_and_ends_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    offload = ssdtrain.offload_activations(tmp_path, POLICY, record=tmp_path / "run.ssdtrain")
+    monkeypatch.setattr("ssdtrain.run_record.encode.row", broken)
+    losses = train(offload, network(), 30)
+    assert len(losses) == 30
+    assert sum("ZeroDivisionError" in text for text in offload.stats.fallbacks) == 1
+    offload.close()
+
+
+def test_a_step_that_never_ends_does_not_fill_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssdtrain.run_record.journal._MAX_ROWS", 5)
+    offload = ssdtrain.offload_activations(tmp_path, POLICY, record=tmp_path / "run.ssdtrain")
+    model, alive = network(), []
+    with offload:
+        for _ in range(4):
+            alive.append(model(torch.randn(256, 64)))
+            model(torch.randn(256, 64)).sum().backward()
+    journal = offload._store.journal
+    assert journal is not None and 0 < len(journal._writes) <= 5 and len(journal._reads) <= 6
+    alive.clear()
+    offload.close()
+    assert read_run(tmp_path / "run.ssdtrain").num_steps == 1
+
+
 # -- its size ----------------------------------------------------------------------------------------------------------
 
 

@@ -32,6 +32,9 @@ class Requests:
     stalls: list[StallRow] = field(default_factory=list)
 
 
+_MAX_ROWS = 100_000  # of each kind: a step that never ends must not fill memory
+
+
 class Journal:
     """Requests since the last step."""
 
@@ -43,6 +46,8 @@ class Journal:
 
     def note_written(self, write: Write, cargo: Sequence[Record], nbytes: int, *, is_in_host: bool) -> None:
         """A write of `nbytes` is over; each record of `cargo` has its own row."""
+        if len(self._writes) >= _MAX_ROWS:
+            return
         was_called_off = write.cancelled_nbytes > 0 and not write.written_nbytes
         for record in cargo:
             own_nbytes = min(nbytes, record.nbytes)  # less than the record's: one of several stripes
@@ -51,12 +56,15 @@ class Journal:
 
     def note_reads(self, record: Record, reads: Sequence[Read]) -> None:
         """The reads of a record were waited for, or are nobody's any more."""
+        if len(self._reads) >= _MAX_ROWS:
+            return
         share = record.nbytes // max(1, len(reads))
         self._reads += [(record.pass_.step, _place(record), share, read) for read in reads]
 
     def note_stall(self, tier: str, begin: float, seconds: float, record: Record) -> None:
         """Training waited for a record to leave or to come back."""
-        self._stalls.append((record.pass_.step, (tier, _place(record), begin, seconds)))
+        if len(self._stalls) < _MAX_ROWS:
+            self._stalls.append((record.pass_.step, (tier, _place(record), begin, seconds)))
 
     def of(self, step: StepRecording) -> Requests:
         """What belongs to a step; waits of others, which it had all the same, have no place in it."""

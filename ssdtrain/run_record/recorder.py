@@ -64,6 +64,8 @@ class Recorder:
             return ""
         requests, self._last = self.journal.of(finished.recording), None
         self.journal.clear()
+        if self._sink.error:
+            return self._say(self._sink.error)
         try:
             self._queue.put_nowait((number, finished, requests))
         except queue.Full:
@@ -74,7 +76,7 @@ class Recorder:
                 target=_write_all, args=(self._queue, self._sink), name="ssdtrain-record", daemon=True
             )
             self._thread.start()
-        return self._say(self._sink.error)
+        return ""
 
     def offer_last(self, number: int, finished: FinishedStep) -> None:
         """A step that is the last one unless another follows."""
@@ -92,10 +94,10 @@ class Recorder:
                 self._queue.put(None, timeout=_CLOSE_SECONDS)
             except queue.Full:  # the drive does not answer
                 return
-            self._thread.join(_CLOSE_SECONDS)
-            if self._thread.is_alive():
-                return
-        self._sink.close()
+            if threading.current_thread() is not self._thread:  # which may collect garbage, and us with it
+                self._thread.join(_CLOSE_SECONDS)
+        else:
+            self._sink.close()
 
     def _say(self, text: str) -> str:
         is_new = bool(text) and text not in self._said
@@ -105,11 +107,15 @@ class Recorder:
 
 def _write_all(steps: queue.Queue[_Finished | None], sink: _Sink) -> None:
     """The writing thread."""
-    writing = _Writing(sink)
-    while (item := steps.get()) is not None:
-        writing.add(*item)
-        item = None
-    writing.finish()
+    try:
+        writing = _Writing(sink)
+        while (item := steps.get()) is not None:
+            writing.add(*item)
+            item = None  # keeps nothing while it waits
+        writing.finish()
+    except Exception as error:  # whatever it is, training goes on, and is told
+        sink.error = sink.error or f"the run record ends here: {type(error).__name__}: {error}"
+    sink.close()
 
 
 class _Sink:
