@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from typer.testing import CliRunner
 
+import ssdtrain
 from ssdtrain.cli import app
 from ssdtrain.demo.model import GPT, GPTConfig
 from ssdtrain.estimate import GPUS, Drives, Gpu, Shape, estimate, layer_nbytes
@@ -152,3 +154,48 @@ def test_json_has_every_number() -> None:
 def test_bad_numbers(options: list[str], message: str) -> None:
     result = run(*options)
     assert result.exit_code == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+# -- from a recorded run -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The record of a few steps of a small GPT."""
+    folder = tmp_path_factory.mktemp("recorded")
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(layers=3, width=64, heads=4, sequence=64))
+    tokens = torch.randint(0, 256, (8, 64))
+    bounds = {"min_nbytes": "16KiB", "staging_nbytes": "512KiB", "prefetch_nbytes": "512KiB"}
+    policy = bounds | {"record": str(folder / "run.ssdtrain")}
+    offload = ssdtrain.offload_activations(folder, policy, model)
+    with offload:
+        for _ in range(6):
+            model.zero_grad()
+            model(tokens, tokens).backward()
+    offload.close()
+    return folder / "run.ssdtrain"
+
+
+def test_plan_of_a_recorded_step(recorded: Path) -> None:
+    """A fast drive takes nearly everything, a slow one next to nothing, and a budget makes training wait for it."""
+    def planned(*options: str) -> dict[str, Any]:
+        result: dict[str, Any] = json.loads(run("--trace", str(recorded), "--json", *options).stdout)
+        return result
+
+    fast, slow = planned("--drive-gbs", "20"), planned("--drive-gbs", "0.0001")
+    half = str(slow["kept_peak_nbytes"] // 2)
+    budget = planned("--drive-gbs", "0.01", "--memory-budget", half, "--tbw", "100")
+    assert fast["num_records"] > 10 and fast["num_moved"] > fast["num_records"] / 2
+    assert fast["peak_nbytes"] < 0.7 * fast["kept_peak_nbytes"] and fast["stall_seconds"] == 0
+    assert slow["num_moved"] <= 1 and slow["stall_seconds"] == 0
+    assert budget["stall_seconds"] > 0 and budget["peak_nbytes"] < slow["peak_nbytes"]
+    assert budget["drive_life_years"] > 0 and fast["drive_life_years"] is None
+    assert "plan:" in run("--trace", str(recorded)).output
+
+
+def test_no_record(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("hello")
+    for name in ("text", "missing"):
+        result = run("--trace", str(tmp_path / name))
+        assert result.exit_code == 2 and name in result.stderr

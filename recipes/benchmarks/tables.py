@@ -42,9 +42,9 @@ def compare_table(result: dict[str, Any]) -> str:
     """The comparison with the alternatives as Markdown: one row per method, memory and time per model."""
     models, size = result["models"], result["size"]
     rows = [
-        f"Beside the alternatives (`recipes/benchmarks/compare.py`; {size['layers']} layers, width {size['width']}, batches "
-        f"of {size['batch']} x {size['sequence']}, {size['threads']} thread(s) of a machine with "
-        f"{result['machine']['cores']} cores; peak memory of training and step time, both against plain):",
+        f"Beside the alternatives (`recipes/benchmarks/compare.py`; {size['layers']} layers, width {size['width']},"
+        f" batches of {size['batch']} x {size['sequence']}, {size['threads']} thread(s) of a machine with"
+        f" {result['machine']['cores']} cores; peak memory of training and step time, both against plain):",
         "",
         f"| | {' | '.join(models)} | equal to the bit |",
         "|---" * (len(models) + 2) + "|",
@@ -55,7 +55,8 @@ def compare_table(result: dict[str, Any]) -> str:
             rows.append(f"| {first['method']} |{' n/a |' * len(models)} {first['unavailable']} |")
             continue
         cells = [f"{entry['peak_ratio'] - 1:+.0%}, x {entry['step_ratio']:.2f}" for entry in own]
-        rows.append(f"| {first['method']} | {' | '.join(cells)} | {'yes' if all(e['is_equal'] for e in own) else 'NO'} |")
+        verdict = "yes" if all(entry["is_equal"] for entry in own) else "NO"
+        rows.append(f"| {first['method']} | {' | '.join(cells)} | {verdict} |")
     return "\n".join(rows) + "\n"
 
 

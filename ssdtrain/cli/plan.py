@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ssdtrain.cli.ending import end
+from ssdtrain.cli.replay import as_values, plan_of
 from ssdtrain.estimate import GPUS, KINDS, Drives, Estimate, Gpu, Shape, estimate
 from ssdtrain.stats import nbytes_text
 
@@ -40,12 +42,26 @@ def plan(
     tbw: Annotated[float | None, typer.Option(help="Rated endurance of a drive, terabytes written.")] = None,
     wear_factor: Annotated[float, typer.Option(help="How much more than rated it takes; see the README.")] = 1.0,
     drive_price: Annotated[float | None, typer.Option(help="Price of a drive.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Plan the step of this run record instead of a model.")] = None,
+    drive_read_gbs: Annotated[
+        float | None, typer.Option(help="GB/s read; with --trace.", show_default="as written")
+    ] = None,
+    memory_budget: Annotated[str | None, typer.Option(help="As the policy's; with --trace.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON and nothing else.")] = False,
 ) -> None:
     """Estimate activations, memory, bandwidth and drive life of a training run.
 
-    Exit code 2: numbers that do not fit together.
+    With --trace: what mode "auto" would make of a recorded step on other drives. Exit code 2: numbers that do not fit
+    together, or no run record.
     """
+    if trace is not None:
+        try:
+            own = Drives(drives, drive_gbs, tbw, drive_price, wear_factor)
+            replayed = plan_of(trace, own, drive_read_gbs or drive_gbs, memory_budget)
+        except (ValueError, OSError) as error:
+            end("plan", 2, " ".join(str(error).split()))
+        print(json.dumps(as_values(replayed)) if as_json else replayed)
+        return
     try:
         if gpu not in GPUS:
             raise ValueError(f"Expected a GPU among {', '.join(GPUS)}, got {gpu!r}")
