@@ -179,6 +179,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_plan_of_a_recorded_step(recorded: Path) -> None:
     """A fast drive takes nearly everything, a slow one next to nothing, and a budget makes training wait for it."""
+
     def planned(*options: str) -> dict[str, Any]:
         result: dict[str, Any] = json.loads(run("--trace", str(recorded), "--json", *options).stdout)
         return result

@@ -1,4 +1,4 @@
-"""Writes the README's tables of results from the data beside this file, so that the two cannot differ.
+"""Writes the README's tables and picture of results from the data beside this file, so that the two cannot differ.
 
 Fresh data: `ssdtrain demo --json | tail -1 > recipes/benchmarks/results/demo.json`, and
 `python recipes/benchmarks/compare.py DIR | tail -1 > recipes/benchmarks/results/compare.json`; then run this file.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+
+from picture import compare_picture
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
@@ -57,6 +59,7 @@ def compare_table(result: dict[str, Any]) -> str:
         cells = [f"{entry['peak_ratio'] - 1:+.0%}, x {entry['step_ratio']:.2f}" for entry in own]
         verdict = "yes" if all(entry["is_equal"] for entry in own) else "NO"
         rows.append(f"| {first['method']} | {' | '.join(cells)} | {verdict} |")
+    rows += ["", "![peak memory and step time of every method](recipes/benchmarks/results/compare.svg)"]
     return "\n".join(rows) + "\n"
 
 
@@ -71,6 +74,8 @@ def main() -> None:
         head, rest = text.split(begin)
         result = json.loads((HERE / "results" / f"{name}.json").read_text())
         text = head + begin + table(result) + rest[rest.index(end) :]
+        if name == "compare":
+            (HERE / "results" / "compare.svg").write_text(compare_picture(result))
     README.write_text(text)
 
 
