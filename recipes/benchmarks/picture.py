@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-PANEL_WIDTH, PANEL_HEIGHT, MARGIN, LEGEND_ROW = 230, 190, 46, 20
+PANEL_WIDTH, PANEL_HEIGHT, MARGIN, LEGEND_ROW, LEGEND_WIDTH = 230, 190, 46, 20, 180
 COLOURS = ("#7f7f7f", "#8c564b", "#9467bd", "#1f77b4", "#2ca02c", "#d62728", "#ff7f0e", "#17becf", "#bcbd22")
 STYLE = (
     "<style>text{font:11px sans-serif;fill:#222}.axis{stroke:#888}.grid{stroke:#8884;stroke-dasharray:2}"
@@ -28,8 +28,9 @@ def compare_picture(result: dict[str, Any]) -> str:
     bounds = (left, right, top)
     panels = [_panel(name, models[name], colours, bounds, i * (PANEL_WIDTH + 12)) for i, name in enumerate(models)]
     width = len(models) * (PANEL_WIDTH + 12)
-    rows = -(-len(methods) // 3)
-    legend = [_legend(i, method, colours[method]) for i, method in enumerate(methods)]
+    columns = max(1, (width - MARGIN) // LEGEND_WIDTH)
+    rows = -(-len(methods) // columns)
+    legend = [_legend(divmod(i, columns), method, colours[method]) for i, method in enumerate(methods)]
     height = PANEL_HEIGHT + rows * LEGEND_ROW + 14
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
     return "\n".join([head, STYLE, *panels, *legend, "</svg>"]) + "\n"
@@ -65,6 +66,6 @@ def _panel(
     return "\n".join(lines)
 
 
-def _legend(i: int, method: str, colour: str) -> str:
-    x, y = MARGIN + (i % 3) * 250, PANEL_HEIGHT + 14 + (i // 3) * LEGEND_ROW
+def _legend(place: tuple[int, int], method: str, colour: str) -> str:
+    x, y = MARGIN + place[1] * LEGEND_WIDTH, PANEL_HEIGHT + 14 + place[0] * LEGEND_ROW
     return f'<circle cx="{x}" cy="{y - 4}" r="5" fill="{colour}"/><text x="{x + 10}" y="{y}">{method}</text>'
