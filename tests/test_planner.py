@@ -148,6 +148,15 @@ def test_no_more_moves_than_the_budget_asks_for() -> None:
     assert plan.peak_nbytes <= 7 * MIB and plan.disk_nbytes == 3 * MIB and plan.stall_seconds == 0
 
 
+def test_endurance_that_allows_too_little_says_so() -> None:
+    """One small record a step may be written, and the peak is the others'."""
+    step = tower()
+    small = replace(step.records[0], nbytes=1024)
+    step = replace(step, records=(small, *step.records[1:]))
+    plan = make_plan(step, FAST, Goal(daily_nbytes=2048 * 86400 / step.seconds))
+    assert plan.is_declined and "endurance allows 2.0 KiB of the" in plan.statement
+
+
 def test_a_budget_that_costs_time() -> None:
     plan = make_plan(tower(), disk(0.5, 1000, staging_nbytes=2 * MIB), Goal(memory_budget=4 * MIB))
     assert plan.peak_nbytes <= 4 * MIB and plan.is_patient and plan.stall_seconds > 0

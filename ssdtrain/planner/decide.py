@@ -70,6 +70,10 @@ class _Decision:
             return "declined: the peak is not in saved activations"
         if self._timeline.machine.max_written_nbytes < min(self._timeline.nbytes):
             return "declined: the drive's endurance allows no writes"
+        allowed, total = self._timeline.machine.max_written_nbytes, self._step.nbytes
+        if allowed < total and Where.DISK in self._timeline.tiers:
+            share = f"{nbytes_text(allowed)} of the {nbytes_text(total)} of a step"
+            return f"declined: the drive's endurance allows {share}, which would lower the peak by less than 1%"
         where = max(self._timeline.tiers, key=lambda tier: self._timeline.tiers[tier].write_bandwidth)
         prediction = predict(self._timeline, [int(where)] * len(self._kept), is_patient=True)
         if prediction.stall_seconds / self._step.seconds < _LEAST_GAIN:
