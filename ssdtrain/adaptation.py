@@ -8,6 +8,11 @@ was measured last; every wait also makes it more cautious for a while: it counts
 After a plan some steps pass before the next, so that one slow moment does not bring one plan and the next moment
 another, and so that planning, however short the steps are, takes a small part of the time.
 
+[Note: probes]
+While nothing is written, nothing is measured: a drive that was slow once would be taken for slow forever. So a plan
+that sends nothing is left for one step now and then, after 32 steps, then 64, and at last every 1024, to send a few
+records.
+
 [Note: recomputation]
 Which blocks are recomputed is decided from a step in which none was, remembered for later decisions. Once some are,
 steps look different; they are seen twice and planned like any others.
@@ -23,7 +28,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ssdtrain.agreement import Agreement, agreement_of_job
-from ssdtrain.planner import Goal, Machine, Plan, Step, Tier, choose, make_plan
+from ssdtrain.planner import Goal, Machine, Plan, Step, Tier, choose, make_plan, make_probe
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.route import Route, Shape
 from ssdtrain.stats import Counters
@@ -33,6 +38,8 @@ _DRIFT = 0.25
 _LEAST_NBYTES = 1 << 20  # of traffic that says something about a drive
 _NEW_SHARE = 0.5  # of the latest step in the averages
 _LEAST_STEPS = 2  # between plans
+_FIRST_PROBE, _MAX_PROBE = 32, 1024  # steps without traffic before one
+_PROBE_NBYTES = 4 << 20
 _PLANNING_SHARE = 0.02  # of the time
 _WAIT = 0.005  # of a step: more is not noise
 _CAUTION, _LEAST_CAUTION, _LESS_CAUTION, _RECOVERY = 0.85, 0.3, 0.8, 1.01
@@ -99,6 +106,8 @@ class Adaptation:
         self._seen: OrderedDict[Key, None] = OrderedDict()
         self._planned_for: Machine = machine
         self._num_since_plan = 0
+        self._probed: Route | None = None  # the plan that a probe stands in for
+        self._num_idle, self._num_busy, self._probe_after = 0, 0, _FIRST_PROBE
         self._no_plan_before = 0.0  # time.perf_counter()
 
     @property
@@ -118,17 +127,40 @@ class Adaptation:
             return
         self._bandwidths = self._agreed(self._write.average, self._read.average or self._write.average)
         key = tuple((record.nbytes, record.micro_batch) for record in step.records)
-        route = self._routes.pop(key, None)
+        route, measured = self._without_probe(self._routes.pop(key, None), measured)
         self._num_since_plan += 1
         is_due = key in self._seen if route is None else self._has_drifted(route, step, measured)
         self._seen[key] = None
         if is_due and time.perf_counter() >= self._no_plan_before:
             route = self._plan(step)
         if route is not None:
-            self._routes[key] = route
+            self._routes[key] = self._with_probe(route)
         for known in (self._routes, self._seen):
             if len(known) > _NUM_REMEMBERED:
                 known.popitem(last=False)
+
+    def _with_probe(self, route: Route) -> Route:
+        """See [Note: probes]: the plan, or a probe in its place for one step."""
+        is_idle = route.plan.is_declined
+        self._num_idle, self._num_busy = (self._num_idle + 1, 0) if is_idle else (0, self._num_busy + 1)
+        if self._num_busy == self._probe_after:  # the drive kept what it promised
+            self._probe_after = _FIRST_PROBE
+        if self._num_idle < self._probe_after:
+            return route
+        self._num_idle, self._probe_after = 0, min(_MAX_PROBE, 2 * self._probe_after)
+        probe = make_probe(route.step, self._goal, _PROBE_NBYTES)
+        if probe is None:
+            return route
+        self._probed = route
+        return Route(route.step, probe)
+
+    def _without_probe(self, route: Route | None, measured: Measured) -> tuple[Route | None, Measured]:
+        """The plan that was left for a probe; that the probe made the step wait says nothing of the plan."""
+        probed = self._probed
+        if route is None or probed is None or route.step is not probed.step:
+            return route, measured
+        self._probed = None
+        return probed, replace(measured, stall_seconds=0.0)
 
     def _agreed(self, write: float, read: float) -> tuple[float, float]:
         """The lowest of all ranks."""

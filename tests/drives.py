@@ -51,6 +51,29 @@ def fill(directory: str | Path, leave_nbytes: int = 0) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def throttled(directory: str | Path, bandwidth: float) -> Iterator[None]:
+    """Inside, this process reads and writes the drive of `directory` at most at `bandwidth` bytes per second."""
+    root = Path("/sys/fs/cgroup/blkio")
+    group, device = root / f"ssdtrain-test-{os.getpid()}", os.stat(directory).st_dev
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"throttling a drive needs root and the blkio cgroup: {error}")
+    try:
+        for way in ("read", "write"):
+            limit = group / f"blkio.throttle.{way}_bps_device"
+            try:
+                limit.write_text(f"{os.major(device)}:{os.minor(device)} {int(bandwidth)}")
+            except OSError as error:
+                pytest.skip(f"the drive of {directory} cannot be throttled: {error}")
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+        yield
+    finally:
+        (root / "cgroup.procs").write_text(str(os.getpid()))
+        group.rmdir()
+
+
 def _run(*command: object) -> str:
     result = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     if result.returncode != 0:

@@ -1,0 +1,113 @@
+"""A drive that changes while training goes on: slower, then a new plan; faster again, then another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MakeOffload
+from drives import throttled
+from steps import MIB
+from test_adaptive import AUTO, gpt
+
+from ssdtrain.adaptation import Adaptation, Measured
+from ssdtrain.planner import Goal, Lifetime, Machine, Step, Tier, make_probe
+from ssdtrain.stats import Counters
+
+TOWER = Step(tuple(Lifetime(4 * MIB, float(i), 20.0 - i, 20.5 - i) for i in range(10)), 21.0)
+KEPT = Measured(40 * MIB, TOWER.seconds, 0.0)
+
+
+class Run:
+    """Steps of one kind, told to an adaptation, on a drive of a bandwidth that is ours to choose."""
+
+    def __init__(self) -> None:
+        self.adaptation = Adaptation(Machine(Tier(1.0, 1.0)), Goal(), join=lambda: None)
+        self._totals = Counters()
+
+    def step(self, bandwidth: float, measured: Measured = KEPT) -> int:
+        """Writes and reads what the latest plan sends; how many bytes."""
+        route = self.adaptation.latest
+        nbytes = TOWER.nbytes if route is None else route.plan.disk_nbytes
+        self._totals.written_nbytes += nbytes
+        self._totals.read_nbytes += nbytes
+        self._totals.write_busy_seconds += nbytes / bandwidth
+        self._totals.read_busy_seconds += nbytes / bandwidth
+        self.adaptation.review(TOWER, measured, self._totals)
+        return nbytes
+
+    def until_probe(self, bandwidth: float, limit: int = 3000) -> int:
+        """Steps with nothing written before one with something."""
+        return next(num for num in range(limit) if self.step(bandwidth) > 0)
+
+
+SLOW, FAST = 0.01 * MIB, 100 * MIB
+
+
+def test_a_declined_plan_asks_again() -> None:
+    """Without probes the drive's bandwidth would be that of the first steps for as long as training lasts."""
+    run = Run()
+    for _ in range(2):
+        run.step(SLOW)
+    assert run.adaptation.latest is not None and run.adaptation.latest.plan.is_declined
+    waits = [run.until_probe(SLOW) for _ in range(7)]
+    assert waits[:3] == sorted(waits[:3]) and 16 <= waits[0] <= 64 and max(waits) <= 1024, waits
+    assert run.adaptation.latest.plan.is_declined, "the drive is as slow as before"
+    run.until_probe(FAST)
+    assert not run.adaptation.latest.plan.is_declined
+    assert run.step(FAST) > TOWER.nbytes // 2
+
+
+def test_a_probe_that_waits_is_not_held_against_the_plan() -> None:
+    """It is there to find out; the plan it stands in for goes on, and is not made anew."""
+    run = Run()
+    for _ in range(2):
+        run.step(SLOW)
+    declined = run.adaptation.latest
+    for _ in range(100):
+        if (latest := run.adaptation.latest) is not declined:
+            break
+        run.step(SLOW)
+    assert latest is not None and "probe" in latest.plan.statement
+    run.step(SLOW, Measured(KEPT.peak_nbytes, KEPT.seconds + 5, 5.0))
+    assert run.adaptation.latest is declined
+
+
+def test_a_probe_is_small_and_early() -> None:
+    probe = make_probe(TOWER, Goal(), 6 * MIB)
+    assert probe is not None and probe.disk_nbytes == 8 * MIB and not probe.is_declined
+    assert [i for i, where in enumerate(probe.placement) if where] == [0, 1], "those that are away the longest"
+    assert all(record.saved < probe.starts[i] < record.needed for i, record in enumerate(TOWER.records[:2]))
+    assert probe.peak_nbytes == probe.kept_peak_nbytes
+
+
+def test_no_probe_where_no_drive_would_help() -> None:
+    """The peak is elsewhere, or the budget is kept anyway: nothing is worth a write."""
+    peak = ((0.0, 0), (20.9, 1000 * MIB), (21.0, 0))
+    assert make_probe(Step(TOWER.records, TOWER.seconds, peak), Goal(), MIB) is None
+    assert make_probe(TOWER, Goal(memory_budget=1000 * MIB), MIB) is None
+
+
+@pytest.mark.cpu_only
+def test_a_drive_that_slows_down_and_recovers(make_offload: MakeOffload, tmp_path: Path) -> None:
+    """A throttled drive brings a plan that sends less; once it is fast, another one that sends more."""
+    _, step = gpt(128)
+    expected = step()
+
+    with make_offload(**AUTO) as offload:
+
+        def sent() -> int:
+            before = offload.stats.num_offloaded
+            for mine, plain in zip(step(), expected, strict=True):
+                assert torch.equal(mine, plain)
+            return offload.stats.num_offloaded - before
+
+        counts = [sent() for _ in range(8)]
+        usual = counts[-1]
+        assert usual > 0
+        with throttled(tmp_path, 5e6):
+            slow = [sent() for _ in range(25)]
+        again = [sent() for _ in range(150)]
+    assert min(slow[-5:]) < usual, slow
+    assert max(again) >= usual, (usual, again)
