@@ -58,7 +58,8 @@ def compare_table(result: dict[str, Any]) -> str:
             continue
         cells = [f"{entry['peak_ratio'] - 1:+.0%}, x {entry['step_ratio']:.2f}" for entry in own]
         verdict = "yes" if all(entry["is_equal"] for entry in own) else "NO"
-        rows.append(f"| {first['method']} | {' | '.join(cells)} | {verdict} |")
+        remark = f"; {first['remark']}" if "remark" in first else ""
+        rows.append(f"| {first['method']} | {' | '.join(cells)} | {verdict}{remark} |")
     rows += ["", "![peak memory and step time of every method](recipes/benchmarks/results/compare.svg)"]
     return "\n".join(rows) + "\n"
 
