@@ -68,6 +68,10 @@ class Worker:
         """Has it take one."""
         self.seconds.append(self._ask("step")["seconds"])
 
+    def settle(self) -> None:
+        """Its peaks count from now on."""
+        self._ask("settle")
+
     def finish(self) -> dict[str, Any]:
         """Its peaks, and what it learned."""
         return self._ask("finish")
@@ -104,8 +108,8 @@ def compare(model: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         return measure(model, workers, args.steps)
 
 
-def measure(title: str, workers: list[Worker], steps: int) -> list[dict[str, Any]]:
-    """Has all take their steps in turn; one row each."""
+def measure(title: str, workers: list[Worker], steps: int, *, is_settled: bool = False) -> list[dict[str, Any]]:
+    """Has all take their steps in turn; one row each. `is_settled`: peaks of the first steps do not count either."""
     for worker in workers:
         worker.get_ready()
     able = [worker for worker in workers if worker.unavailable is None]
@@ -113,6 +117,8 @@ def measure(title: str, workers: list[Worker], steps: int) -> list[dict[str, Any
         print(f"{title}: step {number + 1} of {steps + SETTLING_STEPS}", file=sys.stderr)
         for worker in able if number % 2 else able[::-1]:
             worker.step()
+            if is_settled and number == SETTLING_STEPS - 1:
+                worker.settle()
     results = {worker.name: worker.finish() for worker in able}
     return [row(worker, results, workers) for worker in workers]
 

@@ -59,7 +59,8 @@ def deepspeed_checkpoint(setting: Setting) -> Any:
     """`deepspeed.checkpointing` with inputs of blocks in host memory.
 
     Without an accelerator its copy to the CPU is the tensor itself, which it then empties: backward would find no
-    input. Partitioned over one rank, which copies, it runs.
+    input. Partitioned over one rank, which copies, it runs. Its checkpoint is reentrant: gradients of a tensor that
+    several blocks use (the encoder's result, in t5) are summed block by block, so they differ in the last bit.
     """
     deepspeed = _imported("deepspeed")
     init_process_group("gloo", store=HashStore(), rank=0, world_size=1)

@@ -50,6 +50,13 @@ class Training:
         self._number += 1
         return {"seconds": time.perf_counter() - begin}
 
+    def settle(self) -> dict[str, Any]:
+        """Peaks of memory count from now on."""
+        self._resident.forget()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        return {}
+
     def finish(self) -> dict[str, Any]:
         """Peaks, and what was learned."""
         digest = hashlib.sha256()
@@ -78,9 +85,10 @@ def main() -> None:
         answer(unavailable=str(error))
         return
     answer(remark=remark_on(job["method"]))
+    commands = {"step": training.step, "settle": training.settle, "finish": training.finish}
     with training.context:
         for line in sys.stdin:
-            answer(**(training.step() if line.strip() == "step" else training.finish()))
+            answer(**commands[line.strip()]())
 
 
 if __name__ == "__main__":
