@@ -66,12 +66,13 @@ def test_gpu_script_is_well_formed() -> None:
 
 def test_readme_shows_the_recorded_results(tmp_path: Path) -> None:
     """The README's tables and picture are made from the data, not by hand."""
-    results = [f"recipes/benchmarks/results/{name}.json" for name in ("demo", "compare")]
+    results = [f"recipes/benchmarks/results/{name}.json" for name in ("demo", "compare", "curve")]
     for name in ("recipes/benchmarks/tables.py", "recipes/benchmarks/picture.py", *results, "README.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     subprocess.run([sys.executable, str(tmp_path / "recipes/benchmarks/tables.py")], check=True)
-    for name in ("README.md", "recipes/benchmarks/results/compare.svg"):
+    pictures = [f"recipes/benchmarks/results/{name}.svg" for name in ("compare", "curve")]
+    for name in ("README.md", *pictures):
         assert (tmp_path / name).read_text() == (ROOT / name).read_text(), name
 
 
@@ -80,13 +81,25 @@ def test_compare(tmp_path: Path) -> None:
     size = "--layers 2 --width 32 --heads 2 --sequence 32 --batch 2 --steps 1 --threads 1".split()
     size += ["--min-nbytes", "1KiB", "--staging", "64KiB"]  # small ones would wait for company
     able = ["plain", "checkpoint per block", "ssdtrain, mode all"]
-    options = ["--models", "llama", "--methods", *able, "torchtune OffloadActivations", *size]
+    others = ["DeepSpeed checkpoint_in_cpu", "Transformers offload", "torchtune OffloadActivations"]
+    options = ["--models", "llama", "--methods", *able, *others, *size]
     rows = run("compare.py", str(tmp_path), *options)["models"]["llama"]
     ran = {row["method"]: row for row in rows if "unavailable" not in row}
     assert set(able) <= ran.keys()
     assert all(row["is_equal"] and row["peak_nbytes"] > 0 and row["step_ratio"] > 0 for row in ran.values())
     assert ran["ssdtrain, mode all"]["written_nbytes"] > 0
     assert all(row["unavailable"] for row in rows if row["method"] not in ran)
+
+
+def test_curve(tmp_path: Path) -> None:
+    """Every branch has its points, all learn the same, and a budget below what plain training saves sends bytes."""
+    size = "--layers 3 --width 64 --heads 2 --sequence 64 --batch 2 --steps 1 --threads 1 --shares 0.2".split()
+    rows = run("curve.py", str(tmp_path), *size, "--min-nbytes", "4KiB", "--staging", "128KiB")["points"]
+    assert [row["branch"] for row in rows] == ["plain", "recompute", "offload", "mix", "recompute"]
+    assert all(row["is_equal"] and row["peak_nbytes"] > 0 and row["step_ratio"] > 0 for row in rows)
+    plain, offload = rows[0], rows[2]
+    assert offload["memory_budget"] < plain["peak_saved_nbytes"] and offload["written_nbytes"] > 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_recording(tmp_path: Path) -> None:

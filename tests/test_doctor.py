@@ -60,6 +60,27 @@ def test_without_the_extension(tmp_path: Path) -> None:
     assert {found[name]["verdict"] for name in ("C++ extension", "io_uring", "engine")} == {"unwise"}
 
 
+def test_only_what_may_have_a_gpu_waits_for_pytorch(tmp_path: Path) -> None:
+    """Importing PyTorch takes seconds: its version file says whether it could see a GPU at all."""
+    for cuda, is_imported in (("None", False), ("'13.0'", True)):
+        package = tmp_path / f"{is_imported}" / "torch"
+        package.mkdir(parents=True)
+        (package / "version.py").write_text(f"cuda = {cuda}\nhip = None\n")
+        (package / "__init__.py").write_text("raise SystemExit('imported')")
+        result = command("doctor", str(tmp_path), PYTHONPATH=f"{package.parent}:{os.environ.get('PYTHONPATH', '')}")
+        assert (result.stderr == "imported\n") == is_imported, result.stderr
+        assert ("built without CUDA" in result.stdout) != is_imported
+
+
+def test_public_names_are_there_without_waiting_for_pytorch() -> None:
+    script = (
+        "import sys, ssdtrain; assert set(ssdtrain.__all__) <= set(dir(ssdtrain)); assert 'torch' not in sys.modules;"
+        "assert all(getattr(ssdtrain, name).__name__ == name for name in ssdtrain.__all__);"
+        "assert 'torch' in sys.modules and not hasattr(ssdtrain, 'nonsense')"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_versions_that_were_not_tested(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     versions = {"deepspeed": "9.9.9", "megatron-core": TESTED_VERSIONS["megatron-core"][0], "torch": "1.13.1+cu117"}
     monkeypatch.setattr("ssdtrain.doctor.software.version", lambda name: versions.get(name, "1.0"))

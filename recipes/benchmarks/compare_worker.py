@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 import json
 import os
 import sys
@@ -12,58 +11,11 @@ import time
 from typing import Any
 
 import torch
+from compare_methods import METHODS, UNHOOKED, Setting, UnavailableError, remark_on
 from compare_models import MODELS, Size, batch_of
-from torch.utils.checkpoint import checkpoint
 
-import ssdtrain
-from ssdtrain.blocks import find_blocks
 from ssdtrain.demo.memory import PeakResident
 from ssdtrain.demo.saved import SavedTensorCounter
-
-PEERS = {
-    "TRL OffloadActivations": ("trl.models.activation_offloading", "OffloadActivations"),
-    "torchtune OffloadActivations": ("torchtune.training", "OffloadActivations"),
-}
-OURS: dict[str, dict[str, Any]] = {
-    "ssdtrain": {},
-    "ssdtrain, mode all": {"mode": "all"},
-    "ssdtrain, recompute all": {"recompute": "all"},
-}
-PLAIN, HOST = "plain", "ssdtrain, host memory"
-METHODS = (PLAIN, "save_on_cpu", "checkpoint per block", *PEERS, *OURS, HOST)
-
-
-class UnavailableError(Exception):
-    """A method that cannot run here; the message says why."""
-
-
-def context_of(method: str, model: torch.nn.Module, directory: str, policy: dict[str, Any]) -> Any:
-    """What every step of a method runs in. `checkpoint per block` changes the model instead."""
-    has_gpu = torch.cuda.is_available()
-    if method == "save_on_cpu":
-        return torch.autograd.graph.save_on_cpu(pin_memory=has_gpu)
-    if method == "checkpoint per block":
-        for block in find_blocks(model).values():
-            block.forward = _checkpointed(block.forward)
-    if method in PEERS:
-        if not has_gpu:
-            raise UnavailableError("needs an accelerator")
-        module, name = PEERS[method]
-        try:
-            return getattr(importlib.import_module(module), name)()
-        except ImportError as error:
-            raise UnavailableError(f"not installed: {error}") from error
-    if method in OURS:
-        return ssdtrain.offload_activations(directory, policy | OURS[method], model=model)
-    if method == HOST:
-        if not has_gpu:
-            raise UnavailableError("host memory is where the tensors are")
-        return ssdtrain.offload_activations(None, policy, model=model)
-    return contextlib.nullcontext()
-
-
-def _checkpointed(forward: Any) -> Any:
-    return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 class Training:
@@ -75,9 +27,9 @@ class Training:
         torch.manual_seed(0)
         self.model = MODELS[self._name](self._size).to(self._device)
         self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-4)
-        self._counts = job["method"] in (PLAIN, "checkpoint per block")
+        self._counts = job["method"] in UNHOOKED
         self._counter: SavedTensorCounter | None = None
-        self.context = context_of(job["method"], self.model, job["directory"], job["policy"])
+        self.context = METHODS[job["method"]](Setting(self.model, job["directory"], job["policy"]))
         self._number = 0
         self._resident = PeakResident()
         self._losses: list[str] = []
@@ -97,6 +49,13 @@ class Training:
         self._losses.append(loss.item().hex())
         self._number += 1
         return {"seconds": time.perf_counter() - begin}
+
+    def settle(self) -> dict[str, Any]:
+        """Peaks of memory count from now on."""
+        self._resident.forget()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        return {}
 
     def finish(self) -> dict[str, Any]:
         """Peaks, and what was learned."""
@@ -125,10 +84,11 @@ def main() -> None:
     except UnavailableError as error:
         answer(unavailable=str(error))
         return
-    answer(ready=True)
+    answer(remark=remark_on(job["method"]))
+    commands = {"step": training.step, "settle": training.settle, "finish": training.finish}
     with training.context:
         for line in sys.stdin:
-            answer(**(training.step() if line.strip() == "step" else training.finish()))
+            answer(**commands[line.strip()]())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Writes the README's tables and picture of results from the data beside this file, so that the two cannot differ.
 
 Fresh data: `ssdtrain demo --json | tail -1 > recipes/benchmarks/results/demo.json`, and
-`python recipes/benchmarks/compare.py DIR | tail -1 > recipes/benchmarks/results/compare.json`; then run this file.
+`python recipes/benchmarks/compare.py DIR | tail -1 > recipes/benchmarks/results/compare.json`, the same for `curve`;
+then run this file.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from picture import compare_picture
+from picture import compare_picture, curve_picture
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
@@ -57,13 +58,31 @@ def compare_table(result: dict[str, Any]) -> str:
             rows.append(f"| {first['method']} |{' n/a |' * len(models)} {first['unavailable']} |")
             continue
         cells = [f"{entry['peak_ratio'] - 1:+.0%}, x {entry['step_ratio']:.2f}" for entry in own]
-        verdict = "yes" if all(entry["is_equal"] for entry in own) else "NO"
-        rows.append(f"| {first['method']} | {' | '.join(cells)} | {verdict} |")
+        unequal = [model for model, entry in zip(models, own, strict=True) if not entry["is_equal"]]
+        verdict = f"NO: {', '.join(unequal)}" if unequal else "yes"
+        remark = f"; {first['remark']}" if "remark" in first else ""
+        rows.append(f"| {first['method']} | {' | '.join(cells)} | {verdict}{remark} |")
     rows += ["", "![peak memory and step time of every method](recipes/benchmarks/results/compare.svg)"]
     return "\n".join(rows) + "\n"
 
 
-TABLES = {"demo": demo_table, "compare": compare_table}
+def curve_table(result: dict[str, Any]) -> str:
+    """The curve from keep to recompute: how it was measured, and its picture."""
+    size = result["size"]
+    lines = [
+        f"What a `memory_budget` costs (`recipes/benchmarks/curve.py`; {result['model']}, {size['layers']} layers,"
+        f" width {size['width']}, batches of {size['batch']} x {size['sequence']}, {size['threads']} thread(s), both"
+        ' against plain): `offload` is `recompute="never"`, `mix` is `"auto"`, `recompute` runs every block twice, as'
+        " PyTorch's checkpoint with the inputs in memory and as ours without. Where the drive hides all, `mix` chooses"
+        " what `offload` does.",
+        "",
+        "![step time over peak memory, keeping, offloading, recomputing](recipes/benchmarks/results/curve.svg)",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {"demo": demo_table, "compare": compare_table, "curve": curve_table}
+PICTURES = {"compare": compare_picture, "curve": curve_picture}
 
 
 def main() -> None:
@@ -74,8 +93,8 @@ def main() -> None:
         head, rest = text.split(begin)
         result = json.loads((HERE / "results" / f"{name}.json").read_text())
         text = head + begin + table(result) + rest[rest.index(end) :]
-        if name == "compare":
-            (HERE / "results" / "compare.svg").write_text(compare_picture(result))
+        if name in PICTURES:
+            (HERE / "results" / f"{name}.svg").write_text(PICTURES[name](result))
     README.write_text(text)
 
 

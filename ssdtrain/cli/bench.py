@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -73,6 +72,8 @@ def _measure(directory: str, options: Options) -> Report:
 
 def _copy_gbs() -> dict[str, float]:
     """GB/s between GPU and pinned memory; empty without a GPU."""
+    import torch  # seconds, which the other commands need not wait
+
     if not torch.cuda.is_available():
         return {}
     host = torch.empty(_PIN_NBYTES, dtype=torch.uint8, pin_memory=True)

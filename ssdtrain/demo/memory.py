@@ -40,6 +40,13 @@ class PeakResident:
         peak = read_status("VmHWM") if self._sampler is None else self._sampler.peak_nbytes
         return max(0, peak - self._level)
 
+    def forget(self) -> None:
+        """Begins a new peak above the same level."""
+        if self._sampler is None:
+            _reset_kernel_peak()
+        else:
+            self._sampler.peak_nbytes = read_status("VmRSS")
+
 
 class PeakSampler:
     """A daemon thread that remembers the largest value seen of one field of `/proc/self/status`."""

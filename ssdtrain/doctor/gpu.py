@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import runpy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ssdtrain.doctor.finding import Finding, Verdict, read_text
 from ssdtrain.engines import gpudirect
@@ -20,17 +20,38 @@ _LIMIT_SECONDS = 2.0
 
 def examine_gpu(directories: Sequence[str], sys: Path = _SYS) -> list[Finding]:
     """Findings about every GPU that PyTorch sees."""
+    if importlib.util.find_spec("torch") is None:
+        return [Finding(_AREA, "CUDA", Verdict.UNKNOWN, "PyTorch is not installed")]
+    if not _may_have_cuda():
+        return [_without("PyTorch is built without CUDA")]
+    import torch
+
     if not torch.cuda.is_available():
-        built = torch.version.cuda
-        text = "PyTorch is built without CUDA" if built is None else f"no GPU, or no driver for CUDA {built}"
-        return [Finding(_AREA, "CUDA", Verdict.GOOD, f"{text}: training on the CPU is supported")]
+        return [_without(f"no GPU, or no driver for CUDA {torch.version.cuda}")]
     findings = [Finding(_AREA, "CUDA", Verdict.GOOD, f"PyTorch with CUDA {torch.version.cuda}"), _pinned()]
     for index in range(torch.cuda.device_count()):
         findings.append(_link(index, sys))
     return [*findings, *[_gpudirect(directory) for directory in directories]]
 
 
+def _may_have_cuda() -> bool:
+    """Whether PyTorch is built for GPUs, from its version file: importing PyTorch takes seconds."""
+    spec = importlib.util.find_spec("torch")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        file = Path(folder) / "version.py"
+        if file.exists():
+            version = runpy.run_path(str(file))
+            return version.get("cuda") is not None or version.get("hip") is not None
+    return True
+
+
+def _without(text: str) -> Finding:
+    return Finding(_AREA, "CUDA", Verdict.GOOD, f"{text}: training on the CPU is supported")
+
+
 def _pinned() -> Finding:
+    import torch
+
     try:
         torch.empty(_PIN_NBYTES, dtype=torch.uint8, pin_memory=True)
     except RuntimeError as error:
@@ -40,6 +61,8 @@ def _pinned() -> Finding:
 
 
 def _link(index: int, sys: Path) -> Finding:
+    import torch
+
     properties: Any = torch.cuda.get_device_properties(index)
     name = f"GPU {index} ({properties.name}, {properties.total_memory >> 30} GiB)"
     address = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"

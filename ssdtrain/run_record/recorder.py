@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from ssdtrain.planner import Where
 from ssdtrain.run_record import encode
-from ssdtrain.run_record.environment import describe_environment
 from ssdtrain.run_record.format import first_line, pack
 from ssdtrain.run_record.journal import Journal, Requests
 from ssdtrain.run_record.place import open_record
@@ -41,6 +40,10 @@ class Recorder:
         Raises:
             OSError: it cannot be made, or exists and is no record.
         """
+        from ssdtrain.run_record.environment import (
+            describe_environment,
+        )  # needs PyTorch, which reading a record does not
+
         self.journal = Journal()
         self._pid = os.getpid()
         self._sink = _Sink(path, policy.record_nbytes)
