@@ -157,6 +157,14 @@ def test_endurance_that_allows_too_little_says_so() -> None:
     assert plan.is_declined and "endurance allows 2.0 KiB of the" in plan.statement
 
 
+def test_a_gain_that_endurance_bounds_says_so() -> None:
+    step = tower()
+    plan = make_plan(step, FAST, Goal(daily_nbytes=3 * MIB * 86400 / step.seconds))
+    assert not plan.is_declined and 0 < plan.disk_nbytes <= 3 * MIB
+    assert "nothing waits; the drive's endurance allows 3.0 MiB of the" in plan.statement
+    assert "endurance" not in make_plan(step, FAST, Goal()).statement
+
+
 def test_a_budget_that_costs_time() -> None:
     plan = make_plan(tower(), disk(0.5, 1000, staging_nbytes=2 * MIB), Goal(memory_budget=4 * MIB))
     assert plan.peak_nbytes <= 4 * MIB and plan.is_patient and plan.stall_seconds > 0

@@ -53,11 +53,26 @@ class _Decision:
         gain = self._gain(self._search.best_peak)
         if gain < _LEAST_GAIN:
             return self._as_plan(self._kept, self._why_declined())
-        return self._as_plan(placement, f"the peak falls by {gain:.0%}, and nothing waits")
+        return self._as_plan(placement, f"the peak falls by {gain:.0%}, and nothing waits{self._but(placement)}")
 
     def _gain(self, peak: float) -> float:
         kept = self._search.kept_peak
         return 1 - peak / kept if kept else 0.0
+
+    def _but(self, placement: list[int]) -> str:
+        """What keeps the peak from falling further, where that is the drive's endurance and not the drive's speed."""
+        nbytes = self._timeline.nbytes
+        left = self._timeline.machine.max_written_nbytes - sum(
+            [n for n, where in zip(nbytes, placement, strict=True) if where == Where.DISK]
+        )
+        staying = [n for n, where in zip(nbytes, placement, strict=True) if where == Where.KEEP]
+        if not staying or left >= min(staying):
+            return ""
+        return f"; the drive's endurance allows {self._share()}"
+
+    def _share(self) -> str:
+        allowed = self._timeline.machine.max_written_nbytes
+        return f"{nbytes_text(allowed)} of the {nbytes_text(self._step.nbytes)} of a step"
 
     def _why_declined(self) -> str:
         if not self._step.records:
@@ -72,8 +87,7 @@ class _Decision:
             return "declined: the drive's endurance allows no writes"
         allowed, total = self._timeline.machine.max_written_nbytes, self._step.nbytes
         if allowed < total and Where.DISK in self._timeline.tiers:
-            share = f"{nbytes_text(allowed)} of the {nbytes_text(total)} of a step"
-            return f"declined: the drive's endurance allows {share}, which would lower the peak by less than 1%"
+            return f"declined: the drive's endurance allows {self._share()}, which would lower the peak by less than 1%"
         where = max(self._timeline.tiers, key=lambda tier: self._timeline.tiers[tier].write_bandwidth)
         prediction = predict(self._timeline, [int(where)] * len(self._kept), is_patient=True)
         if prediction.stall_seconds / self._step.seconds < _LEAST_GAIN:

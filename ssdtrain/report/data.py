@@ -186,9 +186,11 @@ def _tier(kept: float, host: float, disk: float) -> str:
 
 
 def _wear(run: Run) -> dict[str, Any]:
-    totals = run.steps[-1]["counters"]
-    seconds = sum([row["seconds"] for row in run.steps])
-    daily = totals["written_nbytes"] / seconds * _SECONDS_PER_DAY if seconds else 0.0
+    """What was written, and the pace of the later half: the first steps, without a plan, may write much more."""
+    totals, half = run.steps[-1]["counters"], len(run.steps) // 2
+    before = run.steps[half - 1]["counters"]["written_nbytes"] if half else 0
+    seconds = sum([row["seconds"] for row in run.steps[half:]])
+    daily = (totals["written_nbytes"] - before) / seconds * _SECONDS_PER_DAY if seconds else 0.0
     tbw = run.policy.get("endurance_tbw")
     return {
         "written_nbytes": totals["written_nbytes"],

@@ -12,6 +12,7 @@ from bokeh.plotting import figure
 from ssdtrain.report.timeline import LANES, RESIDENCIES, Bar, levelled
 
 _MIB = 1 << 20
+_IN_STEP = "time since the step began, ms"
 COLOURS = {
     "with ssdtrain": "#2f7ed8",
     "without": "#e08a1e",
@@ -77,7 +78,7 @@ def memory_figure(timeline: Mapping[str, Any], x_range: Any) -> Any:
             "without": [value / _MIB for value in columns["without"]],
         }
     )
-    plot = _figure("ms since the step began", "MiB", x_range=x_range)
+    plot = _figure(_IN_STEP, "saved tensors, MiB", x_range=x_range)
     plot.y_range.start = 0
     plot.varea_step(
         x="ms", y1=0, y2="with", source=source, color=COLOURS["with ssdtrain"], alpha=0.2, step_mode="after"
@@ -102,7 +103,7 @@ def residency_figure(timeline: Mapping[str, Any], x_range: Any) -> Any:
         data[f"{name} to"] = below
         data[name] = [value / _MIB for value in columns[name]]
     source = ColumnDataSource(data)
-    plot = _figure("ms since the step began", "MiB", x_range=x_range)
+    plot = _figure(_IN_STEP, "saved tensors, MiB", x_range=x_range)
     plot.y_range.start = 0
     for name in used:
         ends = {"y1": f"{name} from", "y2": f"{name} to"}
@@ -119,7 +120,7 @@ def timeline_figure(timeline: Mapping[str, Any], x_range: Any) -> Any:
     """Who was busy when, lane by lane."""
     placed = levelled([Bar(**bar) for bar in timeline["bars"]])
     depth = {lane: max([level + 1 for bar, level in placed if bar.lane == lane], default=1) for lane in LANES}
-    plot = _figure("ms since the step began", "", height=340, x_range=x_range, y_range=Range1d(len(LANES), 0))
+    plot = _figure(_IN_STEP, "", height=340, x_range=x_range, y_range=Range1d(len(LANES), 0))
     rows = []
     for bar, level in placed:
         height = 0.8 / depth[bar.lane]
@@ -148,14 +149,20 @@ def timeline_figure(timeline: Mapping[str, Any], x_range: Any) -> Any:
     return plot
 
 
-def _per_step(steps: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, float, str, str]], unit: str) -> Any:
-    """Lines over the steps; `columns`: for each label a field, what to divide it by, a colour and a dash."""
+def _per_step(
+    steps: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, float, str, str]], y_label: str
+) -> Any:
+    """Lines over the steps; `columns`: for each label a field, what to divide it by, a colour and a dash.
+
+    `y_label` is the quantity and, after a comma, its unit.
+    """
+    unit = y_label.rpartition(", ")[2]
     columns = {label: column for label, column in columns.items() if _is_known(steps, column[0])}
     data: dict[str, list[float]] = {"step": [row["step"] for row in steps]}
     for label, (name, scale, _, _) in columns.items():
         data[label] = [row[name] / scale if row[name] or not _is_known_later(name) else math.nan for row in steps]
     source = ColumnDataSource(data)
-    plot = _figure("step", unit)
+    plot = _figure("step", y_label)
     plot.y_range.start = 0
     plot.xaxis.formatter = NumeralTickFormatter(format="0,0")
     lines = []
@@ -187,7 +194,7 @@ def peak_figure(steps: Sequence[Mapping[str, Any]]) -> Any:
             "predicted by the plan": ("predicted_peak_nbytes", _MIB, COLOURS["predicted"], "dotted"),
             "if everything had stayed": ("peak_if_kept_nbytes", _MIB, COLOURS["without"], "dashed"),
         },
-        "MiB",
+        "peak of saved tensors, MiB",
     )
 
 
@@ -200,7 +207,7 @@ def seconds_figure(steps: Sequence[Mapping[str, Any]]) -> Any:
             "predicted by the plan": ("predicted_seconds", 1e-3, COLOURS["predicted"], "dotted"),
             "waiting": ("stall_seconds", 1e-3, COLOURS["stalls"], "solid"),
         },
-        "ms",
+        "step time, ms",
     )
 
 
@@ -212,7 +219,7 @@ def bandwidth_figure(steps: Sequence[Mapping[str, Any]], bandwidth: Mapping[str,
             "writes": ("write_gbs", 1.0, COLOURS["writes"], "solid"),
             "reads": ("read_gbs", 1.0, COLOURS["reads"], "solid"),
         },
-        "GB/s",
+        "bandwidth, GB/s",
     )
     for direction in ("write", "read"):
         ceiling = bandwidth[f"{direction}_ceiling_gbs"]

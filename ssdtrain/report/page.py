@@ -76,9 +76,9 @@ def _top(described: Mapping[str, Any]) -> str:
     summary = described["summary"]
     gain, *rest = described["headline"]
     cards = [
-        ("peak in a typical step", nbytes_text(summary["typical_peak_nbytes"])),
-        ("without ssdtrain", nbytes_text(summary["typical_peak_if_kept_nbytes"])),
-        ("memory saved", share_text(max(0.0, summary["saved_share"]))),
+        ("peak of saved tensors", nbytes_text(summary["typical_peak_nbytes"])),
+        ("the same without ssdtrain", nbytes_text(summary["typical_peak_if_kept_nbytes"])),
+        ("of that peak saved", share_text(max(0.0, summary["saved_share"]))),
         ("time spent waiting", share_text(summary["stall_share"])),
         ("typical step", seconds_text(summary["typical_seconds"])),
         ("slowest step", seconds_text(summary["worst_seconds"])),
@@ -128,19 +128,22 @@ def _step_section(timeline: Mapping[str, Any], divs: Mapping[str, str], index: i
             divs["memory"],
             "Memory over the step",
             "Bytes of saved tensors in memory with ssdtrain (filled) and what they would have been had everything"
-            f" stayed (dashed).{notes}",
+            " stayed (dashed). Staging memory, which holds bytes on their way and counts in the peak above, is not"
+            f" drawn.{notes}",
         )
         + _figure(
             divs["timeline"],
             "Who was busy when",
-            "Copies, writes and reads should lie under forward and backward without a red stall: then moving the bytes"
-            " cost no time. Point at a bar for its tensor; zoom with the tools above.",
+            "Copies go to and from staging memory, writes and reads to and from the drive; a stall, in red, is when"
+            " training had to wait for them. Without one, moving the bytes cost no time. Point at a bar for its tensor;"
+            " tools to zoom appear above.",
         )
         + _figure(
             divs["residency"],
             "Where the bytes were",
-            "All bytes saved for backward, by place. Green is what the drive held so that memory need not; grey is what"
-            " is too small, or was left alone for the reasons below.",
+            "All bytes saved for backward, by place. Green is what the drive held so that memory need not; yellow is on"
+            " its way out and pink on its way back, both still or again in memory; grey is what is too small, or was"
+            " left alone for the reasons below.",
         )
         + "</section>"
     )
@@ -148,19 +151,21 @@ def _step_section(timeline: Mapping[str, Any], divs: Mapping[str, str], index: i
 
 def _run_section(described: Mapping[str, Any], divs: Mapping[str, str]) -> str:
     plan = described["plan"]
-    said = f" The plan at the end: {plan}." if plan else " No plan was in force at the end."
+    said = f" At the end it says: {plan}." if plan else " None was in force at the end."
     return (
         "<section><h2>Over the whole run</h2>"
         + _figure(
             divs["peak"],
             "Peak of saved tensors, step by step",
-            f"Measured against what the plan predicted and what would have been without ssdtrain.{said}",
+            "Measured, and what would have been without ssdtrain (dashed). The first steps send away what the drive can"
+            " take; then, where steps look the same, a plan decides what leaves, and predicts the peak (dotted)."
+            f"{said}",
         )
         + _figure(
             divs["seconds"],
             "Step time",
-            "Measured from the beginning of one step to that of the next, against the plan's prediction; the red line"
-            " is the part spent waiting for the drive.",
+            "Measured from the beginning of one step to that of the next, and what the plan predicted (dotted); the red"
+            " line is the part spent waiting for the drive: at zero, it waited for nothing.",
         )
         + "</section>"
     )
@@ -181,10 +186,11 @@ def _bandwidth_section(bandwidth: Mapping[str, float], divs: Mapping[str, str]) 
         + _figure(
             divs["bandwidth"],
             "Bandwidth used, against the ceiling",
-            "Lines are bytes moved divided by the whole step; dashed lines are what the drive gave while it was busy. A"
-            " line far below its ceiling means that the drive had time left.",
+            "Lines are bytes moved divided by the time of the whole step; dashed lines are what the drive gave while it"
+            " was busy. A line far below its ceiling means that the drive had time left; a line close to it, that a"
+            " faster drive would let more leave.",
         )
-        + _table(("", "used", "while busy", "busy"), rows)
+        + _table(("", "averaged over the run", "while busy", "share of time busy"), rows)
         + "</section>"
     )
 
@@ -204,9 +210,9 @@ def _modules_section(modules: Sequence[Mapping[str, Any]]) -> str:
     ]
     hint = " Pass model=... to offload_activations to see modules by name." if len(rows) == 1 else ""
     return (
-        f"<section><h2>By module</h2><p class=caption>What each module saved per step, where it went, and how long"
-        f" backward waited for it, on average.{hint}</p>"
-        + _table(("module", "tensors", "bytes", "place", "to the drive", "kept", "waited"), rows)
+        f"<section><h2>By module</h2><p class=caption>What each module saved in a step, where it went, and how"
+        f" long backward waited for it: averages over the run.{hint}</p>"
+        + _table(("module", "tensors", "size", "place", "to the drive", "kept in memory", "waited"), rows)
         + "</section>"
     )
 
@@ -217,8 +223,8 @@ def _kept_section(described: Mapping[str, Any]) -> str:
     return (
         "<section><h2>What stayed, and why</h2><p class=caption>Saved tensors that stayed in memory, per step, by"
         " reason. Weights are in memory anyway and cost nothing.</p>"
-        + _table(("reason", "tensors", "bytes"), rows)
-        + "<h3>Fallbacks</h3>"
+        + _table(("reason", "tensors", "size"), rows)
+        + "<h3>Fallbacks</h3><p class=caption>Where something was done the second-best way, and why.</p>"
         + (f"<ul>{fallbacks}</ul>" if fallbacks else "<p>None: everything went the best way this machine has.</p>")
         + "</section>"
     )
@@ -233,8 +239,8 @@ def _wear_section(wear: Mapping[str, Any]) -> str:
         ("the drive would last", life),
     ]
     return (
-        "<section><h2>Drive wear</h2><p class=caption>What training at this pace, day and night, takes of a drive's"
-        " rated endurance.</p>" + _table(None, rows) + "</section>"
+        "<section><h2>Drive wear</h2><p class=caption>What training day and night at the pace of the later half of"
+        " this run takes of a drive's rated endurance.</p>" + _table(None, rows) + "</section>"
     )
 
 

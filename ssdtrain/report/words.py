@@ -42,9 +42,11 @@ def _gain(summary: Mapping[str, Any], plan: str) -> str:
     if summary["saved_share"] < _LEAST_SHARE:
         why = f" The plan says: {plan}." if plan else ""
         return f"Saved tensors peaked at {nbytes_text(peak)}, as they would have without ssdtrain.{why}"
+    limit = plan.partition("; ")[2]  # what keeps the peak from falling further
     return (
         f"Saved tensors peaked at {nbytes_text(peak)} instead of {nbytes_text(without)}:"
         f" {share_text(summary['saved_share'])} less, in a typical step."
+        + (f" {limit[0].upper()}{limit[1:]}." if limit else "")
     )
 
 
