@@ -62,3 +62,14 @@ def some_machine(chance: random.Random, step: Step, *, has_host: bool = False) -
         staging_nbytes=largest * chance.choice([1, 2, 4, 100]),
         prefetch_nbytes=largest * chance.choice([1, 2, 4, 100]),
     )
+
+
+def ten_thousand(shape: str) -> tuple[Step, Machine]:
+    """Ten thousand records of a tower, a pipeline's stage, or without order, and a machine."""
+    chance = random.Random(3)
+    step = {
+        "tower": lambda: pipeline(chance, 10_000),
+        "1f1b": lambda: pipeline(chance, 1250, 8, 4),
+        "scattered": lambda: scattered(chance, 10_000),
+    }[shape]()
+    return step, some_machine(random.Random(5), step)

@@ -33,6 +33,12 @@ def test_hooks(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_planning() -> None:
+    result = run("planning.py", "--records", "50", "--repeats", "1")
+    assert [row["step"] for row in result["rows"]] == ["tower"] * 3 + ["scattered"] * 3
+    assert all(row["seconds"] > 0 for row in result["rows"])
+
+
 @pytest.mark.skipif(shutil.which("fio") is None, reason="needs fio (Debian: apt-get install fio)")
 def test_engine(tmp_path: Path) -> None:
     """Both directions and all engines, each beside fio."""
