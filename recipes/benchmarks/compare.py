@@ -19,6 +19,7 @@ import platform
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,16 @@ _MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_T
 
 
 class Worker:
-    """The process of one method; `name` is what its row is called, where one method runs with several policies."""
+    """The process of one method.
 
-    def __init__(self, method: str, job: dict[str, Any], name: str | None = None) -> None:
+    `name` is what its row is called, where one method runs with several policies; `command` comes before its own.
+    """
+
+    def __init__(self, method: str, job: dict[str, Any], name: str | None = None, command: Sequence[str] = ()) -> None:
         self.name = name or method
         self.seconds: list[float] = []
         self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "compare_worker.py")],
+            [*command, sys.executable, str(HERE / "compare_worker.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
