@@ -114,3 +114,17 @@ def test_recording(tmp_path: Path) -> None:
     result = run("recording.py", str(tmp_path), *size)
     assert result["step_seconds"] > 0 and result["record_nbytes_per_step"] > 100 and result["thread_seconds"] > 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_needs_more_than_the_cap_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import memory_group as groups
+
+    if reason := groups.why_not():
+        pytest.skip(reason)
+    for nbytes, killed in ((16 << 20, 0), (256 << 20, 1)):
+        with groups.memory_group(128 << 20) as group:
+            script = f"b'x' * {nbytes}"
+            done = subprocess.run([*group.command, sys.executable, "-c", script], timeout=60)
+            assert (done.returncode != 0, group.num_kills) == (killed == 1, killed)
+            assert nbytes < group.peak_nbytes or killed
