@@ -72,7 +72,7 @@ def test_gpu_script_is_well_formed() -> None:
 
 def test_readme_shows_the_recorded_results(tmp_path: Path) -> None:
     """The README's tables and picture are made from the data, not by hand."""
-    results = [f"recipes/benchmarks/results/{name}.json" for name in ("demo", "compare", "curve")]
+    results = [f"recipes/benchmarks/results/{name}.json" for name in ("demo", "compare", "curve", "memory_cap")]
     for name in ("recipes/benchmarks/tables.py", "recipes/benchmarks/picture.py", *results, "README.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)

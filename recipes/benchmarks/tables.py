@@ -1,8 +1,8 @@
 """Writes the README's tables and picture of results from the data beside this file, so that the two cannot differ.
 
 Fresh data: `ssdtrain demo --json | tail -1 > recipes/benchmarks/results/demo.json`, and
-`python recipes/benchmarks/compare.py DIR | tail -1 > recipes/benchmarks/results/compare.json`, the same for `curve`;
-then run this file.
+`python recipes/benchmarks/compare.py DIR | tail -1 > recipes/benchmarks/results/compare.json`, the same for `curve` and
+`memory_cap`; then run this file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from picture import compare_picture, curve_picture
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
-GIB = 1 << 30
+GIB, MIB = 1 << 30, 1 << 20
 
 
 def demo_table(result: dict[str, Any]) -> str:
@@ -81,7 +81,28 @@ def curve_table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES = {"demo": demo_table, "compare": compare_table, "curve": curve_table}
+def memory_cap_table(result: dict[str, Any]) -> str:
+    """The largest batch under a memory cap, and time per token, as Markdown."""
+    size, plain = result["size"], result["rows"][0]
+    lines = [
+        f"What trains in {result['cap_nbytes'] // MIB} MiB, PyTorch itself included"
+        f" (`recipes/benchmarks/memory_cap.py`; {result['model']}, {size['layers']} layers, width {size['width']},"
+        f" sequence {size['sequence']}, {size['threads']} thread(s); the kernel kills what needs more; single steps are"
+        f" timed, so the times scatter):",
+        "",
+        f"| | largest batch | tokens | us a token there | us a token at batch {plain['batch']} | equal to the bit |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        times = f"{row['tokens'] / plain['tokens']:.1f}"
+        lines.append(
+            f"| {row['method']} | {row['batch']} | {row['tokens']:,} (x {times}) | {row['token_seconds'] * 1e6:.0f}"
+            f" | {row['common_token_seconds'] * 1e6:.0f} | {'yes' if row['is_equal'] else 'NO'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {"demo": demo_table, "compare": compare_table, "curve": curve_table, "memory_cap": memory_cap_table}
 PICTURES = {"compare": compare_picture, "curve": curve_picture}
 
 
