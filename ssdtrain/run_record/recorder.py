@@ -40,9 +40,8 @@ class Recorder:
         Raises:
             OSError: it cannot be made, or exists and is no record.
         """
-        from ssdtrain.run_record.environment import (
-            describe_environment,
-        )  # needs PyTorch, which reading a record does not
+        # Here, because it needs PyTorch, which reading a record does not.
+        from ssdtrain.run_record.environment import describe_environment
 
         self.journal = Journal()
         self._pid = os.getpid()
