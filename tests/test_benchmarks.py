@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +129,23 @@ def test_a_process_that_needs_more_than_the_cap_is_killed(monkeypatch: pytest.Mo
             done = subprocess.run([*group.command, sys.executable, "-c", script], timeout=60)
             assert (done.returncode != 0, group.num_kills) == (killed == 1, killed)
             assert nbytes < group.peak_nbytes or killed
+
+
+@pytest.mark.parametrize("limit", [1, 5, 64, 140, 1290])
+def test_the_largest_batch_is_found_to_an_eighth(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search alone; what a trial needs is said by the kernel, in the test above."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import memory_cap
+
+    tried: list[int] = []
+
+    def try_batch(name: str, batch: int, args: Namespace) -> dict[str, Any] | None:
+        tried.append(batch)
+        return {"batch": batch} if batch <= limit else None
+
+    monkeypatch.setattr(memory_cap, "try_batch", try_batch)
+    found = memory_cap.largest("plain", Namespace(first=64, cap=0))["batch"]
+    assert found <= limit <= found + max(1, 1.15 * found / 8) and len(tried) < 16
+    limit = 0
+    with pytest.raises(SystemExit, match="larger --cap"):
+        memory_cap.largest("plain", Namespace(first=64, cap=0))

@@ -245,7 +245,7 @@ def test_the_work_is_bounded_through_the_number_of_records(shape: str, monkeypat
         monkeypatch.setattr(Timeline, name, counting(getattr(Timeline, name), name, walks))
     plan = make_plan(*ten_thousand(shape), Goal())
     assert plan.peak_nbytes < plan.kept_peak_nbytes
-    assert 0 < len(walks) <= 24
+    assert 0 < len(walks) <= 12
 
 
 def counting(function: Callable[..., Any], name: str, calls: list[str]) -> Callable[..., Any]:

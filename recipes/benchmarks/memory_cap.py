@@ -96,18 +96,18 @@ def try_batch(name: str, batch: int, args: argparse.Namespace) -> dict[str, Any]
 def largest(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """The largest batch of a method, to an eighth."""
     batch, best, too_large = args.first, None, None
-    while too_large is None or too_large - (best or {"batch": 0})["batch"] > max(1, too_large // 8):
+    while True:
         found = try_batch(name, batch, args)
         if found is None:
             too_large = batch
         else:
             best = found
         least = best["batch"] if best else 0
+        if best and too_large and too_large - least <= max(1, too_large // 8):
+            return best
         if too_large == 1:
-            sys.exit(f"Expected a cap of {args.cap} bytes to hold a batch of 1 with {name!r}; it is too small")
-        batch = 2 * least if too_large is None else (least + too_large) // 2
-    assert best is not None
-    return best
+            sys.exit(f"Expected a cap of {args.cap} bytes to hold a batch of 1 with {name!r}; pass a larger --cap")
+        batch = (least + too_large) // 2 if too_large else 2 * least
 
 
 def common(batch: int, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -142,8 +142,10 @@ def main() -> None:
     parser.add_argument("--cap", type=nbytes, default="512MiB", help="bytes for every process, PyTorch included")
     parser.add_argument("--first", type=int, default=64, help="batch to begin with")
     args = parser.parse_args()
+    if args.first < 1 or args.steps < 2:  # the first step does not count
+        parser.error(f"expected --first of at least 1 and --steps of at least 2, got {args.first} and {args.steps}")
     if reason := why_not():
-        sys.exit(f"Expected to be able to cap memory; {reason}")
+        sys.exit(f"Expected to be able to cap memory; it {reason}")
     rows = [largest(name, args) for name in METHODS]
     together = common(rows[0]["batch"], args)
     for row, beside in zip(rows, together, strict=True):

@@ -87,8 +87,8 @@ def memory_cap_table(result: dict[str, Any]) -> str:
     lines = [
         f"What trains in {result['cap_nbytes'] // MIB} MiB, PyTorch itself included"
         f" (`recipes/benchmarks/memory_cap.py`; {result['model']}, {size['layers']} layers, width {size['width']},"
-        f" sequence {size['sequence']}, {size['threads']} thread(s); the kernel kills what needs more; single steps are"
-        f" timed, so the times scatter):",
+        f" sequence {size['sequence']}, {size['threads']} thread(s); the kernel kills what needs more; one or two"
+        f" steps are timed, so the times scatter):",
         "",
         f"| | largest batch | tokens | us a token there | us a token at batch {plain['batch']} | equal to the bit |",
         "|---|---|---|---|---|---|",
