@@ -16,30 +16,57 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ssdtrain.activations import ActivationOffload
-    from ssdtrain.offloading import offload_activations
-    from ssdtrain.policy import ActivationPolicy
+    from ssdtrain.offloading import offload_activations, offload_optimizer, offload_parameters, parameter_offload
+    from ssdtrain.optimizer import OffloadedOptimizer
+    from ssdtrain.parameter_files import load_safetensors, save_safetensors
+    from ssdtrain.parameters import ParameterOffload
+    from ssdtrain.policy import ActivationPolicy, OptimizerPolicy, ParameterPolicy
     from ssdtrain.saving import keep_resident
+    from ssdtrain.state_stats import StateStats
     from ssdtrain.stats import Skipped, Stats
+    from ssdtrain.vault import StateLostError
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ActivationOffload",
     "ActivationPolicy",
+    "OffloadedOptimizer",
+    "OptimizerPolicy",
+    "ParameterOffload",
+    "ParameterPolicy",
     "Skipped",
+    "StateLostError",
+    "StateStats",
     "Stats",
     "keep_resident",
+    "load_safetensors",
     "offload_activations",
+    "offload_optimizer",
+    "offload_parameters",
+    "parameter_offload",
+    "save_safetensors",
 ]
 
 _HOMES = MappingProxyType(
     {
         "ActivationOffload": "activations",
         "ActivationPolicy": "policy",
+        "OffloadedOptimizer": "optimizer",
+        "OptimizerPolicy": "policy",
+        "ParameterOffload": "parameters",
+        "ParameterPolicy": "policy",
         "Skipped": "stats",
+        "StateLostError": "vault",
+        "StateStats": "state_stats",
         "Stats": "stats",
         "keep_resident": "saving",
+        "load_safetensors": "parameter_files",
         "offload_activations": "offloading",
+        "offload_optimizer": "offloading",
+        "offload_parameters": "offloading",
+        "parameter_offload": "offloading",
+        "save_safetensors": "parameter_files",
     }
 )
 

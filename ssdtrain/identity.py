@@ -43,6 +43,14 @@ def view_spec(tensor: torch.Tensor) -> ViewSpec:
     return ViewSpec(tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
 
+def spec_nbytes(spec: ViewSpec) -> int:
+    """Bytes from the first element of a view to the end of its last."""
+    if 0 in spec.size:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(spec.size, spec.stride, strict=True))
+    return (last + 1) * spec.dtype.itemsize
+
+
 def rebuild(storage: torch.UntypedStorage, spec: ViewSpec, shift_nbytes: int, probe: torch.Tensor) -> torch.Tensor:
     """The saved tensor again, on `storage`, which begins `shift_nbytes` into the original one.
 

@@ -1,4 +1,4 @@
-"""`offload_activations`: what users call."""
+"""`offload_activations`, `offload_parameters`, `offload_optimizer`: what users call."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from typing import Any
 import torch
 
 from ssdtrain.activations import ActivationOffload
-from ssdtrain.policy import ActivationPolicy
+from ssdtrain.directories import check_directories
+from ssdtrain.optimizer import OffloadedOptimizer
+from ssdtrain.parameters import ParameterOffload
+from ssdtrain.policy import ActivationPolicy, OptimizerPolicy, ParameterPolicy
+
+Directories = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 def offload_activations(
-    directory: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None,
+    directory: Directories | None,
     policy: ActivationPolicy | Mapping[str, Any] | None = None,
     model: torch.nn.Module | None = None,
     *,
@@ -49,9 +54,104 @@ def offload_activations(
         ...         optimizer.step(); optimizer.zero_grad()
         >>> print(offload.stats)
     """
-    several = [directory] if isinstance(directory, str | os.PathLike) else directory
-    paths = None if several is None else [os.fspath(path) for path in several]
+    paths = None if directory is None else _paths(directory)
     chosen = ActivationPolicy.of(policy)
     if record is not None:
         chosen = chosen.model_copy(update={"record": os.fspath(record)})
     return ActivationOffload(paths, chosen, model)
+
+
+def offload_parameters(
+    module: torch.nn.Module,
+    directory: Directories,
+    policy: ParameterPolicy | Mapping[str, Any] | None = None,
+    blocks: Sequence[str] | None = None,
+) -> torch.nn.Module:
+    """Keeps the parameters of a module's blocks on the drive; a block is in memory only while it is used.
+
+    A block's parameters are read before its forward and before its backward, the next blocks' meanwhile, and given up
+    after; they are written only when they have changed. Memory falls to the blocks in use, `prefetch_nbytes` and
+    `staging_nbytes`, and what is outside the blocks. Results are equal to the bit. Names and parameter objects stay;
+    between uses a parameter shows NaN: read or change it inside ``parameter_offload(module).gathered()``.
+
+    Args:
+        module: on one device. Wrap it in DistributedDataParallel first. Blocks on the meta device get their values
+            from `load_state_dict` or `load_safetensors`, one after the other: so a model may be larger than memory.
+        directory: where the spill files go, on a fast local drive; several are striped. They are unlinked at once.
+        policy: a `ParameterPolicy` or a mapping with its fields.
+        blocks: names of modules, or patterns such as ``"encoder.layers.*"``; by default the repeated layers.
+
+    Returns:
+        The same module.
+
+    Raises:
+        ValueError: a block does not exist, parameters are on several devices or of a kind that cannot be offloaded.
+        OSError: a directory is missing, not writable or too small for the parameters.
+        RuntimeError: the engine asked for by name is not available.
+
+    Example:
+        >>> model = ssdtrain.offload_parameters(model, "/mnt/nvme")
+        >>> optimizer = ssdtrain.offload_optimizer(torch.optim.AdamW(model.parameters()), "/mnt/nvme")
+        >>> print(ssdtrain.parameter_offload(model).stats)
+    """
+    chosen = ParameterPolicy.of(policy)
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"Expected a torch.nn.Module, got {type(module).__name__}")
+    if chosen.enabled:
+        paths = _paths(directory)
+        check_directories(paths)
+        ParameterOffload(module, paths, chosen, blocks)
+    return module
+
+
+def parameter_offload(module: torch.nn.Module) -> ParameterOffload:
+    """What `offload_parameters` did to a module: its `stats`, `gathered()`, `flush()` and `close()`.
+
+    Raises:
+        ValueError: the module is not offloaded.
+    """
+    return ParameterOffload.of(module)
+
+
+def offload_optimizer(
+    optimizer: torch.optim.Optimizer,
+    directory: Directories,
+    policy: OptimizerPolicy | Mapping[str, Any] | None = None,
+) -> torch.optim.Optimizer:
+    """Keeps an optimizer's state on the drive; a step pages through it, a few parameters at a time.
+
+    Memory falls by the state but for about three chunks of `chunk_nbytes` and `staging_nbytes`. The optimizer itself
+    does the arithmetic, so results are equal to the bit; groups, schedulers, hooks, `state_dict` and `load_state_dict`
+    are as before, and state dicts are interchangeable with those of the plain optimizer.
+
+    Args:
+        optimizer: any of `torch.optim` but LBFGS, or one that keeps its state by parameter. It must not be used any
+            more but through what is returned. On the CPU, ``fused=True`` is the fastest.
+        directory: where the spill files go, on a fast local drive; several are striped. They are unlinked at once.
+        policy: an `OptimizerPolicy` or a mapping with its fields.
+
+    Returns:
+        An optimizer with `stats`, `flush()` and `close()`, which brings the state back to `optimizer`.
+
+    Raises:
+        TypeError: it is no `torch.optim.Optimizer`.
+        ValueError: its step needs a closure, or it is offloaded already.
+        OSError: a directory is missing, not writable or too small for the state.
+        RuntimeError: the engine asked for by name is not available.
+
+    Example:
+        >>> optimizer = ssdtrain.offload_optimizer(torch.optim.AdamW(model.parameters()), "/mnt/nvme")
+        >>> model(batch).backward(); optimizer.step(); optimizer.zero_grad()
+        >>> print(optimizer.stats)
+    """
+    chosen = OptimizerPolicy.of(policy)
+    if not chosen.enabled:
+        return optimizer
+    paths = _paths(directory)
+    check_directories(paths)
+    return OffloadedOptimizer(optimizer, paths, chosen)
+
+
+def _paths(directory: Directories) -> list[str]:
+    several = [directory] if isinstance(directory, str | os.PathLike) else directory
+    return [os.fspath(path) for path in several]

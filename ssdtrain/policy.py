@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from typing_extensions import Self
 
 _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
@@ -45,14 +46,46 @@ def parse_nbytes(value: object) -> object:
 Nbytes = Annotated[int, BeforeValidator(parse_nbytes)]
 
 
-class ActivationPolicy(BaseModel):
+class _Policy(BaseModel):
+    """What all policies share: frozen, and a key that is not theirs is named."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_unknown_keys(cls, data: Any) -> Any:
+        unknown = [key for key in data if key not in cls.model_fields] if isinstance(data, Mapping) else []
+        if unknown:
+            near = difflib.get_close_matches(str(unknown[0]), cls.model_fields, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            accepted = ", ".join(cls.model_fields)
+            raise ValueError(f"Expected keys among {accepted}; got {unknown[0]!r}.{hint}")
+        return data
+
+    @classmethod
+    def of(cls, policy: Self | Mapping[str, Any] | None) -> Self:
+        """The policy meant by what a user passed: a policy, a mapping of its fields, or nothing.
+
+        Raises:
+            TypeError: something else was passed.
+            pydantic.ValidationError: the mapping has an unknown key or a bad value.
+        """
+        if policy is None:
+            return cls()
+        if isinstance(policy, cls):
+            return policy
+        if isinstance(policy, Mapping):
+            return cls.model_validate(dict(policy))
+        kind = f"{'an' if cls.__name__[0] in 'AO' else 'a'} {cls.__name__}"
+        raise TypeError(f"Expected policy to be {kind} or a mapping of its fields, got {policy!r}")
+
+
+class ActivationPolicy(_Policy):
     """How activations are offloaded. All sizes are bytes or texts such as ``"16MiB"``.
 
     Raises:
         pydantic.ValidationError: (a ``ValueError``) an unknown key or a bad value, with what is accepted.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     enabled: bool = True
     """False makes ``offload_activations`` a null context: no hooks, no file, no cost."""
@@ -118,17 +151,6 @@ class ActivationPolicy(BaseModel):
     checksum: bool = False
     """Verify a checksum of every byte read back. Without it, corruption by the drive itself goes undetected."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _name_unknown_keys(cls, data: Any) -> Any:
-        unknown = [key for key in data if key not in cls.model_fields] if isinstance(data, Mapping) else []
-        if unknown:
-            near = difflib.get_close_matches(str(unknown[0]), cls.model_fields, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            accepted = ", ".join(cls.model_fields)
-            raise ValueError(f"Expected keys among {accepted}; got {unknown[0]!r}.{hint}")
-        return data
-
     @model_validator(mode="after")
     def _fits(self) -> ActivationPolicy:
         if self.disk_nbytes is not None and self.disk_nbytes < self.min_nbytes:
@@ -154,23 +176,56 @@ class ActivationPolicy(BaseModel):
         return 0 if self.memory_budget is not None else self.prefetch_nbytes
 
     @classmethod
-    def of(cls, policy: ActivationPolicy | Mapping[str, Any] | None) -> ActivationPolicy:
-        """The policy meant by what a user passed: a policy, a mapping of its fields, or nothing.
-
-        Raises:
-            TypeError: something else was passed.
-            pydantic.ValidationError: the mapping has an unknown key or a bad value.
-        """
-        if policy is None:
-            return cls()
-        if isinstance(policy, ActivationPolicy):
-            return policy
-        if isinstance(policy, Mapping):
-            return cls.model_validate(dict(policy))
-        raise TypeError(f"Expected policy to be an ActivationPolicy or a mapping of its fields, got {policy!r}")
-
-    @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> ActivationPolicy:
         """Reads ``SSDTRAIN_MIN_NBYTES``, ``SSDTRAIN_MODE``, ...: one variable per field, absent ones default."""
         names = {field: f"SSDTRAIN_{field.upper()}" for field in cls.model_fields}
         return cls.model_validate({f: environment[n] for f, n in names.items() if n in environment})
+
+
+class StatePolicy(_Policy):
+    """How bytes that must not be lost are kept on a drive. All sizes are bytes or texts such as ``"16MiB"``.
+
+    Raises:
+        pydantic.ValidationError: (a ``ValueError``) an unknown key or a bad value, with what is accepted.
+    """
+
+    enabled: bool = True
+    """False leaves everything as it is: no hooks, no file, no cost."""
+
+    min_nbytes: Nbytes = Field(default=64 << 10, ge=0)
+    """Tensors smaller than this stay in memory: each costs a request of its own."""
+
+    staging_nbytes: Nbytes = Field(default=64 << 20, ge=MIN_STAGING_NBYTES)
+    """Host memory for bytes on their way to the drive, and the bound on bytes in flight."""
+
+    disk_nbytes: Nbytes | None = Field(default=None, ge=MIN_STAGING_NBYTES)
+    """Cap on spill space over all directories. None: what the drive has free."""
+
+    engine: Literal["auto", "io_uring", "threads", "python", "kvikio"] = "auto"
+    """Who executes the file requests; see `ActivationPolicy.engine`."""
+
+    io_timeout_seconds: float = Field(default=60.0, gt=0)
+    """A request the drive has not answered for so long raises an error that names the tensor."""
+
+    checksum: bool = True
+    """Verify a checksum of every byte read back: what a drive changed raises an error instead of training on."""
+
+
+class ParameterPolicy(StatePolicy):
+    """How parameters are offloaded."""
+
+    prefetch_nbytes: Nbytes = Field(default=256 << 20, ge=0)
+    """Bound on bytes of blocks that are read before they are needed. 0: every block is waited for."""
+
+
+class OptimizerPolicy(StatePolicy):
+    """How optimizer state is offloaded."""
+
+    chunk_nbytes: Nbytes = Field(default=32 << 20, gt=0)
+    """State that is updated at once. The step holds about three chunks in memory, and always at least one parameter's
+    state."""
+
+    step_in_backward: bool = False
+    """Update each parameter in backward, as soon as its gradient is there, and free the gradient: all gradients are
+    never in memory at once, and the drive works while backward computes. Not with gradient clipping, which needs all of
+    them; with several backward passes per step wrap all but the last one in ``optimizer.accumulate()``."""

@@ -119,6 +119,11 @@ class SpillSpace:
         """Whole blocks."""
         return -(-nbytes // self.block_nbytes) * self.block_nbytes
 
+    @property
+    def free_nbytes(self) -> int:
+        """Room in the files as long as they are."""
+        return sum(extents.capacity for extents in self._extents) - self.in_use_nbytes
+
     def allocate(self, nbytes: int, *, stripe: bool = True) -> list[Extent]:
         """Extents for `nbytes`: several, each of whole blocks, when it is striped. Empty when there is no room."""
         if not self._files:

@@ -237,8 +237,8 @@ class Stats:
             f"  memory    saved tensors peaked at {nbytes_text(self.peak_saved_nbytes)},"
             f" {nbytes_text(self.peak_device_nbytes)} of them on the device;"
             f" staging {nbytes_text(self.peak_staging_nbytes)}, spill space {nbytes_text(self.peak_disk_nbytes)}",
-            f"  drive     wrote {_rate_text(self.written_nbytes, self.write_busy_seconds)},"
-            f" read {_rate_text(self.read_nbytes, self.read_busy_seconds)}"
+            f"  drive     wrote {rate_text(self.written_nbytes, self.write_busy_seconds)},"
+            f" read {rate_text(self.read_nbytes, self.read_busy_seconds)}"
             f"; {nbytes_text(self.forwarded_nbytes)} forwarded,"
             f" {nbytes_text(self.cancelled_write_nbytes)} of writes cancelled",
             *self._host_lines(),
@@ -284,6 +284,7 @@ def progress_line(last: Stats, now: Stats) -> str:
     )
 
 
-def _rate_text(nbytes: int, seconds: float) -> str:
+def rate_text(nbytes: int, seconds: float) -> str:
+    """``"1.5 GiB at 2.10 GB/s"``."""
     rate = f" at {nbytes / seconds / 1e9:.2f} GB/s" if seconds > 0 else ""
     return nbytes_text(nbytes) + rate

@@ -1,0 +1,59 @@
+"""Tensors in an unlinked file: a state dict larger than memory, whose pages the kernel writes out and drops at need.
+
+Knows shapes and directories, nothing of parameters or optimizers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import tempfile
+
+import torch
+
+from ssdtrain.identity import ViewSpec, spec_nbytes
+from ssdtrain.stats import nbytes_text
+
+_MS_SYNC = 4
+
+
+def mapped(spec: ViewSpec, directory: str) -> torch.Tensor:
+    """Uninitialised memory of a dtype, size and strides (the offset aside), backed by a file in `directory`.
+
+    The file is unlinked at once: the space is free when the tensor is gone. `settle` lets its pages go.
+
+    Raises:
+        OSError: there is no room.
+    """
+    nbytes = spec_nbytes(spec)
+    if not nbytes:
+        return torch.empty(spec.size, dtype=spec.dtype)
+    with tempfile.TemporaryFile(dir=directory) as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise OSError(
+                    error.errno,
+                    f"Expected room for {nbytes_text(nbytes)} of a state dict, got {error.strerror}: free some space",
+                    directory,
+                ) from error
+            os.ftruncate(file.fileno(), nbytes)
+        memory = mmap.mmap(file.fileno(), nbytes)
+    memory.madvise(mmap.MADV_SEQUENTIAL)
+    storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+    return torch.empty(0, dtype=spec.dtype).set_(storage, 0, spec.size, spec.stride)
+
+
+def settle(tensor: torch.Tensor) -> None:
+    """Writes the pages of a mapped tensor out and takes them from this process; they come back when it is read."""
+    storage = tensor.untyped_storage()
+    if storage.nbytes():
+        address, length = ctypes.c_void_p(storage.data_ptr()), ctypes.c_size_t(storage.nbytes())
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.msync(address, length, _MS_SYNC):
+            number = ctypes.get_errno()
+            raise OSError(number, f"Expected to write a state dict out, got {os.strerror(number)}")
+        libc.madvise(address, length, mmap.MADV_DONTNEED)

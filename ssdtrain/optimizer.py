@@ -1,0 +1,355 @@
+"""`offload_optimizer`: optimizer state lives on the drive and is paged through the step, a few parameters at a time.
+
+The optimizer itself does the arithmetic: it is shown the parameters of one chunk, with their state in memory, and
+takes its step for those; meanwhile the state of the next chunk is read and that of the last one written. So the result
+is the same to the bit, for every optimizer whose update of a parameter depends on that parameter alone.
+
+[Note: a step that was interrupted]
+An exception in the middle of a step leaves some parameters updated and others not. Nothing can undo that; but nothing
+may take it for a whole step either: until a checkpoint is loaded, further steps and state dicts raise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.profiler import record_function
+
+from ssdtrain.pages import Pages
+from ssdtrain.plain_optimizer import check, load_part, narrowed, plain_step, predict_state_nbytes
+from ssdtrain.policy import OptimizerPolicy
+from ssdtrain.state_stats import StateCounters, StateStats
+from ssdtrain.vault import Vault
+
+_AHEAD = 2  # chunks whose state is read before their turn
+_MAX_AHEAD = 64  # parameters
+
+
+class OffloadedOptimizer(torch.optim.Optimizer):
+    """An optimizer whose state is on the drive; see `offload_optimizer`, which makes it."""
+
+    pages_parameters = True  # for `offload_parameters`: no need to bring all parameters for a step
+
+    def __init__(self, optimizer: torch.optim.Optimizer, directories: Sequence[str], policy: OptimizerPolicy) -> None:
+        """Takes over the groups, the hooks and the state of `optimizer`, and moves the state to the drive."""
+        check(optimizer)
+        self.policy = policy
+        self._inner = optimizer
+        self._counters = StateCounters("optimizer state")
+        self._names: dict[torch.Tensor, str] = {}
+        self._torn = ""  # what was interrupted, see [Note: a step that was interrupted]
+        self._group_of: dict[torch.Tensor, int] = {}
+        self._updated: set[torch.Tensor] = set()  # in backward, since the last step
+        self._arrived: list[torch.Tensor] = []  # with a gradient, in backward, not updated yet
+        self._last_order: list[torch.Tensor] = []
+        self._order: list[torch.Tensor] = []  # of gradients, in this step; before: in the last
+        self._position: dict[torch.Tensor, int] = {}
+        self._is_accumulating = False
+        self._handles: list[Any] = []
+        hooks = {name: value for name, value in vars(optimizer).items() if name.endswith("_hooks")}
+        self.__setstate__({"defaults": optimizer.defaults, **hooks})
+        state_nbytes = predict_state_nbytes(optimizer, policy.min_nbytes)
+        self._vault = Vault(directories, policy, self._counters)
+        self._pages = Pages(self._vault, self._counters, policy.min_nbytes)
+        try:
+            self._vault.reserve(state_nbytes, "optimizer state")
+            for group in self.param_groups:
+                self._watch(group)
+            for parameter in [p for group in self.param_groups for p in group["params"]]:
+                self._send_away(parameter)
+        except BaseException:
+            self._unhook()
+            self._vault.close()
+            raise
+
+    # -- what an optimizer has ------------------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Those of the optimizer."""
+        return self._inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._inner.param_groups = groups
+
+    @property
+    def state(self) -> Mapping[torch.Tensor, dict[str, Any]]:  # type: ignore[override]
+        """State by parameter, read from the drive when it is looked at. What is changed in it is not kept."""
+        return _StateView(self)
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else the optimizer has."""
+        if name.startswith("__") or name == "_inner":
+            raise AttributeError(name)
+        return getattr(self._inner, name)
+
+    def __repr__(self) -> str:
+        return f"Offloaded{self._inner!r}"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("Expected to save optimizer.state_dict(), got the optimizer itself: its state is on a drive")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """See `torch.optim.Optimizer.add_param_group`."""
+        self._inner.add_param_group(param_group)
+        self._watch(self.param_groups[-1])
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates every parameter that has a gradient, see `torch.optim.Optimizer.step`.
+
+        Raises:
+            StateLostError: the drive does not have a parameter's state any more.
+            RuntimeError: an earlier step was interrupted.
+        """
+        if closure is not None and self.policy.step_in_backward:
+            raise ValueError("Expected no closure with step_in_backward, which updates during the closure's backward")
+        self._check_whole(in_step=True)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad(), record_function("ssdtrain::optimizer_step"):
+            chunks = self._chunks([p for p in self._group_of if p.grad is not None])
+            for i, chunk in enumerate(chunks):
+                for parameter in [p for ahead in chunks[i : i + 1 + _AHEAD] for p in ahead]:
+                    self._fetch(parameter)
+                if self.policy.step_in_backward:
+                    self._update_and_free(chunk)
+                else:
+                    self._update(chunk)
+        self._finish_step()
+        return loss
+
+    def _finish_step(self) -> None:
+        self._torn = ""
+        self._counters.num_steps += 1
+        self._inner._opt_called = True  # type: ignore[attr-defined]  # for schedulers that were made with it
+        self._updated, self._arrived = set(), []
+        if self._order:
+            self._last_order, self._order = self._order, []
+            self._position = {p: i + 1 for i, p in enumerate(self._last_order)}
+
+    # -- one step, chunk by chunk ---------------------------------------------------------------------------
+
+    def _chunks(self, parameters: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+        """As many parameters together as `chunk_nbytes` of state allow."""
+        chunks: list[list[torch.Tensor]] = []
+        room = 0
+        for parameter in parameters:
+            nbytes = self._pages.nbytes(parameter)
+            if not chunks or nbytes > room:
+                chunks.append([])
+                room = self.policy.chunk_nbytes
+            chunks[-1].append(parameter)
+            room -= nbytes
+        return chunks
+
+    def _fetch(self, parameter: torch.Tensor) -> None:
+        """Begins to read a parameter's state, and the parameter if it is away."""
+        self._counters.num_prefetched += self._pages.fetch(parameter)
+        home = getattr(parameter, "_ssdtrain_home", None)
+        if home is not None:
+            home.prefetch([parameter])
+
+    def _update(self, chunk: list[torch.Tensor]) -> None:
+        """Has the optimizer take its step for these parameters alone."""
+        for parameter in chunk:
+            self._pages.bring(parameter, self._inner.state[parameter])
+        homes = {id(h): h for h in (getattr(p, "_ssdtrain_home", None) for p in chunk) if h is not None}
+        with contextlib.ExitStack() as stack:
+            for home in homes.values():
+                stack.enter_context(home.in_memory(chunk))
+            self._torn = self._torn or f"step {self._counters.num_steps + 1}, which began with {self._name(chunk[0])}"
+            with narrowed(self._inner, self._by_group(chunk), self._scaler()):
+                plain_step(self._inner)
+        for parameter in chunk:
+            self._send_away(parameter)
+
+    def _by_group(self, chunk: Iterable[torch.Tensor]) -> dict[int, list[torch.Tensor]]:
+        found: dict[int, list[torch.Tensor]] = {}
+        for parameter in chunk:
+            found.setdefault(self._group_of[parameter], []).append(parameter)
+        return found
+
+    def _scaler(self) -> dict[str, Any]:
+        """What a GradScaler told this optimizer: fused ones unscale by themselves."""
+        return {name: value for name, value in vars(self).items() if name in ("grad_scale", "found_inf")}
+
+    def _send_away(self, parameter: torch.Tensor) -> None:
+        state = self._inner.state.get(parameter)
+        if state:
+            self._pages.send_away(parameter, self._name(parameter), state)
+
+    # -- in backward ----------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Inside, backward only adds to the gradients: for all but the last backward of a step, in any mode.
+
+        Example:
+            >>> with optimizer.accumulate():
+            ...     model(first).backward()
+            >>> model(second).backward(); optimizer.step()
+        """
+        before, self._is_accumulating = self._is_accumulating, True
+        try:
+            yield
+        finally:
+            self._is_accumulating = before
+
+    def _on_gradient(self, parameter: torch.Tensor) -> None:
+        """A gradient is complete: with enough of them, their parameters are updated."""
+        if self._is_accumulating:
+            return
+        self._check_whole(in_step=True)
+        if parameter in self._updated:
+            raise RuntimeError(
+                f"Expected one backward per step with step_in_backward, got another one for {self._name(parameter)}, "
+                "which is updated already: wrap all but the last in optimizer.accumulate(), and call step() after it"
+            )
+        self._arrived.append(parameter)
+        self._order.append(parameter)
+        with torch.no_grad():
+            self._fetch_following(parameter)
+            if sum(self._pages.nbytes(p) for p in self._arrived) >= self.policy.chunk_nbytes:
+                arrived, self._arrived = self._arrived, []
+                self._update_and_free(arrived)
+
+    def _update_and_free(self, parameters: list[torch.Tensor]) -> None:
+        self._update(parameters)
+        self._updated.update(parameters)
+        for parameter in parameters:
+            parameter.grad = None
+
+    def _fetch_following(self, parameter: torch.Tensor) -> None:
+        """Reads ahead what came after this parameter in the last step."""
+        room = _AHEAD * self.policy.chunk_nbytes
+        start = self._position.get(parameter, len(self._last_order))
+        for following in self._last_order[start : start + _MAX_AHEAD]:
+            room -= self._pages.nbytes(following)
+            if room < 0:
+                break
+            if following not in self._updated:
+                self._fetch(following)
+
+    # -- all of it ------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As without offload. State that is on the drive comes in files that are mapped to memory, freed with it.
+
+        Raises:
+            RuntimeError: a step was interrupted.
+        """
+        self._check_whole()
+        inner, resident = self._inner, self._inner.state
+        whole = {parameter: {**state, **dict(self._pages.mapped(parameter))} for parameter, state in resident.items()}
+        try:
+            inner.state = defaultdict(dict, whole)
+            found: dict[str, Any] = inner.state_dict()
+        finally:
+            inner.state = resident
+        self._vault.checkpoint = f"the last state_dict() was taken after step {self._counters.num_steps}"
+        return found
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """As without offload, a few parameters at a time.
+
+        Raises:
+            ValueError: it has other groups.
+        """
+        hooks, inner = self._inner._optimizer_load_state_dict_pre_hooks, self._inner
+        loaded: dict[str, Any] = dict(state_dict)
+        for hook in hooks.values():
+            loaded = hook(self, loaded) or loaded
+        entries, groups = loaded["state"], loaded["param_groups"]
+        ids = [i for group in groups for i in group["params"]]
+        load_part(inner, {key: value for key, value in entries.items() if key not in set(ids)}, groups)
+        self._torn = "load_state_dict()"
+        kept = dict(inner.state)
+        self._pages.forget()
+        by_id = dict(zip(ids, self._group_of, strict=True))
+        for chunk in self._chunks([by_id[i] for i in ids if i in entries]):
+            chosen = set(chunk)
+            load_part(inner, {i: entries[i] for i, p in by_id.items() if p in chosen and i in entries}, groups)
+            for parameter in chunk:
+                self._send_away(parameter)
+            kept |= dict(inner.state)
+        inner.state = defaultdict(dict, kept)
+        self._torn = ""
+        for post_hook in inner._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    @property
+    def stats(self) -> StateStats:
+        """What it did and what it cost so far."""
+        return StateStats.of(self._vault.totals())
+
+    def flush(self) -> None:
+        """Blocks until the drive has all state.
+
+        Raises:
+            OSError: it could not take some of it, which is in memory.
+        """
+        self._vault.flush()
+
+    def note_checkpoint(self, text: str) -> None:
+        """Says which checkpoint to go back to, for messages of lost bytes."""
+        self._vault.checkpoint = text
+
+    def close(self) -> None:
+        """Brings the state back to the optimizer it came from, and gives the drive's space back. Idempotent."""
+        if self._vault.is_closed:
+            return
+        for parameter in self._pages:
+            self._pages.bring(parameter, self._inner.state[parameter])
+        self._unhook()
+        self._vault.close()
+
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _watch(self, group: dict[str, Any]) -> None:
+        """Takes a group's parameters under management."""
+        index = next(i for i, known in enumerate(self.param_groups) if known is group)
+        names = group.get("param_names") or [f"parameter {i} of group {index}" for i in range(len(group["params"]))]
+        for name, parameter in zip(names, group["params"], strict=True):
+            if parameter.is_meta:
+                raise ValueError(f"Expected parameters with values, got {name} on the meta device: load them first")
+            self._group_of[parameter], self._names[parameter] = index, name
+            if self.policy.step_in_backward and parameter.requires_grad:
+                self._handles.append(parameter.register_post_accumulate_grad_hook(self._on_gradient))
+
+    def _name(self, parameter: torch.Tensor) -> str:
+        home = getattr(parameter, "_ssdtrain_home", None)
+        return (home.name_of(parameter) if home is not None else None) or self._names[parameter]
+
+    def _check_whole(self, *, in_step: bool = False) -> None:
+        if self._torn and not (in_step and self._updated):
+            raise RuntimeError(
+                f"Expected whole steps, got one that was interrupted: {self._torn}. Some parameters are updated and "
+                f"others are not: load a checkpoint of the model and of the optimizer ({self._vault.checkpoint})"
+            )
+
+
+class _StateView(Mapping[torch.Tensor, dict[str, Any]]):
+    """State by parameter, as copies in memory."""
+
+    def __init__(self, optimizer: OffloadedOptimizer) -> None:
+        self._optimizer = optimizer
+
+    def __getitem__(self, parameter: torch.Tensor) -> dict[str, Any]:
+        found: dict[str, Any] = dict(self._optimizer._inner.state.get(parameter, {}))
+        return found | self._optimizer._pages.copies(parameter)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter({**self._optimizer._inner.state, **dict.fromkeys(self._optimizer._pages)})
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

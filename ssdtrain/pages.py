@@ -1,0 +1,122 @@
+"""Tensors of optimizer state on the drive: a page per parameter and key, brought to a state dictionary and sent away.
+
+Knows parameters as keys and the vault; not when an optimizer steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ssdtrain.device import Device
+from ssdtrain.devices import Devices
+from ssdtrain.identity import ViewSpec, byte_range, view_spec
+from ssdtrain.mapped import mapped, settle
+from ssdtrain.state_stats import StateCounters
+from ssdtrain.vault import Arrival, Slot, Vault
+
+
+@dataclass(eq=False)
+class _Page:
+    """One tensor of a parameter's state."""
+
+    slot: Slot
+    spec: ViewSpec
+    device: Device
+    arrival: Arrival | None = None
+
+
+class Pages:
+    """The state of all parameters of one optimizer, as far as it is on the drive."""
+
+    def __init__(self, vault: Vault, counters: StateCounters, min_nbytes: int) -> None:
+        """There is none yet."""
+        self._vault, self._counters, self._min_nbytes = vault, counters, min_nbytes
+        self._devices = Devices(vault.cpu, has_host_tier_only=False)
+        self._pages: dict[torch.Tensor, dict[str, _Page]] = {}
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """Parameters with state on the drive."""
+        return iter(list(self._pages))
+
+    def nbytes(self, parameter: torch.Tensor) -> int:
+        """Bytes of a parameter's pages; a guess, twice the parameter, while there are none."""
+        return sum(page.slot.nbytes for page in self._pages.get(parameter, {}).values()) or 2 * parameter.nbytes
+
+    def fetch(self, parameter: torch.Tensor) -> int:
+        """Begins to read a parameter's pages; how many."""
+        num_begun = 0
+        for page in self._pages.get(parameter, {}).values():
+            if page.arrival is None and page.slot.is_filled:
+                page.arrival = self._vault.read(page.slot, page.device)
+                num_begun += 1
+        return num_begun
+
+    def bring(self, parameter: torch.Tensor, state: dict[str, Any]) -> None:
+        """Puts a parameter's pages where the optimizer looks for its state.
+
+        Raises:
+            StateLostError: the drive does not have one any more.
+        """
+        self._counters.num_demand_reads += self.fetch(parameter)
+        for key, page in self._pages.get(parameter, {}).items():
+            if page.arrival is not None:
+                state[key] = _tensor(self._vault.take(page.arrival), page.spec)
+                page.arrival = None
+
+    def send_away(self, parameter: torch.Tensor, name: str, state: dict[str, Any]) -> None:
+        """Begins to write a parameter's state, and takes it out of `state`."""
+        for key, value in list(state.items()):
+            device = self._devices.of(value) if _may_leave(value, self._min_nbytes) else ""
+            if isinstance(device, str):
+                continue
+            whole = _whole(value)
+            pages = self._pages.setdefault(parameter, {})
+            if key not in pages:
+                pages[key] = _Page(Slot(f"{key} of {name}"), view_spec(whole), device)
+                self._counters.go(whole.nbytes)
+            pages[key].spec = view_spec(whole)
+            self._vault.write(pages[key].slot, whole.untyped_storage(), device)
+            del state[key]
+
+    def copies(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A parameter's pages, in memory of their own."""
+        vault = self._vault
+        return {
+            key: _tensor(vault.take(vault.read(page.slot, page.device)), page.spec).clone()
+            for key, page in self._pages.get(parameter, {}).items()
+        }
+
+    def mapped(self, parameter: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """A parameter's pages in files that are mapped to memory, for state dicts."""
+        for key, page in self._pages.get(parameter, {}).items():
+            copy = mapped(page.spec, self._vault.directories[0])
+            copy.copy_(_tensor(self._vault.take(self._vault.read(page.slot, page.device)), page.spec))
+            settle(copy)
+            yield key, copy
+
+    def forget(self) -> None:
+        """Frees all of them."""
+        for page in [page for pages in self._pages.values() for page in pages.values()]:
+            self._vault.free(page.slot)
+        self._pages = {}
+        self._counters.num_away = self._counters.away_nbytes = 0
+
+
+def _may_leave(value: Any, min_nbytes: int) -> bool:
+    is_plain = type(value) is torch.Tensor and value.layout is torch.strided and not value.is_quantized
+    return is_plain and value.nbytes >= max(1, min_nbytes)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy of it where it is only a part of its storage."""
+    is_whole = byte_range(tensor, tensor.nbytes) == (0, tensor.untyped_storage().nbytes())
+    return tensor if is_whole else tensor.clone()
+
+
+def _tensor(storage: torch.UntypedStorage, spec: ViewSpec) -> torch.Tensor:
+    empty = torch.empty(0, dtype=spec.dtype, device=storage.device)
+    return empty.set_(storage, spec.storage_offset, spec.size, spec.stride)

@@ -1,0 +1,399 @@
+"""Bytes that must not be lost, on the drive: parameters and optimizer state, each tensor in a slot with a name.
+
+Knows storages and extents, neither modules nor optimizers. Unlike a saved activation, what is here has no graph that
+lets it go: it stays until it is written anew or freed.
+
+    vault = Vault(["/mnt/nvme"], OptimizerPolicy())
+    slot = Slot("exp_avg of h.0.attn.weight")
+    vault.write(slot, tensor.untyped_storage())     # begins; the storage is held until its bytes are copied
+    arrival = vault.read(slot)                      # begins
+    storage = vault.take(arrival)                   # waits, verifies; raises `StateLostError`
+
+[Note: when old bytes may go]
+A slot is written anew from memory that holds all its bytes. From then on that memory is the truth: it is held until the
+engine has copied it, then the slab holds it, and then the file, or the heap when the write fails. So the extent of the
+old bytes is free as soon as the new write has begun.
+
+[Note: interrupts]
+Ctrl-C may come between any two lines. Memory is therefore filed before the engine is told of it, and a slot points to
+its new bytes only when the request exists: an interrupt may cost space until the vault closes, never bytes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.profiler import record_function
+
+from ssdtrain.device import Allocation, CpuDevice, Device
+from ssdtrain.engine import Read, Write
+from ssdtrain.engines import EngineChoice, fence, open_engine
+from ssdtrain.policy import StatePolicy
+from ssdtrain.space import Extent, SpillSpace
+from ssdtrain.state_stats import StateCounters
+from ssdtrain.stats import nbytes_text
+
+logger = logging.getLogger("ssdtrain")
+
+_PAGE = 4096
+_NUM_SLABS = 16
+_MAX_SLAB_NBYTES = 4 << 20
+
+
+class StateLostError(OSError):
+    """Bytes of a parameter or of optimizer state cannot be had any more; errno and filename are set."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Bytes [`start`, ...) of a slot: one write, and the extent it went to."""
+
+    write: Write
+    extent: Extent
+    start: int
+
+
+@dataclass(eq=False)
+class Slot:
+    """Where the bytes of one tensor are."""
+
+    name: str
+    nbytes: int = 0
+    _parts: list[_Part] = field(default_factory=list)
+    _kept: torch.UntypedStorage | None = None  # the drive has no room: the bytes stay in memory
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether it was ever written."""
+        return bool(self._parts) or self._kept is not None
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether the memory it was written from may be changed."""
+        return self._kept is None and all([part.write.is_copied for part in self._parts])
+
+
+@dataclass(eq=False)
+class Arrival:
+    """A slot on its way back."""
+
+    slot: Slot
+    device: Device
+    memory: Allocation | None  # None: the slot never left
+    stream: int
+    reads: list[Read] = field(default_factory=list)
+    num_reads: int = 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is being read to its memory."""
+        return len(self.reads) == self.num_reads and all([read.is_done for read in self.reads])
+
+
+@dataclass(eq=False)
+class _Departure:
+    """Memory an engine may be reading."""
+
+    source: torch.UntypedStorage | None
+    write: Write | None = None
+    dead: Extent | None = None  # not needed any more, free when the write is over
+    file: int = 0
+
+
+class Vault:
+    """An open engine, its files, and what is in flight. Thread-safe; unusable in a forked child."""
+
+    def __init__(self, directories: Sequence[str], policy: StatePolicy, counters: StateCounters) -> None:
+        """Opens spill files and an engine.
+
+        Raises:
+            OSError: a directory cannot be used; errno and filename say which and why.
+            RuntimeError: the engine asked for by name is not available.
+        """
+        self.policy, self.counters = policy, counters
+        self.cpu: Device = CpuDevice(policy.staging_nbytes)
+        self.checkpoint = "no checkpoint was taken in this process"  # for messages: where to go back to
+        self.directories = list(directories)
+        slab_nbytes = max(_PAGE, min(_MAX_SLAB_NBYTES, policy.staging_nbytes // _NUM_SLABS) // _PAGE * _PAGE)
+        self._lock = threading.RLock()
+        self._pid = os.getpid()
+        self._devices: set[Device] = set()
+        self._departures: list[_Departure] = []
+        self._arrivals: list[Arrival] = []
+        self._held_for_next: object = None
+        self._choice: EngineChoice = open_engine(
+            policy.engine, self.directories, policy.staging_nbytes, slab_nbytes, policy.checksum, policy.disk_nbytes
+        )
+        self.engine = self._choice.engine
+        try:
+            self._space = SpillSpace(self._choice.files, slab_nbytes, self.note)
+        except BaseException:
+            self._choice.close()
+            raise
+        counters.engine, counters.engine_reason = self._choice.kind, self._choice.reason
+        for text in (*self._choice.fallbacks, *self._choice.shortcomings()):
+            self.note(text)
+
+    def note(self, text: str) -> None:
+        """Counts what did not go the best way, and warns of it once."""
+        if self.counters.fall_back(text):
+            logger.warning(text)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self.engine.is_closed
+
+    # -- out -----------------------------------------------------------------------------------------------------
+
+    def write(self, slot: Slot, source: torch.UntypedStorage, device: Device | None = None) -> None:
+        """Begins to write all of `source`; waits while too much is in flight. The slot's old bytes are gone.
+
+        `source` may not change before `slot.is_copied`. Where the drive has no room or does not answer, the slot holds
+        `source` itself: then it must not change at all.
+        """
+        with self._lock, record_function("ssdtrain::write_state"):
+            self._check_usable()
+            device = device or self.cpu
+            nbytes = source.nbytes()
+            has_room = self._wait_for_room(nbytes)
+            self._reap()
+            extents = self._space.allocate(nbytes) if has_room and nbytes else []
+            parts = self._send(source, nbytes, extents, device)
+            old = slot._parts
+            slot._parts, slot._kept, slot.nbytes = parts, None if parts or not nbytes else source, nbytes
+            self._abandon(old)
+            if not parts and nbytes:
+                self.note(f"no room on the drive for {slot.name}: it stays in memory")
+            self.counters.saw(disk_nbytes=self._space.peak_nbytes, memory_nbytes=self._in_memory_nbytes())
+
+    def _send(self, source: torch.UntypedStorage, nbytes: int, extents: list[Extent], device: Device) -> list[_Part]:
+        if not extents:
+            return []
+        if device.driver is not None and device not in self._devices:
+            why = self.engine.add_device(device.driver)
+            self._devices.add(device)
+            if why:
+                self.note(why)
+        producer = fence(device.driver, device.current_stream())
+        self._held_for_next = source  # see [Note: interrupts]
+        start, parts = 0, []
+        for extent in extents:
+            departure = _Departure(source, file=extent.file)
+            self._departures.append(departure)
+            piece = (source.data_ptr() + start, min(extent.nbytes, nbytes - start), 0)
+            departure.write = write = self.engine.write(extent.file, extent.offset, extent.nbytes, [piece], producer)
+            parts.append(_Part(write, extent, start))
+            start += extent.nbytes
+        return parts
+
+    def _wait_for_room(self, nbytes: int) -> bool:
+        """Whether the bytes in flight are few enough, after a while."""
+        limit = max(0, self.policy.staging_nbytes - nbytes)
+        if self.engine.inflight_nbytes <= limit:
+            return True
+        begin = time.monotonic()
+        has_room = self.engine.wait_inflight(limit, self.policy.io_timeout_seconds)
+        self.counters.wait("writes", time.monotonic() - begin)
+        if not has_room:
+            for file in {departure.file for departure in self._departures if not _is_done(departure)}:
+                self._space.retire(file, f"after a write took more than {self.policy.io_timeout_seconds:g} s")
+        return has_room
+
+    def _abandon(self, parts: list[_Part]) -> None:
+        """Gives extents back: now, or when the engine is done with them."""
+        for part in parts:
+            if part.write.is_done:
+                self._space.release(part.extent)
+                continue
+            part.write.cancel(0)
+            departure = next((d for d in self._departures if d.write is part.write), None)
+            if departure is None:
+                self._space.release(part.extent)
+            else:
+                departure.dead = part.extent
+
+    def _reap(self) -> None:
+        """Lets go of what the engine has copied, written and read."""
+        self._departures = [departure for departure in self._departures if not self._has_left(departure)]
+        self._arrivals = [arrival for arrival in self._arrivals if not arrival.is_over]
+
+    def _has_left(self, departure: _Departure) -> bool:
+        write = departure.write
+        if write is None:
+            return False
+        if write.is_copied:
+            departure.source = None
+        if not write.is_done:
+            return False
+        if write.is_lost:
+            return False  # its bytes are only there: held until the slot is written anew
+        if write.error is not None:
+            self._space.note_write_error(departure.file, write.error)
+        if departure.dead is not None:
+            self._space.release(departure.dead)
+        return True
+
+    def _in_memory_nbytes(self) -> int:
+        sources = {id(d.source): d.source for d in self._departures if d.source is not None}
+        leaving = sum(source.nbytes() for source in sources.values())
+        coming = sum(a.memory.capacity for a in self._arrivals if a.memory is not None)
+        return leaving + coming + self.engine.staging_in_use_nbytes
+
+    # -- back ----------------------------------------------------------------------------------------------------
+
+    def read(self, slot: Slot, device: Device | None = None) -> Arrival:
+        """Begins to bring a slot's bytes to fresh memory.
+
+        Raises:
+            MemoryError: there is none.
+        """
+        with self._lock:
+            self._check_usable()
+            device = device or self.cpu
+            if slot._kept is not None or not slot._parts:
+                return Arrival(slot, device, None, 0)
+            self._reap()
+            file = self._choice.files[slot._parts[0].extent.file]
+            memory = device.allocate(slot.nbytes, file.memory_alignment, file.block_nbytes)
+            stream = device.current_stream()
+            arrival = Arrival(slot, device, memory, stream, num_reads=len(slot._parts))
+            self._arrivals.append(arrival)
+            ready = fence(device.driver, stream)
+            for part in slot._parts:
+                capacity = memory.capacity - part.start
+                arrival.reads.append(self.engine.read(part.write, 0, memory.address + part.start, capacity, ready))
+            self.counters.saw(memory_nbytes=self._in_memory_nbytes())
+            return arrival
+
+    def take(self, arrival: Arrival) -> torch.UntypedStorage:
+        """Waits for a slot's bytes. The memory is the caller's, but for a slot that never left: that is only lent.
+
+        Raises:
+            StateLostError: they cannot be had, or are not what was written; the message names slot, file and offset.
+        """
+        if arrival.memory is None:
+            storage = arrival.slot._kept
+            assert storage is not None, f"{arrival.slot.name} was never written"
+            return storage
+        begin = time.monotonic()
+        is_late = not all([read.is_issued for read in arrival.reads])
+        with record_function("ssdtrain::wait_state"):
+            for i, read in enumerate(arrival.reads):
+                has_come = read.wait_issued(self.policy.io_timeout_seconds)
+                problem = read.error if has_come else (errno.ETIMEDOUT, 0, 0, "no answer from the drive")
+                if problem is not None:
+                    raise self._lost(arrival, i, problem)
+                if arrival.device.driver is not None:
+                    read.make_wait(arrival.device.current_stream())
+        if is_late:
+            self.counters.wait("reads", time.monotonic() - begin)
+        if arrival.device.driver is not None and arrival.device.current_stream() != arrival.stream:
+            arrival.device.share(arrival.memory.storage, arrival.device.current_stream())
+        return arrival.memory.storage
+
+    def _lost(self, arrival: Arrival, i: int, problem: tuple[int, int, int, str]) -> StateLostError:
+        number, _, _, message = problem
+        slot = arrival.slot
+        extent = slot._parts[i].extent if i < len(slot._parts) else Extent(0, 0, slot.nbytes)
+        what = "what was written, got other bytes" if number == errno.EBADMSG else f"to read it back, got {message}"
+        return StateLostError(
+            number,
+            f"Expected {what} ({os.strerror(number)}): {slot.name}, {extent.nbytes} bytes at offset {extent.offset}; "
+            f"go back to a checkpoint: {self.checkpoint}",
+            self._space.directory(extent.file),
+        )
+
+    # -- all of it -----------------------------------------------------------------------------------------------
+
+    def free(self, slot: Slot) -> None:
+        """The bytes are not needed any more."""
+        with self._lock:
+            old, slot._parts, slot._kept = slot._parts, [], None
+            if not self.is_closed:
+                self._abandon(old)
+
+    def reserve(self, nbytes: int, what: str) -> None:
+        """Makes sure that there is room for `nbytes` more, before anything depends on it.
+
+        Raises:
+            OSError: there is not (ENOSPC); the message says how much there is.
+        """
+        if not nbytes:
+            return
+        cap = self.policy.disk_nbytes
+        drives = {os.fstat(file.fd).st_dev: os.fstatvfs(file.fd) for file in self._choice.files}
+        free = sum(d.f_bavail * d.f_frsize for d in drives.values()) + self._space.free_nbytes
+        room = free if cap is None else min(free, cap - self._space.in_use_nbytes)
+        if nbytes > room:
+            names = ", ".join(self.directories)
+            remedy = "free some space, pass another directory or more of them"
+            if cap is not None and room < free:
+                remedy = f"raise disk_nbytes ({nbytes_text(cap)})"
+            raise OSError(
+                errno.ENOSPC,
+                f"Expected room for {nbytes_text(nbytes)} of {what}, got {nbytes_text(room)}: {remedy}",
+                names,
+            )
+
+    def flush(self) -> None:
+        """Blocks until everything that was written is on the drive.
+
+        Raises:
+            OSError: some of it is not: it is in memory, and training may go on.
+        """
+        with self._lock:
+            self._check_usable()
+            is_quiet = self.engine.wait_inflight(0, self.policy.io_timeout_seconds)
+            self._reap()
+            if not is_quiet:
+                seconds = f"{self.policy.io_timeout_seconds:g} s"
+                raise TimeoutError(errno.ETIMEDOUT, f"Expected all writes to end, got no answer for {seconds}")
+            rescued = self.engine.rescued_nbytes
+            if rescued:
+                text = (
+                    f"Expected everything on the drive, got {nbytes_text(rescued)} whose write failed: it is in memory"
+                )
+                raise OSError(errno.EIO, text, ", ".join(self.directories))
+
+    def totals(self) -> StateCounters:
+        """A copy of the counters with what the engine has done so far."""
+        with self._lock:
+            self._reap()
+            totals = self.counters.copy()
+            totals.add_engine(self.engine)
+            return totals
+
+    def close(self) -> None:
+        """Ends the engine and gives the spill space back: what is only there is lost. Idempotent."""
+        with self._lock:
+            if self.is_closed or os.getpid() != self._pid:
+                return
+            is_quiet = self.engine.wait_inflight(0, self.policy.io_timeout_seconds) and all(
+                read.wait(self.policy.io_timeout_seconds) for arrival in self._arrivals for read in arrival.reads
+            )
+            self._reap()
+            self.counters.add_engine(self.engine)
+            if is_quiet:
+                self._choice.close()
+            else:
+                self.note("the drive is stuck: memory and threads of its requests stay")
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))  # the kernel may still write to memory held here
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._pid:
+            raise RuntimeError("Expected the process that offloaded, got a forked child: offload there, or use spawn")
+        if self.is_closed:
+            raise RuntimeError("Expected an open offload, got one after close()")
+
+
+def _is_done(departure: _Departure) -> bool:
+    return departure.write is not None and departure.write.is_done
