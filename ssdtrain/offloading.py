@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from ssdtrain.activations import ActivationOffload
 from ssdtrain.directories import check_directories
 from ssdtrain.optimizer import OffloadedOptimizer
 from ssdtrain.parameters import ParameterOffload
-from ssdtrain.policy import ActivationPolicy, OptimizerPolicy, ParameterPolicy
+from ssdtrain.policy import ActivationPolicy, OptimizerPolicy, ParameterPolicy, StatePolicy
+from ssdtrain.vault import Vault
 
 Directories = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -63,7 +65,7 @@ def offload_activations(
 
 def offload_parameters(
     module: torch.nn.Module,
-    directory: Directories,
+    directory: Directories | ParameterOffload | OffloadedOptimizer,
     policy: ParameterPolicy | Mapping[str, Any] | None = None,
     blocks: Sequence[str] | None = None,
 ) -> torch.nn.Module:
@@ -77,7 +79,9 @@ def offload_parameters(
     Args:
         module: on one device. Wrap it in DistributedDataParallel first. Blocks on the meta device get their values
             from `load_state_dict` or `load_safetensors`, one after the other: so a model may be larger than memory.
-        directory: where the spill files go, on a fast local drive; several are striped. They are unlinked at once.
+        directory: where the spill files go, on a fast local drive; several are striped. They are unlinked at once. Or
+            what is offloaded already, `parameter_offload(module)` or an offloaded optimizer: both then share its engine
+            and staging memory, and its policy's bounds.
         policy: a `ParameterPolicy` or a mapping with its fields.
         blocks: names of modules, or patterns such as ``"encoder.layers.*"``; by default the repeated layers.
 
@@ -91,16 +95,15 @@ def offload_parameters(
 
     Example:
         >>> model = ssdtrain.offload_parameters(model, "/mnt/nvme")
-        >>> optimizer = ssdtrain.offload_optimizer(torch.optim.AdamW(model.parameters()), "/mnt/nvme")
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> optimizer = ssdtrain.offload_optimizer(optimizer, ssdtrain.parameter_offload(model))
         >>> print(ssdtrain.parameter_offload(model).stats)
     """
     chosen = ParameterPolicy.of(policy)
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"Expected a torch.nn.Module, got {type(module).__name__}")
     if chosen.enabled:
-        paths = _paths(directory)
-        check_directories(paths)
-        ParameterOffload(module, paths, chosen, blocks)
+        ParameterOffload(module, partial(_vault, directory, chosen), chosen, blocks)
     return module
 
 
@@ -115,7 +118,7 @@ def parameter_offload(module: torch.nn.Module) -> ParameterOffload:
 
 def offload_optimizer(
     optimizer: torch.optim.Optimizer,
-    directory: Directories,
+    directory: Directories | ParameterOffload | OffloadedOptimizer,
     policy: OptimizerPolicy | Mapping[str, Any] | None = None,
 ) -> torch.optim.Optimizer:
     """Keeps an optimizer's state on the drive; a step pages through it, a few parameters at a time.
@@ -127,7 +130,9 @@ def offload_optimizer(
     Args:
         optimizer: any of `torch.optim` but LBFGS, or one that keeps its state by parameter. It must not be used any
             more but through what is returned. On the CPU, ``fused=True`` is the fastest.
-        directory: where the spill files go, on a fast local drive; several are striped. They are unlinked at once.
+        directory: where the spill files go, on a fast local drive; several are striped. They are unlinked at once. Or
+            what is offloaded already, `parameter_offload(module)` or an offloaded optimizer: both then share its engine
+            and staging memory, and its policy's bounds.
         policy: an `OptimizerPolicy` or a mapping with its fields.
 
     Returns:
@@ -147,9 +152,19 @@ def offload_optimizer(
     chosen = OptimizerPolicy.of(policy)
     if not chosen.enabled:
         return optimizer
+    return OffloadedOptimizer(optimizer, partial(_vault, directory, chosen), chosen)
+
+
+def _vault(directory: Directories | ParameterOffload | OffloadedOptimizer, policy: StatePolicy) -> Vault:
+    """A new one on a drive, or that of another offload."""
+    if isinstance(directory, ParameterOffload | OffloadedOptimizer):
+        return directory.vault.share()
     paths = _paths(directory)
-    check_directories(paths)
-    return OffloadedOptimizer(optimizer, paths, chosen)
+    unwise = check_directories(paths)
+    vault = Vault(paths, policy)
+    for text in unwise:
+        vault.note(text)
+    return vault
 
 
 def _paths(directory: Directories) -> list[str]:

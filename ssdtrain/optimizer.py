@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -34,7 +34,9 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     pages_parameters = True  # for `offload_parameters`: no need to bring all parameters for a step
 
-    def __init__(self, optimizer: torch.optim.Optimizer, directories: Sequence[str], policy: OptimizerPolicy) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, open_vault: Callable[[], Vault], policy: OptimizerPolicy
+    ) -> None:
         """Takes over the groups, the hooks and the state of `optimizer`, and moves the state to the drive."""
         check(optimizer)
         self.policy = policy
@@ -42,6 +44,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._counters = StateCounters("optimizer state")
         self._names: dict[torch.Tensor, str] = {}
         self._torn = ""  # what was interrupted, see [Note: a step that was interrupted]
+        self._is_closed = False
         self._group_of: dict[torch.Tensor, int] = {}
         self._updated: set[torch.Tensor] = set()  # in backward, since the last step
         self._arrived: list[torch.Tensor] = []  # with a gradient, in backward, not updated yet
@@ -52,8 +55,9 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._handles: list[Any] = []
         hooks = {name: value for name, value in vars(optimizer).items() if name.endswith("_hooks")}
         self.__setstate__({"defaults": optimizer.defaults, **hooks})
+        optimizer.pages_parameters = True  # type: ignore[attr-defined]  # its own step may run hooks of all optimizers
         state_nbytes = predict_state_nbytes(optimizer, policy.min_nbytes)
-        self._vault = Vault(directories, policy, self._counters)
+        self._vault = open_vault()
         self._pages = Pages(self._vault, self._counters, policy.min_nbytes)
         try:
             self._vault.reserve(state_nbytes, "optimizer state")
@@ -108,6 +112,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """
         if closure is not None and self.policy.step_in_backward:
             raise ValueError("Expected no closure with step_in_backward, which updates during the closure's backward")
+        self._check_open()
         self._check_whole(in_step=True)
         loss = None
         if closure is not None:
@@ -159,14 +164,20 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def _update(self, chunk: list[torch.Tensor]) -> None:
         """Has the optimizer take its step for these parameters alone."""
         for parameter in chunk:
-            self._pages.bring(parameter, self._inner.state[parameter])
+            if parameter in self._pages:  # looking a parameter up would give it an empty state
+                self._pages.bring(parameter, self._inner.state[parameter])
         homes = {id(h): h for h in (getattr(p, "_ssdtrain_home", None) for p in chunk) if h is not None}
         with contextlib.ExitStack() as stack:
             for home in homes.values():
                 stack.enter_context(home.in_memory(chunk))
             self._torn = self._torn or f"step {self._counters.num_steps + 1}, which began with {self._name(chunk[0])}"
-            with narrowed(self._inner, self._by_group(chunk), self._scaler()):
-                plain_step(self._inner)
+            try:
+                with narrowed(self._inner, self._by_group(chunk), self._scaler()):
+                    plain_step(self._inner)
+            except BaseException:
+                for home in homes.values():
+                    home.note_torn(self._torn)
+                raise
         for parameter in chunk:
             self._send_away(parameter)
 
@@ -287,7 +298,12 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     @property
     def stats(self) -> StateStats:
         """What it did and what it cost so far."""
-        return StateStats.of(self._vault.totals())
+        return StateStats.of(self._vault.totals(self._counters))
+
+    @property
+    def vault(self) -> Vault:
+        """Its drive, for others to share."""
+        return self._vault
 
     def flush(self) -> None:
         """Blocks until the drive has all state.
@@ -303,14 +319,16 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def close(self) -> None:
         """Brings the state back to the optimizer it came from, and gives the drive's space back. Idempotent."""
-        if self._vault.is_closed:
+        if self._is_closed:
             return
+        self._is_closed = True
         for parameter in self._pages:
             self._pages.bring(parameter, self._inner.state[parameter])
         self._unhook()
         self._vault.close()
 
     def _unhook(self) -> None:
+        vars(self._inner).pop("pages_parameters", None)
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -329,6 +347,10 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def _name(self, parameter: torch.Tensor) -> str:
         home = getattr(parameter, "_ssdtrain_home", None)
         return (home.name_of(parameter) if home is not None else None) or self._names[parameter]
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("Expected an open offload, got one after close(): use the optimizer it was made of")
 
     def _check_whole(self, *, in_step: bool = False) -> None:
         if self._torn and not (in_step and self._updated):

@@ -42,6 +42,10 @@ class Pages:
         """Parameters with state on the drive."""
         return iter(list(self._pages))
 
+    def __contains__(self, parameter: torch.Tensor) -> bool:
+        """Whether a parameter has state on the drive."""
+        return parameter in self._pages
+
     def nbytes(self, parameter: torch.Tensor) -> int:
         """Bytes of a parameter's pages; a guess, twice the parameter, while there are none."""
         return sum(page.slot.nbytes for page in self._pages.get(parameter, {}).values()) or 2 * parameter.nbytes

@@ -14,7 +14,6 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from ssdtrain.blocks import find_blocks
-from ssdtrain.identity import byte_range
 from ssdtrain.residence import Residence
 from ssdtrain.state_stats import StateCounters
 
@@ -42,9 +41,9 @@ class Block:
                 )
         for r in self.residences:
             p = r.parameter
-            if p.dtype != r.spec.dtype or p.device != r.storage.device or p.shape != r.spec.size:
+            if p.dtype != r.spec.dtype or p.device != r.torch_device or p.shape != r.spec.size:
                 raise RuntimeError(
-                    f"Expected parameter {r.name} as it was offloaded, {r.spec} on {r.storage.device}, got {p.dtype} "
+                    f"Expected parameter {r.name} as it was offloaded, {r.spec} on {r.torch_device}, got {p.dtype} "
                     f"{list(p.shape)} on {p.device}: move or cast the module before offload_parameters()"
                 )
 
@@ -155,11 +154,3 @@ def _storage(tensor: torch.Tensor) -> int:
 
 def _nbytes(parameter: torch.Tensor) -> int:
     return parameter.nbytes if parameter.layout is torch.strided else 0
-
-
-def own_storage(parameter: torch.nn.Parameter) -> None:
-    """Gives a parameter a storage of exactly its bytes that can be emptied and filled, where it has none."""
-    storage = parameter.untyped_storage()
-    span = byte_range(parameter, parameter.nbytes)
-    if span != (0, storage.nbytes()) or not storage.resizable():
-        parameter.data = parameter.data.clone()

@@ -93,7 +93,12 @@ def save_safetensors(
     Example:
         >>> ssdtrain.save_safetensors(model, "model.safetensors", {"step": "1000"})
     """
-    tensors = {names[0]: _tensors(module)[names[0]] for names in _aliases(_tensors(module)).values()}
+    every = _tensors(module)
+    for home in {
+        id(h): h for h in (getattr(tensor, "_ssdtrain_home", None) for tensor in every.values()) if h
+    }.values():
+        home.check_whole()
+    tensors = {name: every[name] for name in _aliases(every)}
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     start = 0
     for name, tensor in tensors.items():

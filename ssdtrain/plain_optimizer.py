@@ -99,4 +99,4 @@ def _scalars(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def _has_changed(group: Mapping[str, Any], part: Mapping[str, Any]) -> bool:
-    return any(part.get(key) is not value for key, value in group.items() if key != "params")
+    return part.keys() != group.keys() or any(part[key] is not group[key] for key in group if key != "params")

@@ -111,14 +111,16 @@ class _Departure:
 class Vault:
     """An open engine, its files, and what is in flight. Thread-safe; unusable in a forked child."""
 
-    def __init__(self, directories: Sequence[str], policy: StatePolicy, counters: StateCounters) -> None:
-        """Opens spill files and an engine.
+    def __init__(self, directories: Sequence[str], policy: StatePolicy) -> None:
+        """Opens spill files and an engine, for one user; see `share`.
 
         Raises:
             OSError: a directory cannot be used; errno and filename say which and why.
             RuntimeError: the engine asked for by name is not available.
         """
-        self.policy, self.counters = policy, counters
+        self.policy = policy
+        self.counters = counters = StateCounters("bytes")
+        self._num_users = 1
         self.cpu: Device = CpuDevice(policy.staging_nbytes)
         self.checkpoint = "no checkpoint was taken in this process"  # for messages: where to go back to
         self.directories = list(directories)
@@ -141,6 +143,13 @@ class Vault:
         counters.engine, counters.engine_reason = self._choice.kind, self._choice.reason
         for text in (*self._choice.fallbacks, *self._choice.shortcomings()):
             self.note(text)
+
+    def share(self) -> Vault:
+        """Another user: it closes when the last one closes it."""
+        with self._lock:
+            self._check_usable()
+            self._num_users += 1
+        return self
 
     def note(self, text: str) -> None:
         """Counts what did not go the best way, and warns of it once."""
@@ -259,6 +268,7 @@ class Vault:
         with self._lock:
             self._check_usable()
             device = device or self.cpu
+            self._wait_until_copied(slot)
             if slot._kept is not None or not slot._parts:
                 return Arrival(slot, device, None, 0)
             self._reap()
@@ -273,6 +283,19 @@ class Vault:
                 arrival.reads.append(self.engine.read(part.write, 0, memory.address + part.start, capacity, ready))
             self.counters.saw(memory_nbytes=self._in_memory_nbytes())
             return arrival
+
+    def _wait_until_copied(self, slot: Slot) -> None:
+        """An engine reads back what it has copied; what it could not even copy is still where it came from."""
+        deadline = time.monotonic() + self.policy.io_timeout_seconds
+        for part in slot._parts:
+            while not part.write.is_issued and not part.write.is_done:
+                in_flight = self.engine.inflight_nbytes
+                if not self.engine.wait_inflight(max(0, in_flight - 1), max(0.0, deadline - time.monotonic())):
+                    raise self._lost(slot, part.extent, (errno.ETIMEDOUT, 0, 0, "no answer from the drive"))
+        lost = [part.write for part in slot._parts if part.write.is_done and not part.write.is_copied]
+        source = next((d.source for d in self._departures if d.write in lost and d.source is not None), None)
+        if source is not None:
+            slot._kept = source
 
     def take(self, arrival: Arrival) -> torch.UntypedStorage:
         """Waits for a slot's bytes. The memory is the caller's, but for a slot that never left: that is only lent.
@@ -291,7 +314,9 @@ class Vault:
                 has_come = read.wait_issued(self.policy.io_timeout_seconds)
                 problem = read.error if has_come else (errno.ETIMEDOUT, 0, 0, "no answer from the drive")
                 if problem is not None:
-                    raise self._lost(arrival, i, problem)
+                    parts = arrival.slot._parts
+                    extent = parts[i].extent if i < len(parts) else Extent(0, 0, arrival.slot.nbytes)
+                    raise self._lost(arrival.slot, extent, problem)
                 if arrival.device.driver is not None:
                     read.make_wait(arrival.device.current_stream())
         if is_late:
@@ -300,10 +325,8 @@ class Vault:
             arrival.device.share(arrival.memory.storage, arrival.device.current_stream())
         return arrival.memory.storage
 
-    def _lost(self, arrival: Arrival, i: int, problem: tuple[int, int, int, str]) -> StateLostError:
+    def _lost(self, slot: Slot, extent: Extent, problem: tuple[int, int, int, str]) -> StateLostError:
         number, _, _, message = problem
-        slot = arrival.slot
-        extent = slot._parts[i].extent if i < len(slot._parts) else Extent(0, 0, slot.nbytes)
         what = "what was written, got other bytes" if number == errno.EBADMSG else f"to read it back, got {message}"
         return StateLostError(
             number,
@@ -364,18 +387,22 @@ class Vault:
                 )
                 raise OSError(errno.EIO, text, ", ".join(self.directories))
 
-    def totals(self) -> StateCounters:
-        """A copy of the counters with what the engine has done so far."""
+    def totals(self, own: StateCounters) -> StateCounters:
+        """What one user has counted, with what the drive has done so far for all of them."""
         with self._lock:
-            self._reap()
-            totals = self.counters.copy()
-            totals.add_engine(self.engine)
+            if not self.is_closed:
+                self._reap()
+            totals = own.copy()
+            totals.add_drive(self.counters)
+            if not self.is_closed:
+                totals.add_engine(self.engine)
             return totals
 
     def close(self) -> None:
-        """Ends the engine and gives the spill space back: what is only there is lost. Idempotent."""
+        """The last user ends the engine and gives the spill space back: what is only there is lost. Idempotent."""
         with self._lock:
-            if self.is_closed or os.getpid() != self._pid:
+            self._num_users -= 1
+            if self._num_users > 0 or self.is_closed or os.getpid() != self._pid:
                 return
             is_quiet = self.engine.wait_inflight(0, self.policy.io_timeout_seconds) and all(
                 read.wait(self.policy.io_timeout_seconds) for arrival in self._arrivals for read in arrival.reads

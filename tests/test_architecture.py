@@ -56,6 +56,8 @@ ROOMS = [
     "order",
     "residence",
     "parameter_blocks",
+    "uses",
+    "parameter_hooks",
     "parameters",
     "parameter_files",
     "pages",

@@ -1,13 +1,14 @@
 """Writes the README's tables and picture of results from the data beside this file, so that the two cannot differ.
 
 Fresh data: `ssdtrain demo --json | tail -1 > recipes/benchmarks/results/demo.json`, and
-`python recipes/benchmarks/compare.py DIR | tail -1 > recipes/benchmarks/results/compare.json`, the same for `curve` and
-`memory_cap`; then run this file.
+`python recipes/benchmarks/compare.py DIR | tail -1 > recipes/benchmarks/results/compare.json`, the same for `curve`,
+`memory_cap` and `state_cap`; then run this file.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,37 @@ def memory_cap_table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES = {"demo": demo_table, "compare": compare_table, "curve": curve_table, "memory_cap": memory_cap_table}
+def state_cap_table(result: dict[str, Any]) -> str:
+    """Training in a share of the memory, with parameters and optimizer state on the drive, as Markdown."""
+    size, plain, capped, paged = result["size"], result["plain"], result["capped"], result["paged"]
+    update = statistics.median(paged["update_seconds"][1:])
+    moved = 2 * paged["stats"]["optimizer"]["away_nbytes"] / update / 1e9
+    waits = capped["stats"]["optimizer"]["wait_seconds"] / size["steps"]  # parameters too: they share the drive
+    lines = [
+        f"A GPT of {plain['parameters'] / 1e6:.0f} M parameters with AdamW, {size['batch']} x {size['sequence']} tokens"
+        f" a step (`recipes/benchmarks/state_cap.py`; the kernel kills what needs more than {size['share']:g} of the"
+        " memory that plain training needs):",
+        "",
+        "| | peak memory | a step | waiting for the drive | equal to the bit |",
+        "|---|---|---|---|---|",
+        f"| plain | {plain['peak_nbytes'] / MIB:.0f} MiB | {statistics.median(plain['seconds'][1:]):.1f} s | | |",
+        f"| ssdtrain under a cap of {result['cap_nbytes'] / MIB:.0f} MiB | {capped['peak_nbytes'] / MIB:.0f} MiB"
+        f" | {statistics.median(capped['seconds'][1:]):.1f} s | {waits:.1f} s"
+        f" | {'yes' if result['is_equal'] else 'NO'} |",
+        "",
+        f"With the state alone on the drive, `optimizer.step()` takes {update:.2f} s, and moves {moved:.2f} GB/s of the"
+        f" {result['mixed_gbs']:.2f} GB/s, reads and writes together, that `ssdtrain bench` measures.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {
+    "demo": demo_table,
+    "compare": compare_table,
+    "curve": curve_table,
+    "memory_cap": memory_cap_table,
+    "state_cap": state_cap_table,
+}
 PICTURES = {"compare": compare_picture, "curve": curve_picture}
 
 

@@ -1,0 +1,209 @@
+"""How much model trains in a quarter of the memory: AdamW on a GPT, parameters and optimizer state on the drive.
+
+    python recipes/benchmarks/state_cap.py /mnt/nvme
+    python recipes/benchmarks/state_cap.py /mnt/nvme --layers 24 --width 1536 --share 0.2
+
+Plain training runs first, without a cap; its peak resident memory is what it needs. Then the same training runs with
+ssdtrain in a process that the kernel kills when it needs more than `--share` of that (a memory control group, without
+swap; needs root): the model is built on the meta device and read from a checkpoint, tensor by tensor; parameters, their
+gradients and the optimizer state are never in memory as a whole. Losses of every step and the final parameters must be
+equal to the bit. A third run, without a cap, pages the state through `optimizer.step()` after backward, where the drive
+works alone: its bandwidth is set beside what `ssdtrain bench` measures on the same drive. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from memory_group import memory_group, why_not
+
+import ssdtrain
+from ssdtrain.demo.model import GPT, GPTConfig
+
+MIB = 1 << 20
+
+
+def model_of(args: argparse.Namespace) -> GPT:
+    """On the device that is current."""
+    return GPT(GPTConfig(args.layers, args.width, args.width // 64, args.sequence, args.vocabulary))
+
+
+def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """PyTorch's own, fused."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+
+def digest(model: torch.nn.Module) -> str:
+    """A hash of all parameters, one in memory at a time."""
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        home = getattr(parameter, "_ssdtrain_home", None)
+        if home is None:
+            found.update(parameter.detach().numpy())
+        else:
+            with home.gathered(name):
+                found.update(parameter.detach().numpy())
+    return found.hexdigest()
+
+
+def train(args: argparse.Namespace, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Steps on the same tokens as everybody."""
+    losses, seconds, update_seconds = [], [], []
+    for step in range(args.steps):
+        generator = torch.Generator().manual_seed(step)
+        tokens = torch.randint(0, args.vocabulary, (args.batch, args.sequence), generator=generator)
+        begin = time.perf_counter()
+        loss = model(tokens, tokens)
+        loss.backward()
+        before_update = time.perf_counter()
+        optimizer.step()
+        optimizer.zero_grad()
+        now = time.perf_counter()
+        losses.append(loss.item().hex())
+        seconds.append(now - begin)
+        update_seconds.append(now - before_update)
+        print(f"  step {step + 1} of {args.steps}: {seconds[-1]:.1f} s", file=sys.stderr, flush=True)
+    return {"losses": losses, "seconds": seconds, "update_seconds": update_seconds}
+
+
+def work(args: argparse.Namespace) -> dict[str, Any]:
+    """What one process does."""
+    if args.worker == "prepare":
+        torch.manual_seed(0)
+        ssdtrain.save_safetensors(model_of(args), args.checkpoint)
+        return {}
+    if args.worker == "plain":
+        model = model_of(args)
+        ssdtrain.load_safetensors(model, args.checkpoint)
+        optimizer = adamw(model)
+        stats: dict[str, Any] = {}
+        found = train(args, model, optimizer)
+    elif args.worker == "paged":
+        model = model_of(args)
+        ssdtrain.load_safetensors(model, args.checkpoint)
+        paged = ssdtrain.offload_optimizer(adamw(model), args.directory)
+        found = train(args, model, paged)
+        stats = {"optimizer": paged.stats.as_dict()}
+    else:
+        with torch.device("meta"):
+            model = model_of(args)
+        budget = {"staging_nbytes": args.staging, "min_nbytes": "64KiB"}
+        ssdtrain.offload_parameters(model, args.directory, budget | {"prefetch_nbytes": args.prefetch})
+        ssdtrain.load_safetensors(model, args.checkpoint)
+        policy = budget | {"chunk_nbytes": args.chunk, "step_in_backward": True}
+        home = ssdtrain.parameter_offload(model)
+        paged = ssdtrain.offload_optimizer(adamw(model), home, policy)
+        found = train(args, model, paged)
+        print(home.stats, paged.stats, sep="\n", file=sys.stderr)
+        stats = {"parameters": home.stats.as_dict(), "optimizer": paged.stats.as_dict()}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    num = sum(p.numel() for p in model.parameters())
+    return found | {"peak_nbytes": peak, "parameters": num, "digest": digest(model), "stats": stats}
+
+
+def run(worker: str, args: argparse.Namespace, prefix: list[str] | None = None) -> dict[str, Any]:
+    """The same in a process of its own."""
+    print(f"{worker}:", file=sys.stderr, flush=True)
+    command = [
+        *(prefix or []),
+        sys.executable,
+        __file__,
+        *args.argv,
+        "--worker",
+        worker,
+        "--checkpoint",
+        args.checkpoint,
+    ]
+    environment = {**os.environ, "MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "1048576"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
+    if done.returncode:
+        raise SystemExit(f"{worker} ended with {done.returncode}: killed at the cap, or see above")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def mixed_bandwidth(directory: str) -> float:
+    """GB/s that `ssdtrain bench` moves through the drive, reads and writes together."""
+    command = [sys.executable, "-m", "ssdtrain", "bench", directory, "--quick", "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return 2 * float(json.loads(done.stdout)["mixed_gbs"])
+
+
+def main() -> None:
+    """Prints the table; the last line is JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directory", help="a directory on the drive")
+    for name, default in {
+        "layers": 12, "width": 1024, "sequence": 256, "batch": 2, "vocabulary": 256, "steps": 5,
+    }.items():  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--share", type=float, default=0.25, help="of the memory that plain training needs")
+    parser.add_argument("--staging", default="32MiB")
+    parser.add_argument("--prefetch", default="64MiB")
+    parser.add_argument("--chunk", default="32MiB")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--checkpoint", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.argv = sys.argv[1:]
+    if args.worker:
+        print(json.dumps(work(args)))
+        return
+    if why_not():
+        raise SystemExit(f"A cap {why_not()}")
+    with tempfile.TemporaryDirectory(dir=args.directory) as folder:
+        args.checkpoint = str(Path(folder) / "model.safetensors")
+        run("prepare", args)
+        plain = run("plain", args)
+        cap = int(plain["peak_nbytes"] * args.share) // 4096 * 4096
+        with memory_group(cap) as group:
+            capped = run("capped", args, group.command)
+            capped["group_peak_nbytes"] = group.peak_nbytes
+        paged = run("paged", args)
+    report(args, plain, capped, paged, cap)
+
+
+def report(args: argparse.Namespace, plain: Any, capped: Any, paged: Any, cap: int) -> None:
+    """The words and the JSON."""
+    is_equal = all(other[key] == plain[key] for other in (capped, paged) for key in ("losses", "digest"))
+    settled = slice(1, None)
+    plain_step, capped_step = (statistics.median(run["seconds"][settled]) for run in (plain, capped))
+    waits = capped["stats"]["optimizer"]["wait_seconds"] / args.steps  # parameters too: they share the drive
+    state = paged["stats"]["optimizer"]
+    update = statistics.median(paged["update_seconds"][settled])
+    moved = 2 * state["away_nbytes"] / update / 1e9
+    ceiling = mixed_bandwidth(args.directory)
+    print(f"{plain['parameters'] / 1e6:.0f} M parameters, {args.batch} x {args.sequence} tokens a step")
+    print(f"plain     {plain['peak_nbytes'] / MIB:7.0f} MiB  {plain_step:6.2f} s a step")
+    memory = f"{capped['peak_nbytes'] / MIB:7.0f} MiB"
+    print(f"ssdtrain  {memory}  {capped_step:6.2f} s a step, {waits:.2f} s of it waiting for the drive")
+    print(f"          under a cap of {cap / MIB:.0f} MiB")
+    print(f"equal to the bit: {'yes' if is_equal else 'NO'}")
+    print(
+        f"optimizer.step() after backward: {state['away_nbytes'] / MIB:.0f} MiB in and out in {update:.2f} s: "
+        f"{moved:.2f} GB/s; ssdtrain bench moves {ceiling:.2f} GB/s, reads and writes together"
+    )
+    found = {"plain": plain, "capped": capped, "paged": paged, "cap_nbytes": cap, "mixed_gbs": ceiling}
+    hidden = ("argv", "worker", "checkpoint", "directory")
+    size = {name: value for name, value in vars(args).items() if name not in hidden}
+    machine = {"cores": os.cpu_count(), "system": platform.platform(), "device": "cpu"}
+    versions = {"torch": torch.__version__, "ssdtrain": ssdtrain.__version__}
+    print(json.dumps({"machine": machine, "versions": versions, "size": size, "is_equal": is_equal} | found))
+    if not is_equal:
+        raise SystemExit("losses or parameters differ")
+
+
+if __name__ == "__main__":
+    main()

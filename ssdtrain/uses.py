@@ -1,0 +1,163 @@
+"""Which blocks are in memory: the ones in use, the next ones, and parameters that came for a visit.
+
+Knows blocks and residences, and neither hooks nor optimizers.
+
+[Note: when a block leaves]
+In forward after its forward, unless it is the next one needed. In backward when two other blocks have been needed
+since: autograd runs operators in the reverse order of forward, but one of another block may come in between.
+
+[Note: visitors]
+A parameter that somebody takes out of a block that does not run comes alone. Within a forward of the module what
+autograd saves of it is ours, so it may leave when the next block is needed. Elsewhere autograd may have saved the
+parameter itself: it stays until the second forward from then begins, when that graph has been used.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+
+from ssdtrain.order import UseOrder
+from ssdtrain.parameter_blocks import Block
+from ssdtrain.residence import Residence, Residences
+from ssdtrain.state_stats import StateCounters
+
+
+class Uses:
+    """The blocks of one module, and which of them are needed."""
+
+    def __init__(self, residences: Residences, counters: StateCounters, prefetch_nbytes: int, num_blocks: int) -> None:
+        """Knows no block yet."""
+        self.lock = threading.RLock()
+        self.residences = residences
+        self.blocks: list[Block] = []
+        self._by_id: dict[int, tuple[Residence, Block]] = {}  # parameters, which it keeps alive
+        self._counters = counters
+        self._prefetch_nbytes = prefetch_nbytes
+        self._order = UseOrder(num_blocks)
+        self._active: list[Block] = []  # the latest last
+        self._visitors: list[tuple[Residence, int]] = []  # and the forward with which they leave
+        self._num_forwards = 0
+        self._num_running = 0  # forwards of the whole module
+
+    def __iter__(self) -> Iterator[Residence]:
+        """All parameters."""
+        return iter([r for r, _ in self._by_id.values()])
+
+    def add(self, block: Block) -> None:
+        """Another block, whose parameters leave as soon as they are written."""
+        self.blocks.append(block)
+        for r in block.residences:
+            self._by_id[id(r.parameter)] = r, block
+            self.residences.adopt(r)
+        self.residences.leave(block.residences)
+
+    def find(self, parameters: Iterable[torch.Tensor]) -> list[Residence]:
+        """Those of `parameters` that are offloaded here."""
+        return [self._by_id[id(p)][0] for p in parameters if id(p) in self._by_id]
+
+    def clear(self) -> None:
+        """Knows no block any more."""
+        self.blocks, self._by_id, self._active, self._visitors = [], {}, [], []
+
+    # -- blocks --------------------------------------------------------------------------------------------------------
+
+    def begin_forward(self) -> None:
+        """A forward of the whole module begins."""
+        self._num_running += 1
+        self._num_forwards += 1
+
+    def end_forward(self) -> None:
+        """It is over."""
+        self._num_running -= 1
+
+    def use(self, block: Block) -> None:
+        """`block` is needed now: it comes, others go, the next ones are read ahead."""
+        is_backward = is_in_backward()
+        with self.lock:
+            if is_backward and self._active and self._active[-1] is block:
+                self.residences.bring(block.residences)
+                return
+            if not is_backward and not self._num_running and block.index <= self._order.latest:
+                self._num_forwards += 1
+            self._order.note(block.index)
+            self.residences.bring(block.residences)
+            self._active = [*(b for b in self._active if b is not block), block]
+            self._dismiss(self._active[: -2 if is_backward else -1])
+            self.send_visitors_home()
+            self._prefetch()
+
+    def use_parameter(self, r: Residence) -> None:
+        """One of a block is needed."""
+        known = self._by_id.get(id(r.parameter))
+        if known is not None:
+            self.use(known[1])
+
+    def leave(self, block: Block) -> None:
+        """Its forward is over."""
+        with self.lock:
+            if next(self._order.upcoming(), None) != block.index:
+                self._dismiss([block])
+
+    def _dismiss(self, blocks: Sequence[Block]) -> None:
+        gone = [block for block in blocks if not block.entered]
+        self._active = [block for block in self._active if block not in gone]
+        self.let_go(r for block in gone for r in block.residences)
+
+    def _prefetch(self) -> None:
+        """Reads ahead within the budget, and forgets what was read ahead in error."""
+        room, wanted = self._prefetch_nbytes, list[Block]()
+        for index in self._order.upcoming():
+            block = self.blocks[index]
+            if block in wanted:
+                break
+            room -= sum(r.nbytes for r in block.residences if r.storage is None)
+            if room < 0:
+                break
+            wanted.append(block)
+        self.residences.forget(r for b in self.blocks if b not in wanted and not b.entered for r in b.residences)
+        for block in wanted:
+            self._counters.num_prefetched += self.residences.fetch(block.residences)
+
+    # -- visitors ------------------------------------------------------------------------------------------------------
+
+    def visit(self, parameter: torch.Tensor) -> None:
+        """Somebody takes a parameter out of its module."""
+        known = self._by_id.get(id(parameter))
+        if known is None or known[1].entered:
+            return
+        if is_in_backward():
+            self.use(known[1])
+            return
+        is_safe = self._num_running > 0 or not torch.is_grad_enabled()
+        self.invite([known[0]], 0 if is_safe else 2)
+
+    def invite(self, residences: Sequence[Residence], num_forwards: int = 0) -> None:
+        """Brings parameters for a visit, until so many forwards have begun and a block is needed."""
+        with self.lock:
+            self._visitors += [(r, self._num_forwards + num_forwards) for r in residences]
+            self.residences.bring(residences)
+
+    def send_visitors_home(self) -> None:
+        """Those whose time is over leave."""
+        with self.lock:
+            staying = [entry for entry in self._visitors if entry[1] > self._num_forwards]
+            leaving, self._visitors = [r for r, until in self._visitors if until <= self._num_forwards], staying
+            kept = {r for r, _ in staying}
+            self.let_go([r for r in leaving if r not in kept])
+
+    def let_go(self, residences: Iterable[Residence]) -> None:
+        """These leave, unless their block is in use or they are on a visit."""
+        with self.lock:
+            guests = {r for r, _ in self._visitors}
+            self.residences.leave(r for r in residences if r not in guests and not self._is_in_use(r))
+
+    def _is_in_use(self, r: Residence) -> bool:
+        return self._by_id[id(r.parameter)][1] in self._active
+
+
+def is_in_backward() -> bool:
+    """Whether this thread is running a graph backward."""
+    return bool(torch._C._current_graph_task_id() != -1)
