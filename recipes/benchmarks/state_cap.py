@@ -6,9 +6,10 @@
 Plain training runs first, without a cap; its peak resident memory is what it needs. Then the same training runs with
 ssdtrain in a process that the kernel kills when it needs more than `--share` of that (a memory control group, without
 swap; needs root): the model is built on the meta device and read from a checkpoint, tensor by tensor; parameters, their
-gradients and the optimizer state are never in memory as a whole. Losses of every step and the final parameters must be
-equal to the bit. A third run, without a cap, pages the state through `optimizer.step()` after backward, where the drive
-works alone: its bandwidth is set beside what `ssdtrain bench` measures on the same drive. The last line is JSON.
+gradients, the optimizer state and saved activations are never in memory as a whole. Losses of every step and the final
+parameters must be equal to the bit. A third run, without a cap, pages the state through `optimizer.step()` after
+backward, where the drive works alone: its bandwidth is set beside that of plain direct I/O, measured between the steps;
+once with the drive as it is, once throttled by the kernel. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import mmap
 import os
 import platform
 import resource
@@ -24,11 +26,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from memory_group import memory_group, why_not
+from throttle import throttled
 
 import ssdtrain
 from ssdtrain.demo.model import GPT, GPTConfig
@@ -59,7 +64,12 @@ def digest(model: torch.nn.Module) -> str:
     return found.hexdigest()
 
 
-def train(args: argparse.Namespace, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def train(
+    args: argparse.Namespace,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    between: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
     """Steps on the same tokens as everybody."""
     losses, seconds, update_seconds = [], [], []
     for step in range(args.steps):
@@ -72,6 +82,7 @@ def train(args: argparse.Namespace, model: torch.nn.Module, optimizer: torch.opt
         optimizer.step()
         optimizer.zero_grad()
         now = time.perf_counter()
+        between()
         losses.append(loss.item().hex())
         seconds.append(now - begin)
         update_seconds.append(now - before_update)
@@ -91,12 +102,16 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
         optimizer = adamw(model)
         stats: dict[str, Any] = {}
         found = train(args, model, optimizer)
-    elif args.worker == "paged":
+    elif args.worker in ("paged", "throttled"):
         model = model_of(args)
         ssdtrain.load_safetensors(model, args.checkpoint)
-        paged = ssdtrain.offload_optimizer(adamw(model), args.directory)
-        found = train(args, model, paged)
-        stats = {"optimizer": paged.stats.as_dict()}
+        bandwidths: list[float] = []
+        with throttled(args.directory, args.throttle * 1e9 if args.worker == "throttled" else None):
+            paged = ssdtrain.offload_optimizer(adamw(model), args.directory)
+            ceiling = Ceiling(args.directory)
+            found = train(args, model, paged, lambda: bandwidths.append(ceiling.measure()))
+            found["ceiling_gbs"] = bandwidths
+            stats = {"optimizer": paged.stats.as_dict()}
     else:
         with torch.device("meta"):
             model = model_of(args)
@@ -106,9 +121,12 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
         policy = budget | {"chunk_nbytes": args.chunk, "step_in_backward": True}
         home = ssdtrain.parameter_offload(model)
         paged = ssdtrain.offload_optimizer(adamw(model), home, policy)
-        found = train(args, model, paged)
-        print(home.stats, paged.stats, sep="\n", file=sys.stderr)
-        stats = {"parameters": home.stats.as_dict(), "optimizer": paged.stats.as_dict()}
+        activations = {"mode": "all", "staging_nbytes": args.staging, "prefetch_nbytes": args.staging}
+        with ssdtrain.offload_activations(args.directory, activations) as offload:
+            found = train(args, model, paged)
+        print(offload.stats, home.stats, paged.stats, sep="\n", file=sys.stderr)
+        stats = {"activations": offload.stats.as_dict(), "parameters": home.stats.as_dict()}
+        stats["optimizer"] = paged.stats.as_dict()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     num = sum(p.numel() for p in model.parameters())
     return found | {"peak_nbytes": peak, "parameters": num, "digest": digest(model), "stats": stats}
@@ -135,11 +153,47 @@ def run(worker: str, args: argparse.Namespace, prefix: list[str] | None = None) 
     return found
 
 
-def mixed_bandwidth(directory: str) -> float:
-    """GB/s that `ssdtrain bench` moves through the drive, reads and writes together."""
-    command = [sys.executable, "-m", "ssdtrain", "bench", directory, "--quick", "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return 2 * float(json.loads(done.stdout)["mixed_gbs"])
+class Ceiling:
+    """What the drive moves both ways at once: plain threads, direct I/O, nothing computed."""
+
+    nbytes, request_nbytes, num_threads = 512 * MIB, 4 * MIB, 4
+
+    def __init__(self, directory: str) -> None:
+        handle, path = tempfile.mkstemp(dir=directory)
+        os.close(handle)
+        self._fd = os.open(path, os.O_RDWR | os.O_DIRECT)
+        os.unlink(path)
+        os.posix_fallocate(self._fd, 0, 2 * self.nbytes)
+        self._buffers = [mmap.mmap(-1, self.request_nbytes) for _ in range(2 * self.num_threads)]
+        self.measure()  # the first pass writes what the second one reads
+
+    def measure(self) -> float:
+        """GB/s of a pass that reads one half and writes the other."""
+        begin = time.perf_counter()
+        with ThreadPoolExecutor(len(self._buffers)) as pool:
+            list(pool.map(self._move, range(len(self._buffers))))
+        return 2 * self.nbytes / 1e9 / (time.perf_counter() - begin)
+
+    def _move(self, thread: int) -> None:
+        is_write, first = thread % 2, thread // 2
+        move = os.pwritev if is_write else os.preadv
+        start = self.nbytes * is_write
+        for offset in range(first * self.request_nbytes, self.nbytes, self.num_threads * self.request_nbytes):
+            if move(self._fd, [self._buffers[thread]], start + offset) != self.request_nbytes:
+                raise OSError("Expected whole requests, got a part of one")
+
+
+def waiting_seconds(capped: dict[str, Any]) -> float:
+    """For the drive: of activations, and of parameters and optimizer state, which share their account."""
+    stats = capped["stats"]
+    return float(stats["activations"]["stall_seconds"] + stats["optimizer"]["wait_seconds"])
+
+
+def bandwidth_of(paged: dict[str, Any]) -> tuple[float, float, float]:
+    """Seconds of an update, GB/s it moved both ways together, and GB/s the drive moves so."""
+    update = statistics.median(paged["update_seconds"][1:])
+    moved = 2 * paged["stats"]["optimizer"]["away_nbytes"] / update / 1e9
+    return update, moved, statistics.median(paged["ceiling_gbs"][1:])
 
 
 def main() -> None:
@@ -151,7 +205,8 @@ def main() -> None:
     }.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--share", type=float, default=0.25, help="of the memory that plain training needs")
-    parser.add_argument("--staging", default="32MiB")
+    parser.add_argument("--throttle", type=float, default=0.5, help="GB/s each way of the drive in the last run")
+    parser.add_argument("--staging", default="24MiB")
     parser.add_argument("--prefetch", default="64MiB")
     parser.add_argument("--chunk", default="32MiB")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -171,31 +226,29 @@ def main() -> None:
         with memory_group(cap) as group:
             capped = run("capped", args, group.command)
             capped["group_peak_nbytes"] = group.peak_nbytes
-        paged = run("paged", args)
+        paged = {name: run(name, args) for name in ("paged", "throttled")}
     report(args, plain, capped, paged, cap)
 
 
 def report(args: argparse.Namespace, plain: Any, capped: Any, paged: Any, cap: int) -> None:
     """The words and the JSON."""
-    is_equal = all(other[key] == plain[key] for other in (capped, paged) for key in ("losses", "digest"))
+    is_equal = all(run[key] == plain[key] for run in (capped, *paged.values()) for key in ("losses", "digest"))
     settled = slice(1, None)
     plain_step, capped_step = (statistics.median(run["seconds"][settled]) for run in (plain, capped))
-    waits = capped["stats"]["optimizer"]["wait_seconds"] / args.steps  # parameters too: they share the drive
-    state = paged["stats"]["optimizer"]
-    update = statistics.median(paged["update_seconds"][settled])
-    moved = 2 * state["away_nbytes"] / update / 1e9
-    ceiling = mixed_bandwidth(args.directory)
+    waits = waiting_seconds(capped) / args.steps
     print(f"{plain['parameters'] / 1e6:.0f} M parameters, {args.batch} x {args.sequence} tokens a step")
     print(f"plain     {plain['peak_nbytes'] / MIB:7.0f} MiB  {plain_step:6.2f} s a step")
-    memory = f"{capped['peak_nbytes'] / MIB:7.0f} MiB"
+    memory = f"{capped['group_peak_nbytes'] / MIB:7.0f} MiB"  # cached pages of files included
     print(f"ssdtrain  {memory}  {capped_step:6.2f} s a step, {waits:.2f} s of it waiting for the drive")
     print(f"          under a cap of {cap / MIB:.0f} MiB")
     print(f"equal to the bit: {'yes' if is_equal else 'NO'}")
-    print(
-        f"optimizer.step() after backward: {state['away_nbytes'] / MIB:.0f} MiB in and out in {update:.2f} s: "
-        f"{moved:.2f} GB/s; ssdtrain bench moves {ceiling:.2f} GB/s, reads and writes together"
-    )
-    found = {"plain": plain, "capped": capped, "paged": paged, "cap_nbytes": cap, "mixed_gbs": ceiling}
+    for name, found in paged.items():
+        update, moved, ceiling = bandwidth_of(found)
+        print(
+            f"optimizer.step() after backward, {name}: {update:.2f} s, {moved:.2f} GB/s in and out together; plain "
+            f"direct I/O between the steps {ceiling:.2f} GB/s"
+        )
+    found = {"plain": plain, "capped": capped, **paged, "cap_nbytes": cap}
     hidden = ("argv", "worker", "checkpoint", "directory")
     size = {name: value for name, value in vars(args).items() if name not in hidden}
     machine = {"cores": os.cpu_count(), "system": platform.platform(), "device": "cpu"}

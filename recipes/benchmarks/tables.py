@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from picture import compare_picture, curve_picture
+from state_cap import bandwidth_of, waiting_seconds
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
@@ -105,10 +106,10 @@ def memory_cap_table(result: dict[str, Any]) -> str:
 
 def state_cap_table(result: dict[str, Any]) -> str:
     """Training in a share of the memory, with parameters and optimizer state on the drive, as Markdown."""
-    size, plain, capped, paged = result["size"], result["plain"], result["capped"], result["paged"]
-    update = statistics.median(paged["update_seconds"][1:])
-    moved = 2 * paged["stats"]["optimizer"]["away_nbytes"] / update / 1e9
-    waits = capped["stats"]["optimizer"]["wait_seconds"] / size["steps"]  # parameters too: they share the drive
+    size, plain, capped = result["size"], result["plain"], result["capped"]
+    update, moved, ceiling = bandwidth_of(result["paged"])
+    _, moved_slowly, low_ceiling = bandwidth_of(result["throttled"])
+    waits = waiting_seconds(capped) / size["steps"]
     lines = [
         f"A GPT of {plain['parameters'] / 1e6:.0f} M parameters with AdamW, {size['batch']} x {size['sequence']} tokens"
         f" a step (`recipes/benchmarks/state_cap.py`; the kernel kills what needs more than {size['share']:g} of the"
@@ -117,12 +118,13 @@ def state_cap_table(result: dict[str, Any]) -> str:
         "| | peak memory | a step | waiting for the drive | equal to the bit |",
         "|---|---|---|---|---|",
         f"| plain | {plain['peak_nbytes'] / MIB:.0f} MiB | {statistics.median(plain['seconds'][1:]):.1f} s | | |",
-        f"| ssdtrain under a cap of {result['cap_nbytes'] / MIB:.0f} MiB | {capped['peak_nbytes'] / MIB:.0f} MiB"
+        f"| ssdtrain under a cap of {result['cap_nbytes'] / MIB:.0f} MiB | {capped['group_peak_nbytes'] / MIB:.0f} MiB"
         f" | {statistics.median(capped['seconds'][1:]):.1f} s | {waits:.1f} s"
         f" | {'yes' if result['is_equal'] else 'NO'} |",
         "",
-        f"With the state alone on the drive, `optimizer.step()` takes {update:.2f} s, and moves {moved:.2f} GB/s of the"
-        f" {result['mixed_gbs']:.2f} GB/s, reads and writes together, that `ssdtrain bench` measures.",
+        f"With the state alone on the drive, `optimizer.step()` after backward takes {update:.2f} s and moves"
+        f" {moved:.2f} GB/s in and out together, where plain direct I/O moves {ceiling:.2f} GB/s; on the drive throttled"
+        f" to {size['throttle']:g} GB/s each way it moves {moved_slowly:.2f} of {low_ceiling:.2f} GB/s.",
     ]
     return "\n".join(lines) + "\n"
 
