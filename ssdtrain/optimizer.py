@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
+from ssdtrain.gradients import Gradients
 from ssdtrain.pages import Pages
 from ssdtrain.plain_optimizer import check, load_part, narrowed, plain_step, predict_state_nbytes
 from ssdtrain.policy import OptimizerPolicy
@@ -59,6 +60,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         state_nbytes = predict_state_nbytes(optimizer, policy.min_nbytes)
         self._vault = open_vault()
         self._pages = Pages(self._vault, self._counters, policy.min_nbytes)
+        gradient_pages = Pages(self._vault, StateCounters("gradients"), policy.min_nbytes)
+        self._gradients = Gradients(gradient_pages, self._name)
         try:
             self._vault.reserve(state_nbytes, "optimizer state")
             for group in self.param_groups:
@@ -119,11 +122,11 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad(), record_function("ssdtrain::optimizer_step"):
-            chunks = self._chunks([p for p in self._group_of if p.grad is not None])
+            chunks = self._chunks([p for p in self._group_of if p in self._gradients])
             for i, chunk in enumerate(chunks):
                 for parameter in [p for ahead in chunks[i : i + 1 + _AHEAD] for p in ahead]:
                     self._fetch(parameter)
-                if self.policy.step_in_backward:
+                if self.policy.step_in_backward or self.policy.offload_gradients:
                     self._update_and_free(chunk)
                 else:
                     self._update(chunk)
@@ -135,6 +138,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._counters.num_steps += 1
         self._inner._opt_called = True  # type: ignore[attr-defined]  # for schedulers that were made with it
         self._updated, self._arrived = set(), []
+        self._gradients.finish_step()
         if self._order:
             self._last_order, self._order = self._order, []
             self._position = {p: i + 1 for i, p in enumerate(self._last_order)}
@@ -156,7 +160,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def _fetch(self, parameter: torch.Tensor) -> None:
         """Begins to read a parameter's state, and the parameter if it is away."""
-        self._counters.num_prefetched += self._pages.fetch(parameter)
+        self._counters.num_prefetched += self._pages.fetch(parameter) + self._gradients.fetch(parameter)
         home = getattr(parameter, "_ssdtrain_home", None)
         if home is not None:
             home.prefetch([parameter])
@@ -164,6 +168,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def _update(self, chunk: list[torch.Tensor]) -> None:
         """Has the optimizer take its step for these parameters alone."""
         for parameter in chunk:
+            self._gradients.give_back(parameter)
             if parameter in self._pages:  # looking a parameter up would give it an empty state
                 self._pages.bring(parameter, self._inner.state[parameter])
         homes = {id(h): h for h in (getattr(p, "_ssdtrain_home", None) for p in chunk) if h is not None}
@@ -196,6 +201,30 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         if state:
             self._pages.send_away(parameter, self._name(parameter), state)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """See `torch.optim.Optimizer.zero_grad`; gradients on the drive are dropped."""
+        self._gradients.forget(self._group_of)
+        super().zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        """`torch.nn.utils.clip_grad_norm_` over all parameters, for gradients that are on the drive.
+
+        The gradients are scaled when the step uses them; to the same bits. With `step_in_backward` it is an error.
+
+        Args:
+            max_norm: the largest 2-norm of all gradients together.
+
+        Returns:
+            The norm before, a scalar.
+
+        Raises:
+            RuntimeError: the parameters are updated already.
+        """
+        if self.policy.step_in_backward:
+            raise RuntimeError("Expected offload_gradients to clip, got step_in_backward, which has updated already")
+        return self._gradients.clip_grad_norm_(self._group_of, max_norm)
+
     # -- in backward ----------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -214,7 +243,11 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             self._is_accumulating = before
 
     def _on_gradient(self, parameter: torch.Tensor) -> None:
-        """A gradient is complete: with enough of them, their parameters are updated."""
+        """A gradient is complete: it leaves, or, with enough of them, their parameters are updated."""
+        if self.policy.offload_gradients:
+            with torch.no_grad():
+                self._gradients.take(parameter)
+            return
         if self._is_accumulating:
             return
         self._check_whole(in_step=True)
@@ -234,6 +267,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def _update_and_free(self, parameters: list[torch.Tensor]) -> None:
         self._update(parameters)
         self._updated.update(parameters)
+        self._gradients.forget(parameters)
         for parameter in parameters:
             parameter.grad = None
 
@@ -341,7 +375,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             if parameter.is_meta:
                 raise ValueError(f"Expected parameters with values, got {name} on the meta device: load them first")
             self._group_of[parameter], self._names[parameter] = index, name
-            if self.policy.step_in_backward and parameter.requires_grad:
+            if (self.policy.step_in_backward or self.policy.offload_gradients) and parameter.requires_grad:
                 self._handles.append(parameter.register_post_accumulate_grad_hook(self._on_gradient))
 
     def _name(self, parameter: torch.Tensor) -> str:

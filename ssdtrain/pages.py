@@ -102,12 +102,16 @@ class Pages:
             settle(copy)
             yield key, copy
 
+    def drop(self, parameter: torch.Tensor) -> None:
+        """Frees a parameter's pages."""
+        for page in self._pages.pop(parameter, {}).values():
+            self._vault.free(page.slot)
+            self._counters.go(-page.slot.nbytes, -1)
+
     def forget(self) -> None:
         """Frees all of them."""
-        for page in [page for pages in self._pages.values() for page in pages.values()]:
-            self._vault.free(page.slot)
-        self._pages = {}
-        self._counters.num_away = self._counters.away_nbytes = 0
+        for parameter in self:
+            self.drop(parameter)
 
 
 def _may_leave(value: Any, min_nbytes: int) -> bool:

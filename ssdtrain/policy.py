@@ -229,3 +229,14 @@ class OptimizerPolicy(StatePolicy):
     """Update each parameter in backward, as soon as its gradient is there, and free the gradient: all gradients are
     never in memory at once, and the drive works while backward computes. Not with gradient clipping, which needs all of
     them; with several backward passes per step wrap all but the last one in ``optimizer.accumulate()``."""
+
+    offload_gradients: bool = False
+    """Send each gradient to the drive as soon as backward has it, and back for its parameter's update: all of them are
+    never in memory at once, also with accumulation and with ``optimizer.clip_grad_norm_()``. ``parameter.grad`` is None
+    in between."""
+
+    @model_validator(mode="after")
+    def _is_one_of_both(self) -> OptimizerPolicy:
+        if self.step_in_backward and self.offload_gradients:
+            raise ValueError("Expected step_in_backward or offload_gradients, got both: the first leaves no gradients")
+        return self

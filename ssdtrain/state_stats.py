@@ -52,9 +52,9 @@ class StateCounters:
         self.waits, self.fallbacks = dict(drive.waits), list(drive.fallbacks)
         self.engine, self.engine_reason = drive.engine, drive.engine_reason
 
-    def go(self, nbytes: int) -> None:
-        """Counts a tensor whose place is the drive from now on."""
-        self.num_away += 1
+    def go(self, nbytes: int, num: int = 1) -> None:
+        """Counts a tensor whose place is the drive from now on, or, negative, is not any more."""
+        self.num_away += num
         self.away_nbytes += nbytes
 
     def stay(self, reason: str, nbytes: int) -> None:

@@ -61,6 +61,7 @@ ROOMS = [
     "parameters",
     "parameter_files",
     "pages",
+    "gradients",
     "plain_optimizer",
     "optimizer",
     "offloading",

@@ -71,15 +71,15 @@ def test_every_optimizer_is_equal_to_the_bit(name: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("in_backward", [False, True], ids=["step", "backward"])
+@pytest.mark.parametrize("how", ["after backward", "step_in_backward", "offload_gradients"])
 @pytest.mark.parametrize("has_activations", [False, True], ids=["", "activations"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_every_model_is_equal_to_the_bit(kind: str, has_activations: bool, in_backward: bool, tmp_path: Path) -> None:
+def test_every_model_is_equal_to_the_bit(kind: str, has_activations: bool, how: str, tmp_path: Path) -> None:
     plain = model_of(kind)
     expected = adamw(trainable(plain))
     losses = train(plain, expected)
     model = model_of(kind)
-    optimizer = offloaded(adamw(trainable(model)), tmp_path, step_in_backward=in_backward)
+    optimizer = offloaded(adamw(trainable(model)), tmp_path, **({how: True} if "_" in how else {}))
     check_same(train(model, optimizer, activations=tmp_path if has_activations else None), losses)
     check_same(values(model), values(plain))
     check_same_state(optimizer.state_dict(), expected.state_dict())
@@ -236,6 +236,46 @@ def test_accumulation_and_clipping(tmp_path: Path) -> None:
         run(optimizer, model, is_clipped)
         check_same(values(model), values(plain))
         optimizer.close()
+
+
+@pytest.mark.parametrize("max_norm", [1e-3, 1e3])
+def test_gradients_on_the_drive(max_norm: float, tmp_path: Path) -> None:
+    """Accumulated over two backward passes and clipped there: norm, parameters and state to the same bits."""
+
+    def run(optimizer: Any, model: nn.Module, seen: list[int]) -> list[torch.Tensor]:
+        norms = []
+        for step in range(4):
+            for part in range(2):
+                model(batch(2 * step + part)).backward()
+                seen.append(sum(p.grad.nbytes for p in model.parameters() if p.grad is not None))
+            if isinstance(optimizer, ssdtrain.OffloadedOptimizer):
+                norms.append(optimizer.clip_grad_norm_(max_norm))
+            else:
+                norms.append(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+            optimizer.step()
+            optimizer.zero_grad()
+        return norms
+
+    plain, model, seen = model_of("gpt"), model_of("gpt"), list[int]()
+    expected, optimizer = (
+        adamw(plain.parameters()),
+        offloaded(adamw(model.parameters()), tmp_path, offload_gradients=True),
+    )
+    check_same(run(optimizer, model, seen), run(expected, plain, []))
+    check_same(values(model), values(plain))
+    check_same_state(optimizer.state_dict(), expected.state_dict())
+    assert max(seen) == sum(p.nbytes for p in model.parameters() if p.nbytes < 1024)  # the small ones
+    model(batch(0)).backward()
+    optimizer.zero_grad()  # dropped: nothing to step with
+    before = values(model)
+    optimizer.step()
+    check_same(values(model), before)
+    optimizer.close()
+    with pytest.raises(ValueError, match="got both"):
+        offloaded(adamw(model.parameters()), tmp_path, offload_gradients=True, step_in_backward=True)
+    in_backward = offloaded(adamw(model.parameters()), tmp_path, step_in_backward=True)
+    with pytest.raises(RuntimeError, match="Expected offload_gradients to clip"):
+        in_backward.clip_grad_norm_(1.0)
 
 
 def test_second_backward_in_a_step_is_an_error(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def state_cap_table(result: dict[str, Any]) -> str:
         f" | {'yes' if result['is_equal'] else 'NO'} |",
         "",
         f"With the state alone on the drive, `optimizer.step()` after backward takes {update:.2f} s and moves"
-        f" {moved:.2f} GB/s in and out together, where plain direct I/O moves {ceiling:.2f} GB/s; on the drive throttled"
+        f" {moved:.2f} GB/s in and out together, where plain direct I/O moves {ceiling:.2f} GB/s; on the drive cut"
         f" to {size['throttle']:g} GB/s each way it moves {moved_slowly:.2f} of {low_ceiling:.2f} GB/s.",
     ]
     return "\n".join(lines) + "\n"

@@ -1,13 +1,12 @@
-"""Beside DeepSpeed ZeRO-3 with its optimizer on NVMe: peak memory and time of the same steps, taken in turn.
+"""Parameters and optimizer state off memory: plain, ssdtrain and DeepSpeed ZeRO-3 on NVMe, their steps taken in turn.
 
-    python recipes/benchmarks/zero_nvme.py /mnt/nvme
-    python recipes/benchmarks/zero_nvme.py /mnt/nvme --layers 24 --rounds 10
+    python recipes/benchmarks/state_compare.py /mnt/nvme
+    OMP_NUM_THREADS=1 python recipes/benchmarks/state_compare.py /mnt/nvme --batch 16 --methods plain ssdtrain
 
-Both train the same GPT with AdamW in float32, from the same values on the same tokens, each in a process of its own;
-one steps while the other waits. DeepSpeed keeps optimizer state and master weights on the drive (`offload_optimizer`
-with `pipeline_read` and `pipeline_write`), ssdtrain state and parameters. DeepSpeed builds its `async_io` when it is
-first used (minutes; needs libaio's headers). The last line is JSON. Run it with `OMP_NUM_THREADS` at the number of
-cores.
+All train the same GPT with AdamW in float32, from the same values on the same tokens, each in a process of its own
+that waits while another one steps. DeepSpeed keeps optimizer state and master weights on the drive
+(`offload_optimizer` with `pipeline_read` and `pipeline_write`); it builds its `async_io` at first use (minutes; needs
+libaio's headers). Memory is the peak that is resident. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ import torch
 import ssdtrain
 from ssdtrain.demo.model import GPT, GPTConfig
 
-METHODS = ("deepspeed", "ssdtrain")
 MIB = 1 << 20
 
 
@@ -78,14 +76,12 @@ class DeepSpeed:
         return float(loss.item())
 
 
-class Ours:
-    """Parameters and optimizer state on the drive."""
+class Plain:
+    """All in memory."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self._model = ssdtrain.offload_parameters(model_of(args), args.directory)
-        home = ssdtrain.parameter_offload(self._model)
-        optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-4, fused=True)
-        self._optimizer = ssdtrain.offload_optimizer(optimizer, home, {"step_in_backward": not args.step_after})
+        self._model = model_of(args)
+        self._optimizer: torch.optim.Optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-4, fused=True)
 
     def step(self, tokens: torch.Tensor) -> float:
         """One step's loss."""
@@ -96,11 +92,31 @@ class Ours:
         return float(loss.item())
 
 
+class State(Plain):
+    """Optimizer state on the drive, updated after backward."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__(args)
+        self._optimizer = ssdtrain.offload_optimizer(self._optimizer, args.directory)
+
+
+class Everything(Plain):
+    """Parameters and optimizer state on the drive, updated in backward."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__(args)
+        home = ssdtrain.parameter_offload(ssdtrain.offload_parameters(self._model, args.directory))
+        self._optimizer = ssdtrain.offload_optimizer(self._optimizer, home, {"step_in_backward": True})
+
+
+METHODS = {"plain": Plain, "ssdtrain": Everything, "ssdtrain, optimizer only": State, "deepspeed": DeepSpeed}
+
+
 def work(args: argparse.Namespace) -> None:
     """Steps when told to, over standard input and output."""
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is not an answer
-    trainer = DeepSpeed(args) if args.worker == "deepspeed" else Ours(args)
+    trainer = METHODS[args.worker](args)
     print(json.dumps({"ready": True}), file=answer, flush=True)
     for line in sys.stdin:
         tokens = torch.randint(0, 256, (args.batch, args.sequence), generator=torch.Generator().manual_seed(int(line)))
@@ -152,34 +168,37 @@ def main() -> None:
     parser.add_argument(
         "--cpu-adam", action="store_true", help="DeepSpeed's own CPU Adam, which it builds at first use"
     )
-    parser.add_argument("--step-after", action="store_true", help="ssdtrain updates after backward, as DeepSpeed does")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--worker", choices=METHODS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         work(args)
         return
-    workers = [Worker(name, sys.argv[1:]) for name in METHODS]
+    workers = [Worker(name, sys.argv[1:]) for name in args.methods]
     try:
         for worker in workers:
             worker.receive()
         for number in range(args.rounds + 1):
-            for worker in workers if number % 2 else reversed(workers):
+            for worker in workers if number % 2 else workers[::-1]:
                 worker.step(number)
     finally:
         for worker in workers:
             worker.end()
-    rows = {}
+    rows = []
     for worker in workers:
-        seconds = statistics.median(step["seconds"] for step in worker.steps[1:])
-        rows[worker.name] = {"step_seconds": seconds, "peak_nbytes": worker.steps[-1]["peak_nbytes"]}
-        rows[worker.name]["losses"] = [step["loss"] for step in worker.steps]
-        print(f"{worker.name:10s} {rows[worker.name]['peak_nbytes'] / MIB:7.0f} MiB  {seconds:6.2f} s a step")
-    ratios = [a["seconds"] / b["seconds"] for a, b in zip(workers[1].steps[1:], workers[0].steps[1:], strict=True)]
-    print(f"ssdtrain against DeepSpeed: x {statistics.median(ratios):.2f} in time")
+        seconds = [step["seconds"] for step in worker.steps[1:]]
+        against = [a / b["seconds"] for a, b in zip(seconds, workers[0].steps[1:], strict=True)]
+        row = {"method": worker.name, "step_seconds": statistics.median(seconds), "ratio": statistics.median(against)}
+        row |= {"peak_nbytes": worker.steps[-1]["peak_nbytes"], "losses": [step["loss"] for step in worker.steps]}
+        row["is_equal"] = row["losses"] == [step["loss"] for step in workers[0].steps]
+        rows.append(row)
+        equal = "equal to the bit" if row["is_equal"] else "not equal"
+        memory = f"{row['peak_nbytes'] / MIB:7.0f} MiB"
+        print(f"{worker.name:26s}{memory}  {row['step_seconds']:6.2f} s a step, x {row['ratio']:.3f}  {equal}")
     size = {name: value for name, value in vars(args).items() if name not in ("worker", "directory")}
     machine = {"cores": os.cpu_count(), "system": platform.platform(), "device": "cpu"}
     versions = {"torch": torch.__version__, "ssdtrain": ssdtrain.__version__, "deepspeed": version("deepspeed")}
-    print(json.dumps({"machine": machine, "versions": versions, "size": size, "rows": rows, "ratios": ratios}))
+    print(json.dumps({"machine": machine, "versions": versions, "size": size, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,76 @@
+"""Gradients on the drive between backward and the optimizer step, and their clipping without having them all.
+
+Knows parameters and pages; not how an optimizer steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from ssdtrain.pages import Pages
+
+_KEY = "grad"
+
+
+class Gradients:
+    """The gradients of one optimizer's parameters, as far as they are on the drive."""
+
+    def __init__(self, pages: Pages, name_of: Callable[[torch.Tensor], str]) -> None:
+        """There is none yet."""
+        self._pages, self._name_of = pages, name_of
+        self._norms: dict[torch.Tensor, torch.Tensor] = {}
+        self._factor: torch.Tensor | None = None  # what the next step multiplies them by
+
+    def __contains__(self, parameter: torch.Tensor) -> bool:
+        """Whether a parameter has a gradient here, or in memory."""
+        return parameter.grad is not None or parameter in self._pages
+
+    def take(self, parameter: torch.Tensor) -> None:
+        """Backward has computed one: it is added to what is there and goes to the drive."""
+        assert parameter.grad is not None
+        state: dict[str, Any] = {_KEY: parameter.grad.detach()}
+        if parameter in self._pages:
+            self._pages.bring(parameter, state)
+            state[_KEY].add_(parameter.grad)
+        self._norms[parameter] = torch.linalg.vector_norm(state[_KEY])
+        self._pages.send_away(parameter, self._name_of(parameter), state)
+        parameter.grad = state.get(_KEY)  # a small one stays
+
+    def fetch(self, parameter: torch.Tensor) -> int:
+        """Begins to read one back; how many reads."""
+        return self._pages.fetch(parameter)
+
+    def give_back(self, parameter: torch.Tensor) -> None:
+        """Has one in memory, clipped, for the optimizer."""
+        state: dict[str, Any] = {}
+        self._pages.bring(parameter, state)
+        if state:
+            parameter.grad = state[_KEY]
+        if self._factor is not None and parameter.grad is not None:
+            parameter.grad.mul_(self._factor)
+
+    def clip_grad_norm_(self, parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
+        """The 2-norm of all gradients; the next step scales them down where it is more than `max_norm`."""
+        norms = [self._norms.get(p, _norm(p)) for p in parameters if p in self]
+        if not norms:
+            return torch.tensor(0.0)
+        total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        self._factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+        return total
+
+    def forget(self, parameters: Iterable[torch.Tensor]) -> None:
+        """They were used, or are not wanted."""
+        for parameter in parameters:
+            self._pages.drop(parameter)
+            self._norms.pop(parameter, None)
+
+    def finish_step(self) -> None:
+        """The step is over: no factor is left."""
+        self._factor = None
+
+
+def _norm(parameter: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(parameter.grad) if parameter.grad is not None else torch.tensor(0.0)
