@@ -133,7 +133,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 def batch(step: int) -> torch.Tensor:
     """The same for everybody."""
-    return torch.randn(3, 16, WIDTH, generator=torch.Generator().manual_seed(step))
+    return torch.randn(3, 16, WIDTH, generator=torch.Generator().manual_seed(step), device="cpu")
 
 
 def model_of(kind: str) -> nn.Module:
@@ -164,7 +164,7 @@ def train(
     with context:
         for step in range(first, first + num_steps):
             torch.manual_seed(step)
-            loss = model(batch(step))
+            loss = model(batch(step).to(next(model.parameters()).device))
             loss.backward()
             between()
             optimizer.step()

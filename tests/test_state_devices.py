@@ -1,0 +1,47 @@
+"""Parameters, gradients and optimizer state of every kind of device: the simulated one checks every wait and reuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from state_tools import EAGER_STATE, adamw, check_same, check_same_state, model_of, train, trainable, values
+
+import ssdtrain
+from ssdtrain.optimizer import OffloadedOptimizer
+from ssdtrain.parameters import ParameterOffload
+from ssdtrain.policy import OptimizerPolicy, ParameterPolicy
+from ssdtrain.simulated import SimulatedDevice
+from ssdtrain.vault import Vault
+
+
+@pytest.mark.parametrize("engine", ["io_uring", "threads", "python"])
+@pytest.mark.parametrize("how", ["after backward", "step_in_backward", "offload_gradients"])
+@pytest.mark.parametrize("kind", ["mlp", "tied", "lora"])
+def test_equal_to_the_bit(
+    kind: str, how: str, engine: str, device: SimulatedDevice | None, tmp_path: Path, device_kind: str
+) -> None:
+    """Three steps; memory of a parameter serves others while operators that use it are still queued."""
+    plain = model_of(kind)
+    expected = adamw(trainable(plain))
+    losses = train(plain, expected, 3)
+    model = model_of(kind)
+    policy: dict[str, Any] = EAGER_STATE | {"engine": engine}
+    vault = Vault([str(tmp_path)], ParameterPolicy(**policy, prefetch_nbytes=40_000))
+    if device is not None:
+        vault.cpu = device
+    home = ParameterOffload(model, lambda: vault, ParameterPolicy(**policy, prefetch_nbytes=40_000), None)
+    more = {how: True} if "_" in how else {}
+    optimizer = OffloadedOptimizer(
+        adamw(trainable(model)), vault.share, OptimizerPolicy(**policy, chunk_nbytes=40_000, **more)
+    )
+    check_same(train(model, optimizer, 3), losses)
+    check_same_state(optimizer.state_dict(), expected.state_dict())
+    state = {name: value.to(device_kind) if device_kind == "cuda" else value for name, value in values(model).items()}
+    check_same(state, values(plain))
+    optimizer.close()
+    home.close()
+    check_same(values(model), values(plain))
+    assert isinstance(ssdtrain.offload_parameters(model, tmp_path, policy), torch.nn.Module)
