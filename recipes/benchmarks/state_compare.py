@@ -58,7 +58,7 @@ class DeepSpeed:
                     "device": "nvme",
                     "nvme_path": args.directory,
                     "pin_memory": False,
-                    "buffer_count": 4,
+                    "buffer_count": args.buffers,
                     "pipeline_read": True,
                     "pipeline_write": True,
                 },
@@ -164,7 +164,8 @@ def main() -> None:
     parser.add_argument("directory", help="a directory on the drive")
     for name, default in {"layers": 12, "width": 768, "sequence": 256, "batch": 4, "rounds": 6}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--sub-group", type=int, default=20_000_000, help="DeepSpeed's: parameters updated at once")
+    parser.add_argument("--sub-group", type=int, default=8_000_000, help="DeepSpeed's: parameters updated at once")
+    parser.add_argument("--buffers", type=int, default=12, help="DeepSpeed's buffer_count; with few its pipeline fails")
     parser.add_argument(
         "--cpu-adam", action="store_true", help="DeepSpeed's own CPU Adam, which it builds at first use"
     )

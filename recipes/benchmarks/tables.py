@@ -2,7 +2,7 @@
 
 Fresh data: `ssdtrain demo --json | tail -1 > recipes/benchmarks/results/demo.json`, and
 `python recipes/benchmarks/compare.py DIR | tail -1 > recipes/benchmarks/results/compare.json`, the same for `curve`,
-`memory_cap` and `state_cap`; then run this file.
+`memory_cap`, `state_cap` and `state_compare`; then run this file.
 """
 
 from __future__ import annotations
@@ -129,7 +129,27 @@ def state_cap_table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def state_compare_table(result: dict[str, Any]) -> str:
+    """Parameters and optimizer state off memory, beside DeepSpeed, as Markdown."""
+    size = result["size"]
+    lines = [
+        f"Steps taken in turn (`recipes/benchmarks/state_compare.py`; a GPT of {size['layers']} layers, width"
+        f" {size['width']}, {size['batch']} x {size['sequence']} tokens, DeepSpeed {result['versions']['deepspeed']} as"
+        " ZeRO-3 with its optimizer on NVMe and its own CPU Adam; memory includes the building of the model):",
+        "",
+        "| | peak memory | a step | against plain | equal to the bit |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['method']} | {row['peak_nbytes'] / MIB:,.0f} MiB | {row['step_seconds']:.2f} s"
+            f" | x {row['ratio']:.2f} | {'yes' if row['is_equal'] else 'no'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 TABLES = {
+    "state_compare": state_compare_table,
     "demo": demo_table,
     "compare": compare_table,
     "curve": curve_table,
