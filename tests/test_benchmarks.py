@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -73,8 +74,12 @@ def test_gpu_script_is_well_formed() -> None:
 
 def test_readme_shows_the_recorded_results(tmp_path: Path) -> None:
     """The README's tables and picture are made from the data, not by hand."""
-    results = [f"recipes/benchmarks/results/{name}.json" for name in ("demo", "compare", "curve", "memory_cap")]
-    for name in ("recipes/benchmarks/tables.py", "recipes/benchmarks/picture.py", *results, "README.md"):
+    results = [
+        f"recipes/benchmarks/results/{name}.json"
+        for name in ("demo", "compare", "curve", "memory_cap", "state_cap", "state_compare")
+    ]
+    scripts = [f"recipes/benchmarks/{name}.py" for name in ("tables", "picture", "state_figures")]
+    for name in (*scripts, *results, "README.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     subprocess.run([sys.executable, str(tmp_path / "recipes/benchmarks/tables.py")], check=True)
@@ -106,6 +111,31 @@ def test_curve(tmp_path: Path) -> None:
     assert all(row["is_equal"] and row["peak_nbytes"] > 0 and row["step_ratio"] > 0 for row in rows)
     plain, offload = rows[0], rows[2]
     assert offload["memory_budget"] < plain["peak_saved_nbytes"] and offload["written_nbytes"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_state_compare(tmp_path: Path) -> None:
+    """Losses are those of plain training."""
+    size = ["--layers", "2", "--width", "64", "--sequence", "16", "--batch", "1", "--rounds", "1"]
+    methods = ["plain", "ssdtrain", "ssdtrain, optimizer only"]
+    result = run("state_compare.py", str(tmp_path), *size, "--methods", *methods)
+    assert [row["method"] for row in result["rows"]] == methods
+    assert all(row["is_equal"] and row["step_seconds"] > 0 for row in result["rows"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_state_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a cap that a toy does not feel: losses and parameters are those of plain training, and it travelled."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from memory_group import why_not
+
+    if why_not() or not os.access("/sys/fs/cgroup/blkio", os.W_OK):
+        pytest.skip("needs root and cgroups")
+    size = ["--layers", "2", "--width", "128", "--sequence", "16", "--batch", "1", "--steps", "2", "--share", "3"]
+    result = run("state_cap.py", str(tmp_path), *size)
+    assert result["is_equal"] and result["capped"]["group_peak_nbytes"] <= result["cap_nbytes"]
+    for run_name, what in (("capped", "parameters"), ("capped", "optimizer"), ("paged", "optimizer")):
+        assert result[run_name]["stats"][what]["away_nbytes"] > 0
     assert list(tmp_path.iterdir()) == []
 
 

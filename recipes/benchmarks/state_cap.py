@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 from memory_group import memory_group, why_not
+from state_figures import bandwidth_of, waiting_seconds
 from throttle import throttled
 
 import ssdtrain
@@ -181,19 +182,6 @@ class Ceiling:
         for offset in range(first * self.request_nbytes, self.nbytes, self.num_threads * self.request_nbytes):
             if move(self._fd, [self._buffers[thread]], start + offset) != self.request_nbytes:
                 raise OSError("Expected whole requests, got a part of one")
-
-
-def waiting_seconds(capped: dict[str, Any]) -> float:
-    """For the drive: of activations, and of parameters and optimizer state, which share their account."""
-    stats = capped["stats"]
-    return float(stats["activations"]["stall_seconds"] + stats["optimizer"]["wait_seconds"])
-
-
-def bandwidth_of(paged: dict[str, Any]) -> tuple[float, float, float]:
-    """Seconds of an update, GB/s it moved both ways together, and GB/s the drive moves so."""
-    update = statistics.median(paged["update_seconds"][1:])
-    moved = 2 * paged["stats"]["optimizer"]["away_nbytes"] / update / 1e9
-    return update, moved, statistics.median(paged["ceiling_gbs"][1:])
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from picture import compare_picture, curve_picture
-from state_cap import bandwidth_of, waiting_seconds
+from state_figures import bandwidth_of, waiting_seconds
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
