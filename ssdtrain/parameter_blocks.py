@@ -90,6 +90,11 @@ def choose_parameters(
     sharing = Counter(_storage(tensor) for tensor in (*module.parameters(), *module.buffers()))
     leaving: dict[str, torch.nn.Parameter] = {}
     for name, parameter in module.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            raise ValueError(
+                f"Expected parameters that nobody else moves, got {name} under DeepSpeed ZeRO-3: use its own "
+                "offload_param"
+            )
         owners = users[id(parameter)]
         reason = _why_stay(parameter, owners, min_nbytes)
         if reason is None and not parameter.is_meta and sharing[_storage(parameter)] > 1:
@@ -130,10 +135,6 @@ def _why_stay(parameter: torch.nn.Parameter, owners: set[str], min_nbytes: int) 
 
 def _check_kind(name: str, parameter: torch.nn.Parameter) -> None:
     kind, data = type(parameter), type(parameter.data)
-    if hasattr(parameter, "ds_id"):
-        raise ValueError(
-            f"Expected parameters that nobody else moves, got {name} under DeepSpeed ZeRO-3: use its own offload_param"
-        )
     if kind is not torch.nn.Parameter or data is not torch.Tensor:
         raise ValueError(
             f"Expected plain parameters, got {name} of type {kind.__name__} ({data.__name__}), whose memory belongs to "

@@ -201,7 +201,7 @@ class ParameterOffload:
     def prefetch(self, parameters: Iterable[torch.Tensor]) -> None:
         """Begins to read those of these that are away."""
         with self._lock:
-            self._residences.fetch(self._uses.find(parameters))
+            self._counters.num_prefetched += self._residences.fetch(self._uses.find(parameters))
 
     def fill(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
         """Gives a parameter a new value without reading the old one; it is cast to the parameter's dtype."""

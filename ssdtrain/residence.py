@@ -69,9 +69,12 @@ class Residence:
         self.storage = None
 
     def _poison(self) -> torch.Tensor:
+        """All bits set: NaN in every floating point format, -1 or the largest number in integers."""
         dtype = self.spec.dtype
-        value: float = float("nan") if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype).max
-        return torch.full((), value, dtype=dtype, device=self.torch_device).expand(self.spec.size)
+        if dtype is torch.bool:
+            return torch.ones((), dtype=dtype, device=self.torch_device).expand(self.spec.size)
+        bits = torch.full((dtype.itemsize,), 255, dtype=torch.uint8, device=self.torch_device)
+        return bits.view(dtype)[0].expand(self.spec.size)
 
 
 def _is_whole(parameter: torch.nn.Parameter) -> bool:

@@ -37,6 +37,7 @@ from torch import nn
 from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu
 from torch.multiprocessing.reductions import StorageWeakRef
 
+import ssdtrain
 import ssdtrain.integrations.deepspeed as integration
 from ssdtrain.saving import innermost_hooks
 
@@ -247,6 +248,23 @@ def ways_in(directory: str) -> dict[str, Any]:
     integration.install()
     disabled = _attributes(Case(zero(1)).build({"enabled": False, "activations": {"directory": "/nowhere"}}))
     return {"travelled": travelled, "without": without, "ignored": ignored, "disabled": disabled}
+
+
+def parameters_stay_theirs(directory: str) -> dict[str, Any]:
+    """DeepSpeed moves parameters and optimizer state itself: ours declines, with what to use instead."""
+    engine = Case(zero(3)).build(None)
+    refusals = []
+    for offload in (
+        lambda: ssdtrain.offload_parameters(engine.module, directory, {"min_nbytes": 0}, ["*"]),
+        lambda: ssdtrain.offload_optimizer(engine.optimizer, directory),
+    ):
+        try:
+            offload()
+        except (TypeError, ValueError) as error:
+            refusals.append(str(error))
+    _step(engine)  # and it trains on
+    end(engine)
+    return {"refusals": refusals, "left": [path.name for path in Path(directory).iterdir()]}
 
 
 def _attributes(engine: Any) -> list[str]:

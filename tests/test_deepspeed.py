@@ -92,7 +92,7 @@ TRAINING = """zero0 zero1 zero2 zero3 bf16_zero0 bf16_zero1 bf16_zero2 bf16_zero
 fp16_zero0 fp16_zero2 fp16_zero3 optimizer_on_cpu parameters_on_cpu""".split()
 RECOMPUTING = "recompute recompute_not_reentrant recompute_not_reentrant_zero1".split()
 LIFE = """loss_is_covered interrupted weights_stay ways_in log_and_detach dropped saved_and_resumed errors
-shared_drive""".split()
+shared_drive parameters_stay_theirs""".split()
 TRAINING_TWO = "zero0 zero1 zero2 zero3 bf16_zero3 fp16_zero2 parameters_on_cpu".split()
 RECOMPUTING_TWO = "recompute recompute_not_reentrant frozen_and_unseen".split()
 CHECKPOINTING_TWO = """checkpointing checkpointing_partitioned checkpointing_on_cpu
@@ -231,6 +231,14 @@ def test_gathered_parameters_are_freed_as_without_us(two_ranks: list[Facts]) -> 
         plain, ours = facts["gathered_memory_is_freed"]["plain"], facts["gathered_memory_is_freed"]["ours"]
         assert plain == ours
         assert plain[0] > 4 and plain[1] == 0
+
+
+@needs_deepspeed
+def test_parameters_and_optimizer_stay_deepspeeds(one_rank: Facts) -> None:
+    parameters, optimizer = one_rank["parameters_stay_theirs"]["refusals"]
+    assert "under DeepSpeed ZeRO-3: use its own offload_param" in parameters, parameters
+    assert "DeepSpeed and Megatron offload their own" in optimizer, optimizer
+    assert one_rank["parameters_stay_theirs"]["left"] == []
 
 
 @needs_deepspeed

@@ -295,6 +295,32 @@ def test_peaks_and_stays_are_told(tmp_path: Path) -> None:
     assert json.dumps(home.stats.as_dict())
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float64, torch.complex64, torch.int8, torch.bool, torch.float8_e4m3fn]
+)
+def test_every_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Frozen weights of any dtype come back to the bit; away they are NaN where there is one."""
+
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            value = torch.randint(0, 2, (64, 64)).to(torch.float32).to(dtype)
+            self.weight = nn.Parameter(value, requires_grad=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.weight.to(torch.complex64).sum().abs()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Holder(), Holder())
+    expected = model(torch.zeros(3))
+    offloaded(model, tmp_path, ["*"])
+    away = next(iter(model.parameters()))
+    if dtype.is_floating_point or dtype.is_complex:
+        assert away.to(torch.complex64 if dtype.is_complex else torch.float32).isnan().all()
+    for _ in range(2):
+        assert torch.equal(model(torch.zeros(3)), expected)
+
+
 # -- use outside the blocks --------------------------------------------------------------------------------------------
 
 
