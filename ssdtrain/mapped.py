@@ -19,17 +19,26 @@ from ssdtrain.stats import nbytes_text
 _MS_SYNC = 4
 
 
-def mapped(spec: ViewSpec, directory: str) -> torch.Tensor:
-    """Uninitialised memory of a dtype, size and strides (the offset aside), backed by a file in `directory`.
+def mapped_copy(tensor: torch.Tensor, spec: ViewSpec, directory: str | None) -> torch.Tensor:
+    """A copy of `tensor` with the dtype, size and strides of `spec`, in a file in `directory` that is mapped to memory.
 
-    The file is unlinked at once: the space is free when the tensor is gone. `settle` lets its pages go.
+    Its pages are written out and taken from this process; they come back when it is read. Without a directory it is in
+    plain memory.
+
+    The file is unlinked at once: the space is free when the tensor is gone.
 
     Raises:
         OSError: there is no room.
     """
+    if directory is None or not spec_nbytes(spec):
+        return torch.empty_strided(spec.size, spec.stride, dtype=spec.dtype).copy_(tensor)
+    copy = _mapped(spec, directory).copy_(tensor)
+    _let_go(copy.untyped_storage())
+    return copy
+
+
+def _mapped(spec: ViewSpec, directory: str) -> torch.Tensor:
     nbytes = spec_nbytes(spec)
-    if not nbytes:
-        return torch.empty(spec.size, dtype=spec.dtype)
     with tempfile.TemporaryFile(dir=directory) as file:
         try:
             os.posix_fallocate(file.fileno(), 0, nbytes)
@@ -47,13 +56,11 @@ def mapped(spec: ViewSpec, directory: str) -> torch.Tensor:
     return torch.empty(0, dtype=spec.dtype).set_(storage, 0, spec.size, spec.stride)
 
 
-def settle(tensor: torch.Tensor) -> None:
-    """Writes the pages of a mapped tensor out and takes them from this process; they come back when it is read."""
-    storage = tensor.untyped_storage()
-    if storage.nbytes():
-        address, length = ctypes.c_void_p(storage.data_ptr()), ctypes.c_size_t(storage.nbytes())
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.msync(address, length, _MS_SYNC):
-            number = ctypes.get_errno()
-            raise OSError(number, f"Expected to write a state dict out, got {os.strerror(number)}")
-        libc.madvise(address, length, mmap.MADV_DONTNEED)
+def _let_go(storage: torch.UntypedStorage) -> None:
+    """Of a mapping of its own: on other memory this would lose what is there."""
+    address, length = ctypes.c_void_p(storage.data_ptr()), ctypes.c_size_t(storage.nbytes())
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.msync(address, length, _MS_SYNC):
+        number = ctypes.get_errno()
+        raise OSError(number, f"Expected to write a state dict out, got {os.strerror(number)}")
+    libc.madvise(address, length, mmap.MADV_DONTNEED)

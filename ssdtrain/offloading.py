@@ -65,7 +65,7 @@ def offload_activations(
 
 def offload_parameters(
     module: torch.nn.Module,
-    directory: Directories | ParameterOffload | OffloadedOptimizer,
+    directory: Directories | ParameterOffload | OffloadedOptimizer | None,
     policy: ParameterPolicy | Mapping[str, Any] | None = None,
     blocks: Sequence[str] | None = None,
 ) -> torch.nn.Module:
@@ -81,7 +81,7 @@ def offload_parameters(
             from `load_state_dict` or `load_safetensors`, one after the other: so a model may be larger than memory.
         directory: where the spill files go, on a fast local drive; several are striped. They are unlinked at once. Or
             what is offloaded already, `parameter_offload(module)` or an offloaded optimizer: both then share its engine
-            and staging memory, and its policy's bounds.
+            and staging memory, and its policy's bounds. None: pinned host memory only, for what is on an accelerator.
         policy: a `ParameterPolicy` or a mapping with its fields.
         blocks: names of modules, or patterns such as ``"encoder.layers.*"``; by default the repeated layers.
 
@@ -118,7 +118,7 @@ def parameter_offload(module: torch.nn.Module) -> ParameterOffload:
 
 def offload_optimizer(
     optimizer: torch.optim.Optimizer,
-    directory: Directories | ParameterOffload | OffloadedOptimizer,
+    directory: Directories | ParameterOffload | OffloadedOptimizer | None,
     policy: OptimizerPolicy | Mapping[str, Any] | None = None,
 ) -> torch.optim.Optimizer:
     """Keeps an optimizer's state on the drive; a step pages through it, a few parameters at a time.
@@ -132,7 +132,7 @@ def offload_optimizer(
             more but through what is returned. On the CPU, ``fused=True`` is the fastest.
         directory: where the spill files go, on a fast local drive; several are striped. They are unlinked at once. Or
             what is offloaded already, `parameter_offload(module)` or an offloaded optimizer: both then share its engine
-            and staging memory, and its policy's bounds.
+            and staging memory, and its policy's bounds. None: pinned host memory only, for what is on an accelerator.
         policy: an `OptimizerPolicy` or a mapping with its fields.
 
     Returns:
@@ -155,12 +155,12 @@ def offload_optimizer(
     return OffloadedOptimizer(optimizer, partial(_vault, directory, chosen), chosen)
 
 
-def _vault(directory: Directories | ParameterOffload | OffloadedOptimizer, policy: StatePolicy) -> Vault:
+def _vault(directory: Directories | ParameterOffload | OffloadedOptimizer | None, policy: StatePolicy) -> Vault:
     """A new one on a drive, or that of another offload."""
     if isinstance(directory, ParameterOffload | OffloadedOptimizer):
         return directory.vault.share()
-    paths = _paths(directory)
-    unwise = check_directories(paths)
+    paths = _paths(directory) if directory is not None else []
+    unwise = check_directories(paths) if paths else []
     vault = Vault(paths, policy)
     for text in unwise:
         vault.note(text)

@@ -63,6 +63,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         gradient_pages = Pages(self._vault, StateCounters("gradients"), policy.min_nbytes)
         self._gradients = Gradients(gradient_pages, self._name)
         try:
+            self._check_devices()
             self._vault.reserve(state_nbytes, "optimizer state")
             for group in self.param_groups:
                 self._watch(group)
@@ -72,6 +73,14 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             self._unhook()
             self._vault.close()
             raise
+
+    def _check_devices(self) -> None:
+        devices = self._vault.devices()
+        for parameter in [p for group in self.param_groups for p in group["params"] if not p.is_meta]:
+            reason = devices.of(parameter)
+            if isinstance(reason, str):
+                where = "memory of the CPU or of CUDA" if self._vault.directory else "memory of an accelerator"
+                raise ValueError(f"Expected parameters in {where}, got {reason}: pass another directory or device")
 
     # -- what an optimizer has ------------------------------------------------------------------------------
 

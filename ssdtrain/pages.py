@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from ssdtrain.device import Device
-from ssdtrain.devices import Devices
 from ssdtrain.identity import ViewSpec, byte_range, view_spec
-from ssdtrain.mapped import mapped, settle
+from ssdtrain.mapped import mapped_copy
 from ssdtrain.state_stats import StateCounters
 from ssdtrain.vault import Arrival, Slot, Vault
 
@@ -35,7 +34,7 @@ class Pages:
     def __init__(self, vault: Vault, counters: StateCounters, min_nbytes: int) -> None:
         """There is none yet."""
         self._vault, self._counters, self._min_nbytes = vault, counters, min_nbytes
-        self._devices = Devices(vault.cpu, has_host_tier_only=False)
+        self._devices = vault.devices()
         self._pages: dict[torch.Tensor, dict[str, _Page]] = {}
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -97,10 +96,8 @@ class Pages:
     def mapped(self, parameter: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """A parameter's pages in files that are mapped to memory, for state dicts."""
         for key, page in self._pages.get(parameter, {}).items():
-            copy = mapped(page.spec, self._vault.directories[0])
-            copy.copy_(_tensor(self._vault.take(self._vault.read(page.slot, page.device)), page.spec))
-            settle(copy)
-            yield key, copy
+            tensor = _tensor(self._vault.take(self._vault.read(page.slot, page.device)), page.spec)
+            yield key, mapped_copy(tensor, page.spec, self._vault.directory)
 
     def drop(self, parameter: torch.Tensor) -> None:
         """Frees a parameter's pages."""

@@ -19,7 +19,7 @@ from torch.autograd.graph import register_multi_grad_hook, saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from ssdtrain.identity import ViewSpec, view_spec
-from ssdtrain.mapped import mapped, settle
+from ssdtrain.mapped import mapped_copy
 from ssdtrain.parameter_blocks import Block
 from ssdtrain.record import Resident
 from ssdtrain.residence import Residence
@@ -64,7 +64,9 @@ class _Register(dict[str, Any]):
 class Hooks:
     """All hooks of one offloaded module, but those of optimizers."""
 
-    def __init__(self, module: torch.nn.Module, uses: Uses, directory: str, check_whole: Callable[[], None]) -> None:
+    def __init__(
+        self, module: torch.nn.Module, uses: Uses, directory: str | None, check_whole: Callable[[], None]
+    ) -> None:
         """Follows the forwards of `module`; `install` follows a block. State dicts go to files in `directory`."""
         self.when_loaded: Callable[[], None] = lambda: None
         self._uses, self._directory, self._check_whole = uses, directory, check_whole
@@ -176,13 +178,10 @@ class Hooks:
         self._check_whole()
         for name, r in self._mine(module).items():
             if prefix + name in state:
-                copy = mapped(r.spec, self._directory)
                 with self._uses.lock, torch.no_grad():
                     self._uses.residences.bring([r])
-                    copy.copy_(r.view(r.spec))
+                    state[prefix + name] = mapped_copy(r.view(r.spec), r.spec, self._directory)
                     self._uses.let_go([r])
-                settle(copy)
-                state[prefix + name] = copy
 
     def _before_load(self, module: torch.nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
         mine = [r for name, r in self._mine(module).items() if prefix + name in state]

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from ssdtrain.devices import Devices
 from ssdtrain.identity import spec_nbytes, view_spec
 from ssdtrain.parameter_blocks import Block, choose_blocks, choose_parameters
 from ssdtrain.parameter_hooks import Hooks
@@ -50,7 +49,7 @@ class ParameterOffload:
         self._residences = Residences(self._vault, self._counters)
         self._uses = Uses(self._residences, self._counters, policy.prefetch_nbytes, len(chosen))
         self._lock = self._uses.lock
-        self._hooks = Hooks(module, self._uses, self._vault.directories[0], self.check_whole)
+        self._hooks = Hooks(module, self._uses, self._vault.directory, self.check_whole)
         self._hooks.when_loaded = self._forget_torn
         self._optimizer_hooks = self._watch_optimizers()
         try:
@@ -74,7 +73,7 @@ class ParameterOffload:
     # -- life ----------------------------------------------------------------------------------------------------
 
     def _settle_in(self, chosen: Mapping[str, torch.nn.Module], leaving: Mapping[str, torch.nn.Parameter]) -> None:
-        devices = Devices(self._vault.cpu, has_host_tier_only=False)
+        devices = self._vault.devices()
         names = {id(parameter): name for name, parameter in leaving.items()}
         for name, module in chosen.items():
             owners = [m for m in module.modules() if any(id(p) in names for p in m._parameters.values())]
@@ -84,7 +83,8 @@ class ParameterOffload:
                 device = devices.cpu if p.is_meta else devices.of(p)
                 if isinstance(device, str):
                     raise ValueError(
-                        f"Expected parameters in memory of the CPU or of CUDA, got {device}: {names[id(p)]}"
+                        f"Expected parameters in memory of the CPU, given a directory, or of CUDA, got {device}: "
+                        f"{names[id(p)]}"
                     )
                 residences.append(Residence(names[id(p)], p, device))
             block = Block(len(self._uses.blocks), name, module, residences)

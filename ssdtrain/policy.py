@@ -201,6 +201,10 @@ class StatePolicy(_Policy):
     disk_nbytes: Nbytes | None = Field(default=None, ge=MIN_STAGING_NBYTES)
     """Cap on spill space over all directories. None: what the drive has free."""
 
+    host_nbytes: Nbytes | None = Field(default=None, ge=0)
+    """Limit of the host tier: pinned host memory for tensors of an accelerator, used before the drive. None: nothing
+    with a directory; without one, half of the memory that is free when it opens."""
+
     engine: Literal["auto", "io_uring", "threads", "python", "kvikio"] = "auto"
     """Who executes the file requests; see `ActivationPolicy.engine`."""
 

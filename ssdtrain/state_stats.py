@@ -24,7 +24,7 @@ class StateCounters:
         self.num_prefetched = self.num_demand_reads = self.num_steps = 0
         self.written_nbytes = self.read_nbytes = 0
         self.write_busy_seconds = self.read_busy_seconds = 0.0
-        self.peak_memory_nbytes = self.peak_disk_nbytes = 0
+        self.peak_memory_nbytes = self.peak_disk_nbytes = self.peak_host_nbytes = 0
         self.waits: dict[str, float] = {}
         self.stays: dict[str, list[int]] = {}
         self.fallbacks: list[str] = []
@@ -49,6 +49,7 @@ class StateCounters:
         for name in ("written_nbytes", "read_nbytes", "write_busy_seconds", "read_busy_seconds"):
             setattr(self, name, getattr(self, name) + getattr(drive, name))
         self.peak_memory_nbytes, self.peak_disk_nbytes = drive.peak_memory_nbytes, drive.peak_disk_nbytes
+        self.peak_host_nbytes = drive.peak_host_nbytes
         self.waits, self.fallbacks = dict(drive.waits), list(drive.fallbacks)
         self.engine, self.engine_reason = drive.engine, drive.engine_reason
 
@@ -67,8 +68,9 @@ class StateCounters:
         """Charges waiting time to reads or writes."""
         self.waits[direction] = self.waits.get(direction, 0.0) + seconds
 
-    def saw(self, *, memory_nbytes: int = 0, disk_nbytes: int = 0) -> None:
+    def saw(self, *, memory_nbytes: int = 0, disk_nbytes: int = 0, host_nbytes: int = 0) -> None:
         """Moves the peaks."""
+        self.peak_host_nbytes = max(self.peak_host_nbytes, host_nbytes)
         self.peak_memory_nbytes = max(self.peak_memory_nbytes, memory_nbytes)
         self.peak_disk_nbytes = max(self.peak_disk_nbytes, disk_nbytes)
 
@@ -112,6 +114,8 @@ class StateStats:
     """Most memory of bytes on their way at once, staging included."""
     peak_disk_nbytes: int
     """Most spill space in use at once."""
+    peak_host_nbytes: int
+    """Most bytes in the host tier at once."""
     stays: Mapping[str, Skipped] = field(default_factory=lambda: MappingProxyType({}))
     """Tensors that stay in memory, by reason."""
     engine: str = ""
@@ -144,7 +148,8 @@ class StateStats:
         lines = [
             f"ssdtrain: {nbytes_text(self.away_nbytes)} of {self.what} on the drive, {self.num_away} tensors",
             f"  memory    at most {nbytes_text(self.peak_memory_nbytes)} on its way,"
-            f" spill space {nbytes_text(self.peak_disk_nbytes)}",
+            f" spill space {nbytes_text(self.peak_disk_nbytes)}"
+            + (f", host tier {nbytes_text(self.peak_host_nbytes)}" if self.peak_host_nbytes else ""),
             f"  drive     wrote {rate_text(self.written_nbytes, self.write_busy_seconds)},"
             f" read {rate_text(self.read_nbytes, self.read_busy_seconds)}",
             f"  cost      {self.wait_seconds:.3f} s waited"

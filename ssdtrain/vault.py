@@ -27,6 +27,7 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -34,10 +35,11 @@ import torch
 from torch.profiler import record_function
 
 from ssdtrain.device import Allocation, CpuDevice, Device
+from ssdtrain.devices import Devices
 from ssdtrain.engine import Read, Write
 from ssdtrain.engines import EngineChoice, fence, open_engine
 from ssdtrain.policy import StatePolicy
-from ssdtrain.space import Extent, SpillSpace
+from ssdtrain.space import Extent, HostSpace, SpillSpace, available_nbytes
 from ssdtrain.state_stats import StateCounters
 from ssdtrain.stats import nbytes_text
 
@@ -131,18 +133,39 @@ class Vault:
         self._departures: list[_Departure] = []
         self._arrivals: list[Arrival] = []
         self._held_for_next: object = None
+        self._slots: weakref.WeakSet[Slot] = weakref.WeakSet()  # that were written
         self._choice: EngineChoice = open_engine(
-            policy.engine, self.directories, policy.staging_nbytes, slab_nbytes, policy.checksum, policy.disk_nbytes
+            policy.engine,
+            self.directories,
+            policy.staging_nbytes,
+            slab_nbytes,
+            policy.checksum,
+            policy.disk_nbytes,
+            host_nbytes=_host_nbytes(policy, has_directories=bool(self.directories)),
+            device_index=Devices.gpu_index(),
         )
         self.engine = self._choice.engine
+        self._host: HostSpace | None = None
         try:
             self._space = SpillSpace(self._choice.files, slab_nbytes, self.note)
+            if self._choice.host_nbytes:
+                num_files = len(self._choice.files)
+                self._host = HostSpace(num_files, self._choice.host_nbytes, self.engine.grow_host, self.note)
         except BaseException:
             self._choice.close()
             raise
         counters.engine, counters.engine_reason = self._choice.kind, self._choice.reason
         for text in (*self._choice.fallbacks, *self._choice.shortcomings()):
             self.note(text)
+
+    @property
+    def directory(self) -> str | None:
+        """Where files of others may go; None with a host tier only."""
+        return self.directories[0] if self.directories else None
+
+    def devices(self) -> Devices:
+        """The devices that tensors may leave from."""
+        return Devices(self.cpu, has_host_tier_only=not self.directories)
 
     def share(self) -> Vault:
         """Another user: it closes when the last one closes it."""
@@ -175,14 +198,31 @@ class Vault:
             nbytes = source.nbytes()
             has_room = self._wait_for_room(nbytes)
             self._reap()
-            extents = self._space.allocate(nbytes) if has_room and nbytes else []
+            extents = self._allocate(nbytes, device) if has_room and nbytes else []
             parts = self._send(source, nbytes, extents, device)
             old = slot._parts
+            self._slots.add(slot)
             slot._parts, slot._kept, slot.nbytes = parts, None if parts or not nbytes else source, nbytes
             self._abandon(old)
             if not parts and nbytes:
                 self.note(f"no room on the drive for {slot.name}: it stays in memory")
-            self.counters.saw(disk_nbytes=self._space.peak_nbytes, memory_nbytes=self._in_memory_nbytes())
+            host_nbytes = self._host.peak_nbytes if self._host is not None else 0
+            memory_nbytes = self._in_memory_nbytes()
+            self.counters.saw(disk_nbytes=self._space.peak_nbytes, memory_nbytes=memory_nbytes, host_nbytes=host_nbytes)
+
+    def _allocate(self, nbytes: int, device: Device) -> list[Extent]:
+        """In the host tier what comes from an accelerator, while there is room; else on the drive."""
+        host = self._host.allocate(nbytes) if self._host is not None and device.driver is not None else None
+        return [host] if host is not None else self._space.allocate(nbytes)
+
+    def _release(self, extent: Extent) -> None:
+        if self._host is not None and extent.file == self._host.file:
+            self._host.release(extent)
+        else:
+            self._space.release(extent)
+
+    def _is_in_host(self, extent: Extent) -> bool:
+        return self._host is not None and extent.file == self._host.file
 
     def _send(self, source: torch.UntypedStorage, nbytes: int, extents: list[Extent], device: Device) -> list[_Part]:
         if not extents:
@@ -213,7 +253,8 @@ class Vault:
         has_room = self.engine.wait_inflight(limit, self.policy.io_timeout_seconds)
         self.counters.wait("writes", time.monotonic() - begin)
         if not has_room:
-            for file in {departure.file for departure in self._departures if not _is_done(departure)}:
+            stuck = {departure.file for departure in self._departures if not _is_done(departure)}
+            for file in stuck & set(range(len(self._choice.files))):
                 self._space.retire(file, f"after a write took more than {self.policy.io_timeout_seconds:g} s")
         return has_room
 
@@ -221,12 +262,12 @@ class Vault:
         """Gives extents back: now, or when the engine is done with them."""
         for part in parts:
             if part.write.is_done:
-                self._space.release(part.extent)
+                self._release(part.extent)
                 continue
             part.write.cancel(0)
             departure = next((d for d in self._departures if d.write is part.write), None)
             if departure is None:
-                self._space.release(part.extent)
+                self._release(part.extent)
             else:
                 departure.dead = part.extent
 
@@ -245,10 +286,10 @@ class Vault:
             return False
         if write.is_lost:
             return False  # its bytes are only there: held until the slot is written anew
-        if write.error is not None:
+        if write.error is not None and departure.file < len(self._choice.files):
             self._space.note_write_error(departure.file, write.error)
         if departure.dead is not None:
-            self._space.release(departure.dead)
+            self._release(departure.dead)
         return True
 
     def _in_memory_nbytes(self) -> int:
@@ -272,8 +313,7 @@ class Vault:
             if slot._kept is not None or not slot._parts:
                 return Arrival(slot, device, None, 0)
             self._reap()
-            file = self._choice.files[slot._parts[0].extent.file]
-            memory = device.allocate(slot.nbytes, file.memory_alignment, file.block_nbytes)
+            memory = device.allocate(slot.nbytes, self._space.memory_alignment, self._space.block_nbytes)
             stream = device.current_stream()
             arrival = Arrival(slot, device, memory, stream, num_reads=len(slot._parts))
             self._arrivals.append(arrival)
@@ -332,7 +372,7 @@ class Vault:
             number,
             f"Expected {what} ({os.strerror(number)}): {slot.name}, {extent.nbytes} bytes at offset {extent.offset}; "
             f"go back to a checkpoint: {self.checkpoint}",
-            self._space.directory(extent.file),
+            "host memory" if self._is_in_host(extent) else self._space.directory(extent.file),
         )
 
     # -- all of it -----------------------------------------------------------------------------------------------
@@ -356,6 +396,7 @@ class Vault:
         drives = {os.fstat(file.fd).st_dev: os.fstatvfs(file.fd) for file in self._choice.files}
         free = sum(d.f_bavail * d.f_frsize for d in drives.values()) + self._space.free_nbytes
         room = free if cap is None else min(free, cap - self._space.in_use_nbytes)
+        room += self._choice.host_nbytes
         if nbytes > room:
             names = ", ".join(self.directories)
             remedy = "free some space, pass another directory or more of them"
@@ -411,15 +452,33 @@ class Vault:
             self.counters.add_engine(self.engine)
             if is_quiet:
                 self._choice.close()
+                for slot in self._slots:  # their requests hold what the engine had
+                    slot._parts = []
             else:
                 self.note("the drive is stuck: memory and threads of its requests stay")
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))  # the kernel may still write to memory held here
+
+    def __del__(self) -> None:
+        """Nobody is left to close it."""
+        try:
+            self._num_users = 1
+            self.close()
+        except Exception:
+            pass
 
     def _check_usable(self) -> None:
         if os.getpid() != self._pid:
             raise RuntimeError("Expected the process that offloaded, got a forked child: offload there, or use spawn")
         if self.is_closed:
             raise RuntimeError("Expected an open offload, got one after close()")
+
+
+def _host_nbytes(policy: StatePolicy, *, has_directories: bool) -> int:
+    """The limit of the host tier, in whole pages."""
+    nbytes = policy.host_nbytes
+    if nbytes is None:
+        nbytes = 0 if has_directories else available_nbytes() // 2
+    return -(-nbytes // _PAGE) * _PAGE
 
 
 def _is_done(departure: _Departure) -> bool:

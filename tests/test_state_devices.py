@@ -17,7 +17,7 @@ from ssdtrain.simulated import SimulatedDevice
 from ssdtrain.vault import Vault
 
 
-@pytest.mark.parametrize("engine", ["io_uring", "threads", "python"])
+@pytest.mark.parametrize("engine", ["io_uring", "threads", "python", "host"])
 @pytest.mark.parametrize("how", ["after backward", "step_in_backward", "offload_gradients"])
 @pytest.mark.parametrize("kind", ["mlp", "tied", "lora"])
 def test_equal_to_the_bit(
@@ -28,8 +28,10 @@ def test_equal_to_the_bit(
     expected = adamw(trainable(plain))
     losses = train(plain, expected, 3)
     model = model_of(kind)
-    policy: dict[str, Any] = EAGER_STATE | {"engine": engine}
-    vault = Vault([str(tmp_path)], ParameterPolicy(**policy, prefetch_nbytes=40_000))
+    if engine == "host" and device_kind == "cpu":
+        pytest.skip("host memory is where the tensors are: see test_host_memory_is_no_place_for_host_memory")
+    policy: dict[str, Any] = EAGER_STATE | {"engine": "auto" if engine == "host" else engine}
+    vault = Vault([] if engine == "host" else [str(tmp_path)], ParameterPolicy(**policy, prefetch_nbytes=40_000))
     if device is not None:
         vault.cpu = device
     home = ParameterOffload(model, lambda: vault, ParameterPolicy(**policy, prefetch_nbytes=40_000), None)
@@ -41,7 +43,35 @@ def test_equal_to_the_bit(
     check_same_state(optimizer.state_dict(), expected.state_dict())
     state = {name: value.to(device_kind) if device_kind == "cuda" else value for name, value in values(model).items()}
     check_same(state, values(plain))
+    assert (home.stats.peak_host_nbytes > 0) == (engine == "host"), str(home.stats)
     optimizer.close()
     home.close()
     check_same(values(model), values(plain))
     assert isinstance(ssdtrain.offload_parameters(model, tmp_path, policy), torch.nn.Module)
+
+
+@pytest.mark.cpu_only
+def test_host_memory_is_no_place_for_host_memory(device_kind: str) -> None:
+    model = model_of("mlp")
+    with pytest.raises(ValueError, match="got in host memory already"):
+        ssdtrain.offload_parameters(model, None, EAGER_STATE)
+    with pytest.raises(ValueError, match="memory of an accelerator, got in host memory already"):
+        ssdtrain.offload_optimizer(adamw(model.parameters()), None, EAGER_STATE)
+
+
+def test_the_host_tier_first_then_the_drive(device: SimulatedDevice | None, device_kind: str, tmp_path: Path) -> None:
+    """A host tier too small for all of it: the rest is on the drive."""
+    if device_kind == "cpu":
+        pytest.skip("there is no host tier for host memory")
+    plain = model_of("mlp")
+    losses = train(plain, adamw(plain.parameters()), 3)
+    model = model_of("mlp")
+    policy = OptimizerPolicy(**EAGER_STATE, host_nbytes=100_000, chunk_nbytes=40_000)
+    vault = Vault([str(tmp_path)], policy)
+    if device is not None:
+        vault.cpu = device
+    optimizer = OffloadedOptimizer(adamw(model.parameters()), lambda: vault, policy)
+    check_same(train(model, optimizer, 3), losses)
+    stats = optimizer.stats
+    assert 50_000 < stats.peak_host_nbytes <= 102_400 and stats.written_nbytes > 0, str(stats)
+    optimizer.close()
