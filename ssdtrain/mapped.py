@@ -39,9 +39,10 @@ def mapped_copy(tensor: torch.Tensor, spec: ViewSpec, directory: str | None) -> 
 
 def _mapped(spec: ViewSpec, directory: str) -> torch.Tensor:
     nbytes = spec_nbytes(spec)
-    with tempfile.TemporaryFile(dir=directory) as file:
+    handle, path = tempfile.mkstemp(dir=directory)
+    try:
         try:
-            os.posix_fallocate(file.fileno(), 0, nbytes)
+            os.posix_fallocate(handle, 0, nbytes)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                 raise OSError(
@@ -49,10 +50,11 @@ def _mapped(spec: ViewSpec, directory: str) -> torch.Tensor:
                     f"Expected room for {nbytes_text(nbytes)} of a state dict, got {error.strerror}: free some space",
                     directory,
                 ) from error
-            os.ftruncate(file.fileno(), nbytes)
-        memory = mmap.mmap(file.fileno(), nbytes)
-    memory.madvise(mmap.MADV_SEQUENTIAL)
-    storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+            os.ftruncate(handle, nbytes)
+        storage = torch.UntypedStorage.from_file(path, shared=True, nbytes=nbytes)  # holds no descriptor
+    finally:
+        os.close(handle)
+        os.unlink(path)
     return torch.empty(0, dtype=spec.dtype).set_(storage, 0, spec.size, spec.stride)
 
 

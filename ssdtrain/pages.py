@@ -71,7 +71,9 @@ class Pages:
                 page.arrival = None
 
     def send_away(self, parameter: torch.Tensor, name: str, state: dict[str, Any]) -> None:
-        """Begins to write a parameter's state, and takes it out of `state`."""
+        """Begins to write a parameter's state, which is all in `state`, and takes it out of there."""
+        for key in [key for key in self._pages.get(parameter, {}) if not _may_leave(state.get(key), self._min_nbytes)]:
+            self._drop(self._pages[parameter].pop(key))  # the optimizer has done away with it
         for key, value in list(state.items()):
             device = self._devices.of(value) if _may_leave(value, self._min_nbytes) else ""
             if isinstance(device, str):
@@ -102,8 +104,11 @@ class Pages:
     def drop(self, parameter: torch.Tensor) -> None:
         """Frees a parameter's pages."""
         for page in self._pages.pop(parameter, {}).values():
-            self._vault.free(page.slot)
-            self._counters.go(-page.slot.nbytes, -1)
+            self._drop(page)
+
+    def _drop(self, page: _Page) -> None:
+        self._vault.free(page.slot)
+        self._counters.go(-page.slot.nbytes, -1)
 
     def forget(self) -> None:
         """Frees all of them."""

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 
 from ssdtrain.blocks import find_blocks
 from ssdtrain.residence import Residence
@@ -23,7 +22,7 @@ class Block:
 
     def __init__(self, index: int, name: str, module: torch.nn.Module, residences: list[Residence]) -> None:
         self.index, self.name, self.module, self.residences = index, name, module, residences
-        self.entered: list[saved_tensors_hooks | None] = []  # one entry for every forward that runs now
+        self.num_running = 0  # forwards
         self.seen: list[tuple[Mapping[str, Any], str, Any]] = []
 
     def remember(self) -> None:

@@ -51,7 +51,8 @@ def load_safetensors(module: torch.nn.Module, path: str | os.PathLike[str], *, s
     wanted = _tensors(module)
     names = _aliases(wanted)
     missing = [name for name, others in names.items() if not any(other in files for other in others)]
-    unknown = [name for name in files if not any(name in others for others in names.values())]
+    known = {other for others in names.values() for other in others}
+    unknown = [name for name in files if name not in known]
     if strict and (missing or unknown):
         raise ValueError(
             f"Expected a checkpoint with the names of the module, got one without {_some(missing)} and with "
@@ -63,15 +64,15 @@ def load_safetensors(module: torch.nn.Module, path: str | os.PathLike[str], *, s
             f"Expected every buffer in the checkpoint, got none for {_some(homeless)}: build buffers on the CPU, only "
             "parameters on the meta device"
         )
+    found = {name: next((other for other in others if other in files), None) for name, others in names.items()}
     with contextlib.ExitStack() as stack:
-        opened: dict[Path, Any] = {}
-        for name, others in names.items():
-            found = next((other for other in others if other in files), None)
-            if found is not None:
-                file = files[found]
-                if file not in opened:
-                    opened[file] = stack.enter_context(_open(file))
-                _fill(module, name, wanted[name], opened[file].get_tensor(found))
+        opened = {file: stack.enter_context(_open(file)) for file in set(files.values())}
+        for name, other in found.items():
+            if other is not None:
+                _check_shape(name, wanted[name], opened[files[other]].get_slice(other).get_shape())
+        for name, other in found.items():
+            if other is not None:
+                _fill(module, name, wanted[name], opened[files[other]].get_tensor(other))
 
 
 def save_safetensors(
@@ -146,9 +147,12 @@ def _aliases(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
     return {names[0]: names for names in by_id.values()}
 
 
+def _check_shape(name: str, tensor: torch.Tensor, shape: list[int]) -> None:
+    if list(tensor.shape) != list(shape):
+        raise ValueError(f"Expected {name} of shape {list(tensor.shape)}, got {list(shape)} in the checkpoint")
+
+
 def _fill(module: torch.nn.Module, name: str, tensor: torch.Tensor, value: torch.Tensor) -> None:
-    if tensor.shape != value.shape:
-        raise ValueError(f"Expected {name} of shape {list(tensor.shape)}, got {list(value.shape)} in the checkpoint")
     home = getattr(tensor, "_ssdtrain_home", None)
     if isinstance(home, ParameterOffload):
         home.fill(tensor, value)

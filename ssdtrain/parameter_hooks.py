@@ -10,6 +10,7 @@ block's outputs bring it a little earlier, for custom functions that keep a para
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -61,6 +62,13 @@ class _Register(dict[str, Any]):
         )
 
 
+class _Running(threading.local):
+    """Forwards that run in this thread, of the module (None) and of blocks, with what takes what autograd saves."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[Block | None, saved_tensors_hooks | None]] = []
+
+
 class Hooks:
     """All hooks of one offloaded module, but those of optimizers."""
 
@@ -68,9 +76,9 @@ class Hooks:
         self, module: torch.nn.Module, uses: Uses, directory: str | None, check_whole: Callable[[], None]
     ) -> None:
         """Follows the forwards of `module`; `install` follows a block. State dicts go to files in `directory`."""
-        self.when_loaded: Callable[[], None] = lambda: None
+        self.when_loaded: Callable[[list[Residence]], None] = lambda _: None
         self._uses, self._directory, self._check_whole = uses, directory, check_whole
-        self._entered: list[saved_tensors_hooks | None] = []  # one entry for every forward of the module
+        self._running = _Running()
         self._loading: dict[torch.nn.Module, list[Residence]] = {}
         self._idle_counters = Counters()
         self._handles: list[Any] = [
@@ -106,30 +114,46 @@ class Hooks:
     # -- forward -------------------------------------------------------------------------------------------------------
 
     def _before_module(self, module: torch.nn.Module, args: Any) -> None:
+        if not is_in_backward():
+            self._leave_until(None)  # Ctrl-C in an earlier forward: PyTorch runs no hooks after it
         self._uses.begin_forward()
-        self._entered.append(self._enter())
+        self._running.entries.append((None, self._enter()))
 
     def _after_module(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        if self._entered:
-            _leave(self._entered.pop())
-            self._uses.end_forward()
+        if self._running.entries:
+            self._leave_until(None)
 
     def _before_block(self, block: Block, module: torch.nn.Module, args: Any) -> None:
         block.check()
         self._uses.use(block)
-        block.entered.append(self._enter())
+        block.num_running += 1
+        self._running.entries.append((block, self._enter()))
 
     def _after_block(self, block: Block, module: torch.nn.Module, args: Any, output: Any) -> None:
-        if not block.entered:  # its forward never began
+        if not any(entry[0] is block for entry in self._running.entries):  # its forward never began
             return
-        _leave(block.entered.pop())
-        if block.entered or is_in_backward():
+        self._leave_until(block)
+        if block.num_running or is_in_backward():
             return
         if torch.is_grad_enabled():
-            needing = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.requires_grad]
+            needing = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.grad_fn is not None]
             if needing:
                 register_multi_grad_hook(needing, lambda _: self._uses.use(block), mode="any")
         self._uses.leave(block)
+
+    def _leave_until(self, last: Block | None) -> None:
+        """Ends forwards of this thread, the latest first, up to one of `last`, or of the module."""
+        entries = self._running.entries
+        while entries:
+            block, hooks = entries.pop()
+            if hooks is not None and (top := innermost_hooks()) is not None and top[0] is hooks.pack_hook:
+                hooks.__exit__()
+            if block is None:
+                self._uses.end_forward()
+            else:
+                block.num_running -= 1
+            if block is last:
+                break
 
     def _enter(self) -> saved_tensors_hooks | None:
         """Takes what autograd saves of our parameters from here on, unless we do already."""
@@ -146,7 +170,7 @@ class Hooks:
     def _pack(self, outer: Callable[[torch.Tensor], Any], tensor: torch.Tensor) -> Any:
         found = self._uses.residences.by_storage.get(_storage_address(tensor))
         if found is not None:
-            return _Saved(found, view_spec(tensor), tensor._version, None)
+            return _Saved(found, view_spec(tensor), found.parameter._version, None)
         original = _autocast_source(tensor)
         for residence in self._uses.find([original]) if original is not None else ():
             return _Saved(residence, view_spec(tensor), residence.parameter._version, tensor.dtype)
@@ -183,8 +207,15 @@ class Hooks:
                     state[prefix + name] = mapped_copy(r.view(r.spec), r.spec, self._directory)
                     self._uses.let_go([r])
 
-    def _before_load(self, module: torch.nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
-        mine = [r for name, r in self._mine(module).items() if prefix + name in state]
+    def _before_load(
+        self, module: torch.nn.Module, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], *_: Any
+    ) -> None:
+        mine = [r for name, r in self._mine(module).items() if _fits(r, state.get(prefix + name))]
+        if mine and metadata.get("assign_to_params_buffers"):
+            raise RuntimeError(
+                f"Expected load_state_dict(assign=False) where parameters are offloaded, got assign=True for "
+                f"{mine[0].name}, which has to stay the same object"
+            )
         with self._uses.lock:
             for r in mine:
                 if not r.is_valid:
@@ -197,12 +228,11 @@ class Hooks:
             mine = self._loading.pop(module, [])
             self._uses.residences.note_changed(mine)
             self._uses.let_go(mine)
-            self.when_loaded()
+            self.when_loaded(mine)
 
 
-def _leave(hooks: saved_tensors_hooks | None) -> None:
-    if hooks is not None:
-        hooks.__exit__()
+def _fits(r: Residence, value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.shape == r.spec.size
 
 
 def _release(saved: Resident) -> torch.Tensor:

@@ -22,7 +22,7 @@ from ssdtrain.policy import ParameterPolicy
 from ssdtrain.residence import Residence, Residences
 from ssdtrain.state_stats import StateCounters, StateStats
 from ssdtrain.uses import Uses
-from ssdtrain.vault import Vault
+from ssdtrain.vault import StateLostError, Vault
 
 _ATTRIBUTE = "_ssdtrain_parameters"
 
@@ -42,6 +42,8 @@ class ParameterOffload:
         self._module = module
         self._counters = StateCounters("parameters")
         self._torn = ""  # what was interrupted
+        self._stale: set[Residence] = set()  # since then not loaded
+        self._stepping: list[Residence] = []  # pinned for a plain optimizer
         self._is_closed = False
         chosen = choose_blocks(module, names)
         leaving = choose_parameters(module, chosen, policy.min_nbytes, self._counters)
@@ -50,7 +52,7 @@ class ParameterOffload:
         self._uses = Uses(self._residences, self._counters, policy.prefetch_nbytes, len(chosen))
         self._lock = self._uses.lock
         self._hooks = Hooks(module, self._uses, self._vault.directory, self.check_whole)
-        self._hooks.when_loaded = self._forget_torn
+        self._hooks.when_loaded = self._note_loaded
         self._optimizer_hooks = self._watch_optimizers()
         try:
             self._vault.reserve(sum(spec_nbytes(view_spec(p)) for p in leaving.values()), "parameters")
@@ -103,17 +105,26 @@ class ParameterOffload:
         with self._lock:
             if self._is_closed:
                 return
-            self._is_closed = True
-            self._residences.bring(self._uses)
+            lost: StateLostError | None = None
+            for r in self._uses:
+                try:
+                    if r.is_valid:
+                        self._residences.bring([r])
+                except StateLostError as error:
+                    lost = lost or error
             for handle in self._optimizer_hooks:
                 handle.remove()
             self._hooks.remove()
             for r in self._uses:
                 del r.parameter._ssdtrain_home  # type: ignore[attr-defined]
+                self._vault.free(r.slot)
             self._uses.clear()
             if vars(self._module).get(_ATTRIBUTE) is self:
                 del self._module.__dict__[_ATTRIBUTE]
+            self._is_closed = True
             self._vault.close()
+        if lost is not None:
+            raise lost
 
     @property
     def stats(self) -> StateStats:
@@ -132,19 +143,23 @@ class ParameterOffload:
             OSError: it could not take some of it, which is in memory.
         """
         with self._lock:
-            self._residences.leave(self._uses)
+            self._residences.write(self._uses)
             self._vault.flush()
+            self._uses.dismiss_idle()
 
     def note_checkpoint(self, text: str) -> None:
         """Says which checkpoint to go back to, for messages of lost bytes."""
         self._vault.checkpoint = text
 
     def note_torn(self, what: str) -> None:
-        """Says that some parameters were updated and others not: until a checkpoint is loaded, none is taken."""
+        """Says that some parameters were updated and others not: until all are loaded, none is saved. Empty: not so."""
         self._torn = what
+        self._stale = set(self._uses) if what else set()
 
-    def _forget_torn(self) -> None:
-        self._torn = ""
+    def _note_loaded(self, residences: Iterable[Residence]) -> None:
+        self._stale.difference_update(residences)
+        if not self._stale:
+            self._torn = ""
 
     def check_whole(self) -> None:
         """Raises when a step was interrupted."""
@@ -208,9 +223,9 @@ class ParameterOffload:
         with self._lock, torch.no_grad():
             (r,) = self._uses.find([parameter])
             self._residences.accept(r)
-            r.view(r.spec).copy_(value)
+            r.parameter.copy_(value)  # not its memory alone: a graph that has saved it learns of the change
             self._residences.note_changed([r])
-            self._torn = ""
+            self._note_loaded([r])
             self._uses.let_go([r])
 
     def _unpin(self, residences: Iterable[Residence]) -> None:
@@ -231,25 +246,31 @@ class ParameterOffload:
             if offload is not None and not getattr(optimizer, "pages_parameters", False):
                 offload._after_step()
 
-        return [
-            register_optimizer_step_pre_hook(before),
-            register_optimizer_step_post_hook(after),
-        ]
+        handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+        for handle in handles:
+            weakref.finalize(self, handle.remove)
+        return handles
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         with self._lock:
-            parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            mine = self._uses.find(parameters)
+            self._after_step()  # of a step that raised
+            mine = self._uses.find(p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
             if mine:
                 self._vault.note(
                     f"{type(optimizer).__name__} updates all parameters at once: they are in memory during its step; "
                     "ssdtrain.offload_optimizer() pages through them"
                 )
-                self._uses.invite(mine)
-                self._residences.note_changed(mine)
+                for r in mine:  # with or without a gradient yet: its closure may compute them
+                    r.num_pins += 1
+                self._stepping = mine
+                self._residences.bring(mine)
 
     def _after_step(self) -> None:
-        self._uses.send_visitors_home()
+        with self._lock:
+            self._residences.note_changed(self._stepping)
+            self._unpin(self._stepping)
+            self._uses.let_go(self._stepping)
+            self._stepping = []
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -95,7 +95,21 @@ def narrowed(
 
 
 def _scalars(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    return {name: value for name, value in vars(optimizer).items() if isinstance(value, int | float)}
+    """What an optimizer keeps beside the state of its parameters."""
+    own = {
+        name: _fingerprint(value) for name, value in vars(optimizer).items() if name not in ("state", "param_groups")
+    }
+    shared = {key: _fingerprint(value) for key, value in optimizer.state.items() if not isinstance(key, torch.Tensor)}
+    return own | {"state": shared}
+
+
+def _fingerprint(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return id(value), value._version
+    if isinstance(value, dict | list | tuple):
+        entries = value.values() if isinstance(value, dict) else value
+        return len(value), [_fingerprint(entry) for entry in entries if isinstance(entry, int | float | torch.Tensor)]
+    return value if isinstance(value, int | float | str) else id(value)
 
 
 def _has_changed(group: Mapping[str, Any], part: Mapping[str, Any]) -> bool:

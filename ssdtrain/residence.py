@@ -45,12 +45,14 @@ class Residence:
         self.storage: torch.UntypedStorage | None = None
         self.num_pins = 0  # it does not leave while somebody holds it
         self.is_valid = not parameter.is_meta  # false: without bytes until a checkpoint is loaded
+        self._shown: torch.UntypedStorage | None = None  # what the parameter was last given
         self.torch_device = torch.device("cpu") if parameter.is_meta else parameter.device
         if self.is_valid:
             self.show(whole.untyped_storage())
         else:
             empty = torch.nn.Parameter(self._poison(), requires_grad=parameter.requires_grad)
             torch.utils.swap_tensors(parameter, empty)
+            self._shown = parameter.untyped_storage()
 
     def view(self, spec: ViewSpec) -> torch.Tensor:
         """A view of its memory, with a version counter of its own."""
@@ -60,13 +62,26 @@ class Residence:
 
     def show(self, storage: torch.UntypedStorage) -> None:
         """The parameter has this memory."""
-        self.storage = storage
+        self.storage = self._shown = storage
         self.parameter.data = self.view(self.spec)
 
     def hide(self) -> None:
         """The parameter has no memory, see [Note: what a parameter is while it is away]."""
-        self.parameter.data = self._poison()
-        self.storage = None
+        poison = self._poison()
+        self.parameter.data = poison
+        self.storage, self._shown = None, poison.untyped_storage()
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether somebody has given the parameter other data (`parameter.data = ...`)."""
+        return self._shown is not None and self.parameter.untyped_storage()._cdata != self._shown._cdata
+
+    def take_over(self) -> None:
+        """Makes the data that somebody gave it its own."""
+        whole = self.parameter.data if _is_whole(self.parameter) else self.parameter.data.clone()
+        self.spec = view_spec(whole)._replace(storage_offset=0)
+        self.nbytes, self.version, self.arrival, self.is_valid = spec_nbytes(self.spec), -1, None, True
+        self.show(whole.untyped_storage())
 
     def _poison(self) -> torch.Tensor:
         """All bits set: NaN in every floating point format, -1 or the largest number in integers."""
@@ -95,7 +110,7 @@ class Residences:
         """Begins to read what is away; how many those are."""
         num_begun = 0
         for r in residences:
-            if r.storage is None and r.arrival is None and r.is_valid:
+            if r.storage is None and r.arrival is None and r.is_valid and not r.is_replaced:
                 r.arrival = self.vault.read(r.slot, r.device)
                 num_begun += 1
         return num_begun
@@ -112,6 +127,10 @@ class Residences:
             StateLostError: the drive does not have the bytes any more.
             RuntimeError: one has never been given any.
         """
+        residences = list(residences)
+        for r in residences:
+            if r.is_replaced:
+                self._adopt_replaced(r)
         missing = [r for r in residences if r.storage is None]
         if not missing:
             return
@@ -145,14 +164,31 @@ class Residences:
         for r in residences:
             r.version = -1
 
-    def leave(self, residences: Iterable[Residence]) -> None:
-        """Sends them away; what has changed is written, and its memory lives until that is copied."""
+    def _adopt_replaced(self, r: Residence) -> None:
+        if r.storage is not None:
+            self.by_storage.pop(r.storage._cdata, None)
+        r.take_over()
+        self.adopt(r)
+
+    def write(self, residences: Iterable[Residence]) -> None:
+        """Writes what has changed; it stays in memory, and may not change before it is copied."""
         for r in residences:
-            if r.storage is None or r.num_pins:
+            if r.is_replaced:
+                self._adopt_replaced(r)
+            if r.storage is None:
                 continue
             version = r.parameter._version
             if version != r.version or not r.slot.is_filled:
                 self.vault.write(r.slot, r.storage, r.device)
                 r.version = version
+
+    def leave(self, residences: Iterable[Residence]) -> None:
+        """Sends them away; what has changed is written, and its memory lives until that is copied."""
+        for r in residences:
+            if r.num_pins:
+                continue
+            self.write([r])
+            if r.storage is None:
+                continue
             self.by_storage.pop(r.storage._cdata, None)  # first: the address may be another storage's then
             r.hide()

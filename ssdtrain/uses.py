@@ -7,9 +7,10 @@ In forward after its forward, unless it is the next one needed. In backward when
 since: autograd runs operators in the reverse order of forward, but one of another block may come in between.
 
 [Note: visitors]
-A parameter that somebody takes out of a block that does not run comes alone. Within a forward of the module what
-autograd saves of it is ours, so it may leave when the next block is needed. Elsewhere autograd may have saved the
-parameter itself: it stays until the second forward from then begins, when that graph has been used.
+A parameter that somebody takes out of a block that does not run comes alone, and counts as changed: perhaps it is,
+through `.data`. Within a forward of the module what autograd saves of it is ours, and its whole block comes, to leave
+as blocks do. Elsewhere autograd may have saved the parameter itself: it stays until the second forward from then
+begins, when that graph has been used.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Uses:
         self._prefetch_nbytes = prefetch_nbytes
         self._order = UseOrder(num_blocks)
         self._active: list[Block] = []  # the latest last
-        self._visitors: list[tuple[Residence, int]] = []  # and the forward with which they leave
+        self._visitors: dict[Residence, int] = {}  # and the forward with which they leave
         self._num_forwards = 0
         self._num_running = 0  # forwards of the whole module
 
@@ -60,7 +61,7 @@ class Uses:
 
     def clear(self) -> None:
         """Knows no block any more."""
-        self.blocks, self._by_id, self._active, self._visitors = [], {}, [], []
+        self.blocks, self._by_id, self._active, self._visitors = [], {}, [], {}
 
     # -- blocks --------------------------------------------------------------------------------------------------------
 
@@ -77,6 +78,8 @@ class Uses:
         """`block` is needed now: it comes, others go, the next ones are read ahead."""
         is_backward = is_in_backward()
         with self.lock:
+            if block not in self.blocks:  # closed meanwhile: all is in memory
+                return
             if is_backward and self._active and self._active[-1] is block:
                 self.residences.bring(block.residences)
                 return
@@ -101,8 +104,15 @@ class Uses:
             if next(self._order.upcoming(), None) != block.index:
                 self._dismiss([block])
 
+    def dismiss_idle(self) -> None:
+        """Blocks that do not run leave, and whatever is no guest."""
+        with self.lock:
+            if not is_in_backward():
+                self._dismiss(list(self._active))
+            self.let_go(self)
+
     def _dismiss(self, blocks: Sequence[Block]) -> None:
-        gone = [block for block in blocks if not block.entered]
+        gone = [block for block in blocks if not block.num_running]
         self._active = [block for block in self._active if block not in gone]
         self.let_go(r for block in gone for r in block.residences)
 
@@ -117,7 +127,7 @@ class Uses:
             if room < 0:
                 break
             wanted.append(block)
-        self.residences.forget(r for b in self.blocks if b not in wanted and not b.entered for r in b.residences)
+        self.residences.forget(r for b in self.blocks if b not in wanted and not b.num_running for r in b.residences)
         for block in wanted:
             self._counters.num_prefetched += self.residences.fetch(block.residences)
 
@@ -126,36 +136,37 @@ class Uses:
     def visit(self, parameter: torch.Tensor) -> None:
         """Somebody takes a parameter out of its module."""
         known = self._by_id.get(id(parameter))
-        if known is None or known[1].entered:
+        if known is None or known[1].num_running:
             return
-        if is_in_backward():
+        if is_in_backward() or self._num_running > 0:
             self.use(known[1])
             return
-        is_safe = self._num_running > 0 or not torch.is_grad_enabled()
-        self.invite([known[0]], 0 if is_safe else 2)
+        self.invite([known[0]], 2 if torch.is_grad_enabled() else 0)
+        self.residences.note_changed([known[0]])  # through `.data`, perhaps
 
     def invite(self, residences: Sequence[Residence], num_forwards: int = 0) -> None:
         """Brings parameters for a visit, until so many forwards have begun and a block is needed."""
         with self.lock:
-            self._visitors += [(r, self._num_forwards + num_forwards) for r in residences]
+            until = self._num_forwards + num_forwards
+            self._visitors |= {r: max(until, self._visitors.get(r, 0)) for r in residences}
             self.residences.bring(residences)
 
     def send_visitors_home(self) -> None:
         """Those whose time is over leave."""
         with self.lock:
-            staying = [entry for entry in self._visitors if entry[1] > self._num_forwards]
-            leaving, self._visitors = [r for r, until in self._visitors if until <= self._num_forwards], staying
-            kept = {r for r, _ in staying}
-            self.let_go([r for r in leaving if r not in kept])
+            leaving = [r for r, until in self._visitors.items() if until <= self._num_forwards]
+            for r in leaving:
+                del self._visitors[r]
+            self.let_go(leaving)
 
     def let_go(self, residences: Iterable[Residence]) -> None:
         """These leave, unless their block is in use or they are on a visit."""
         with self.lock:
-            guests = {r for r, _ in self._visitors}
-            self.residences.leave(r for r in residences if r not in guests and not self._is_in_use(r))
+            self.residences.leave([r for r in residences if r not in self._visitors and not self._is_in_use(r)])
 
     def _is_in_use(self, r: Residence) -> bool:
-        return self._by_id[id(r.parameter)][1] in self._active
+        known = self._by_id.get(id(r.parameter))
+        return known is None or known[1] in self._active or known[1].num_running > 0
 
 
 def is_in_backward() -> bool:
