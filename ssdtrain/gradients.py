@@ -31,13 +31,15 @@ class Gradients:
     def take(self, parameter: torch.Tensor) -> None:
         """Backward has computed one: it is added to what is there and goes to the drive."""
         assert parameter.grad is not None
+        if parameter.grad.layout is not torch.strided:
+            return  # a sparse one is small: it stays
         state: dict[str, Any] = {_KEY: parameter.grad.detach()}
         if parameter in self._pages:
             self._pages.bring(parameter, state)
             state[_KEY].add_(parameter.grad)
         self._norms[parameter] = torch.linalg.vector_norm(state[_KEY])
         self._pages.send_away(parameter, self._name_of(parameter), state)
-        parameter.grad = state.get(_KEY)  # a small one stays
+        parameter.grad = None
 
     def fetch(self, parameter: torch.Tensor) -> int:
         """Begins to read one back; how many reads."""
@@ -46,6 +48,11 @@ class Gradients:
     def give_back(self, parameter: torch.Tensor) -> None:
         """Has one in memory, clipped, for the optimizer."""
         state: dict[str, Any] = {}
+        if parameter.grad is not None and parameter in self._pages:
+            raise RuntimeError(
+                f"Expected the gradient of {self._name_of(parameter)} on the drive only, got another one in .grad: "
+                "call optimizer.zero_grad() before setting it"
+            )
         self._pages.bring(parameter, state)
         if state:
             parameter.grad = state[_KEY]
@@ -68,9 +75,19 @@ class Gradients:
             self._norms.pop(parameter, None)
 
     def finish_step(self) -> None:
-        """The step is over: no factor is left."""
+        """The step is over, or will not be: no factor is left."""
         self._factor = None
+
+    def close(self) -> None:
+        """Brings all of them back to their parameters."""
+        for parameter in self._pages:
+            self.give_back(parameter)
+        self._pages.forget()
 
 
 def _norm(parameter: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(parameter.grad) if parameter.grad is not None else torch.tensor(0.0)
+    grad = parameter.grad
+    if grad is None:
+        return torch.tensor(0.0)
+    norm: torch.Tensor = torch.linalg.vector_norm(grad if grad.layout is torch.strided else grad.coalesce().values())
+    return norm

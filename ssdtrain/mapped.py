@@ -10,6 +10,7 @@ import errno
 import mmap
 import os
 import tempfile
+from typing import Any
 
 import torch
 
@@ -51,7 +52,7 @@ def _mapped(spec: ViewSpec, directory: str) -> torch.Tensor:
                     directory,
                 ) from error
             os.ftruncate(handle, nbytes)
-        storage = torch.UntypedStorage.from_file(path, shared=True, nbytes=nbytes)  # holds no descriptor
+        storage: Any = torch.UntypedStorage.from_file(path, shared=True, nbytes=nbytes)  # holds no descriptor
     finally:
         os.close(handle)
         os.unlink(path)

@@ -17,14 +17,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.profiler import record_function
 
 from ssdtrain.gradients import Gradients
 from ssdtrain.pages import Pages
-from ssdtrain.plain_optimizer import check, load_part, narrowed, plain_step, predict_state_nbytes
+from ssdtrain.plain_optimizer import check, load_part, narrowed, plain_step, predict_state_nbytes, take_over
 from ssdtrain.policy import OptimizerPolicy
 from ssdtrain.state_stats import StateCounters, StateStats
-from ssdtrain.vault import Vault
+from ssdtrain.vault import StateLostError, Vault
 
 _AHEAD = 2  # chunks whose state is read before their turn
 _MAX_AHEAD = 64  # parameters
@@ -46,9 +47,12 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._names: dict[torch.Tensor, str] = {}
         self._torn = ""  # what was interrupted, see [Note: a step that was interrupted]
         self._is_closed = False
+        self._is_aborted = False  # that step will never be whole
         self._group_of: dict[torch.Tensor, int] = {}
         self._updated: set[torch.Tensor] = set()  # in backward, since the last step
-        self._arrived: list[torch.Tensor] = []  # with a gradient, in backward, not updated yet
+        self._arrived: dict[torch.Tensor, None] = {}  # with a gradient, in backward, not updated yet
+        self._backwards: set[int] = set()  # that began and are not over
+        self._hooked: set[torch.Tensor] = set()
         self._last_order: list[torch.Tensor] = []
         self._order: list[torch.Tensor] = []  # of gradients, in this step; before: in the last
         self._position: dict[torch.Tensor, int] = {}
@@ -56,23 +60,33 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._handles: list[Any] = []
         hooks = {name: value for name, value in vars(optimizer).items() if name.endswith("_hooks")}
         self.__setstate__({"defaults": optimizer.defaults, **hooks})
-        optimizer.pages_parameters = True  # type: ignore[attr-defined]  # its own step may run hooks of all optimizers
         state_nbytes = predict_state_nbytes(optimizer, policy.min_nbytes)
+        self._check_alone()
         self._vault = open_vault()
         self._pages = Pages(self._vault, self._counters, policy.min_nbytes)
-        gradient_pages = Pages(self._vault, StateCounters("gradients"), policy.min_nbytes)
-        self._gradients = Gradients(gradient_pages, self._name)
+        self._gradients = Gradients(Pages(self._vault, StateCounters("gradients"), 1), self._name)
         try:
             self._check_devices()
             self._vault.reserve(state_nbytes, "optimizer state")
-            for group in self.param_groups:
-                self._watch(group)
-            for parameter in [p for group in self.param_groups for p in group["params"]]:
+            self._regroup()
+            for parameter in self._group_of:
                 self._send_away(parameter)
         except BaseException:
+            for parameter in self._pages:
+                self._pages.bring(parameter, optimizer.state[parameter])
             self._unhook()
             self._vault.close()
             raise
+        self._release = take_over(optimizer)
+
+    def _check_alone(self) -> None:
+        """Replicas add up gradients after backward has computed them: too late for what happens in backward."""
+        mode = next((m for m in ("step_in_backward", "offload_gradients") if getattr(self.policy, m)), None)
+        if mode and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise ValueError(
+                f"Expected {mode}=False in a job of several processes, got True: gradients are averaged after it has "
+                "taken them, and replicas would drift apart"
+            )
 
     def _check_devices(self) -> None:
         devices = self._vault.devices()
@@ -96,6 +110,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     @property
     def state(self) -> Mapping[torch.Tensor, dict[str, Any]]:  # type: ignore[override]
         """State by parameter, read from the drive when it is looked at. What is changed in it is not kept."""
+        self._check_open()
         return _StateView(self)
 
     def __getattr__(self, name: str) -> Any:
@@ -113,7 +128,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """See `torch.optim.Optimizer.add_param_group`."""
         self._inner.add_param_group(param_group)
-        self._watch(self.param_groups[-1])
+        self._regroup()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient, see `torch.optim.Optimizer.step`.
@@ -125,32 +140,52 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         if closure is not None and self.policy.step_in_backward:
             raise ValueError("Expected no closure with step_in_backward, which updates during the closure's backward")
         self._check_open()
+        self._regroup()
+        self._end_backwards()
         self._check_whole(in_step=True)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad(), record_function("ssdtrain::optimizer_step"):
-            chunks = self._chunks([p for p in self._group_of if p in self._gradients])
-            for i, chunk in enumerate(chunks):
-                for parameter in [p for ahead in chunks[i : i + 1 + _AHEAD] for p in ahead]:
-                    self._fetch(parameter)
-                if self.policy.step_in_backward or self.policy.offload_gradients:
-                    self._update_and_free(chunk)
-                else:
-                    self._update(chunk)
+            try:
+                self._update_all([p for p in self._group_of if p in self._gradients])
+            except BaseException:
+                self._is_aborted = bool(self._torn)
+                raise
         self._finish_step()
         return loss
 
+    def _update_all(self, parameters: Iterable[torch.Tensor]) -> None:
+        chunks = self._chunks(parameters)
+        for i, chunk in enumerate(chunks):
+            for parameter in [p for ahead in chunks[i : i + 1 + _AHEAD] for p in ahead]:
+                self._fetch(parameter)
+            if self.policy.step_in_backward or self.policy.offload_gradients:
+                self._update_and_free(chunk)
+            else:
+                self._update(chunk)
+
     def _finish_step(self) -> None:
-        self._torn = ""
         self._counters.num_steps += 1
         self._inner._opt_called = True  # type: ignore[attr-defined]  # for schedulers that were made with it
-        self._updated, self._arrived = set(), []
-        self._gradients.finish_step()
+        self._note_torn("")
         if self._order:
             self._last_order, self._order = self._order, []
             self._position = {p: i + 1 for i, p in enumerate(self._last_order)}
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Nothing of a step has happened."""
+        self._updated, self._arrived, self._order, self._backwards = set(), {}, [], set()
+        self._gradients.finish_step()
+
+    def _note_torn(self, what: str) -> None:
+        """From here on the step is not whole; empty: it is."""
+        self._torn = what
+        homes = (getattr(p, "_ssdtrain_home", None) for p in self._group_of)
+        for home in {id(h): h for h in homes if h is not None}.values():
+            home.note_torn(what)
 
     # -- one step, chunk by chunk ---------------------------------------------------------------------------
 
@@ -184,14 +219,10 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         with contextlib.ExitStack() as stack:
             for home in homes.values():
                 stack.enter_context(home.in_memory(chunk))
-            self._torn = self._torn or f"step {self._counters.num_steps + 1}, which began with {self._name(chunk[0])}"
-            try:
-                with narrowed(self._inner, self._by_group(chunk), self._scaler()):
-                    plain_step(self._inner)
-            except BaseException:
-                for home in homes.values():
-                    home.note_torn(self._torn)
-                raise
+            if not self._torn:
+                self._note_torn(f"step {self._counters.num_steps + 1}, which began with {self._name(chunk[0])}")
+            with narrowed(self._inner, self._by_group(chunk), self._scaler()):
+                plain_step(self._inner)
         for parameter in chunk:
             self._send_away(parameter)
 
@@ -203,17 +234,31 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def _scaler(self) -> dict[str, Any]:
         """What a GradScaler told this optimizer: fused ones unscale by themselves."""
-        return {name: value for name, value in vars(self).items() if name in ("grad_scale", "found_inf")}
+        found = {name: value for name, value in vars(self).items() if name in ("grad_scale", "found_inf")}
+        if found and (self.policy.step_in_backward or self.policy.offload_gradients):
+            raise RuntimeError("Expected no GradScaler with step_in_backward or offload_gradients, got its scale")
+        return found
 
     def _send_away(self, parameter: torch.Tensor) -> None:
-        state = self._inner.state.get(parameter)
-        if state:
+        state = self._inner.state.get(parameter, {})
+        if state or parameter in self._pages:
             self._pages.send_away(parameter, self._name(parameter), state)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """See `torch.optim.Optimizer.zero_grad`; gradients on the drive are dropped."""
+        self._check_open()
+        self._regroup()
+        self._end_backwards()
         self._gradients.forget(self._group_of)
+        if not self._updated:
+            self._begin_anew()
         super().zero_grad(set_to_none)
+
+    def _end_backwards(self) -> None:
+        """What began and is not over by now has raised."""
+        if self._backwards and self._updated:
+            self._is_aborted = True
+        self._backwards = set()
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
@@ -255,23 +300,37 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """A gradient is complete: it leaves, or, with enough of them, their parameters are updated."""
         if self.policy.offload_gradients:
             with torch.no_grad():
+                self._check_alone()
                 self._gradients.take(parameter)
             return
         if self._is_accumulating:
             return
         self._check_whole(in_step=True)
-        if parameter in self._updated:
+        if parameter in self._updated or parameter in self._arrived:
             raise RuntimeError(
-                f"Expected one backward per step with step_in_backward, got another one for {self._name(parameter)}, "
-                "which is updated already: wrap all but the last in optimizer.accumulate(), and call step() after it"
+                f"Expected one backward per step with step_in_backward, got another one for {self._name(parameter)}: "
+                "wrap all but the last in optimizer.accumulate(), and call step() after it"
             )
-        self._arrived.append(parameter)
+        self._follow_backward()
+        self._arrived[parameter] = None
         self._order.append(parameter)
         with torch.no_grad():
             self._fetch_following(parameter)
             if sum(self._pages.nbytes(p) for p in self._arrived) >= self.policy.chunk_nbytes:
-                arrived, self._arrived = self._arrived, []
-                self._update_and_free(arrived)
+                arrived, self._arrived = list(self._arrived), {}
+                try:
+                    self._update_and_free(arrived)
+                except BaseException:
+                    self._is_aborted = bool(self._torn)
+                    raise
+
+    def _follow_backward(self) -> None:
+        """Learns whether this backward ends or raises."""
+        task = torch._C._current_graph_task_id()
+        if task not in self._backwards:
+            self._check_alone()
+            self._backwards.add(task)
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._backwards.discard(task))
 
     def _update_and_free(self, parameters: list[torch.Tensor]) -> None:
         self._update(parameters)
@@ -299,6 +358,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: a step was interrupted.
         """
+        self._check_open()
         self._check_whole()
         inner, resident = self._inner, self._inner.state
         whole = {parameter: {**state, **dict(self._pages.mapped(parameter))} for parameter, state in resident.items()}
@@ -316,25 +376,29 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: it has other groups.
         """
-        hooks, inner = self._inner._optimizer_load_state_dict_pre_hooks, self._inner
+        self._check_open()
+        self._regroup()
+        inner = self._inner
         loaded: dict[str, Any] = dict(state_dict)
-        for hook in hooks.values():
+        for hook in inner._optimizer_load_state_dict_pre_hooks.values():
             loaded = hook(self, loaded) or loaded
         entries, groups = loaded["state"], loaded["param_groups"]
         ids = [i for group in groups for i in group["params"]]
-        load_part(inner, {key: value for key, value in entries.items() if key not in set(ids)}, groups)
+        own = set(ids)
+        load_part(inner, {key: value for key, value in entries.items() if key not in own}, groups)
         self._torn = "load_state_dict()"
         kept = dict(inner.state)
         self._pages.forget()
-        by_id = dict(zip(ids, self._group_of, strict=True))
-        for chunk in self._chunks([by_id[i] for i in ids if i in entries]):
-            chosen = set(chunk)
-            load_part(inner, {i: entries[i] for i, p in by_id.items() if p in chosen and i in entries}, groups)
+        id_of = {p: i for i, p in zip(ids, self._group_of, strict=True) if i in entries}
+        for chunk in self._chunks(id_of):
+            load_part(inner, {id_of[p]: entries[id_of[p]] for p in chunk}, groups)
             for parameter in chunk:
                 self._send_away(parameter)
             kept |= dict(inner.state)
         inner.state = defaultdict(dict, kept)
-        self._torn = ""
+        self._torn, self._is_aborted = "", False
+        self._gradients.forget(self._group_of)
+        self._begin_anew()
         for post_hook in inner._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -364,28 +428,48 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """Brings the state back to the optimizer it came from, and gives the drive's space back. Idempotent."""
         if self._is_closed:
             return
-        self._is_closed = True
+        lost: StateLostError | None = None
         for parameter in self._pages:
-            self._pages.bring(parameter, self._inner.state[parameter])
+            try:
+                self._pages.bring(parameter, self._inner.state[parameter])
+            except StateLostError as error:
+                lost = lost or error
+        self._gradients.close()
+        self._pages.forget()
         self._unhook()
+        self._release()
+        self._is_closed = True
         self._vault.close()
+        if lost is not None:
+            raise lost
 
     def _unhook(self) -> None:
-        vars(self._inner).pop("pages_parameters", None)
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._hooked = [], set()
 
-    def _watch(self, group: dict[str, Any]) -> None:
-        """Takes a group's parameters under management."""
-        index = next(i for i, known in enumerate(self.param_groups) if known is group)
-        names = group.get("param_names") or [f"parameter {i} of group {index}" for i in range(len(group["params"]))]
-        for name, parameter in zip(names, group["params"], strict=True):
-            if parameter.is_meta:
-                raise ValueError(f"Expected parameters with values, got {name} on the meta device: load them first")
-            self._group_of[parameter], self._names[parameter] = index, name
-            if (self.policy.step_in_backward or self.policy.offload_gradients) and parameter.requires_grad:
-                self._handles.append(parameter.register_post_accumulate_grad_hook(self._on_gradient))
+    def _regroup(self) -> None:
+        """Learns which parameters there are, and in which groups: users may change the groups."""
+        groups = self.param_groups
+        found = {parameter: i for i, group in enumerate(groups) for parameter in group["params"]}
+        if list(map(id, found)) == list(map(id, self._group_of)) and found == self._group_of:
+            return
+        for parameter in set(self._group_of) - set(found):
+            self._pages.drop(parameter)
+        self._group_of = found
+        for i, group in enumerate(groups):
+            names = group.get("param_names") or [f"parameter {k} of group {i}" for k in range(len(group["params"]))]
+            for name, parameter in zip(names, group["params"], strict=False):
+                self._watch(name, parameter)
+
+    def _watch(self, name: str, parameter: torch.Tensor) -> None:
+        if parameter.is_meta:
+            raise ValueError(f"Expected parameters with values, got {name} on the meta device: load them first")
+        self._names[parameter] = name
+        acts_in_backward = self.policy.step_in_backward or self.policy.offload_gradients
+        if acts_in_backward and parameter.requires_grad and parameter not in self._hooked:
+            self._hooked.add(parameter)
+            self._handles.append(parameter.register_post_accumulate_grad_hook(self._on_gradient))
 
     def _name(self, parameter: torch.Tensor) -> str:
         home = getattr(parameter, "_ssdtrain_home", None)
@@ -396,7 +480,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             raise RuntimeError("Expected an open offload, got one after close(): use the optimizer it was made of")
 
     def _check_whole(self, *, in_step: bool = False) -> None:
-        if self._torn and not (in_step and self._updated):
+        is_going_on = in_step and self.policy.step_in_backward and bool(self._updated)
+        if self._is_aborted or (self._torn and not is_going_on):
             raise RuntimeError(
                 f"Expected whole steps, got one that was interrupted: {self._torn}. Some parameters are updated and "
                 f"others are not: load a checkpoint of the model and of the optimizer ({self._vault.checkpoint})"

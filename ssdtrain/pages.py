@@ -15,7 +15,7 @@ from ssdtrain.device import Device
 from ssdtrain.identity import ViewSpec, byte_range, view_spec
 from ssdtrain.mapped import mapped_copy
 from ssdtrain.state_stats import StateCounters
-from ssdtrain.vault import Arrival, Slot, Vault
+from ssdtrain.vault import Arrival, Slot, StateLostError, Vault
 
 
 @dataclass(eq=False)
@@ -65,10 +65,16 @@ class Pages:
             StateLostError: the drive does not have one any more.
         """
         self._counters.num_demand_reads += self.fetch(parameter)
+        lost: StateLostError | None = None
         for key, page in self._pages.get(parameter, {}).items():
-            if page.arrival is not None:
-                state[key] = _tensor(self._vault.take(page.arrival), page.spec)
-                page.arrival = None
+            arrival, page.arrival = page.arrival, None
+            if arrival is not None:
+                try:
+                    state[key] = _tensor(self._vault.take(arrival), page.spec)
+                except StateLostError as error:
+                    lost = lost or error
+        if lost is not None:
+            raise lost
 
     def send_away(self, parameter: torch.Tensor, name: str, state: dict[str, Any]) -> None:
         """Begins to write a parameter's state, which is all in `state`, and takes it out of there."""

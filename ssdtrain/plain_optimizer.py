@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,26 @@ def check(optimizer: torch.optim.Optimizer) -> None:
         )
     if optimizer.defaults.get("differentiable"):
         raise ValueError(f"Expected differentiable=False, got {name} whose step autograd is to follow")
+
+
+def take_over(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """Lets nobody else use the optimizer by mistake; what is returned undoes that."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Expected step() of what offload_optimizer() returned, got the optimizer it was made of")
+
+    refuse._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # schedulers that were made with it look for it
+    own = vars(optimizer)
+    before = {name: own[name] for name in ("step",) if name in own}
+    own["step"] = refuse
+    own["pages_parameters"] = True  # its own step may run hooks of all optimizers
+
+    def release() -> None:
+        for name in ("step", "pages_parameters"):
+            own.pop(name, None)
+        own.update(before)
+
+    return release
 
 
 def plain_step(optimizer: torch.optim.Optimizer) -> None:

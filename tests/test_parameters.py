@@ -321,6 +321,160 @@ def test_every_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
         assert torch.equal(model(torch.zeros(3)), expected)
 
 
+def test_plain_optimizers_with_closures(tmp_path: Path) -> None:
+    """Fused kernels and LBFGS run their closure inside the step: the parameters are there all the same."""
+    for make in (
+        lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+        lambda p: torch.optim.SGD(p, lr=1e-2, fused=True),
+        lambda p: torch.optim.LBFGS(p, max_iter=3),
+    ):
+        plain, model = model_of("mlp"), model_of("mlp")
+        offloaded(model, tmp_path)
+        for module in (plain, model):
+            optimizer = make(module.parameters())
+
+            def closure(module: nn.Module = module, optimizer: torch.optim.Optimizer = optimizer) -> torch.Tensor:
+                optimizer.zero_grad()
+                loss = module(batch(0))
+                loss.backward()
+                return loss
+
+            for _ in range(3):
+                optimizer.step(closure)
+        check_same(values(model), values(plain))
+
+
+def test_changes_through_data(tmp_path: Path) -> None:
+    """Behind every version counter, in place or with other data: kept, wherever it is done."""
+    model = model_of("mlp")
+    home = offloaded(model, tmp_path)
+    model.apply(lambda m: m.weight.data.fill_(0.5) if isinstance(m, nn.Linear) else None)  # type: ignore[union-attr,operator]
+    home.flush()
+    assert all((value == 0.5).all() for name, value in values(model).items() if "weight" in name)
+    with home.gathered():
+        vector = torch.arange(sum(p.numel() for p in model.parameters())).float()
+        nn.utils.vector_to_parameters(vector, model.parameters())
+    assert torch.equal(torch.cat([value.flatten() for value in values(model).values()]), vector)
+    for p in model.parameters():
+        p.data = torch.full(p.shape, 3.0)
+    model(batch(0))
+    home.flush()
+    assert all((value == 3).all() for value in values(model).values())
+    home.close()
+    assert all((p == 3).all() for p in model.parameters())
+
+
+def test_data_inside_a_block(tmp_path: Path) -> None:
+    """`weight.data` in a forward is saved without the parameter's counter, and is no change of it."""
+
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + nn.functional.linear(x, self.f.weight.data)
+
+    plain = nn.Sequential(*(Frozen() for _ in range(3)))
+    model = copy.deepcopy(plain)
+    offloaded(model, tmp_path, ["*"])
+    x, y = batch(0).requires_grad_(), batch(0).requires_grad_()
+    model(x).sum().backward()
+    plain(y).sum().backward()
+    check_same(x.grad, y.grad)
+
+
+def test_closing_at_any_time(tmp_path: Path) -> None:
+    """Between forward and backward, inside `gathered`: the graph and the block go on with what is in memory."""
+    plain, model = model_of("mlp"), model_of("mlp")
+    home = offloaded(model, tmp_path)
+    loss = model(batch(0))
+    home.close()
+    loss.backward()
+    plain(batch(0)).backward()
+    check_same([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
+    home = offloaded(model, tmp_path)
+    with home.gathered():
+        home.close()
+    check_same(values(model), values(plain))
+
+
+def test_flush_in_a_forward(tmp_path: Path) -> None:
+    """Blocks that run stay, and what they compute is right."""
+    plain, model = model_of("mlp"), model_of("mlp")
+    home = offloaded(model, tmp_path)
+    for module in model.blocks:  # type: ignore[union-attr]
+        module.up.register_forward_hook(lambda *_: home.flush())
+    check_same(train(model, adamw(model.parameters()), 3), train(plain, adamw(plain.parameters()), 3))
+
+
+def test_an_interrupt_in_a_forward(tmp_path: Path) -> None:
+    """PyTorch runs no hooks after Ctrl-C: the next forward cleans up, and nothing of ours is left on the thread."""
+    from ssdtrain.saving import innermost_hooks
+
+    plain, model = model_of("mlp"), model_of("mlp")
+    home = offloaded(model, tmp_path)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.blocks[1].up.register_forward_hook(interrupt)  # type: ignore[union-attr]
+    with pytest.raises(KeyboardInterrupt):
+        model(batch(0))
+    handle.remove()
+    home.flush()
+    check_same(train(model, adamw(model.parameters()), 3), train(plain, adamw(plain.parameters()), 3))
+    assert innermost_hooks() is None
+    home.flush()
+    assert full_nbytes(model) == 0
+
+
+def test_blocks_whose_parts_are_called(tmp_path: Path) -> None:
+    """Their own forward never runs: they come and go all the same."""
+
+    class Outer(MLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = x + block.down(nn.functional.gelu(block.up(x)))  # type: ignore[union-attr,operator]
+            return x.square().mean()
+
+    torch.manual_seed(0)
+    plain = Outer(8)
+    model = copy.deepcopy(plain)
+    home = offloaded(model, tmp_path, prefetch_nbytes=0)
+    check_same(
+        train(model, ssdtrain.offload_optimizer(adamw(model.parameters()), home), 3),
+        train(plain, adamw(plain.parameters()), 3),
+    )
+    with torch.no_grad():
+        for _ in range(5):
+            model(batch(0))
+    assert full_nbytes(model) <= 2 * block_nbytes(model)
+    assert not home._uses._visitors
+
+
+def test_loading_what_does_not_fit(tmp_path: Path) -> None:
+    """A shape that differs leaves a parameter without a value; values under a graph raise; assign=True is refused."""
+    with torch.device("meta"):
+        empty = MLP()
+    offloaded(empty, tmp_path)
+    state = model_of("mlp").state_dict()
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        empty.load_state_dict({name: value[:1] for name, value in state.items()}, strict=False)
+    with pytest.raises(RuntimeError, match="built on the meta device"):
+        empty.blocks[0](batch(0))  # type: ignore[operator]
+    model = model_of("mlp")
+    home = offloaded(model, tmp_path)
+    with pytest.raises(RuntimeError, match="assign=False"):
+        model.load_state_dict(state, assign=True)
+    loss = model(batch(0))
+    for name, p in model.named_parameters():
+        if hasattr(p, "_ssdtrain_home"):
+            home.fill(p, state[name])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 # -- use outside the blocks --------------------------------------------------------------------------------------------
 
 
