@@ -455,7 +455,7 @@ def test_two_backwards_that_fill_no_chunk_are_an_error_too(tmp_path: Path) -> No
 
 
 def test_dropped_gradients_stay_dropped(tmp_path: Path) -> None:
-    """A clip factor does not outlive zero_grad; one set by hand beside one on the drive is an error; close keeps all."""
+    """A clip factor does not outlive zero_grad; one set by hand as well is an error; close keeps them."""
     plain, model = model_of("mlp"), model_of("mlp")
     expected = adamw(plain.parameters())
     optimizer = offloaded(adamw(model.parameters()), tmp_path, offload_gradients=True)
