@@ -139,7 +139,11 @@ class Uses:
         if known is None or known[1].num_running:
             return
         if is_in_backward() or self._num_running > 0:
-            self.use(known[1])
+            with self.lock:
+                if self._active and self._active[-1] is known[1]:
+                    self.residences.bring(known[1].residences)
+                else:
+                    self.use(known[1])
             return
         self.invite([known[0]], 2 if torch.is_grad_enabled() else 0)
         self.residences.note_changed([known[0]])  # through `.data`, perhaps
