@@ -12,7 +12,6 @@ may take it for a whole step either: until a checkpoint is loaded, further steps
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from torch.profiler import record_function
 
 from ssdtrain.gradients import Gradients
+from ssdtrain.optimizer_state import StateView, load_chunks, parameters_with_entries, whole_state_dict
 from ssdtrain.pages import Pages
 from ssdtrain.plain_optimizer import check, load_part, narrowed, plain_step, predict_state_nbytes, take_over
 from ssdtrain.policy import OptimizerPolicy
@@ -111,7 +111,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def state(self) -> Mapping[torch.Tensor, dict[str, Any]]:  # type: ignore[override]
         """State by parameter, read from the drive when it is looked at. What is changed in it is not kept."""
         self._check_open()
-        return _StateView(self)
+        return StateView(self._inner, self._pages)
 
     def __getattr__(self, name: str) -> Any:
         """Whatever else the optimizer has."""
@@ -360,13 +360,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """
         self._check_open()
         self._check_whole()
-        inner, resident = self._inner, self._inner.state
-        whole = {parameter: {**state, **dict(self._pages.mapped(parameter))} for parameter, state in resident.items()}
-        try:
-            inner.state = defaultdict(dict, whole)
-            found: dict[str, Any] = inner.state_dict()
-        finally:
-            inner.state = resident
+        found = whole_state_dict(self._inner, self._pages)
         self._vault.checkpoint = f"the last state_dict() was taken after step {self._counters.num_steps}"
         return found
 
@@ -383,19 +377,13 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         for hook in inner._optimizer_load_state_dict_pre_hooks.values():
             loaded = hook(self, loaded) or loaded
         entries, groups = loaded["state"], loaded["param_groups"]
-        ids = [i for group in groups for i in group["params"]]
-        own = set(ids)
+        own = {i for group in groups for i in group["params"]}
         load_part(inner, {key: value for key, value in entries.items() if key not in own}, groups)
         self._torn = "load_state_dict()"
-        kept = dict(inner.state)
         self._pages.forget()
-        id_of = {p: i for i, p in zip(ids, self._group_of, strict=True) if i in entries}
-        for chunk in self._chunks(id_of):
-            load_part(inner, {id_of[p]: entries[id_of[p]] for p in chunk}, groups)
-            for parameter in chunk:
-                self._send_away(parameter)
-            kept |= dict(inner.state)
-        inner.state = defaultdict(dict, kept)
+        keys = parameters_with_entries(self._group_of, entries, groups)
+        chunks = [{parameter: keys[parameter] for parameter in chunk} for chunk in self._chunks(keys)]
+        load_chunks(inner, entries, groups, chunks, self._send_away)
         self._torn, self._is_aborted = "", False
         self._gradients.forget(self._group_of)
         self._begin_anew()
@@ -486,20 +474,3 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 f"Expected whole steps, got one that was interrupted: {self._torn}. Some parameters are updated and "
                 f"others are not: load a checkpoint of the model and of the optimizer ({self._vault.checkpoint})"
             )
-
-
-class _StateView(Mapping[torch.Tensor, dict[str, Any]]):
-    """State by parameter, as copies in memory."""
-
-    def __init__(self, optimizer: OffloadedOptimizer) -> None:
-        self._optimizer = optimizer
-
-    def __getitem__(self, parameter: torch.Tensor) -> dict[str, Any]:
-        found: dict[str, Any] = dict(self._optimizer._inner.state.get(parameter, {}))
-        return found | self._optimizer._pages.copies(parameter)
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return iter({**self._optimizer._inner.state, **dict.fromkeys(self._optimizer._pages)})
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)

@@ -14,8 +14,9 @@ import torch
 from ssdtrain.device import Device
 from ssdtrain.identity import ViewSpec, byte_range, view_spec
 from ssdtrain.mapped import mapped_copy
+from ssdtrain.slots import Arrival, Slot
 from ssdtrain.state_stats import StateCounters
-from ssdtrain.vault import Arrival, Slot, StateLostError, Vault
+from ssdtrain.vault import StateLostError, Vault
 
 
 @dataclass(eq=False)

@@ -21,8 +21,9 @@ import torch
 
 from ssdtrain.device import Device
 from ssdtrain.identity import ViewSpec, spec_nbytes, view_spec
+from ssdtrain.slots import Arrival, Slot
 from ssdtrain.state_stats import StateCounters
-from ssdtrain.vault import Arrival, Slot, Vault
+from ssdtrain.vault import Vault
 
 _PAGE = 4096
 

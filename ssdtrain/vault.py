@@ -29,16 +29,15 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch.profiler import record_function
 
-from ssdtrain.device import Allocation, CpuDevice, Device
+from ssdtrain.device import CpuDevice, Device
 from ssdtrain.devices import Devices
-from ssdtrain.engine import Read, Write
 from ssdtrain.engines import EngineChoice, fence, open_engine
 from ssdtrain.policy import StatePolicy
+from ssdtrain.slots import Arrival, Departure, Part, Slot
 from ssdtrain.space import Extent, HostSpace, SpillSpace, available_nbytes
 from ssdtrain.state_stats import StateCounters
 from ssdtrain.stats import nbytes_text
@@ -52,62 +51,6 @@ _MAX_SLAB_NBYTES = 4 << 20
 
 class StateLostError(OSError):
     """Bytes of a parameter or of optimizer state cannot be had any more; errno and filename are set."""
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Bytes [`start`, ...) of a slot: one write, and the extent it went to."""
-
-    write: Write
-    extent: Extent
-    start: int
-
-
-@dataclass(eq=False)
-class Slot:
-    """Where the bytes of one tensor are."""
-
-    name: str
-    nbytes: int = 0
-    _parts: list[_Part] = field(default_factory=list)
-    _kept: torch.UntypedStorage | None = None  # the drive has no room: the bytes stay in memory
-
-    @property
-    def is_filled(self) -> bool:
-        """Whether it was ever written."""
-        return bool(self._parts) or self._kept is not None
-
-    @property
-    def is_copied(self) -> bool:
-        """Whether the memory it was written from may be changed."""
-        return self._kept is None and all([part.write.is_copied for part in self._parts])
-
-
-@dataclass(eq=False)
-class Arrival:
-    """A slot on its way back."""
-
-    slot: Slot
-    device: Device
-    memory: Allocation | None  # None: the slot never left
-    stream: int
-    reads: list[Read] = field(default_factory=list)
-    num_reads: int = 0
-
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing is being read to its memory."""
-        return len(self.reads) == self.num_reads and all([read.is_done for read in self.reads])
-
-
-@dataclass(eq=False)
-class _Departure:
-    """Memory an engine may be reading."""
-
-    source: torch.UntypedStorage | None
-    write: Write | None = None
-    dead: Extent | None = None  # not needed any more, free when the write is over
-    file: int = 0
 
 
 class Vault:
@@ -130,7 +73,7 @@ class Vault:
         self._lock = threading.RLock()
         self._pid = os.getpid()
         self._devices: set[Device] = set()
-        self._departures: list[_Departure] = []
+        self._departures: list[Departure] = []
         self._arrivals: list[Arrival] = []
         self._held_for_next: object = None
         self._slots: weakref.WeakSet[Slot] = weakref.WeakSet()  # that were written
@@ -200,9 +143,9 @@ class Vault:
             self._reap()
             extents = self._allocate(nbytes, device) if has_room and nbytes else []
             parts = self._send(source, nbytes, extents, device)
-            old = slot._parts
+            old = slot.parts
             self._slots.add(slot)
-            slot._parts, slot._kept, slot.nbytes = parts, None if parts or not nbytes else source, nbytes
+            slot.parts, slot.kept, slot.nbytes = parts, None if parts or not nbytes else source, nbytes
             self._abandon(old)
             if not parts and nbytes:
                 self.note(f"no room on the drive for {slot.name}: it stays in memory")
@@ -224,7 +167,7 @@ class Vault:
     def _is_in_host(self, extent: Extent) -> bool:
         return self._host is not None and extent.file == self._host.file
 
-    def _send(self, source: torch.UntypedStorage, nbytes: int, extents: list[Extent], device: Device) -> list[_Part]:
+    def _send(self, source: torch.UntypedStorage, nbytes: int, extents: list[Extent], device: Device) -> list[Part]:
         if not extents:
             return []
         if device.driver is not None and device not in self._devices:
@@ -236,11 +179,11 @@ class Vault:
         self._held_for_next = source  # see [Note: interrupts]
         start, parts = 0, []
         for extent in extents:
-            departure = _Departure(source, file=extent.file)
+            departure = Departure(source, file=extent.file)
             self._departures.append(departure)
             piece = (source.data_ptr() + start, min(extent.nbytes, nbytes - start), 0)
             departure.write = write = self.engine.write(extent.file, extent.offset, extent.nbytes, [piece], producer)
-            parts.append(_Part(write, extent, start))
+            parts.append(Part(write, extent, start))
             start += extent.nbytes
         return parts
 
@@ -253,12 +196,12 @@ class Vault:
         has_room = self.engine.wait_inflight(limit, self.policy.io_timeout_seconds)
         self.counters.wait("writes", time.monotonic() - begin)
         if not has_room:
-            stuck = {departure.file for departure in self._departures if not _is_done(departure)}
+            stuck = {departure.file for departure in self._departures if not departure.is_done}
             for file in stuck & set(range(len(self._choice.files))):
                 self._space.retire(file, f"after a write took more than {self.policy.io_timeout_seconds:g} s")
         return has_room
 
-    def _abandon(self, parts: list[_Part]) -> None:
+    def _abandon(self, parts: list[Part]) -> None:
         """Gives extents back: now, or when the engine is done with them."""
         for part in parts:
             if part.write.is_done:
@@ -276,7 +219,7 @@ class Vault:
         self._departures = [departure for departure in self._departures if not self._has_left(departure)]
         self._arrivals = [arrival for arrival in self._arrivals if not arrival.is_over]
 
-    def _has_left(self, departure: _Departure) -> bool:
+    def _has_left(self, departure: Departure) -> bool:
         write = departure.write
         if write is None:
             return False
@@ -310,15 +253,15 @@ class Vault:
             self._check_usable()
             device = device or self.cpu
             self._wait_until_copied(slot)
-            if slot._kept is not None or not slot._parts:
+            if slot.kept is not None or not slot.parts:
                 return Arrival(slot, device, None, 0)
             self._reap()
             memory = device.allocate(slot.nbytes, self._space.memory_alignment, self._space.block_nbytes)
             stream = device.current_stream()
-            arrival = Arrival(slot, device, memory, stream, num_reads=len(slot._parts))
+            arrival = Arrival(slot, device, memory, stream, num_reads=len(slot.parts))
             self._arrivals.append(arrival)
             ready = fence(device.driver, stream)
-            for part in slot._parts:
+            for part in slot.parts:
                 capacity = memory.capacity - part.start
                 arrival.reads.append(self.engine.read(part.write, 0, memory.address + part.start, capacity, ready))
             self.counters.saw(memory_nbytes=self._in_memory_nbytes())
@@ -327,15 +270,15 @@ class Vault:
     def _wait_until_copied(self, slot: Slot) -> None:
         """An engine reads back what it has copied; what it could not even copy is still where it came from."""
         deadline = time.monotonic() + self.policy.io_timeout_seconds
-        for part in slot._parts:
+        for part in slot.parts:
             while not part.write.is_issued and not part.write.is_done:
                 in_flight = self.engine.inflight_nbytes
                 if not self.engine.wait_inflight(max(0, in_flight - 1), max(0.0, deadline - time.monotonic())):
                     raise self._lost(slot, part.extent, (errno.ETIMEDOUT, 0, 0, "no answer from the drive"))
-        lost = [part.write for part in slot._parts if part.write.is_done and not part.write.is_copied]
+        lost = [part.write for part in slot.parts if part.write.is_done and not part.write.is_copied]
         source = next((d.source for d in self._departures if d.write in lost and d.source is not None), None)
         if source is not None:
-            slot._kept = source
+            slot.kept = source
 
     def take(self, arrival: Arrival) -> torch.UntypedStorage:
         """Waits for a slot's bytes. The memory is the caller's, but for a slot that never left: that is only lent.
@@ -344,7 +287,7 @@ class Vault:
             StateLostError: they cannot be had, or are not what was written; the message names slot, file and offset.
         """
         if arrival.memory is None:
-            storage = arrival.slot._kept
+            storage = arrival.slot.kept
             assert storage is not None, f"{arrival.slot.name} was never written"
             return storage
         begin = time.monotonic()
@@ -354,7 +297,7 @@ class Vault:
                 has_come = read.wait_issued(self.policy.io_timeout_seconds)
                 problem = read.error if has_come else (errno.ETIMEDOUT, 0, 0, "no answer from the drive")
                 if problem is not None:
-                    parts = arrival.slot._parts
+                    parts = arrival.slot.parts
                     extent = parts[i].extent if i < len(parts) else Extent(0, 0, arrival.slot.nbytes)
                     raise self._lost(arrival.slot, extent, problem)
                 if arrival.device.driver is not None:
@@ -380,7 +323,7 @@ class Vault:
     def free(self, slot: Slot) -> None:
         """The bytes are not needed any more."""
         with self._lock:
-            old, slot._parts, slot._kept = slot._parts, [], None
+            old, slot.parts, slot.kept = slot.parts, [], None
             if not self.is_closed:
                 self._abandon(old)
 
@@ -453,7 +396,7 @@ class Vault:
             if is_quiet:
                 self._choice.close()
                 for slot in self._slots:  # their requests hold what the engine had
-                    slot._parts = []
+                    slot.parts = []
             else:
                 self.note("the drive is stuck: memory and threads of its requests stay")
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))  # the kernel may still write to memory held here
@@ -479,7 +422,3 @@ def _host_nbytes(policy: StatePolicy, *, has_directories: bool) -> int:
     if nbytes is None:
         nbytes = 0 if has_directories else available_nbytes() // 2
     return -(-nbytes // _PAGE) * _PAGE
-
-
-def _is_done(departure: _Departure) -> bool:
-    return departure.write is not None and departure.write.is_done

@@ -584,7 +584,7 @@ def test_a_lost_read_at_the_end_loses_nothing_else(tmp_path: Path) -> None:
     page = next(iter(optimizer._pages._pages.values()))["exp_avg"]
     file = optimizer._vault._choice.files[0]
     with open(f"/proc/self/fd/{file.fd}", "r+b", buffering=0) as raw:
-        offset = page.slot._parts[0].extent.offset
+        offset = page.slot.parts[0].extent.offset
         os.pwrite(raw.fileno(), bytes([os.pread(raw.fileno(), 1, offset)[0] ^ 1]), offset)
     with pytest.raises(ssdtrain.StateLostError):
         optimizer.close()
