@@ -98,11 +98,15 @@ def narrowed(
     groups = optimizer.param_groups
     parts = {i: {**groups[i], "params": parameters} for i, parameters in sorted(chosen.items())}
     vars(optimizer).update(attributes)
-    before = _scalars(optimizer)
+    before = _beside_parameters(optimizer)
     optimizer.param_groups = list(parts.values())
     try:
         yield
-        is_changed = before != _scalars(optimizer) or any(_has_changed(groups[i], part) for i, part in parts.items())
+        after = _beside_parameters(optimizer)
+        is_changed = any(after.get(key) != value for key, value in before.items()) or any(
+            isinstance(key, tuple) and key not in before for key in after
+        )
+        is_changed = is_changed or any(_has_changed(groups[i], part) for i, part in parts.items())
     finally:
         optimizer.param_groups = groups
         for name in attributes:
@@ -114,13 +118,15 @@ def narrowed(
         )
 
 
-def _scalars(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What an optimizer keeps beside the state of its parameters."""
-    own = {
-        name: _fingerprint(value) for name, value in vars(optimizer).items() if name not in ("state", "param_groups")
-    }
-    shared = {key: _fingerprint(value) for key, value in optimizer.state.items() if not isinstance(key, torch.Tensor)}
-    return own | {"state": shared}
+def _beside_parameters(optimizer: torch.optim.Optimizer) -> dict[Any, Any]:
+    """Numbers and tensors an optimizer keeps beside the state of its parameters. Flags are no state."""
+    own = {name: value for name, value in vars(optimizer).items() if name not in ("state", "param_groups")}
+    shared = {("state", key): value for key, value in optimizer.state.items() if not isinstance(key, torch.Tensor)}
+    return {key: _fingerprint(value) for key, value in (own | shared).items() if _is_counting(value)}
+
+
+def _is_counting(value: Any) -> bool:
+    return isinstance(value, int | float | torch.Tensor | dict | list | tuple) and not isinstance(value, bool)
 
 
 def _fingerprint(value: Any) -> Any:
@@ -128,8 +134,8 @@ def _fingerprint(value: Any) -> Any:
         return id(value), value._version
     if isinstance(value, dict | list | tuple):
         entries = value.values() if isinstance(value, dict) else value
-        return len(value), [_fingerprint(entry) for entry in entries if isinstance(entry, int | float | torch.Tensor)]
-    return value if isinstance(value, int | float | str) else id(value)
+        return len(value), [_fingerprint(e) for e in entries if isinstance(e, int | float | torch.Tensor)]
+    return value
 
 
 def _has_changed(group: Mapping[str, Any], part: Mapping[str, Any]) -> bool:
