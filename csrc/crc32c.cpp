@@ -42,7 +42,8 @@ uint32_t fold_eight(uint32_t crc, const unsigned char* bytes) {
 }
 
 #if defined(__x86_64__)
-// The instruction takes three cycles and can begin every cycle: three lanes side by side keep it busy.
+// The instruction takes three cycles and can begin every cycle: three lanes side by side keep it
+// busy.
 constexpr size_t kLaneNbytes = 2048;
 
 // What a state becomes after a lane of zero bytes, for each byte of the state: a CRC is linear.
