@@ -51,13 +51,13 @@ class Arrival:
     device: Device
     memory: Allocation | None  # None: the slot never left
     stream: int
+    parts: tuple[Part, ...] = ()  # what is read
     reads: list[Read] = field(default_factory=list)
-    num_reads: int = 0
 
     @property
     def is_over(self) -> bool:
         """Whether nothing is being read to its memory."""
-        return len(self.reads) == self.num_reads and all([read.is_done for read in self.reads])
+        return len(self.reads) >= len(self.parts) and all([read.is_done for read in self.reads])
 
 
 @dataclass(eq=False)

@@ -75,6 +75,7 @@ class Vault:
         self._devices: set[Device] = set()
         self._departures: list[Departure] = []
         self._arrivals: list[Arrival] = []
+        self._being_read: list[Part] = []  # not needed any more, free when the read is over
         self._held_for_next: object = None
         self._slots: weakref.WeakSet[Slot] = weakref.WeakSet()  # that were written
         self._choice: EngineChoice = open_engine(
@@ -159,13 +160,14 @@ class Vault:
         return [host] if host is not None else self._space.allocate(nbytes)
 
     def _release(self, extent: Extent) -> None:
-        if self._host is not None and extent.file == self._host.file:
+        if self._is_in_host(extent.file):
+            assert self._host is not None
             self._host.release(extent)
         else:
             self._space.release(extent)
 
-    def _is_in_host(self, extent: Extent) -> bool:
-        return self._host is not None and extent.file == self._host.file
+    def _is_in_host(self, file: int) -> bool:
+        return file == len(self._choice.files)
 
     def _send(self, source: torch.UntypedStorage, nbytes: int, extents: list[Extent], device: Device) -> list[Part]:
         if not extents:
@@ -185,6 +187,7 @@ class Vault:
             departure.write = write = self.engine.write(extent.file, extent.offset, extent.nbytes, [piece], producer)
             parts.append(Part(write, extent, start))
             start += extent.nbytes
+        self._held_for_next = None
         return parts
 
     def _wait_for_room(self, nbytes: int) -> bool:
@@ -197,13 +200,20 @@ class Vault:
         self.counters.wait("writes", time.monotonic() - begin)
         if not has_room:
             stuck = {departure.file for departure in self._departures if not departure.is_done}
-            for file in stuck & set(range(len(self._choice.files))):
+            for file in (file for file in stuck if not self._is_in_host(file)):
                 self._space.retire(file, f"after a write took more than {self.policy.io_timeout_seconds:g} s")
         return has_room
 
     def _abandon(self, parts: list[Part]) -> None:
-        """Gives extents back: now, or when the engine is done with them."""
+        """Gives extents back: now, or when the engine is done with them.
+
+        A read of an accelerator is handed out when its copy is queued: its room is taken until it is over.
+        """
+        being_read = [part for arrival in self._arrivals if not arrival.is_over for part in arrival.parts]
         for part in parts:
+            if part in being_read:
+                self._being_read.append(part)
+                continue
             if part.write.is_done:
                 self._release(part.extent)
                 continue
@@ -218,6 +228,9 @@ class Vault:
         """Lets go of what the engine has copied, written and read."""
         self._departures = [departure for departure in self._departures if not self._has_left(departure)]
         self._arrivals = [arrival for arrival in self._arrivals if not arrival.is_over]
+        if self._being_read:
+            parts, self._being_read = self._being_read, []
+            self._abandon(parts)
 
     def _has_left(self, departure: Departure) -> bool:
         write = departure.write
@@ -229,7 +242,7 @@ class Vault:
             return False
         if write.is_lost:
             return False  # its bytes are only there: held until the slot is written anew
-        if write.error is not None and departure.file < len(self._choice.files):
+        if write.error is not None and not self._is_in_host(departure.file):
             self._space.note_write_error(departure.file, write.error)
         if departure.dead is not None:
             self._release(departure.dead)
@@ -258,10 +271,10 @@ class Vault:
             self._reap()
             memory = device.allocate(slot.nbytes, self._space.memory_alignment, self._space.block_nbytes)
             stream = device.current_stream()
-            arrival = Arrival(slot, device, memory, stream, num_reads=len(slot.parts))
+            arrival = Arrival(slot, device, memory, stream, tuple(slot.parts))
             self._arrivals.append(arrival)
             ready = fence(device.driver, stream)
-            for part in slot.parts:
+            for part in arrival.parts:
                 capacity = memory.capacity - part.start
                 arrival.reads.append(self.engine.read(part.write, 0, memory.address + part.start, capacity, ready))
             self.counters.saw(memory_nbytes=self._in_memory_nbytes())
@@ -293,13 +306,11 @@ class Vault:
         begin = time.monotonic()
         is_late = not all([read.is_issued for read in arrival.reads])
         with record_function("ssdtrain::wait_state"):
-            for i, read in enumerate(arrival.reads):
+            for part, read in zip(arrival.parts, arrival.reads, strict=True):
                 has_come = read.wait_issued(self.policy.io_timeout_seconds)
                 problem = read.error if has_come else (errno.ETIMEDOUT, 0, 0, "no answer from the drive")
                 if problem is not None:
-                    parts = arrival.slot.parts
-                    extent = parts[i].extent if i < len(parts) else Extent(0, 0, arrival.slot.nbytes)
-                    raise self._lost(arrival.slot, extent, problem)
+                    raise self._lost(arrival.slot, part.extent, problem)
                 if arrival.device.driver is not None:
                     read.make_wait(arrival.device.current_stream())
         if is_late:
@@ -315,7 +326,7 @@ class Vault:
             number,
             f"Expected {what} ({os.strerror(number)}): {slot.name}, {extent.nbytes} bytes at offset {extent.offset}; "
             f"go back to a checkpoint: {self.checkpoint}",
-            "host memory" if self._is_in_host(extent) else self._space.directory(extent.file),
+            "host memory" if self._is_in_host(extent.file) else self._space.directory(extent.file),
         )
 
     # -- all of it -----------------------------------------------------------------------------------------------
@@ -338,7 +349,7 @@ class Vault:
         cap = self.policy.disk_nbytes
         drives = {os.fstat(file.fd).st_dev: os.fstatvfs(file.fd) for file in self._choice.files}
         free = sum(d.f_bavail * d.f_frsize for d in drives.values()) + self._space.free_nbytes
-        room = free if cap is None else min(free, cap - self._space.in_use_nbytes)
+        room = free if cap is None else max(0, min(free, cap - self._space.in_use_nbytes))
         room += self._choice.host_nbytes
         if nbytes > room:
             names = ", ".join(self.directories)
@@ -363,11 +374,13 @@ class Vault:
             self._reap()
             if not is_quiet:
                 seconds = f"{self.policy.io_timeout_seconds:g} s"
-                raise TimeoutError(errno.ETIMEDOUT, f"Expected all writes to end, got no answer for {seconds}")
+                text = f"Expected all writes to end, got no answer for {seconds}: look after the drive, and flush again"
+                raise TimeoutError(errno.ETIMEDOUT, text, ", ".join(self.directories))
             rescued = self.engine.rescued_nbytes
             if rescued:
                 text = (
-                    f"Expected everything on the drive, got {nbytes_text(rescued)} whose write failed: it is in memory"
+                    f"Expected everything on the drive, got {nbytes_text(rescued)} whose write failed: it is in memory "
+                    "and goes out with its next change; free some space or look after the drive"
                 )
                 raise OSError(errno.EIO, text, ", ".join(self.directories))
 
@@ -388,8 +401,9 @@ class Vault:
             self._num_users -= 1
             if self._num_users > 0 or self.is_closed or os.getpid() != self._pid:
                 return
+            deadline = time.monotonic() + self.policy.io_timeout_seconds
             is_quiet = self.engine.wait_inflight(0, self.policy.io_timeout_seconds) and all(
-                read.wait(self.policy.io_timeout_seconds) for arrival in self._arrivals for read in arrival.reads
+                read.wait(max(0.0, deadline - time.monotonic())) for a in self._arrivals for read in a.reads
             )
             self._reap()
             self.counters.add_engine(self.engine)

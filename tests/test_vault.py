@@ -171,6 +171,29 @@ def test_what_was_dropped_is_not_written_to(tmp_path: Path) -> None:
     vault.close()
 
 
+def test_room_that_is_being_read_is_not_written_over(tmp_path: Path) -> None:
+    """An accelerator's copy back may be queued long after it was handed out: its room stays taken until it is over."""
+
+    class Unfinished:
+        is_done = False
+
+        def wait(self, seconds: float) -> bool:
+            return True
+
+    vault, slot, queued = vault_of(tmp_path), Slot("read"), Unfinished()
+    vault.write(slot, some(4 * KIB))
+    vault.flush()
+    arrival = vault.read(slot)
+    arrival.reads.append(queued)  # type: ignore[arg-type]
+    vault.write(slot, some(4 * KIB, 1))
+    vault.flush()
+    assert vault._space.in_use_nbytes == 8 * KIB
+    queued.is_done = True
+    vault.flush()
+    assert vault._space.in_use_nbytes == 4 * KIB
+    vault.close()
+
+
 def test_reserve(small_ext4: Drive) -> None:
     vault = vault_of(small_ext4.directory)
     vault.reserve(1 << 20, "things")
