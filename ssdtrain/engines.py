@@ -20,6 +20,9 @@ from ssdtrain.engine import Engine, Fence, SpillFile
 KINDS = ("auto", "io_uring", "threads", "python", "kvikio")
 _ANYWHERE = ("io_uring", "threads", "python")
 _CPP_KINDS = ("io_uring", "threads")
+_PAGE = 4096
+_NUM_SLABS = 16
+_MAX_SLAB_NBYTES = 4 << 20
 
 __all__ = [
     "KINDS",
@@ -32,6 +35,7 @@ __all__ = [
     "gpudirect",
     "io_uring_problem",
     "open_engine",
+    "slab_nbytes_for",
 ]
 
 
@@ -75,6 +79,11 @@ class _Request:
         """The files as they are, or one new file per directory, which share `disk_nbytes` evenly."""
         cap = None if self.disk_nbytes is None else self.disk_nbytes // len(self.places)
         return [make(place, cap) if isinstance(place, str) else place for place in self.places]
+
+
+def slab_nbytes_for(staging_nbytes: int) -> int:
+    """Size of a slab: whole pages, small enough that several are under way, large enough for a fast request."""
+    return max(_PAGE, min(_MAX_SLAB_NBYTES, staging_nbytes // _NUM_SLABS) // _PAGE * _PAGE)
 
 
 def open_engine(

@@ -51,14 +51,26 @@ def spec_nbytes(spec: ViewSpec) -> int:
     return (last + 1) * spec.dtype.itemsize
 
 
+def view_of(storage: torch.UntypedStorage, spec: ViewSpec) -> torch.Tensor:
+    """A tensor on `storage`, with a version counter of its own."""
+    empty = torch.empty(0, dtype=spec.dtype, device=storage.device)
+    return empty.set_(storage, spec.storage_offset, spec.size, spec.stride)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy of it where it is only a part of its storage."""
+    is_whole = tensor.storage_offset() == 0 and tensor.untyped_storage().nbytes() == spec_nbytes(view_spec(tensor))
+    return tensor if is_whole else tensor.clone()
+
+
 def rebuild(storage: torch.UntypedStorage, spec: ViewSpec, shift_nbytes: int, probe: torch.Tensor) -> torch.Tensor:
     """The saved tensor again, on `storage`, which begins `shift_nbytes` into the original one.
 
     It shares the version counter of the tensor that was saved: a change made in backward is seen by the next unpack.
     """
-    offset = spec.storage_offset - shift_nbytes // spec.dtype.itemsize
     tensor = probe.detach()
-    tensor.data = torch.empty(0, dtype=spec.dtype, device=storage.device).set_(storage, offset, spec.size, spec.stride)
+    shift = shift_nbytes // spec.dtype.itemsize
+    tensor.data = view_of(storage, spec._replace(storage_offset=spec.storage_offset - shift) if shift else spec)
     return tensor
 
 

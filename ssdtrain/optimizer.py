@@ -22,6 +22,7 @@ from torch.profiler import record_function
 from ssdtrain.gradients import Gradients
 from ssdtrain.optimizer_state import StateView, load_chunks, parameters_with_entries, whole_state_dict
 from ssdtrain.pages import Pages
+from ssdtrain.parameters import homes_of
 from ssdtrain.plain_optimizer import check, load_part, narrowed, plain_step, predict_state_nbytes, take_over
 from ssdtrain.policy import OptimizerPolicy
 from ssdtrain.state_stats import StateCounters, StateStats
@@ -183,8 +184,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def _note_torn(self, what: str) -> None:
         """From here on the step is not whole; empty: it is."""
         self._torn = what
-        homes = (getattr(p, "_ssdtrain_home", None) for p in self._group_of)
-        for home in {id(h): h for h in homes if h is not None}.values():
+        for home in homes_of(self._group_of):
             home.note_torn(what)
 
     # -- one step, chunk by chunk ---------------------------------------------------------------------------
@@ -205,8 +205,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def _fetch(self, parameter: torch.Tensor) -> None:
         """Begins to read a parameter's state, and the parameter if it is away."""
         self._counters.num_prefetched += self._pages.fetch(parameter) + self._gradients.fetch(parameter)
-        home = getattr(parameter, "_ssdtrain_home", None)
-        if home is not None:
+        for home in homes_of([parameter]):
             home.prefetch([parameter])
 
     def _update(self, chunk: list[torch.Tensor]) -> None:
@@ -215,9 +214,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             self._gradients.give_back(parameter)
             if parameter in self._pages:  # looking a parameter up would give it an empty state
                 self._pages.bring(parameter, self._inner.state[parameter])
-        homes = {id(h): h for h in (getattr(p, "_ssdtrain_home", None) for p in chunk) if h is not None}
         with contextlib.ExitStack() as stack:
-            for home in homes.values():
+            for home in homes_of(chunk):
                 stack.enter_context(home.in_memory(chunk))
             if not self._torn:
                 self._note_torn(f"step {self._counters.num_steps + 1}, which began with {self._name(chunk[0])}")
@@ -236,7 +234,9 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """What a GradScaler told this optimizer: fused ones unscale by themselves."""
         found = {name: value for name, value in vars(self).items() if name in ("grad_scale", "found_inf")}
         if found and (self.policy.step_in_backward or self.policy.offload_gradients):
-            raise RuntimeError("Expected no GradScaler with step_in_backward or offload_gradients, got its scale")
+            raise RuntimeError(
+                "Expected no GradScaler with step_in_backward or offload_gradients, got its scale: use neither with a scaler"
+            )
         return found
 
     def _send_away(self, parameter: torch.Tensor) -> None:
@@ -460,8 +460,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             self._handles.append(parameter.register_post_accumulate_grad_hook(self._on_gradient))
 
     def _name(self, parameter: torch.Tensor) -> str:
-        home = getattr(parameter, "_ssdtrain_home", None)
-        return (home.name_of(parameter) if home is not None else None) or self._names[parameter]
+        return next((home.name_of(parameter) for home in homes_of([parameter])), None) or self._names[parameter]
 
     def _check_open(self) -> None:
         if self._is_closed:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ssdtrain.device import Device
-from ssdtrain.identity import ViewSpec, byte_range, view_spec
+from ssdtrain.identity import ViewSpec, view_of, view_spec, whole
 from ssdtrain.mapped import mapped_copy
 from ssdtrain.slots import Arrival, Slot
 from ssdtrain.state_stats import StateCounters
@@ -71,7 +71,7 @@ class Pages:
             arrival, page.arrival = page.arrival, None
             if arrival is not None:
                 try:
-                    state[key] = _tensor(self._vault.take(arrival), page.spec)
+                    state[key] = view_of(self._vault.take(arrival), page.spec)
                 except StateLostError as error:
                     lost = lost or error
         if lost is not None:
@@ -85,27 +85,27 @@ class Pages:
             device = self._devices.of(value) if _may_leave(value, self._min_nbytes) else ""
             if isinstance(device, str):
                 continue
-            whole = _whole(value)
+            source = whole(value)
             pages = self._pages.setdefault(parameter, {})
             if key not in pages:
-                pages[key] = _Page(Slot(f"{key} of {name}"), view_spec(whole), device)
-                self._counters.go(whole.nbytes)
-            pages[key].spec = view_spec(whole)
-            self._vault.write(pages[key].slot, whole.untyped_storage(), device)
+                pages[key] = _Page(Slot(f"{key} of {name}"), view_spec(source), device)
+                self._counters.go(source.nbytes)
+            pages[key].spec = view_spec(source)
+            self._vault.write(pages[key].slot, source.untyped_storage(), device)
             del state[key]
 
     def copies(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
         """A parameter's pages, in memory of their own."""
         vault = self._vault
         return {
-            key: _tensor(vault.take(vault.read(page.slot, page.device)), page.spec).clone()
+            key: view_of(vault.take(vault.read(page.slot, page.device)), page.spec).clone()
             for key, page in self._pages.get(parameter, {}).items()
         }
 
     def mapped(self, parameter: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """A parameter's pages in files that are mapped to memory, for state dicts."""
         for key, page in self._pages.get(parameter, {}).items():
-            tensor = _tensor(self._vault.take(self._vault.read(page.slot, page.device)), page.spec)
+            tensor = view_of(self._vault.take(self._vault.read(page.slot, page.device)), page.spec)
             yield key, mapped_copy(tensor, page.spec, self._vault.directory)
 
     def drop(self, parameter: torch.Tensor) -> None:
@@ -126,14 +126,3 @@ class Pages:
 def _may_leave(value: Any, min_nbytes: int) -> bool:
     is_plain = type(value) is torch.Tensor and value.layout is torch.strided and not value.is_quantized
     return is_plain and value.nbytes >= max(1, min_nbytes)
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy of it where it is only a part of its storage."""
-    is_whole = byte_range(tensor, tensor.nbytes) == (0, tensor.untyped_storage().nbytes())
-    return tensor if is_whole else tensor.clone()
-
-
-def _tensor(storage: torch.UntypedStorage, spec: ViewSpec) -> torch.Tensor:
-    empty = torch.empty(0, dtype=spec.dtype, device=storage.device)
-    return empty.set_(storage, spec.storage_offset, spec.size, spec.stride)

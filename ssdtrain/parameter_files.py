@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ssdtrain.parameters import ParameterOffload
+from ssdtrain.parameters import homes_of
 
 _INDEX = "model.safetensors.index.json"
 _NAMES = {
@@ -95,9 +95,7 @@ def save_safetensors(
         >>> ssdtrain.save_safetensors(model, "model.safetensors", {"step": "1000"})
     """
     every = _tensors(module)
-    for home in {
-        id(h): h for h in (getattr(tensor, "_ssdtrain_home", None) for tensor in every.values()) if h
-    }.values():
+    for home in homes_of(every.values()):
         home.check_whole()
     tensors = {name: every[name] for name in _aliases(every)}
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
@@ -153,9 +151,9 @@ def _check_shape(name: str, tensor: torch.Tensor, shape: list[int]) -> None:
 
 
 def _fill(module: torch.nn.Module, name: str, tensor: torch.Tensor, value: torch.Tensor) -> None:
-    home = getattr(tensor, "_ssdtrain_home", None)
-    if isinstance(home, ParameterOffload):
-        home.fill(tensor, value)
+    homes = homes_of([tensor])
+    if homes:
+        homes[0].fill(tensor, value)
     elif not tensor.is_meta:
         with torch.no_grad():
             tensor.copy_(value)
@@ -168,8 +166,8 @@ def _fill(module: torch.nn.Module, name: str, tensor: torch.Tensor, value: torch
 
 
 def _in_memory(module: torch.nn.Module, tensor: torch.Tensor) -> contextlib.AbstractContextManager[None]:
-    home = getattr(tensor, "_ssdtrain_home", None)
-    return home.in_memory([tensor], to_change=False) if isinstance(home, ParameterOffload) else contextlib.nullcontext()
+    homes = homes_of([tensor])
+    return homes[0].in_memory([tensor], to_change=False) if homes else contextlib.nullcontext()
 
 
 def _files(path: Path) -> dict[str, Path]:

@@ -24,7 +24,7 @@ from ssdtrain.mapped import mapped_copy
 from ssdtrain.parameter_blocks import Block
 from ssdtrain.record import Resident
 from ssdtrain.residence import Residence
-from ssdtrain.saving import innermost_hooks, modified
+from ssdtrain.saving import innermost_hooks, modified, unpack_resident
 from ssdtrain.stats import Counters
 from ssdtrain.uses import Uses, is_in_backward
 
@@ -160,7 +160,7 @@ class Hooks:
         outer = innermost_hooks() if torch.is_grad_enabled() else None
         if not torch.is_grad_enabled() or (outer is not None and getattr(outer[0], "func", None) == self._pack):
             return None
-        pack, unpack = outer if outer is not None else (self._hold, _release)
+        pack, unpack = outer if outer is not None else (self._hold, unpack_resident)
         hooks = saved_tensors_hooks(partial(self._pack, pack), partial(self._unpack, unpack))
         hooks.__enter__()
         return hooks
@@ -233,12 +233,6 @@ class Hooks:
 
 def _fits(r: Residence, value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.shape == r.spec.size
-
-
-def _release(saved: Resident) -> torch.Tensor:
-    if saved.tensor._version != saved.version:
-        raise modified(saved.tensor, saved.tensor._version, saved.version)
-    return saved.tensor
 
 
 def _storage_address(tensor: torch.Tensor) -> int:

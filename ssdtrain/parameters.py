@@ -273,5 +273,11 @@ class ParameterOffload:
             self._stepping = []
 
 
+def homes_of(parameters: Iterable[torch.Tensor]) -> list[ParameterOffload]:
+    """Whose these parameters are, each once; of those that are not offloaded, nobody's."""
+    found = (getattr(parameter, "_ssdtrain_home", None) for parameter in parameters)
+    return list({id(home): home for home in found if home is not None}.values())
+
+
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

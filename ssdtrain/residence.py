@@ -20,7 +20,7 @@ from collections.abc import Iterable
 import torch
 
 from ssdtrain.device import Device
-from ssdtrain.identity import ViewSpec, spec_nbytes, view_spec
+from ssdtrain.identity import ViewSpec, spec_nbytes, view_of, view_spec, whole
 from ssdtrain.slots import Arrival, Slot
 from ssdtrain.state_stats import StateCounters
 from ssdtrain.vault import Vault
@@ -37,8 +37,8 @@ class Residence:
         A parameter on the meta device becomes one on the CPU, away, without a value yet.
         """
         self.name, self.parameter, self.device = name, parameter, device
-        whole = parameter.data if parameter.is_meta or _is_whole(parameter) else parameter.data.clone()
-        self.spec: ViewSpec = view_spec(whole)._replace(storage_offset=0)
+        data = parameter.data if parameter.is_meta else whole(parameter.data)
+        self.spec: ViewSpec = view_spec(data)._replace(storage_offset=0)
         self.nbytes = spec_nbytes(self.spec)
         self.slot = Slot(name, self.nbytes)
         self.version = -1  # at the last write
@@ -49,7 +49,7 @@ class Residence:
         self._shown: torch.UntypedStorage | None = None  # what the parameter was last given
         self.torch_device = torch.device("cpu") if parameter.is_meta else parameter.device
         if self.is_valid:
-            self.show(whole.untyped_storage())
+            self.show(data.untyped_storage())
         else:
             empty = torch.nn.Parameter(self._poison(), requires_grad=parameter.requires_grad)
             torch.utils.swap_tensors(parameter, empty)
@@ -58,8 +58,7 @@ class Residence:
     def view(self, spec: ViewSpec) -> torch.Tensor:
         """A view of its memory, with a version counter of its own."""
         assert self.storage is not None, f"{self.name} is away"
-        empty = torch.empty(0, dtype=spec.dtype, device=self.torch_device)
-        return empty.set_(self.storage, spec.storage_offset, spec.size, spec.stride)
+        return view_of(self.storage, spec)
 
     def show(self, storage: torch.UntypedStorage) -> None:
         """The parameter has this memory."""
@@ -79,10 +78,10 @@ class Residence:
 
     def take_over(self) -> None:
         """Makes the data that somebody gave it its own."""
-        whole = self.parameter.data if _is_whole(self.parameter) else self.parameter.data.clone()
-        self.spec = view_spec(whole)._replace(storage_offset=0)
+        data = whole(self.parameter.data)
+        self.spec = view_spec(data)
         self.nbytes, self.version, self.arrival, self.is_valid = spec_nbytes(self.spec), -1, None, True
-        self.show(whole.untyped_storage())
+        self.show(data.untyped_storage())
 
     def _poison(self) -> torch.Tensor:
         """All bits set: NaN in every floating point format, -1 or the largest number in integers."""
@@ -91,11 +90,6 @@ class Residence:
             return torch.ones((), dtype=dtype, device=self.torch_device).expand(self.spec.size)
         bits = torch.full((dtype.itemsize,), 255, dtype=torch.uint8, device=self.torch_device)
         return bits.view(dtype)[0].expand(self.spec.size)
-
-
-def _is_whole(parameter: torch.nn.Parameter) -> bool:
-    """Whether its storage has its bytes and no others."""
-    return parameter.storage_offset() == 0 and parameter.untyped_storage().nbytes() == spec_nbytes(view_spec(parameter))
 
 
 class Residences:

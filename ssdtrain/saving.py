@@ -64,11 +64,12 @@ def keep_resident() -> Iterator[None]:
         ...         loss = head(hidden)  # needed first by backward
     """
     counters = Counters()
-    with saved_tensors_hooks(lambda tensor: Resident(tensor, 0, counters), _unpack_resident):
+    with saved_tensors_hooks(lambda tensor: Resident(tensor, 0, counters), unpack_resident):
         yield
 
 
-def _unpack_resident(handle: Resident) -> torch.Tensor:
+def unpack_resident(handle: Resident) -> torch.Tensor:
+    """The tensor, unless it was changed meanwhile."""
     if handle.tensor._version != handle.version:
         raise modified(handle.tensor, handle.tensor._version, handle.version)
     return handle.tensor

@@ -19,6 +19,7 @@ from ssdtrain.stats import nbytes_text
 
 logger = logging.getLogger("ssdtrain")
 
+_PAGE = 4096
 _FIRST_NBYTES = 64 << 20
 _GROW_NBYTES = 256 << 20
 _MAX_WRITE_ERRORS = 3
@@ -42,6 +43,13 @@ def available_nbytes() -> int:
         if name == "MemAvailable":
             return int(value.split()[0]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def host_limit_nbytes(asked_nbytes: int | None, *, has_directories: bool) -> int:
+    """The limit of a host tier in whole pages: what was asked, or nothing beside a drive, or half of what is free."""
+    if asked_nbytes is None:
+        asked_nbytes = 0 if has_directories else available_nbytes() // 2
+    return -(-asked_nbytes // _PAGE) * _PAGE
 
 
 class HostSpace:

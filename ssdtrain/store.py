@@ -28,21 +28,18 @@ from ssdtrain.books import Books
 from ssdtrain.device import Device
 from ssdtrain.devices import Devices
 from ssdtrain.engine import Fence
-from ssdtrain.engines import EngineChoice, open_engine
+from ssdtrain.engines import EngineChoice, open_engine, slab_nbytes_for
 from ssdtrain.index import Index
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.record import Record, Residency
 from ssdtrain.reloads import Loan, Reloads, wait_for_reads
 from ssdtrain.run_record import Journal
-from ssdtrain.space import NO_SPACE, available_nbytes
+from ssdtrain.space import NO_SPACE, host_limit_nbytes
 from ssdtrain.stats import Counters
 from ssdtrain.transport import Transport
 
 logger = logging.getLogger("ssdtrain")
 
-_PAGE = 4096
-_NUM_SLABS = 16
-_MAX_SLAB_NBYTES = 4 << 20
 _HELD_SHARE = 4  # of staging: sources that an accelerator is yet to copy, before they are let go in stream order
 
 
@@ -67,7 +64,7 @@ class Store:
         self._directories = directories
         self._retired: set[str] = set()  # by engines that are closed
         self._policy = policy
-        self._slab_nbytes = max(_PAGE, min(_MAX_SLAB_NBYTES, policy.staging_nbytes // _NUM_SLABS) // _PAGE * _PAGE)
+        self._slab_nbytes = slab_nbytes_for(policy.staging_nbytes)
         self._transport: Transport | None = None
         self._bereaved: deque[tuple[Record, int]] = deque()
         self._batch: list[Record] = []
@@ -174,7 +171,7 @@ class Store:
                     self._slab_nbytes,
                     p.checksum,
                     p.disk_nbytes,
-                    host_nbytes=self._host_nbytes(),
+                    host_nbytes=host_limit_nbytes(p.host_nbytes, has_directories=bool(self._directories)),
                     device_index=self.devices.gpu_index(),
                 )
             except OSError as error:
@@ -182,13 +179,6 @@ class Store:
                     raise
                 directories.remove(error.filename)
                 self.note_fallback(f"{error.filename} is full ({os.strerror(error.errno)}): not used")
-
-    def _host_nbytes(self) -> int:
-        """The limit of the host tier, in whole pages."""
-        nbytes = self._policy.host_nbytes
-        if nbytes is None:
-            nbytes = 0 if self._directories else available_nbytes() // 2
-        return -(-nbytes // _PAGE) * _PAGE
 
     def _close(self) -> None:
         transport = self._transport

@@ -39,6 +39,7 @@ class Uses:
         self._prefetch_nbytes = prefetch_nbytes
         self._order = UseOrder(num_blocks)
         self._active: list[Block] = []  # the latest last
+        self._ahead: list[Block] = []  # read before they are needed
         self._visitors: dict[Residence, int] = {}  # and the forward with which they leave
         self._num_forwards = 0
         self._num_running = 0  # forwards of the whole module
@@ -61,7 +62,7 @@ class Uses:
 
     def clear(self) -> None:
         """Knows no block any more."""
-        self.blocks, self._by_id, self._active, self._visitors = [], {}, [], {}
+        self.blocks, self._by_id, self._active, self._ahead, self._visitors = [], {}, [], [], {}
 
     # -- blocks --------------------------------------------------------------------------------------------------------
 
@@ -78,7 +79,7 @@ class Uses:
         """`block` is needed now: it comes, others go, the next ones are read ahead."""
         is_backward = is_in_backward()
         with self.lock:
-            if block not in self.blocks:  # closed meanwhile: all is in memory
+            if not self.blocks:  # closed meanwhile: all is in memory
                 return
             if is_backward and self._active and self._active[-1] is block:
                 self.residences.bring(block.residences)
@@ -95,7 +96,7 @@ class Uses:
     def use_parameter(self, r: Residence) -> None:
         """One of a block is needed."""
         known = self._by_id.get(id(r.parameter))
-        if known is not None:
+        if known is not None and (r.storage is None or not self._active or self._active[-1] is not known[1]):
             self.use(known[1])
 
     def leave(self, block: Block) -> None:
@@ -127,7 +128,8 @@ class Uses:
             if room < 0:
                 break
             wanted.append(block)
-        self.residences.forget(r for b in self.blocks if b not in wanted and not b.num_running for r in b.residences)
+        self.residences.forget(r for block in self._ahead if block not in wanted for r in block.residences)
+        self._ahead = wanted
         for block in wanted:
             self._counters.num_prefetched += self.residences.fetch(block.residences)
 

@@ -35,18 +35,14 @@ from torch.profiler import record_function
 
 from ssdtrain.device import CpuDevice, Device
 from ssdtrain.devices import Devices
-from ssdtrain.engines import EngineChoice, fence, open_engine
+from ssdtrain.engines import EngineChoice, fence, open_engine, slab_nbytes_for
 from ssdtrain.policy import StatePolicy
 from ssdtrain.slots import Arrival, Departure, Part, Slot
-from ssdtrain.space import Extent, HostSpace, SpillSpace, available_nbytes
+from ssdtrain.space import Extent, HostSpace, SpillSpace, host_limit_nbytes
 from ssdtrain.state_stats import StateCounters
 from ssdtrain.stats import nbytes_text
 
 logger = logging.getLogger("ssdtrain")
-
-_PAGE = 4096
-_NUM_SLABS = 16
-_MAX_SLAB_NBYTES = 4 << 20
 
 
 class StateLostError(OSError):
@@ -69,7 +65,7 @@ class Vault:
         self.cpu: Device = CpuDevice(policy.staging_nbytes)
         self.checkpoint = "no checkpoint was taken in this process"  # for messages: where to go back to
         self.directories = list(directories)
-        slab_nbytes = max(_PAGE, min(_MAX_SLAB_NBYTES, policy.staging_nbytes // _NUM_SLABS) // _PAGE * _PAGE)
+        slab_nbytes = slab_nbytes_for(policy.staging_nbytes)
         self._lock = threading.RLock()
         self._pid = os.getpid()
         self._devices: set[Device] = set()
@@ -85,7 +81,7 @@ class Vault:
             slab_nbytes,
             policy.checksum,
             policy.disk_nbytes,
-            host_nbytes=_host_nbytes(policy, has_directories=bool(self.directories)),
+            host_nbytes=host_limit_nbytes(policy.host_nbytes, has_directories=bool(self.directories)),
             device_index=Devices.gpu_index(),
         )
         self.engine = self._choice.engine
@@ -428,11 +424,3 @@ class Vault:
             raise RuntimeError("Expected the process that offloaded, got a forked child: offload there, or use spawn")
         if self.is_closed:
             raise RuntimeError("Expected an open offload, got one after close()")
-
-
-def _host_nbytes(policy: StatePolicy, *, has_directories: bool) -> int:
-    """The limit of the host tier, in whole pages."""
-    nbytes = policy.host_nbytes
-    if nbytes is None:
-        nbytes = 0 if has_directories else available_nbytes() // 2
-    return -(-nbytes // _PAGE) * _PAGE
