@@ -235,7 +235,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         found = {name: value for name, value in vars(self).items() if name in ("grad_scale", "found_inf")}
         if found and (self.policy.step_in_backward or self.policy.offload_gradients):
             raise RuntimeError(
-                "Expected no GradScaler with step_in_backward or offload_gradients, got its scale: use neither with a scaler"
+                "Expected no GradScaler with step_in_backward or offload_gradients, got its scale: use neither with it"
             )
         return found
 
