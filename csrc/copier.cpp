@@ -86,7 +86,8 @@ void Copier::forward(ForwardJob job) {
   std::memcpy(job.destination, job.bytes.get() + job.bytes_offset, job.nbytes);
   job.bytes.reset();  // before the request is seen to be done
   std::lock_guard<std::mutex> lock(monitor_->mutex);
-  job.read->finish_forwarded(job.nbytes);
+  job.read->count_forwarded(job.nbytes);
+  job.read->finish();
 }
 
 void Copier::copy(WriteQueue::Job job) {

@@ -29,6 +29,7 @@ class StagedTransfer : public ReadTransfer {
       ReadTransfer::finish();
       return;
     }
+    next_.read->count_read(next_.file_nbytes);
     copier_->enqueue(std::move(next_));
   }
 
@@ -193,17 +194,16 @@ void DeviceCopier::issue(CopyIn job) {
   }
   {
     std::lock_guard<std::mutex> lock(shared_.monitor->mutex);
+    if (job.file_nbytes == 0) job.read->count_forwarded(job.nbytes);
     job.read->note_issued(there);
   }
   in_watcher_.push(there, [this, job = std::move(job)](const std::string& error) mutable {
     job.bytes.reset();  // before the request is seen to be done
     std::lock_guard<std::mutex> lock(shared_.monitor->mutex);
-    if (!error.empty()) {
-      fail(job, error, true);
-    } else if (job.file_nbytes > 0) {
-      job.read->finish_read(job.file_nbytes);
+    if (error.empty()) {
+      job.read->finish();
     } else {
-      job.read->finish_forwarded(job.nbytes);
+      fail(job, error, true);
     }
   });
 }

@@ -57,15 +57,11 @@ void ReadState::mark_issued() {
   changed_.notify_all();
 }
 
-void ReadState::finish_forwarded(size_t nbytes) {
-  forwarded_nbytes_ += nbytes;
-  finish();
-}
+void ReadState::count_forwarded(size_t nbytes) { forwarded_nbytes_ += nbytes; }
 
-void ReadState::finish_read(size_t nbytes) {
+void ReadState::count_read(size_t nbytes) {
   read_nbytes_ += nbytes;
   monitor_->read_nbytes += nbytes;
-  finish();
 }
 
 void ReadState::finish_failed(ReadError error, bool was_issued) {

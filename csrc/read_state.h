@@ -57,8 +57,11 @@ class ReadState {
   void note_begun();
   // A stream will have brought a part after `there`.
   void note_issued(std::shared_ptr<Fence> there);
-  void finish_forwarded(size_t nbytes);
-  void finish_read(size_t nbytes);
+  // Where bytes of a part came from: slabs or the drive. Known before the part is issued, so that
+  // whoever was handed the destination finds them counted.
+  void count_forwarded(size_t nbytes);
+  void count_read(size_t nbytes);
+  void finish();  // one part
   // `was_issued`: the stream failed, after note_issued().
   void finish_failed(ReadError error, bool was_issued = false);
 
@@ -66,7 +69,6 @@ class ReadState {
 
  private:
   void mark_issued();
-  void finish();
 
   const std::shared_ptr<Monitor> monitor_;
   const std::shared_ptr<Fence> ready_;

@@ -30,7 +30,8 @@ void ReadTransfer::settle() {
 
 void ReadTransfer::finish() {
   if (errnum() == 0) {
-    read_->finish_read(nbytes());
+    read_->count_read(nbytes());
+    read_->finish();
     return;
   }
   ++monitor_->num_read_errors;

@@ -252,6 +252,27 @@ def test_memory_of_a_dropped_reload_is_kept_until_it_is_filled(make: Make, devic
         device.release(device.driver.in_stream())
 
 
+@pytest.mark.parametrize("is_drained", [True, False], ids=["drive", "slabs"])
+def test_what_backward_got_is_counted_while_its_copies_are_queued(
+    make: Make, device: SimulatedDevice, is_drained: bool
+) -> None:
+    """The process is ahead of the accelerator; the numbers say at once where the bytes came from."""
+    offload = make(staging_nbytes=1024 * KIB)
+    with device, offload:
+        x, loss = layers(16)
+        device.synchronize()
+        assert offload._store._transport is not None
+        if is_drained:
+            offload._store._transport.engine.drain()
+        device.hold(device.driver.in_stream())
+        loss.backward()
+        stats = offload.stats
+        device.release(device.driver.in_stream())
+    assert stats.read_nbytes + stats.forwarded_nbytes >= stats.offloaded_nbytes > 0
+    assert not is_drained or stats.read_nbytes > 0
+    assert torch.equal(x.grad, grad_of(16))  # type: ignore[arg-type]
+
+
 def test_a_reload_waits_for_its_own_store(make: Make, device: SimulatedDevice) -> None:
     """Megatron#7398: the source was let go in stream order, the copy out has not run, and backward wants the bytes."""
     offload = make(staging_nbytes=512 * KIB)
