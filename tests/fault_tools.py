@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from engine_tools import eventually
 
 import ssdtrain
 
@@ -276,6 +277,12 @@ def holdings() -> tuple[int, int]:
     return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
 
 
+def check_holdings(before: tuple[int, int]) -> None:
+    """No descriptor or thread more than `before`; a joined thread lingers in /proc for a moment, also in `before`."""
+    assert holdings()[0] == before[0], f"{holdings()} instead of {before}"
+    assert eventually(lambda: holdings()[1] <= before[1]), f"{holdings()} instead of {before}"
+
+
 def check_no_record(offload: ssdtrain.ActivationOffload) -> None:
     gc.collect()
     assert offload.stats.num_live_records == 0, str(offload.stats)
@@ -288,7 +295,7 @@ def check_nothing_left(offload: ssdtrain.ActivationOffload, before: tuple[int, i
     assert offload.stats.num_live_records == counters.held_nbytes == counters.prefetched_nbytes == 0, str(offload.stats)
     assert not offload._store.index._records
     assert offload._store._transport is None, "the engine is open"
-    assert holdings() == before, f"{holdings()} instead of {before}"
+    check_holdings(before)
 
 
 def check_one_warning_per_kind(offload: ssdtrain.ActivationOffload) -> None:
