@@ -217,13 +217,16 @@ void bind_devices(py::module_& module) {
       .def_property_readonly("device_index", [](const Fence& f) { return f.driver()->index(); });
 }
 
+PySpillFile open_spill_file(const std::string& directory, std::optional<uint64_t> cap_nbytes,
+                            size_t user) {
+  py::gil_scoped_release released;  // the probe writes a block
+  return PySpillFile(std::make_shared<SpillFile>(directory, cap_nbytes, user), "a spill file");
+}
+
 void bind_spill_file(py::module_& module) {
   py::class_<PySpillFile>(module, "SpillFile")
-      .def(py::init([](const std::string& directory, std::optional<uint64_t> cap_nbytes) {
-             py::gil_scoped_release released;  // the probe writes a block
-             return PySpillFile(std::make_shared<SpillFile>(directory, cap_nbytes), "a spill file");
-           }),
-           py::arg("directory"), py::arg("cap_nbytes") = py::none())
+      .def(py::init(&open_spill_file), py::arg("directory"), py::arg("cap_nbytes") = py::none(),
+           py::arg("user") = 0)
       .def(
           "grow",
           [](const PySpillFile& file, uint64_t nbytes) {
@@ -232,9 +235,16 @@ void bind_spill_file(py::module_& module) {
             target->grow(nbytes);
           },
           py::arg("nbytes"))
+      .def("shrink_to_nothing",
+           [](const PySpillFile& file) {
+             SpillFile* target = file.get().get();
+             py::gil_scoped_release released;
+             target->shrink_to_nothing();
+           })
       .def("close", [](const PySpillFile& file) { file->close(); })
       .def_property_readonly("directory", [](const PySpillFile& f) { return f->directory(); })
       .def_property_readonly("fd", [](const PySpillFile& f) { return f->fd(); })
+      .def_property_readonly("user", [](const PySpillFile& f) { return f->user(); })
       .def_property_readonly("block_nbytes",
                              [](const PySpillFile& f) { return f->io().block_nbytes; })
       .def_property_readonly("memory_alignment",
@@ -305,6 +315,7 @@ void bind_read(py::module_& module) {
                                       [&](Seconds t) { return state->wait_issued(t); });
           },
           py::arg("timeout_seconds") = py::none())
+      .def("expedite", [](const PyRead& read) { read->expedite(); })
       .def(
           "make_wait", [](const PyRead& r, uint64_t stream) { r->make_wait(stream); },
           py::arg("stream"))
@@ -364,6 +375,12 @@ void bind_engine_methods(py::class_<PyEngine>& engine) {
       });
 }
 
+py::tuple traffic(const PyEngine& engine, size_t user) {
+  Traffic own = engine->traffic(user);
+  return py::make_tuple(own.written.nbytes, own.read.nbytes, own.written.clock.seconds(),
+                        own.read.clock.seconds());
+}
+
 template <auto Counter>
 uint64_t counter(const PyEngine& engine) {
   return (engine->counters().*Counter).load();
@@ -381,7 +398,8 @@ void bind_engine_counters(py::class_<PyEngine>& engine) {
       .def_property_readonly("write_busy_seconds",
                              [](const PyEngine& e) { return e->write_busy_seconds(); })
       .def_property_readonly("read_busy_seconds",
-                             [](const PyEngine& e) { return e->read_busy_seconds(); });
+                             [](const PyEngine& e) { return e->read_busy_seconds(); })
+      .def("traffic", &traffic, py::arg("user"));
 }
 
 void bind_engine_properties(py::class_<PyEngine>& engine) {

@@ -156,8 +156,10 @@ bool DeviceCopier::run_one() {
 }
 
 void DeviceCopier::stage(SlabLease lease) {
-  StagedRead next = std::move(reads_.front());
-  reads_.pop_front();
+  auto first = first_awaited(reads_, *shared_.monitor,
+                             [](const StagedRead& read) { return read.read->is_awaited(); });
+  StagedRead next = std::move(*first);
+  reads_.erase(first);
   const Part& part = *next.source.part;
   size_t nbytes = round_up(part.nbytes, next.file->io.block_nbytes);
   uint64_t file_offset = next.source.write->file_offset(part.chunk) + part.chunk_offset;

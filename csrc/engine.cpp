@@ -351,4 +351,9 @@ double Engine::read_busy_seconds() const {
   return monitor_->read_clock.seconds();
 }
 
+Traffic Engine::traffic(size_t user) const {
+  std::lock_guard<std::mutex> lock(monitor_->mutex);
+  return monitor_->traffic.at(user);
+}
+
 }  // namespace ssdtrain

@@ -94,6 +94,8 @@ class Engine {
   size_t peak_staging_nbytes() const;
   double write_busy_seconds() const;
   double read_busy_seconds() const;
+  // Of one user's files.
+  Traffic traffic(size_t user) const;
   const Monitor& counters() const { return *monitor_; }
 
  private:

@@ -1,8 +1,11 @@
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstddef>
 #include <cstdint>
 #include <mutex>
 
@@ -35,6 +38,20 @@ class BusyClock {
   Clock::time_point started_;
 };
 
+// What one direction of the drive has done.
+struct Direction {
+  BusyClock clock;
+  uint64_t nbytes = 0;
+};
+
+// What the drive has done for the files of one user of an engine.
+struct Traffic {
+  Direction written;
+  Direction read;
+};
+
+constexpr size_t kMaxUsers = 2;
+
 // What an engine shares with its requests, which may outlive it: one lock and the counters.
 //
 // [Note: locking] One mutex guards all request and queue state. It is held for bookkeeping only:
@@ -46,8 +63,10 @@ struct Monitor {
   std::condition_variable progress;  // inflight_nbytes or num_pending fell
   bool is_closing = false;
   uint64_t num_pending = 0;  // requests accepted and not done
+  uint64_t num_awaited = 0;  // reads not done that somebody waits for
   BusyClock write_clock;
   BusyClock read_clock;
+  std::array<Traffic, kMaxUsers> traffic;  // by SpillFile::user()
 
   std::atomic<uint64_t> inflight_nbytes{0};
   std::atomic<uint64_t> num_events{0};
@@ -58,5 +77,14 @@ struct Monitor {
   std::atomic<uint64_t> num_read_errors{0};
   std::atomic<uint64_t> rescued_nbytes{0};
 };
+
+// Of the reads in `queue`, the one to serve next: the first that somebody waits for, else the
+// first. The mutex is held, the queue is not empty.
+template <typename Queue, typename IsAwaited>
+typename Queue::iterator first_awaited(Queue& queue, const Monitor& monitor, IsAwaited is_awaited) {
+  if (monitor.num_awaited == 0) return queue.begin();
+  auto found = std::find_if(queue.begin(), queue.end(), is_awaited);
+  return found == queue.end() ? queue.begin() : found;
+}
 
 }  // namespace ssdtrain

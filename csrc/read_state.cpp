@@ -15,12 +15,25 @@ ReadState::ReadState(std::shared_ptr<Monitor> monitor, size_t num_parts,
 
 bool ReadState::wait_done(std::chrono::duration<double> timeout) {
   std::unique_lock<std::mutex> lock(monitor_->mutex);
+  await();
   return changed_.wait_for(lock, timeout, [this] { return is_done(); });
 }
 
 bool ReadState::wait_issued(std::chrono::duration<double> timeout) {
   std::unique_lock<std::mutex> lock(monitor_->mutex);
+  await();
   return changed_.wait_for(lock, timeout, [this] { return is_issued(); });
+}
+
+void ReadState::expedite() {
+  std::lock_guard<std::mutex> lock(monitor_->mutex);
+  await();
+}
+
+void ReadState::await() {
+  if (is_awaited_ || is_done()) return;
+  is_awaited_ = true;
+  ++monitor_->num_awaited;
 }
 
 void ReadState::make_wait(DeviceDriver::Stream stream) const {
@@ -59,10 +72,7 @@ void ReadState::mark_issued() {
 
 void ReadState::count_forwarded(size_t nbytes) { forwarded_nbytes_ += nbytes; }
 
-void ReadState::count_read(size_t nbytes) {
-  read_nbytes_ += nbytes;
-  monitor_->read_nbytes += nbytes;
-}
+void ReadState::count_read(size_t nbytes) { read_nbytes_ += nbytes; }
 
 void ReadState::finish_failed(ReadError error, bool was_issued) {
   if (!error_) error_ = std::move(error);
@@ -77,6 +87,7 @@ void ReadState::finish() {
   }
   moments_.done = seconds_now();
   --monitor_->num_pending;
+  if (is_awaited_) --monitor_->num_awaited;
   num_unfinished_ = 0;
   ++monitor_->num_events;
   changed_.notify_all();

@@ -45,6 +45,8 @@ class ReadState {
   // streams the destination holds the bytes after make_wait(). In host memory this is is_done().
   bool is_issued() const { return ready_ ? num_unissued_.load() == 0 : is_done(); }
   bool wait_issued(std::chrono::duration<double> timeout);
+  // From now on it goes before reads that nobody waits for. Both waits imply it.
+  void expedite();
   // Work queued on `stream` later comes after the copies issued so far.
   void make_wait(DeviceDriver::Stream stream) const;
   std::optional<ReadError> error() const;
@@ -53,6 +55,7 @@ class ReadState {
   uint64_t forwarded_nbytes() const { return forwarded_nbytes_.load(); }
 
   // For the engine: monitor->mutex held.
+  bool is_awaited() const { return is_awaited_; }
   // The drive is asked for a part.
   void note_begun();
   // A stream will have brought a part after `there`.
@@ -69,6 +72,7 @@ class ReadState {
 
  private:
   void mark_issued();
+  void await();  // monitor_->mutex held
 
   const std::shared_ptr<Monitor> monitor_;
   const std::shared_ptr<Fence> ready_;
@@ -76,6 +80,7 @@ class ReadState {
   std::optional<ReadError> error_;    // the first
   ReadMoments moments_;
   std::condition_variable changed_;
+  bool is_awaited_ = false;
   std::atomic<size_t> num_unissued_;  // parts
   std::atomic<size_t> num_unfinished_;
   std::atomic<uint64_t> read_nbytes_{0};

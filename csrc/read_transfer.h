@@ -21,6 +21,7 @@ class ReadTransfer : public Transfer {
   ReadTransfer(std::shared_ptr<Monitor> monitor, const OpenFile& file,
                std::shared_ptr<ReadState> read, Source source, char* address, size_t nbytes);
 
+  bool is_awaited() const override { return read_->is_awaited(); }
   bool begin() override;
   void settle() override;
   void finish() override;

@@ -33,8 +33,7 @@ std::vector<IoOp> Scheduler::take_startable() {
     std::unique_ptr<Transfer> transfer = next(&reads_);
     if (!transfer) transfer = next(&writes_);
     if (!transfer) break;
-    ++num_active_;
-    clock(*transfer)->begin();
+    begin(*transfer);
     ops.push_back(transfer.release()->op());  // the backend's context owns it until complete()
   }
   return ops;
@@ -42,8 +41,9 @@ std::vector<IoOp> Scheduler::take_startable() {
 
 std::unique_ptr<Transfer> Scheduler::next(Queue* queue) {
   while (!queue->empty()) {
-    std::unique_ptr<Transfer> transfer = std::move(queue->front());
-    queue->pop_front();
+    auto first = first_awaited(*queue, *monitor_, [](const auto& t) { return t->is_awaited(); });
+    std::unique_ptr<Transfer> transfer = std::move(*first);
+    queue->erase(first);
     if (transfer->begin()) return transfer;
   }
   return nullptr;
@@ -59,8 +59,7 @@ void Scheduler::complete(Transfer* context, int64_t result) {
   std::vector<IoOp> ops;
   {
     std::lock_guard<std::mutex> lock(monitor_->mutex);
-    --num_active_;
-    clock(*transfer)->end();
+    end(*transfer);
     transfer->finish();
     transfer.reset();
     ops = take_startable();
@@ -75,8 +74,21 @@ void Scheduler::cancel_queued() {
   }
 }
 
-BusyClock* Scheduler::clock(const Transfer& transfer) {
-  return transfer.is_write() ? &monitor_->write_clock : &monitor_->read_clock;
+void Scheduler::begin(const Transfer& transfer) {
+  ++num_active_;
+  Traffic& own = monitor_->traffic[transfer.user()];
+  (transfer.is_write() ? monitor_->write_clock : monitor_->read_clock).begin();
+  (transfer.is_write() ? own.written : own.read).clock.begin();
+}
+
+void Scheduler::end(const Transfer& transfer) {
+  --num_active_;
+  Traffic& own = monitor_->traffic[transfer.user()];
+  (transfer.is_write() ? monitor_->write_clock : monitor_->read_clock).end();
+  (transfer.is_write() ? own.written : own.read).clock.end();
+  if (transfer.errnum() != 0) return;
+  (transfer.is_write() ? monitor_->written_nbytes : monitor_->read_nbytes) += transfer.nbytes();
+  (transfer.is_write() ? own.written : own.read).nbytes += transfer.nbytes();
 }
 
 }  // namespace ssdtrain

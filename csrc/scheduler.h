@@ -10,8 +10,9 @@
 
 namespace ssdtrain {
 
-// Decides which transfer the backend gets next: reads before writes, each in order, never more than
-// the backend's depth. Keeps what waits out of the backend's hands, so that it can be cancelled.
+// Decides which transfer the backend gets next: reads that somebody waits for, other reads, writes,
+// each in order, never more than the backend's depth; and counts what they did. Keeps what waits
+// out of the backend's hands, so that it can be cancelled.
 class Scheduler {
  public:
   Scheduler(std::shared_ptr<Monitor> monitor, const BackendFactory& open_backend, size_t max_depth);
@@ -32,7 +33,8 @@ class Scheduler {
   void complete(Transfer* transfer, int64_t result);
   std::vector<IoOp> take_startable();
   std::unique_ptr<Transfer> next(Queue* queue);
-  BusyClock* clock(const Transfer& transfer);
+  void begin(const Transfer& transfer);
+  void end(const Transfer& transfer);
 
   const std::shared_ptr<Monitor> monitor_;
   Queue reads_;

@@ -10,6 +10,7 @@
 #include <random>
 #include <stdexcept>
 
+#include "monitor.h"
 #include "posix_error.h"
 
 namespace ssdtrain {
@@ -65,11 +66,15 @@ int retry_fallocate(int fd, uint64_t from, uint64_t to) {
 
 }  // namespace
 
-SpillFile::SpillFile(const std::string& directory, std::optional<uint64_t> cap_nbytes)
-    : directory_(directory), cap_nbytes_(cap_nbytes) {
+SpillFile::SpillFile(const std::string& directory, std::optional<uint64_t> cap_nbytes, size_t user)
+    : directory_(directory), user_(user), cap_nbytes_(cap_nbytes) {
+  if (user >= kMaxUsers) {
+    throw std::invalid_argument("Expected a user below " + std::to_string(kMaxUsers) + ", got " +
+                                std::to_string(user));
+  }
   UniqueFd fd = open_unlinked(directory);
   io_ = enable_direct_io(fd.get(), directory);
-  file_ = std::make_shared<const OpenFile>(OpenFile{std::move(fd), io_});
+  file_ = std::make_shared<const OpenFile>(OpenFile{std::move(fd), io_, user});
 }
 
 std::shared_ptr<const OpenFile> SpillFile::open_file() const {
@@ -111,6 +116,14 @@ void SpillFile::grow(uint64_t nbytes) {
   if (to == from) return;
   reserve(file->fd.get(), from, to);
   nbytes_.store(to, std::memory_order_release);
+}
+
+void SpillFile::shrink_to_nothing() {
+  std::shared_ptr<const OpenFile> file = open_file();
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (::ftruncate(file->fd.get(), 0) != 0)
+    throw PosixError(errno, "Expected to shrink", directory_);
+  nbytes_.store(0, std::memory_order_release);
 }
 
 void SpillFile::reserve(int fd, uint64_t from, uint64_t to) {

@@ -18,15 +18,19 @@ namespace ssdtrain {
 struct OpenFile {
   UniqueFd fd;
   DirectIo io;
+  size_t user;
 };
 
 // One preallocated, already unlinked file in a directory, for this process's eyes only.
 class SpillFile {
  public:
-  SpillFile(const std::string& directory, std::optional<uint64_t> cap_nbytes);
+  // `user`: below kMaxUsers, whose traffic this is where several share an engine.
+  SpillFile(const std::string& directory, std::optional<uint64_t> cap_nbytes, size_t user = 0);
   SpillFile(const SpillFile&) = delete;
   SpillFile& operator=(const SpillFile&) = delete;
 
+  // Gives all space back; nothing of the file may be needed or in flight.
+  void shrink_to_nothing();
   // Makes the file at least `nbytes` long, space reserved. Throws PosixError and leaves the file as
   // it was when the directory has no room or `nbytes` exceeds the cap.
   void grow(uint64_t nbytes);
@@ -37,6 +41,7 @@ class SpillFile {
   int fd() const { return open_file()->fd.get(); }
   uint64_t nbytes() const { return nbytes_.load(std::memory_order_acquire); }
   const std::string& directory() const { return directory_; }
+  size_t user() const { return user_; }
   const DirectIo& io() const { return io_; }
   std::optional<uint64_t> cap_nbytes() const { return cap_nbytes_; }
   std::string fallocate_reason() const;
@@ -46,6 +51,7 @@ class SpillFile {
   void reserve(int fd, uint64_t from, uint64_t to);
 
   const std::string directory_;
+  const size_t user_;
   const std::optional<uint64_t> cap_nbytes_;
   DirectIo io_;
   mutable std::mutex mutex_;  // file_, fallocate_reason_, and growing

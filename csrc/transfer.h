@@ -34,6 +34,10 @@ class Transfer {
   Outcome advance(int64_t result, Monitor* monitor);
   int errnum() const { return errnum_; }
   const std::string& message() const { return message_; }
+  // Whose file it is.
+  size_t user() const { return file_.user; }
+  // monitor->mutex held: whether somebody waits for it.
+  virtual bool is_awaited() const { return false; }
 
   // monitor->mutex held: false when nobody wants it any more.
   virtual bool begin() = 0;

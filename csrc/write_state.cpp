@@ -199,7 +199,6 @@ void WriteState::end_write(size_t index) {
   Chunk& chunk = chunks_[index];
   chunk.bytes.reset();
   written_nbytes_ += chunk.nbytes;
-  monitor_->written_nbytes += chunk.nbytes;
   finish(&chunk, ChunkState::kWritten);
 }
 

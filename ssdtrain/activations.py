@@ -47,7 +47,7 @@ from ssdtrain.record import Handle, Record, Resident
 from ssdtrain.saving import innermost_hooks, is_resized, modified, widen
 from ssdtrain.schedule import Schedule
 from ssdtrain.stats import Counters, Stats
-from ssdtrain.store import Store
+from ssdtrain.store import Join, Store
 from ssdtrain.trace import Pass
 from ssdtrain.watch import Watch
 
@@ -76,10 +76,12 @@ class ActivationOffload:
         policy: ActivationPolicy,
         model: torch.nn.Module | None = None,
         cpu: Device | None = None,
+        join: Join | None = None,
     ) -> None:
         """Checks the directories and opens the engine, so that what is wrong shows before training starts.
 
-        `directories`: None for a host tier only. `cpu`: the device of tensors in host memory, for simulations.
+        `directories`: None for a host tier only. `cpu`: the device of tensors in host memory, for simulations. `join`:
+        joins another offload's drive, which is in these directories, instead of opening one.
         """
         self.policy = policy
         self._counters = Counters()
@@ -99,7 +101,7 @@ class ActivationOffload:
             raise ValueError("Expected a directory or a host tier, got directory=None and host_nbytes=0; pass either")
         cpu = cpu or CpuDevice(policy.idle_nbytes)
         self._devices = Devices(cpu, has_host_tier_only=directories is None)
-        self._store = Store(directories or (), policy, self._counters, self._index, self._devices)
+        self._store = Store(directories or (), policy, self._counters, self._index, self._devices, join)
         self._store.when_torn = self._schedule.start_afresh
         self._watch = Watch(policy, directories or (), self._schedule, self._store)
         if policy.enabled:
@@ -345,7 +347,8 @@ class ActivationOffload:
         kept = [record for record in due if self._schedule.keeps(record)]
         if kept:
             self._store.keep(kept, "planned to stay")
-        self._store.offload([record for record in due if record not in kept] if kept else due)
+        leaving = [record for record in due if record not in kept] if kept else due
+        self._store.offload(leaving, is_planned=self._schedule.is_planned)
 
     def _prefetch(self, upcoming: Iterator[Record]) -> None:
         for record in upcoming:

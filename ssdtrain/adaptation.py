@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ssdtrain.agreement import Agreement, agreement_of_job
-from ssdtrain.planner import Goal, Machine, Plan, Step, Tier, choose, make_plan, make_probe
+from ssdtrain.planner import SECONDS_PER_DAY, Goal, Machine, Plan, Step, Tier, choose, make_plan, make_probe
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.route import Route, Shape
 from ssdtrain.stats import Counters
@@ -78,6 +78,20 @@ class Bandwidth:
         self.average = rate if not self.average else self.average + _NEW_SHARE * (rate - self.average)
 
 
+class Others:
+    """What is written to the same drive for parameters and optimizer state, averaged over steps."""
+
+    def __init__(self) -> None:
+        self.daily_nbytes = 0.0
+        self._nbytes, self._seconds = 0, 0.0
+
+    def note(self, nbytes: int, step_seconds: float) -> None:
+        """Takes the running total at the end of a step of so many seconds."""
+        new, self._nbytes = nbytes - self._nbytes, nbytes
+        daily = new / step_seconds * SECONDS_PER_DAY if step_seconds > 0 else 0.0
+        self.daily_nbytes += _NEW_SHARE * (daily - self.daily_nbytes)
+
+
 class Adaptation:
     """The plans of one offload context, one per kind of step."""
 
@@ -94,6 +108,7 @@ class Adaptation:
         """
         self._machine, self._goal, self._blocks = machine, goal, blocks
         self._bandwidths = (0.0, 0.0)
+        self._others = Others()
         self._join: Callable[[], Agreement | None] | None = join
         self._agreement = join()  # or with the first step, when the job is set up later
         self.recomputed: frozenset[str] = frozenset()
@@ -123,6 +138,7 @@ class Adaptation:
         """Takes a finished step and the engine's totals; makes a plan where there is none or it holds no more."""
         self._write.note(totals.written_nbytes, totals.write_busy_seconds)
         self._read.note(totals.read_nbytes, totals.read_busy_seconds)
+        self._others.note(totals.shared_written_nbytes, measured.seconds)
         if not self._write.average:
             return
         self._bandwidths = self._agreed(self._write.average, self._read.average or self._write.average)
@@ -172,6 +188,7 @@ class Adaptation:
     def _plan(self, step: Step) -> Route:
         begin = time.perf_counter()
         self._planned_for, self._num_since_plan = self._machine_now(), 0
+        self._goal = replace(self._goal, others_daily_nbytes=self._others.daily_nbytes)
         route = Route(step, self._make_plan(step))
         end = time.perf_counter()
         is_final = self.recomputed == frozenset(route.plan.recomputed)  # else the steps to come look different
@@ -205,6 +222,7 @@ class Adaptation:
             or _differs(now.write_bandwidth, then.write_bandwidth)
             or _differs(now.read_bandwidth, then.read_bandwidth)
             or _differs(step.seconds, route.step.seconds)
+            or abs(self._others.daily_nbytes - self._goal.others_daily_nbytes) > _DRIFT * self._goal.daily_nbytes
         )
 
     def _machine_now(self) -> Machine:

@@ -67,6 +67,17 @@ class SpillFile(Protocol):
             OSError: no space, or more than `cap_nbytes` (EDQUOT); the file is as before.
         """
 
+    @property
+    def user(self) -> int:
+        """Which of the users of a shared engine it belongs to: 0 or 1."""
+
+    def shrink_to_nothing(self) -> None:
+        """Gives the space back; nothing in the file may be needed or in flight.
+
+        Raises:
+            OSError: the file cannot be shortened.
+        """
+
     def close(self) -> None:
         """Gives the space back once no engine uses the file. Idempotent."""
 
@@ -185,6 +196,9 @@ class Read(Protocol):
     def wait_issued(self, timeout_seconds: float | None = None) -> bool:
         """Blocks until `is_issued`, without the GIL; false when the time is over first."""
 
+    def expedite(self) -> None:
+        """From now on it is served before reads that nobody waits for. Both waits imply it."""
+
     def make_wait(self, stream: int) -> None:
         """What is queued on `stream` from now on runs after the copies that are issued."""
 
@@ -263,6 +277,9 @@ class Engine(Protocol):
     @property
     def read_busy_seconds(self) -> float:
         """Wall time with at least one file read in flight."""
+
+    def traffic(self, user: int) -> tuple[int, int, float, float]:
+        """Bytes written and read, and seconds with a write and with a read in flight, of one user's files."""
 
     def add_device(self, driver: Any) -> str:
         """Gets ready for fences of an accelerator's driver. Empty, or why its copies are slow.

@@ -57,7 +57,7 @@ class EngineChoice:
         for file in self.files:
             reasons = [] if file.is_direct else [file.direct_reason]
             texts += [f"{file.directory}: {why}" for why in (*reasons, file.fallocate_reason) if why]
-        return texts
+        return list(dict.fromkeys(texts))
 
     def close(self) -> None:
         """Ends the engine and gives the spill space back."""
@@ -74,11 +74,18 @@ class _Request:
     checksum: bool
     disk_nbytes: int | None
     host_nbytes: int
+    is_shared: bool
 
-    def files(self, make: Callable[[str, int | None], SpillFile]) -> list[SpillFile]:
-        """The files as they are, or one new file per directory, which share `disk_nbytes` evenly."""
+    def files(self, make: Callable[[str, int | None, int], SpillFile]) -> list[SpillFile]:
+        """The files as they are, or one new file per directory, which share `disk_nbytes` evenly.
+
+        Another user's files follow; how long they may be is for that one to say.
+        """
         cap = None if self.disk_nbytes is None else self.disk_nbytes // len(self.places)
-        return [make(place, cap) if isinstance(place, str) else place for place in self.places]
+        others = [place for place in self.places if isinstance(place, str)] if self.is_shared else []
+        return [make(place, cap, 0) if isinstance(place, str) else place for place in self.places] + [
+            make(place, None, 1) for place in others
+        ]
 
 
 def slab_nbytes_for(staging_nbytes: int) -> int:
@@ -96,6 +103,7 @@ def open_engine(
     *,
     host_nbytes: int = 0,
     device_index: int | None = None,
+    is_shared: bool = False,
 ) -> EngineChoice:
     """Opens the engine asked for, or with ``"auto"`` the best that works here, on files or on new files.
 
@@ -110,6 +118,7 @@ def open_engine(
         disk_nbytes: bound on all files together; None for no bound.
         host_nbytes: limit of the host tier; 0 for none.
         device_index: the GPU whose memory travels; None for host memory.
+        is_shared: another user may join later: it gets files of its own, in the same directories.
 
     Raises:
         ValueError: `kind` is unknown, or the sizes do not fit together.
@@ -118,7 +127,8 @@ def open_engine(
     """
     if kind not in KINDS:
         raise ValueError(f"Expected an engine among {', '.join(KINDS)}, got {kind!r}")
-    request = _Request(list(files_or_directories), staging_nbytes, slab_nbytes, checksum, disk_nbytes, host_nbytes)
+    places = list(files_or_directories)
+    request = _Request(places, staging_nbytes, slab_nbytes, checksum, disk_nbytes, host_nbytes, is_shared)
     if not request.places:
         return _open_without_files(request)
     names, preference = _names(kind, request, device_index)
@@ -193,8 +203,8 @@ def _open(name: str, request: _Request) -> tuple[Engine, list[SpillFile]]:
     try:
         return make(files, request.staging_nbytes, request.slab_nbytes, request.checksum), files
     except (OSError, RuntimeError, TypeError) as error:
-        for file, place in zip(files, request.places, strict=True):
-            if file is not place:
+        for file in files:
+            if file not in request.places:
                 file.close()
         raise _UnavailableError(str(error)) from error
 

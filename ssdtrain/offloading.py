@@ -20,7 +20,7 @@ Directories = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 def offload_activations(
-    directory: Directories | None,
+    directory: Directories | ParameterOffload | OffloadedOptimizer | None,
     policy: ActivationPolicy | Mapping[str, Any] | None = None,
     model: torch.nn.Module | None = None,
     *,
@@ -34,7 +34,10 @@ def offload_activations(
 
     Args:
         directory: where the spill files go, on a fast local drive. Several are striped. The files are unlinked at once:
-            nothing is ever left behind. None: tensors of an accelerator go to pinned host memory only.
+            nothing is ever left behind. Or what is offloaded already, `parameter_offload(module)` or an offloaded
+            optimizer: both then share its engine, staging memory and host tier, what somebody waits for is read first,
+            and the endurance budget counts what is written for both; `disk_nbytes` bounds activations alone. None:
+            tensors of an accelerator go to pinned host memory only.
         policy: an `ActivationPolicy` or a mapping with its fields.
         model: names modules in messages, marks its parameters and buffers as weights, and has the blocks that
             ``recompute`` is about. Never needed for correctness.
@@ -47,7 +50,7 @@ def offload_activations(
     Raises:
         OSError: a directory is missing, not writable or full.
         ValueError: the policy has an unknown key or a bad value, or no directory is given.
-        RuntimeError: the engine asked for by name is not available.
+        RuntimeError: the engine asked for by name is not available, or what is to be shared is shared or closed.
 
     Example:
         >>> with offload_activations("/mnt/nvme") as offload:
@@ -56,11 +59,13 @@ def offload_activations(
         ...         optimizer.step(); optimizer.zero_grad()
         >>> print(offload.stats)
     """
-    paths = None if directory is None else _paths(directory)
     chosen = ActivationPolicy.of(policy)
     if record is not None:
         chosen = chosen.model_copy(update={"record": os.fspath(record)})
-    return ActivationOffload(paths, chosen, model)
+    if isinstance(directory, ParameterOffload | OffloadedOptimizer):
+        vault = directory.vault
+        return ActivationOffload(vault.directories or None, chosen, model, vault.cpu, vault.drive.join)
+    return ActivationOffload(None if directory is None else _paths(directory), chosen, model)
 
 
 def offload_parameters(

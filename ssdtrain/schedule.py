@@ -144,6 +144,11 @@ class Schedule:
         if route is not None:
             self._horizon = max(self._horizon, route.next_after_save(place))
 
+    @property
+    def is_planned(self) -> bool:
+        """Whether a plan is followed."""
+        return self._route is not None
+
     def keeps(self, record: Record) -> bool:
         """Whether the plan, if one is followed, has a record stay in memory."""
         step = record.pass_.step

@@ -65,9 +65,9 @@ class Departure:
     """Memory an engine may be reading."""
 
     source: torch.UntypedStorage | None
+    extent: Extent
     write: Write | None = None
     dead: Extent | None = None  # not needed any more, free when the write is over
-    file: int = 0
 
     @property
     def is_done(self) -> bool:

@@ -5,9 +5,13 @@ Knows extents and directories, no records and no requests. Not thread-safe: the 
 
 from __future__ import annotations
 
+import bisect
 import errno
 import logging
+import math
 import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,7 +57,7 @@ def host_limit_nbytes(asked_nbytes: int | None, *, has_directories: bool) -> int
 
 
 class HostSpace:
-    """Room in the host tier: one range of pinned memory, which grows in steps up to its limit."""
+    """Room in the host tier: one range of pinned memory, which grows in steps up to its limit. Thread-safe."""
 
     def __init__(
         self, file: int, limit_nbytes: int, grow: Callable[[int], str], note_fallback: Callable[[str], None]
@@ -64,6 +68,7 @@ class HostSpace:
         self._grow = grow
         self._note_fallback = note_fallback
         self._extents = ExtentAllocator(_BLOCK_NBYTES)
+        self._lock = threading.Lock()
 
     @property
     def peak_nbytes(self) -> int:
@@ -73,14 +78,16 @@ class HostSpace:
     def allocate(self, nbytes: int) -> Extent | None:
         """Room for `nbytes`, or None when the tier is full."""
         nbytes = self._extents.rounded(nbytes)
-        offset = self._extents.allocate(nbytes)
-        if offset is None and self._extend(self._extents.missing_nbytes(nbytes)):
+        with self._lock:
             offset = self._extents.allocate(nbytes)
+            if offset is None and self._extend(self._extents.missing_nbytes(nbytes)):
+                offset = self._extents.allocate(nbytes)
         return None if offset is None else Extent(self.file, offset, nbytes)
 
     def release(self, extent: Extent) -> None:
         """Gives an extent, or a block-aligned part of one, back."""
-        self._extents.release(extent.offset, extent.nbytes)
+        with self._lock:
+            self._extents.release(extent.offset, extent.nbytes)
 
     def _extend(self, missing_nbytes: int) -> bool:
         needed = self._extents.capacity + missing_nbytes
@@ -94,16 +101,67 @@ class HostSpace:
         return True
 
 
+class HostShare:
+    """What one user of a host tier holds of it."""
+
+    def __init__(self, space: HostSpace) -> None:
+        """Holds nothing."""
+        self.file = space.file
+        self._space = space
+        self._held: list[tuple[int, int]] = []  # (offset, nbytes), sorted
+
+    @property
+    def peak_nbytes(self) -> int:
+        """The most in use so far, by all users."""
+        return self._space.peak_nbytes
+
+    def allocate(self, nbytes: int) -> Extent | None:
+        """Room for `nbytes`, or None when the tier is full."""
+        extent = self._space.allocate(nbytes)
+        if extent is not None:
+            bisect.insort(self._held, (extent.offset, extent.nbytes))
+        return extent
+
+    def release(self, extent: Extent) -> None:
+        """Gives an extent, or a block-aligned part of one, back."""
+        i = bisect.bisect_right(self._held, (extent.offset, sys.maxsize)) - 1
+        start, nbytes = self._held[i]
+        end, extent_end = start + nbytes, extent.offset + extent.nbytes
+        rest = [(start, extent.offset - start), (extent_end, end - extent_end)]
+        self._held[i : i + 1] = [(offset, size) for offset, size in rest if size]
+        self._space.release(extent)
+
+    def give_back(self) -> None:
+        """Gives everything back."""
+        held, self._held = self._held, []
+        for offset, nbytes in held:
+            self._space.release(Extent(self.file, offset, nbytes))
+
+
 class SpillSpace:
     """Extents over one spill file per directory; large requests are striped, small ones take turns."""
 
-    def __init__(self, files: Sequence[SpillFile], stripe_nbytes: int, note_fallback: Callable[[str], None]) -> None:
-        """`stripe_nbytes`: what a file must at least get of a request for striping to pay."""
+    def __init__(
+        self,
+        files: Sequence[SpillFile],
+        stripe_nbytes: int,
+        note_fallback: Callable[[str], None],
+        *,
+        first: int = 0,
+        cap_nbytes: int | None = None,
+    ) -> None:
+        """`stripe_nbytes`: what a file must at least get of a request for striping to pay.
+
+        `first`: the index by which the engine knows the first file. `cap_nbytes`: a bound on all files together, beside
+        their own.
+        """
         self.block_nbytes = max((file.block_nbytes for file in files), default=_BLOCK_NBYTES)
         self.memory_alignment = max((file.memory_alignment for file in files), default=_BLOCK_NBYTES)
         self.in_use_nbytes = 0
         self.peak_nbytes = 0
         self._files = files
+        self._first = first
+        self._cap_nbytes = None if cap_nbytes is None or not files else cap_nbytes // len(files)
         self._stripe_nbytes = stripe_nbytes
         self._note_fallback = note_fallback
         self._extents = [ExtentAllocator(self.block_nbytes) for _ in files]
@@ -155,17 +213,17 @@ class SpillSpace:
 
     def release(self, extent: Extent) -> None:
         """Gives an extent, or a block-aligned part of one, back."""
-        self._extents[extent.file].release(extent.offset, extent.nbytes)
+        self._extents[extent.file - self._first].release(extent.offset, extent.nbytes)
         self.in_use_nbytes -= extent.nbytes
 
     def note_write_error(self, file: int, error: tuple[int, int, int]) -> None:
         """Remembers a failed write; after a few of them the directory is not used any more."""
         number, offset, nbytes = error
-        directory = self._files[file].directory
+        directory = self.directory(file)
         logger.debug("%s: write of %d bytes at offset %d failed: errno %d", directory, nbytes, offset, number)
         self._note_fallback(f"{directory}: write failed: {os.strerror(number)} (errno {number}); bytes kept in memory")
-        self._num_errors[file] += 1
-        if self._num_errors[file] == _MAX_WRITE_ERRORS:
+        self._num_errors[file - self._first] += 1
+        if self._num_errors[file - self._first] == _MAX_WRITE_ERRORS:
             self.retire(file, f"after {_MAX_WRITE_ERRORS} failed writes")
 
     def note_read_error(self, file: int, error: tuple[int, int, int, str]) -> None:
@@ -185,13 +243,13 @@ class SpillSpace:
 
     def directory(self, file: int) -> str:
         """Where a spill file is."""
-        return self._files[file].directory
+        return self._files[file - self._first].directory
 
     def retire(self, file: int, why: str) -> None:
         """Puts nothing more into a directory; what is there can still be read."""
-        if not self._is_retired[file]:
-            self._is_retired[file] = True
-            self._note_fallback(f"{self._files[file].directory}: not used any more {why}")
+        if not self._is_retired[file - self._first]:
+            self._is_retired[file - self._first] = True
+            self._note_fallback(f"{self.directory(file)}: not used any more {why}")
 
     def _allocate(self, file: int, nbytes: int) -> Extent | None:
         if self._is_retired[file]:
@@ -204,11 +262,15 @@ class SpillSpace:
             return None
         self.in_use_nbytes += nbytes
         self.peak_nbytes = max(self.peak_nbytes, self.in_use_nbytes)
-        return Extent(file, offset, nbytes)
+        return Extent(self._first + file, offset, nbytes)
+
+    def _cap(self, file: int) -> float:
+        caps = (self._files[file].cap_nbytes, self._cap_nbytes)
+        return min((cap for cap in caps if cap is not None), default=math.inf)
 
     def _preallocate(self, file: int, least_nbytes: int) -> None:
         spill = self._files[file]
-        cap = spill.cap_nbytes if spill.cap_nbytes is not None else _FIRST_NBYTES
+        cap = int(min(self._cap(file), _FIRST_NBYTES))
         for target in (min(_FIRST_NBYTES, cap), min(least_nbytes, cap)):
             try:
                 spill.grow(target)
@@ -226,7 +288,7 @@ class SpillSpace:
             return False
         needed = extents.capacity + missing_nbytes
         generous = extents.capacity + max(missing_nbytes, _GROW_NBYTES)
-        cap = spill.cap_nbytes if spill.cap_nbytes is not None else generous
+        cap = int(min(self._cap(file), generous))
         if needed > cap:
             return False
         for target in (min(generous, cap), needed):

@@ -45,6 +45,14 @@ class EngineTotals(Protocol):
     def peak_staging_nbytes(self) -> int:
         """Most slab memory in use."""
 
+    @property
+    def shared_written_nbytes(self) -> int:
+        """Bytes written for another user of the engine."""
+
+    @property
+    def shared_read_nbytes(self) -> int:
+        """Bytes read for it."""
+
 
 class Counters:
     """Running totals; one instance per offload context. Attributes are the fields of `Stats`, plus two gauges."""
@@ -54,6 +62,7 @@ class Counters:
         self.num_saved = self.num_offloaded = self.num_prefetched = self.num_demand_reloads = 0
         self.offloaded_nbytes = self.deduplicated_nbytes = self.forwarded_nbytes = self.kept_nbytes = 0
         self.cancelled_write_nbytes = self.written_nbytes = self.read_nbytes = 0
+        self.shared_written_nbytes = self.shared_read_nbytes = 0
         self.write_busy_seconds = self.read_busy_seconds = 0.0
         self.peak_staging_nbytes = self.peak_disk_nbytes = self.peak_host_nbytes = 0
         self.hosted_nbytes = self.host_read_nbytes = 0
@@ -86,6 +95,8 @@ class Counters:
         self.read_nbytes += engine.read_nbytes
         self.write_busy_seconds += engine.write_busy_seconds
         self.read_busy_seconds += engine.read_busy_seconds
+        self.shared_written_nbytes += engine.shared_written_nbytes
+        self.shared_read_nbytes += engine.shared_read_nbytes
         self.peak_staging_nbytes = max(self.peak_staging_nbytes, engine.peak_staging_nbytes)
         self.peak_disk_nbytes = max(self.peak_disk_nbytes, peak_disk_nbytes)
 
@@ -152,6 +163,10 @@ class Stats:
     """Bytes written to the spill files, padding included."""
     read_nbytes: int
     """Bytes read back."""
+    shared_written_nbytes: int
+    """Bytes written meanwhile for parameters or optimizer state that share the engine."""
+    shared_read_nbytes: int
+    """Bytes read for them."""
     kept_nbytes: int
     """Bytes that could have travelled and were kept, reasons in `skipped`."""
     num_prefetched: int
@@ -229,6 +244,14 @@ class Stats:
             f" peak {nbytes_text(self.peak_host_nbytes)}"
         ]
 
+    def _shared_lines(self) -> list[str]:
+        if not self.shared_written_nbytes and not self.shared_read_nbytes:
+            return []
+        return [
+            f"            and for parameters and optimizer state wrote {nbytes_text(self.shared_written_nbytes)},"
+            f" read {nbytes_text(self.shared_read_nbytes)}"
+        ]
+
     def __str__(self) -> str:
         """One screen: what it did, what it cost, what it left alone."""
         lines = [
@@ -241,6 +264,7 @@ class Stats:
             f" read {rate_text(self.read_nbytes, self.read_busy_seconds)}"
             f"; {nbytes_text(self.forwarded_nbytes)} forwarded,"
             f" {nbytes_text(self.cancelled_write_nbytes)} of writes cancelled",
+            *self._shared_lines(),
             *self._host_lines(),
             f"  cost      {self.stall_seconds:.3f} s stalled"
             + "".join(f", {tier} {seconds:.3f} s" for tier, seconds in self.stalls.items())

@@ -8,6 +8,11 @@ One lock guards records, extents and requests; every change is also bracketed, s
 while bytes move or a thread waits, and nothing that runs in a destructor waits for it: a dying handle leaves a note in
 `_bereaved`, which the next holder works off.
 
+[Note: leaving later]
+A plan knows how fast the drive is, not to the millisecond when a write is over. What it sends therefore waits its turn
+in memory when too much is in flight, and leaves with a later event, the oldest first; by the time backward wants it, it
+stays. Without a plan what the drive has no time for is kept at once: it would only be read back again.
+
 [Note: waiting for an accelerator]
 The bytes in flight are bounded. When the bound is reached because the drive is behind, mode "auto" keeps the tensor.
 When it is reached because training runs ahead of an accelerator, which has not even computed what is to be copied, it
@@ -27,8 +32,9 @@ from collections.abc import Callable, Sequence
 from ssdtrain.books import Books
 from ssdtrain.device import Device
 from ssdtrain.devices import Devices
+from ssdtrain.drive import Drive
 from ssdtrain.engine import Fence
-from ssdtrain.engines import EngineChoice, open_engine, slab_nbytes_for
+from ssdtrain.engines import open_engine, slab_nbytes_for
 from ssdtrain.index import Index
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.record import Record, Residency
@@ -40,6 +46,9 @@ from ssdtrain.transport import Transport
 
 logger = logging.getLogger("ssdtrain")
 
+Join = Callable[[Callable[[str], None], int | None], Drive]
+"""`Drive.join` of another's drive."""
+
 _HELD_SHARE = 4  # of staging: sources that an accelerator is yet to copy, before they are let go in stream order
 
 
@@ -47,9 +56,15 @@ class Store:
     """The bytes of all records of one offload context."""
 
     def __init__(
-        self, directories: Sequence[str], policy: ActivationPolicy, counters: Counters, index: Index, devices: Devices
+        self,
+        directories: Sequence[str],
+        policy: ActivationPolicy,
+        counters: Counters,
+        index: Index,
+        devices: Devices,
+        join: Join | None = None,
     ) -> None:
-        """Remembers what to open; `open` opens it."""
+        """Remembers what to open; `open` opens it. `join`: joins another's drive instead."""
         self.lock = threading.Lock()
         self.books = Books(self)
         self.when_torn: Callable[[], None] = _nothing  # under the lock, when all that is filed is given up
@@ -62,6 +77,7 @@ class Store:
         self._num_entered = 0  # contexts that are active now
         self._is_patient = policy.is_patient  # waits for the drive rather than keeping
         self._directories = directories
+        self._join = join
         self._retired: set[str] = set()  # by engines that are closed
         self._policy = policy
         self._slab_nbytes = slab_nbytes_for(policy.staging_nbytes)
@@ -69,6 +85,7 @@ class Store:
         self._bereaved: deque[tuple[Record, int]] = deque()
         self._batch: list[Record] = []
         self._batch_nbytes = 0
+        self._delayed: deque[list[Record]] = deque()
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -131,7 +148,7 @@ class Store:
     def _add_totals(self, counters: Counters) -> None:
         transport = self._transport
         if transport is not None:
-            counters.add_engine(transport.engine, transport.space.peak_nbytes)
+            counters.add_engine(transport.totals(), transport.space.peak_nbytes)
             counters.cancelled_write_nbytes += transport.cancelled_nbytes
             if transport.host is not None:
                 counters.peak_host_nbytes = max(counters.peak_host_nbytes, transport.host.peak_nbytes)
@@ -142,15 +159,15 @@ class Store:
         directories = [directory for directory in self._directories if directory not in self._retired]
         if self._directories and not directories:
             return
-        choice = self._open_engine(directories)
+        drive = self._open_drive(directories)
         try:
-            transport = Transport(choice, self._slab_nbytes, self.note_fallback, self.journal)
-            self._transport = self._reloads.transport = transport
+            self._transport = self._reloads.transport = Transport(drive, self.note_fallback, self.journal)
         except BaseException:  # Ctrl-C too: nobody else knows this engine yet
-            choice.close()
+            drive.close()
             raise
-        self.counters.engine, self.counters.engine_reason = choice.kind, choice.reason
-        for text in (*choice.fallbacks, *choice.shortcomings()):
+        self._slab_nbytes = drive.engine.slab_nbytes
+        self.counters.engine, self.counters.engine_reason = drive.kind, drive.reason
+        for text in drive.shortcomings():
             self.note_fallback(text)
 
     def _open_again(self) -> None:
@@ -159,12 +176,14 @@ class Store:
         except OSError as error:
             self.note_fallback(f"the engine could not be opened again, tensors stay in memory: {error}")
 
-    def _open_engine(self, directories: list[str]) -> EngineChoice:
-        """On those of `directories` that are not full; an error when all are."""
+    def _open_drive(self, directories: list[str]) -> Drive:
+        """Another's, or a new one on those of `directories` that are not full; an error when all are."""
         p = self._policy
+        if self._join is not None:
+            return self._join(self.note_fallback, p.disk_nbytes)
         while True:
             try:
-                return open_engine(
+                choice = open_engine(
                     p.engine,
                     directories,
                     p.staging_nbytes,
@@ -174,6 +193,7 @@ class Store:
                     host_nbytes=host_limit_nbytes(p.host_nbytes, has_directories=bool(self._directories)),
                     device_index=self.devices.gpu_index(),
                 )
+                return Drive(choice, self.note_fallback)
             except OSError as error:
                 if len(directories) == 1 or error.errno not in NO_SPACE or error.filename not in directories:
                     raise
@@ -225,6 +245,7 @@ class Store:
     def forget_engine(self) -> None:
         """What is in memory stays; the next context opens another engine."""
         self._batch, self._batch_nbytes, self._transport = [], 0, None
+        self._delayed.clear()
         self._reloads.forget_engine()
 
     def _close_if_idle(self) -> None:
@@ -286,15 +307,16 @@ class Store:
 
     # -- out -----------------------------------------------------------------------------------------------------
 
-    def offload(self, records: list[Record]) -> None:
+    def offload(self, records: list[Record], *, is_planned: bool = False) -> None:
         """Starts the trip down, small neighbours together; may decide to keep a record instead.
 
-        In mode ``"all"`` it waits for the drive while `staging_nbytes` are in flight.
+        In mode ``"all"`` it waits for the drive while `staging_nbytes` are in flight; what `is_planned` to leave then
+        leaves later, see [Note: leaving later].
         """
         with self.lock, self.books:
             loads = [load for record in records for load in self._load(record)]
         for cargo in loads:
-            while (wait := self._try_ship(cargo)) is not None:
+            while (wait := self._try_ship(cargo, is_planned=is_planned)) is not None:
                 self._wait_for_room(wait, cargo[0])
 
     def _load(self, record: Record) -> list[list[Record]]:
@@ -316,8 +338,8 @@ class Store:
         cargo, self._batch, self._batch_nbytes = self._batch, [], 0
         return cargo
 
-    def _try_ship(self, cargo: list[Record]) -> int | Fence | None:
-        """Ships or keeps `cargo`; or returns what to wait for before trying again: bytes in flight, or a device."""
+    def _try_ship(self, cargo: list[Record], *, is_planned: bool) -> int | Fence | None:
+        """Ships, keeps or delays `cargo`; or returns what to wait for before trying again: bytes, or a device."""
         with self.lock, self.books:
             self._settle()
             cargo = [record for record in cargo if _may_leave(record)]
@@ -325,22 +347,44 @@ class Store:
             if transport is None or not cargo:
                 return None
             need = sum(record.nbytes for record in cargo)
-            in_flight = transport.engine.inflight_nbytes
-            if transport.space.is_exhausted and transport.host is None:
-                self._keep(cargo, "no directory left")
-            elif in_flight and in_flight + need > self._policy.staging_nbytes:
-                if self._is_patient:
-                    return max(0, self._policy.staging_nbytes - need)
-                point = transport.next_point()
-                if point is not None:
-                    return point
-                is_stuck = transport.retire_stuck(self._policy.io_timeout_seconds)
-                self._keep(cargo, "drive stuck" if is_stuck else "drive behind")
-            elif transport.send(cargo):
-                self._note_departed(cargo)
+            if not self._delayed and self._has_room(transport, need):
+                self._ship(transport, cargo)
+                return None
+            if self._is_patient:
+                return max(0, self._policy.staging_nbytes - need)
+            point = transport.next_point()
+            if point is not None:
+                return point
+            if transport.retire_stuck(self._policy.io_timeout_seconds):
+                self._keep(cargo, "drive stuck")
+            elif is_planned:
+                self._delayed.append(cargo)
             else:
-                self._keep(cargo, "no spill space" if self._directories else "host tier full")
+                self._keep(cargo, "drive behind")
         return None
+
+    def _has_room(self, transport: Transport, nbytes: int) -> bool:
+        in_flight = transport.engine.inflight_nbytes
+        return not in_flight or in_flight + nbytes <= self._policy.staging_nbytes
+
+    def _ship(self, transport: Transport, cargo: list[Record]) -> None:
+        if transport.space.is_exhausted and transport.host is None:
+            self._keep(cargo, "no directory left")
+        elif transport.send(cargo):
+            self._note_departed(cargo)
+        else:
+            self._keep(cargo, "no spill space" if self._directories else "host tier full")
+
+    def _ship_delayed(self, transport: Transport) -> None:
+        """See [Note: leaving later]."""
+        while self._delayed:
+            cargo = [record for record in self._delayed[0] if _may_leave(record)]
+            if cargo and not self._has_room(transport, sum(record.nbytes for record in cargo)):
+                return
+            too_late = [record for record in self._delayed.popleft() if record not in cargo]
+            self._keep(too_late, "drive behind")
+            if cargo:
+                self._ship(transport, cargo)
 
     def _note_departed(self, cargo: list[Record]) -> None:
         for record in cargo:
@@ -391,6 +435,8 @@ class Store:
         for record, has_arrived in news:
             if record.residency is Residency.OFFLOADING:
                 self._note_copied(record, has_arrived)
+        if transport is not None and self._delayed:
+            self._ship_delayed(transport)
         if transport is not None and transport.has_accelerators:
             only_if_behind = not self._is_patient
             for record in transport.let_go(self._policy.staging_nbytes // _HELD_SHARE, only_if_behind=only_if_behind):

@@ -26,11 +26,12 @@ from dataclasses import dataclass, field
 import torch
 
 from ssdtrain.device import Allocation, Device
+from ssdtrain.drive import Drive, DriveTotals
 from ssdtrain.engine import Fence, Read, Write
-from ssdtrain.engines import EngineChoice, fence
+from ssdtrain.engines import fence
 from ssdtrain.record import Place, Record
 from ssdtrain.run_record import Journal
-from ssdtrain.space import Extent, HostSpace, SpillSpace
+from ssdtrain.space import Extent
 
 
 @dataclass
@@ -50,29 +51,15 @@ class _Shipment:
 class Transport:
     """What exists between the opening and the closing of an engine."""
 
-    def __init__(
-        self,
-        choice: EngineChoice,
-        slab_nbytes: int,
-        note_fallback: Callable[[str], None],
-        journal: Journal | None = None,
-    ) -> None:
-        """Takes an open engine over. `journal` is told of every request that is over.
-
-        Raises:
-            OSError: there is no room in any directory.
-        """
-        self.engine = choice.engine
+    def __init__(self, drive: Drive, note_fallback: Callable[[str], None], journal: Journal | None = None) -> None:
+        """Takes a drive over. `journal` is told of every request that is over."""
+        self.engine, self.space, self.host = drive.engine, drive.space, drive.host
         self._journal = journal
-        self.space = SpillSpace(choice.files, slab_nbytes, note_fallback)
-        self.host: HostSpace | None = None
-        if choice.host_nbytes:
-            self.host = HostSpace(len(choice.files), choice.host_nbytes, self.engine.grow_host, note_fallback)
         self.cancelled_nbytes = 0
-        self.moves_host_memory_only = choice.kind == "python"
+        self.moves_host_memory_only = drive.kind == "python"
         self._note_fallback = note_fallback
         self._devices: set[Device] = set()
-        self._choice = choice
+        self._drive = drive
         self._seen_events = -1
         self._shipments: list[_Shipment] = []
         self._source_of_next: list[torch.UntypedStorage | None] = []  # held before the engine knows, see `books`
@@ -88,7 +75,7 @@ class Transport:
         record has its places.
         """
         sizes = [self.space.rounded(record.nbytes) for record in cargo]
-        extents = self._allocate(sum(sizes), cargo)
+        extents = self._drive.allocate(sum(sizes), prefers_host=cargo[0].prefers_host, stripe=len(cargo) == 1)
         if not extents:
             return False
         device = cargo[0].device
@@ -101,6 +88,10 @@ class Transport:
             self._send_together(cargo, sizes, extents[0], producer)
         return True
 
+    def totals(self) -> DriveTotals:
+        """What the drive has done so far."""
+        return self._drive.totals()
+
     @property
     def has_accelerators(self) -> bool:
         """Whether memory of an accelerator was ever sent."""
@@ -108,17 +99,10 @@ class Transport:
 
     def is_in_host(self, record: Record) -> bool:
         """Whether the bytes of a record that was sent are in the host tier."""
-        return self.host is not None and record.places[0].extent.file == self.host.file
-
-    def _allocate(self, nbytes: int, cargo: list[Record]) -> list[Extent]:
-        if self.host is not None and cargo[0].prefers_host:
-            extent = self.host.allocate(nbytes)
-            if extent is not None:
-                return [extent]
-        return self.space.allocate(nbytes, stripe=len(cargo) == 1)
+        return self._drive.is_in_host(record.places[0].extent)
 
     def _add_device(self, device: Device) -> None:
-        why = self.engine.add_device(device.driver)
+        why = self._drive.add_driver(device.driver)
         self._devices.add(device)
         if why:
             self._note_fallback(why)
@@ -221,21 +205,15 @@ class Transport:
         if is_done:
             self.cancelled_nbytes += write.cancelled_nbytes
             if self._journal is not None:
-                is_in_host = self.host is not None and shipment.extent.file == self.host.file
+                is_in_host = self._drive.is_in_host(shipment.extent)
                 self._journal.note_written(write, shipment.cargo, shipment.extent.nbytes, is_in_host=is_in_host)
             if write.is_lost:
                 self._note_fallback("an accelerator could not copy saved tensors out; they stay where they are")
             elif write.error is not None:
                 self.space.note_write_error(shipment.extent.file, write.error)
             for extent in shipment.dead_extents:
-                self._release(extent)
+                self._drive.release(extent)
         return is_done
-
-    def _release(self, extent: Extent) -> None:
-        if self.host is not None and extent.file == self.host.file:
-            self.host.release(extent)
-        else:
-            self.space.release(extent)
 
     # -- back ----------------------------------------------------------------------------------------------------
 
@@ -268,7 +246,7 @@ class Transport:
                 place.write.cancel(place.piece)
                 shipment = next((s for s in self._shipments if s.write is place.write), None)
             if shipment is None:
-                self._release(place.extent)
+                self._drive.release(place.extent)
             else:
                 shipment.dead_extents.append(place.extent)
 
@@ -285,20 +263,20 @@ class Transport:
 
         False when the drive does not answer: what it may still touch then stays as it is until the process ends.
         """
-        if self.engine.is_closed:  # interrupted here before
-            self._choice.close()
+        if self._drive.is_closed or self.engine.is_closed:  # interrupted here before
+            self._drive.close()
             return True
         deadline = time.monotonic() + timeout_seconds
         for shipment in self._shipments:
             for piece in range(len(shipment.cargo)):
                 shipment.write.cancel(piece)
-        is_quiet = self.engine.wait_inflight(0, timeout_seconds) and all(
+        is_quiet = self._drive.wait_written([s.write for s in self._shipments], timeout_seconds) and all(
             read.wait(max(0.0, deadline - time.monotonic()))
             for reads, _ in (*self._landings.values(), *self._orphans)
             for read in reads
         )
         if is_quiet:
-            self._choice.close()
+            self._drive.close()
         else:
             self.retire_stuck(timeout_seconds)
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))  # the kernel may still write to memory held here

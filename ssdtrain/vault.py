@@ -35,10 +35,12 @@ from torch.profiler import record_function
 
 from ssdtrain.device import CpuDevice, Device
 from ssdtrain.devices import Devices
-from ssdtrain.engines import EngineChoice, fence, open_engine, slab_nbytes_for
+from ssdtrain.drive import Drive
+from ssdtrain.engine import Write
+from ssdtrain.engines import fence, open_engine, slab_nbytes_for
 from ssdtrain.policy import StatePolicy
 from ssdtrain.slots import Arrival, Departure, Part, Slot
-from ssdtrain.space import Extent, HostSpace, SpillSpace, host_limit_nbytes
+from ssdtrain.space import Extent, host_limit_nbytes
 from ssdtrain.state_stats import StateCounters
 from ssdtrain.stats import nbytes_text
 
@@ -65,7 +67,6 @@ class Vault:
         self.cpu: Device = CpuDevice(policy.staging_nbytes)
         self.checkpoint = "no checkpoint was taken in this process"  # for messages: where to go back to
         self.directories = list(directories)
-        slab_nbytes = slab_nbytes_for(policy.staging_nbytes)
         self._lock = threading.RLock()
         self._pid = os.getpid()
         self._devices: set[Device] = set()
@@ -74,28 +75,21 @@ class Vault:
         self._being_read: list[Part] = []  # not needed any more, free when the read is over
         self._held_for_next: object = None
         self._slots: weakref.WeakSet[Slot] = weakref.WeakSet()  # that were written
-        self._choice: EngineChoice = open_engine(
+        choice = open_engine(
             policy.engine,
             self.directories,
             policy.staging_nbytes,
-            slab_nbytes,
+            slab_nbytes_for(policy.staging_nbytes),
             policy.checksum,
             policy.disk_nbytes,
             host_nbytes=host_limit_nbytes(policy.host_nbytes, has_directories=bool(self.directories)),
             device_index=Devices.gpu_index(),
+            is_shared=True,
         )
-        self.engine = self._choice.engine
-        self._host: HostSpace | None = None
-        try:
-            self._space = SpillSpace(self._choice.files, slab_nbytes, self.note)
-            if self._choice.host_nbytes:
-                num_files = len(self._choice.files)
-                self._host = HostSpace(num_files, self._choice.host_nbytes, self.engine.grow_host, self.note)
-        except BaseException:
-            self._choice.close()
-            raise
-        counters.engine, counters.engine_reason = self._choice.kind, self._choice.reason
-        for text in (*self._choice.fallbacks, *self._choice.shortcomings()):
+        self.drive = Drive(choice, self.note)
+        self.engine, self._space = self.drive.engine, self.drive.space
+        counters.engine, counters.engine_reason = self.drive.kind, self.drive.reason
+        for text in self.drive.shortcomings():
             self.note(text)
 
     @property
@@ -122,7 +116,7 @@ class Vault:
     @property
     def is_closed(self) -> bool:
         """Whether `close` was called."""
-        return self.engine.is_closed
+        return self.drive.is_closed
 
     # -- out -----------------------------------------------------------------------------------------------------
 
@@ -138,7 +132,8 @@ class Vault:
             nbytes = source.nbytes()
             has_room = self._wait_for_room(nbytes)
             self._reap()
-            extents = self._allocate(nbytes, device) if has_room and nbytes else []
+            prefers_host = device.driver is not None  # while there is room
+            extents = self.drive.allocate(nbytes, prefers_host=prefers_host) if has_room and nbytes else []
             parts = self._send(source, nbytes, extents, device)
             old = slot.parts
             self._slots.add(slot)
@@ -146,30 +141,17 @@ class Vault:
             self._abandon(old)
             if not parts and nbytes:
                 self.note(f"no room on the drive for {slot.name}: it stays in memory")
-            host_nbytes = self._host.peak_nbytes if self._host is not None else 0
-            memory_nbytes = self._in_memory_nbytes()
-            self.counters.saw(disk_nbytes=self._space.peak_nbytes, memory_nbytes=memory_nbytes, host_nbytes=host_nbytes)
-
-    def _allocate(self, nbytes: int, device: Device) -> list[Extent]:
-        """In the host tier what comes from an accelerator, while there is room; else on the drive."""
-        host = self._host.allocate(nbytes) if self._host is not None and device.driver is not None else None
-        return [host] if host is not None else self._space.allocate(nbytes)
-
-    def _release(self, extent: Extent) -> None:
-        if self._is_in_host(extent.file):
-            assert self._host is not None
-            self._host.release(extent)
-        else:
-            self._space.release(extent)
-
-    def _is_in_host(self, file: int) -> bool:
-        return file == len(self._choice.files)
+            self.counters.saw(
+                disk_nbytes=self._space.peak_nbytes,
+                memory_nbytes=self._in_memory_nbytes(),
+                host_nbytes=self.drive.peak_host_nbytes,
+            )
 
     def _send(self, source: torch.UntypedStorage, nbytes: int, extents: list[Extent], device: Device) -> list[Part]:
         if not extents:
             return []
         if device.driver is not None and device not in self._devices:
-            why = self.engine.add_device(device.driver)
+            why = self.drive.add_driver(device.driver)
             self._devices.add(device)
             if why:
                 self.note(why)
@@ -177,7 +159,7 @@ class Vault:
         self._held_for_next = source  # see [Note: interrupts]
         start, parts = 0, []
         for extent in extents:
-            departure = Departure(source, file=extent.file)
+            departure = Departure(source, extent)
             self._departures.append(departure)
             piece = (source.data_ptr() + start, min(extent.nbytes, nbytes - start), 0)
             departure.write = write = self.engine.write(extent.file, extent.offset, extent.nbytes, [piece], producer)
@@ -195,9 +177,9 @@ class Vault:
         has_room = self.engine.wait_inflight(limit, self.policy.io_timeout_seconds)
         self.counters.wait("writes", time.monotonic() - begin)
         if not has_room:
-            stuck = {departure.file for departure in self._departures if not departure.is_done}
-            for file in (file for file in stuck if not self._is_in_host(file)):
-                self._space.retire(file, f"after a write took more than {self.policy.io_timeout_seconds:g} s")
+            stuck = [d.extent for d in self._departures if not d.is_done and not self.drive.is_in_host(d.extent)]
+            for extent in stuck:
+                self._space.retire(extent.file, f"after a write took more than {self.policy.io_timeout_seconds:g} s")
         return has_room
 
     def _abandon(self, parts: list[Part]) -> None:
@@ -211,12 +193,12 @@ class Vault:
                 self._being_read.append(part)
                 continue
             if part.write.is_done:
-                self._release(part.extent)
+                self.drive.release(part.extent)
                 continue
             part.write.cancel(0)
             departure = next((d for d in self._departures if d.write is part.write), None)
             if departure is None:
-                self._release(part.extent)
+                self.drive.release(part.extent)
             else:
                 departure.dead = part.extent
 
@@ -228,6 +210,9 @@ class Vault:
             parts, self._being_read = self._being_read, []
             self._abandon(parts)
 
+    def _writes(self) -> list[Write]:
+        return [departure.write for departure in self._departures if departure.write is not None]
+
     def _has_left(self, departure: Departure) -> bool:
         write = departure.write
         if write is None:
@@ -238,10 +223,10 @@ class Vault:
             return False
         if write.is_lost:
             return False  # its bytes are only there: held until the slot is written anew
-        if write.error is not None and not self._is_in_host(departure.file):
-            self._space.note_write_error(departure.file, write.error)
+        if write.error is not None and not self.drive.is_in_host(departure.extent):
+            self._space.note_write_error(departure.extent.file, write.error)
         if departure.dead is not None:
-            self._release(departure.dead)
+            self.drive.release(departure.dead)
         return True
 
     def _in_memory_nbytes(self) -> int:
@@ -301,6 +286,9 @@ class Vault:
             return storage
         begin = time.monotonic()
         is_late = not all([read.is_issued for read in arrival.reads])
+        if is_late:
+            for read in arrival.reads:
+                read.expedite()
         with record_function("ssdtrain::wait_state"):
             for part, read in zip(arrival.parts, arrival.reads, strict=True):
                 has_come = read.wait_issued(self.policy.io_timeout_seconds)
@@ -322,7 +310,7 @@ class Vault:
             number,
             f"Expected {what} ({os.strerror(number)}): {slot.name}, {extent.nbytes} bytes at offset {extent.offset}; "
             f"go back to a checkpoint: {self.checkpoint}",
-            "host memory" if self._is_in_host(extent.file) else self._space.directory(extent.file),
+            "host memory" if self.drive.is_in_host(extent) else self._space.directory(extent.file),
         )
 
     # -- all of it -----------------------------------------------------------------------------------------------
@@ -343,10 +331,10 @@ class Vault:
         if not nbytes:
             return
         cap = self.policy.disk_nbytes
-        drives = {os.fstat(file.fd).st_dev: os.fstatvfs(file.fd) for file in self._choice.files}
+        drives = {os.fstat(file.fd).st_dev: os.fstatvfs(file.fd) for file in self.drive.files}
         free = sum(d.f_bavail * d.f_frsize for d in drives.values()) + self._space.free_nbytes
         room = free if cap is None else max(0, min(free, cap - self._space.in_use_nbytes))
-        room += self._choice.host_nbytes
+        room += self.drive.host_nbytes
         if nbytes > room:
             names = ", ".join(self.directories)
             remedy = "free some space, pass another directory or more of them"
@@ -366,13 +354,13 @@ class Vault:
         """
         with self._lock:
             self._check_usable()
-            is_quiet = self.engine.wait_inflight(0, self.policy.io_timeout_seconds)
+            is_quiet = self.drive.wait_written(self._writes(), self.policy.io_timeout_seconds)
             self._reap()
             if not is_quiet:
                 seconds = f"{self.policy.io_timeout_seconds:g} s"
                 text = f"Expected all writes to end, got no answer for {seconds}: look after the drive, and flush again"
                 raise TimeoutError(errno.ETIMEDOUT, text, ", ".join(self.directories))
-            rescued = self.engine.rescued_nbytes
+            rescued = sum(part.write.rescued_nbytes for slot in self._slots for part in slot.parts)
             if rescued:
                 text = (
                     f"Expected everything on the drive, got {nbytes_text(rescued)} whose write failed: it is in memory "
@@ -388,7 +376,7 @@ class Vault:
             totals = own.copy()
             totals.add_drive(self.counters)
             if not self.is_closed:
-                totals.add_engine(self.engine)
+                totals.add_engine(self.drive.totals())
             return totals
 
     def close(self) -> None:
@@ -398,13 +386,13 @@ class Vault:
             if self._num_users > 0 or self.is_closed or os.getpid() != self._pid:
                 return
             deadline = time.monotonic() + self.policy.io_timeout_seconds
-            is_quiet = self.engine.wait_inflight(0, self.policy.io_timeout_seconds) and all(
+            is_quiet = self.drive.wait_written(self._writes(), self.policy.io_timeout_seconds) and all(
                 read.wait(max(0.0, deadline - time.monotonic())) for a in self._arrivals for read in a.reads
             )
             self._reap()
-            self.counters.add_engine(self.engine)
+            self.counters.add_engine(self.drive.totals())
             if is_quiet:
-                self._choice.close()
+                self.drive.close()
                 for slot in self._slots:  # their requests hold what the engine had
                     slot.parts = []
             else:

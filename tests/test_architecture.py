@@ -28,6 +28,7 @@ ROOMS = [
     "engine",
     "engines",
     "space",
+    "drive",
     "device",
     "cuda",
     "devices",

@@ -407,7 +407,7 @@ def test_read_error_is_raised_in_backward_with_the_place(tmp_path: Path) -> None
     with ssdtrain.offload_activations(tmp_path, small_policy(prefetch_nbytes=0)) as offload:
         _, loss = chain(8)
         to_disk(offload)
-        os.ftruncate(offload._store._transport._choice.files[0].fd, 0)  # type: ignore[union-attr]
+        os.ftruncate(offload._store._transport._drive.files[0].fd, 0)  # type: ignore[union-attr]
         with pytest.raises(OSError, match=r"record \d+ \(float32\[128, 128\].*offset \d+") as caught:
             loss.backward()
         assert caught.value.filename == str(tmp_path) and caught.value.errno
@@ -419,7 +419,7 @@ def test_flipped_bit_is_detected_with_checksum(tmp_path: Path) -> None:
     with ssdtrain.offload_activations(tmp_path, small_policy(prefetch_nbytes=0, checksum=True)) as offload:
         _, loss = chain(8)
         to_disk(offload)
-        fd = offload._store._transport._choice.files[0].fd  # type: ignore[union-attr]
+        fd = offload._store._transport._drive.files[0].fd  # type: ignore[union-attr]
         with open(f"/proc/self/fd/{fd}", "r+b", buffering=0) as file:
             for at in range(0, 8 * 64 * KIB, 64 * KIB):
                 file.seek(at + 100)

@@ -402,7 +402,7 @@ def test_a_lost_read_names_the_state_and_the_checkpoint(tmp_path: Path) -> None:
     optimizer.state_dict()
     train(model, optimizer, 1, first=2)
     optimizer.flush()
-    file = optimizer._vault._choice.files[0]
+    file = optimizer._vault.drive.files[0]
     with open(f"/proc/self/fd/{file.fd}", "r+b", buffering=0) as raw:
         for offset in range(0, file.nbytes, 4096):
             byte = os.pread(raw.fileno(), 1, offset + 8)
@@ -582,7 +582,7 @@ def test_a_lost_read_at_the_end_loses_nothing_else(tmp_path: Path) -> None:
     train(model, optimizer, 2)
     optimizer.flush()
     page = next(iter(optimizer._pages._pages.values()))["exp_avg"]
-    file = optimizer._vault._choice.files[0]
+    file = optimizer._vault.drive.files[0]
     with open(f"/proc/self/fd/{file.fd}", "r+b", buffering=0) as raw:
         offset = page.slot.parts[0].extent.offset
         os.pwrite(raw.fileno(), bytes([os.pread(raw.fileno(), 1, offset)[0] ^ 1]), offset)

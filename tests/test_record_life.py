@@ -381,7 +381,7 @@ class RecordLife(RuleBasedStateMachine):
         self.num_faults -= 1
         self.travels = False  # directories that failed are not used any more
         transport = self.offload._store._transport
-        fds = [file.fd for file in transport._choice.files] if transport is not None else []
+        fds = [file.fd for file in transport._drive.files] if transport is not None else []
         originals = [os.dup(fd) for fd in fds]
         for fd in fds:
             other = os.open(f"/proc/self/fd/{fd}", flag | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0))

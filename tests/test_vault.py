@@ -133,7 +133,7 @@ def test_bytes_that_the_drive_changed_are_an_error(engine: str, tmp_path: Path) 
         vault.checkpoint = "step-7.pt"
         vault.write(slot, some(64 * KIB))
         vault.flush()
-        with open(f"/proc/self/fd/{vault._choice.files[0].fd}", "r+b", buffering=0) as raw:
+        with open(f"/proc/self/fd/{vault.drive.files[0].fd}", "r+b", buffering=0) as raw:
             offset = slot.parts[0].extent.offset + 100
             os.pwrite(raw.fileno(), bytes([os.pread(raw.fileno(), 1, offset)[0] ^ 4]), offset)
         if checksum:

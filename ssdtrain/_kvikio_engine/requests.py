@@ -26,7 +26,7 @@ class DirectWrite(Write):
             if not part.is_skipped
         ]
 
-    def _stored_nbytes(self, chunk: Chunk) -> int:
+    def stored_nbytes(self, chunk: Chunk) -> int:
         return sum(part.nbytes for part in chunk.parts if not part.is_skipped)  # gaps and padding are not written
 
     def _end_write(self, chunk: Chunk) -> None:

@@ -170,11 +170,11 @@ class BaseEngine(Owned):
 
     @property
     def written_nbytes(self) -> int:
-        return self._monitor.written_nbytes
+        return self._monitor.totals.written.nbytes
 
     @property
     def read_nbytes(self) -> int:
-        return self._monitor.read_nbytes
+        return self._monitor.totals.read.nbytes
 
     @property
     def num_retries(self) -> int:
@@ -194,11 +194,16 @@ class BaseEngine(Owned):
 
     @property
     def write_busy_seconds(self) -> float:
-        return self._monitor.write_clock.seconds
+        return self._monitor.totals.written.clock.seconds
 
     @property
     def read_busy_seconds(self) -> float:
-        return self._monitor.read_clock.seconds
+        return self._monitor.totals.read.clock.seconds
+
+    def traffic(self, user: int) -> tuple[int, int, float, float]:
+        with self._monitor.changed:
+            own = self._monitor.traffic[user]
+            return own.written.nbytes, own.read.nbytes, own.written.clock.seconds, own.read.clock.seconds
 
 
 class PythonEngine(BaseEngine):

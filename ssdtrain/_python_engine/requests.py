@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from .spill_file import Owned
+from .spill_file import MAX_USERS, Owned
 
 
 class State(Enum):
@@ -125,6 +125,22 @@ class Clock:
         return self._seconds + running
 
 
+class Direction:
+    """What one direction of the drive has done."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.nbytes = 0
+
+
+class Traffic:
+    """What the drive has done for all files, or for those of one user of an engine."""
+
+    def __init__(self) -> None:
+        self.written = Direction()
+        self.read = Direction()
+
+
 class Monitor:
     """What an engine shares with its requests, which may outlive it."""
 
@@ -133,15 +149,14 @@ class Monitor:
         self.is_closing = False
         self.num_pending = 0
         self.inflight_nbytes = 0
+        self.num_awaited = 0  # reads not done that somebody waits for
         self.num_events = 0
-        self.written_nbytes = 0
-        self.read_nbytes = 0
         self.num_retries = 0
         self.num_write_errors = 0
         self.num_read_errors = 0
         self.rescued_nbytes = 0
-        self.write_clock = Clock()
-        self.read_clock = Clock()
+        self.totals = Traffic()
+        self.traffic = tuple(Traffic() for _ in range(MAX_USERS))  # by the user of a file
 
     def add_event(self) -> None:
         self.num_events += 1
@@ -288,12 +303,10 @@ class Write(Owned):
                 self._mark_read(part)
 
     def _end_write(self, chunk: Chunk) -> None:
-        nbytes = self._stored_nbytes(chunk)
-        self.written_nbytes += nbytes
-        self._monitor.written_nbytes += nbytes
+        self.written_nbytes += self.stored_nbytes(chunk)
         self._finish(chunk, State.WRITTEN)
 
-    def _stored_nbytes(self, chunk: Chunk) -> int:
+    def stored_nbytes(self, chunk: Chunk) -> int:
         return chunk.nbytes
 
     def _fail_write(self, chunk: Chunk, number: int, rescued: bytes | bytearray | None) -> None:
@@ -329,6 +342,7 @@ class Read(Owned):
         self._monitor = monitor
         self._num_unfinished = num_parts
         self._queued, self._read_begun, self._done = time.monotonic(), 0.0, 0.0
+        self.is_awaited = False
         self.error: tuple[int, int, int, str] | None = None
         self.read_nbytes = 0
         self.forwarded_nbytes = 0
@@ -341,6 +355,7 @@ class Read(Owned):
     def wait(self, timeout_seconds: float | None = None) -> bool:
         self._check_process()
         with self._monitor.changed:
+            self._await()
             return self._monitor.changed.wait_for(lambda: self._num_unfinished == 0, timeout_seconds)
 
     @property
@@ -354,6 +369,16 @@ class Read(Owned):
     def make_wait(self, stream: int) -> None:
         self._check_process()
 
+    def expedite(self) -> None:
+        self._check_process()
+        with self._monitor.changed:
+            self._await()
+
+    def _await(self) -> None:
+        if not self.is_awaited and self._num_unfinished > 0:
+            self.is_awaited = True
+            self._monitor.num_awaited += 1
+
     def _begin(self) -> None:
         self._read_begun = self._read_begun or time.monotonic()
 
@@ -364,5 +389,6 @@ class Read(Owned):
             self._done = time.monotonic()
         self._num_unfinished -= 1
         if self._num_unfinished == 0:
+            self._monitor.num_awaited -= self.is_awaited
             self._monitor.num_pending -= 1
             self._monitor.add_event()

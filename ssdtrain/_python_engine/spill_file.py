@@ -13,6 +13,7 @@ import weakref
 from contextlib import suppress
 from typing import Protocol
 
+MAX_USERS = 2  # who share an engine, each with files of its own
 _PAGE_NBYTES = 4096
 _NO_TMPFILE = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.ENOSYS})
 _NO_FALLOCATE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS})
@@ -110,8 +111,11 @@ class SpillFile(Owned):
 
     least_block_nbytes = 512
 
-    def __init__(self, directory: str, cap_nbytes: int | None = None) -> None:
+    def __init__(self, directory: str, cap_nbytes: int | None = None, user: int = 0) -> None:
         super().__init__()
+        if not 0 <= user < MAX_USERS:
+            raise ValueError(f"Expected a user below {MAX_USERS}, got {user}")
+        self.user = user
         self.directory = directory
         self.cap_nbytes = cap_nbytes
         self.nbytes = 0
@@ -158,6 +162,12 @@ class SpillFile(Owned):
                 os.ftruncate(fd, self.nbytes)
             raise OSError(number, os.strerror(number), self.directory)
 
+    def shrink_to_nothing(self) -> None:
+        self._check_process()
+        with self._lock:
+            os.ftruncate(self.fd, 0)
+            self.nbytes = 0
+
     def close(self) -> None:
         self._check_process()
         with self._lock:
@@ -199,3 +209,5 @@ class File(Protocol):
     def is_direct(self) -> bool: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def user(self) -> int: ...

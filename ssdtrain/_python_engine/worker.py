@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from .requests import Chunk, Monitor, Part, Pool, Read, Slab, State, Write
+from .requests import Chunk, Direction, Monitor, Part, Pool, Read, Slab, State, Write
 from .spill_file import File, SpillFile
 
 _MAX_RETRIES = 2
@@ -88,6 +88,7 @@ class Workers:
     def __init__(self, files: list[File], has_checksum: bool) -> None:
         self.pid = os.getpid()
         self.files = files
+        self.users = [file.user for file in files]
         self.fds = [file.acquire() if isinstance(file, SpillFile) else file.fd for file in files]
         self.has_checksum = has_checksum
         self.monitor = Monitor()
@@ -165,23 +166,42 @@ class Workers:
 
     def _take_of_files(self) -> _Task | None:
         if self.fetches:
-            self.monitor.read_clock.begin()
-            job = self.fetches.popleft()
+            job = self._next_fetch()
             job.read._begin()
+            for direction in self._reading(job):
+                direction.clock.begin()
             return partial(self._fetch, job)
         while self.to_write:
             write, chunk = self.to_write.popleft()
             if chunk.state is self.takes_writes_in:
                 write._begin_write(chunk)
-                self.monitor.write_clock.begin()
+                for direction in self._writing(write):
+                    direction.clock.begin()
                 return partial(self._store, write, chunk)
         return None
+
+    def _next_fetch(self) -> FetchJob:
+        """One that somebody waits for before the others."""
+        job = self.fetches[0]
+        if self.monitor.num_awaited > 0:
+            job = next((other for other in self.fetches if other.read.is_awaited), job)
+        self.fetches.remove(job)
+        return job
+
+    def _writing(self, write: Write) -> tuple[Direction, Direction]:
+        """Who counts it."""
+        return self.monitor.totals.written, self.monitor.traffic[self.users[write._file]].written
+
+    def _reading(self, job: FetchJob) -> tuple[Direction, Direction]:
+        return self.monitor.totals.read, self.monitor.traffic[self.users[job.write._file]].read
 
     def _store(self, write: Write, chunk: Chunk) -> None:
         error = self._attempt(partial(self._write_file, write, chunk))
         rescued = self._rescue(write, chunk) if error is not None else None
         with self.monitor.changed:
-            self.monitor.write_clock.end()
+            for direction in self._writing(write):
+                direction.clock.end()
+                direction.nbytes += write.stored_nbytes(chunk) if error is None else 0
             if error is None:
                 write._end_write(chunk)
             else:
@@ -200,10 +220,11 @@ class Workers:
     def _fetch(self, job: FetchJob) -> None:
         error = self._attempt(partial(self._read_checked, job))
         with self.monitor.changed:
-            self.monitor.read_clock.end()
+            for direction in self._reading(job):
+                direction.clock.end()
+                direction.nbytes += job.nbytes if error is None else 0
             if error is None:
                 job.read.read_nbytes += job.nbytes
-                self.monitor.read_nbytes += job.nbytes
             self._finish(job, error)
 
     def _read_checked(self, job: FetchJob) -> None:

@@ -8,9 +8,21 @@ Example:
 """
 
 from ssdtrain.planner.decide import make_plan
-from ssdtrain.planner.plan import Goal, Plan
+from ssdtrain.planner.plan import SECONDS_PER_DAY, Goal, Plan
 from ssdtrain.planner.probe import make_probe
 from ssdtrain.planner.recompute import choose
 from ssdtrain.planner.step import Lifetime, Machine, Step, Tier, Where
 
-__all__ = ["Goal", "Lifetime", "Machine", "Plan", "Step", "Tier", "Where", "choose", "make_plan", "make_probe"]
+__all__ = [
+    "SECONDS_PER_DAY",
+    "Goal",
+    "Lifetime",
+    "Machine",
+    "Plan",
+    "Step",
+    "Tier",
+    "Where",
+    "choose",
+    "make_plan",
+    "make_probe",
+]

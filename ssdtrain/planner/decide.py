@@ -30,7 +30,7 @@ def make_plan(step: Step, machine: Machine, goal: Goal) -> Plan:
         A plan. When moving cannot help, it keeps everything, and its statement says why.
     """
     daily_steps = SECONDS_PER_DAY / step.seconds if step.seconds else math.inf
-    per_step = min(machine.max_written_nbytes, goal.daily_nbytes / daily_steps)
+    per_step = min(machine.max_written_nbytes, goal.own_daily_nbytes / daily_steps)
     return _Decision(step, replace(machine, max_written_nbytes=per_step), goal).plan()
 
 
@@ -147,6 +147,7 @@ class _Decision:
             host_nbytes=sent[Where.HOST],
             disk_nbytes=sent[Where.DISK],
             endurance_nbytes=self._goal.endurance_nbytes,
+            others_daily_nbytes=self._goal.others_daily_nbytes,
         )
 
 

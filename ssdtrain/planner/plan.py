@@ -22,6 +22,13 @@ class Goal:
     """What may be written to the drive per day."""
     endurance_nbytes: float = math.inf
     """What may be written to the drive in its life."""
+    others_daily_nbytes: float = 0.0
+    """What is written to it per day anyway, for parameters and optimizer state."""
+
+    @property
+    def own_daily_nbytes(self) -> float:
+        """What is left per day for saved activations."""
+        return max(0.0, self.daily_nbytes - self.others_daily_nbytes)
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,8 @@ class Plan:
     """Written to the drive per step."""
     endurance_nbytes: float = math.inf
     """What may be written to the drive in its life."""
+    others_daily_nbytes: float = 0.0
+    """What is written to it per day for parameters and optimizer state."""
     recomputed: tuple[str, ...] = ()
     """Names of the blocks that run a second time in backward instead of keeping what they saved."""
 
@@ -65,8 +74,9 @@ class Plan:
 
     @property
     def daily_nbytes(self) -> float:
-        """Written to the drive in a day of such steps."""
-        return self.disk_nbytes / self.step_seconds * SECONDS_PER_DAY if self.step_seconds else 0.0
+        """Written to the drive in a day of such steps, all in all."""
+        own = self.disk_nbytes / self.step_seconds * SECONDS_PER_DAY if self.step_seconds else 0.0
+        return own + self.others_daily_nbytes
 
     @property
     def drive_life_years(self) -> float:
@@ -88,5 +98,6 @@ class Plan:
             lines.append(f"  recompute {len(self.recomputed)} blocks: {', '.join(self.recomputed)}")
         if self.disk_nbytes:
             life = f", drive life {self.drive_life_years:.1f} years" if self.drive_life_years < math.inf else ""
-            lines.append(f"  drive     {self.daily_nbytes / 1e12:.2f} TB written a day{life}")
+            others = f" ({self.others_daily_nbytes / 1e12:.2f} TB for others)" if self.others_daily_nbytes else ""
+            lines.append(f"  drive     {self.daily_nbytes / 1e12:.2f} TB written a day{others}{life}")
         return "\n".join(lines)

@@ -187,18 +187,25 @@ def _tier(kept: float, host: float, disk: float) -> str:
 
 def _wear(run: Run) -> dict[str, Any]:
     """What was written, and the pace of the later half: the first steps, without a plan, may write much more."""
-    totals, half = run.steps[-1]["counters"], len(run.steps) // 2
-    before = run.steps[half - 1]["counters"]["written_nbytes"] if half else 0
+    half = len(run.steps) // 2
+    written = _written(run.steps[-1])
+    before = _written(run.steps[half - 1]) if half else 0
     seconds = sum([row["seconds"] for row in run.steps[half:]])
-    daily = (totals["written_nbytes"] - before) / seconds * _SECONDS_PER_DAY if seconds else 0.0
+    daily = (written - before) / seconds * _SECONDS_PER_DAY if seconds else 0.0
     tbw = run.policy.get("endurance_tbw")
     return {
-        "written_nbytes": totals["written_nbytes"],
-        "written_nbytes_per_step": totals["written_nbytes"] / run.num_steps,
+        "written_nbytes": written,
+        "written_nbytes_per_step": written / run.num_steps,
         "written_nbytes_per_day": daily,
         "endurance_tbw": tbw,
         "life_years": tbw * 1e12 / daily / _DAYS_PER_YEAR if tbw and daily else None,
     }
+
+
+def _written(row: dict[str, Any]) -> int:
+    """Until the end of a step, for parameters and optimizer state on the same drive too."""
+    counters = row["counters"]
+    return int(counters["written_nbytes"] + counters.get("shared_written_nbytes", 0))
 
 
 def _kept(run: Run) -> list[dict[str, Any]]:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 COUNTERS = (
     "num_saved num_offloaded num_prefetched num_demand_reloads offloaded_nbytes deduplicated_nbytes forwarded_nbytes "
-    "kept_nbytes cancelled_write_nbytes written_nbytes read_nbytes hosted_nbytes host_read_nbytes write_busy_seconds "
+    "kept_nbytes cancelled_write_nbytes written_nbytes read_nbytes shared_written_nbytes shared_read_nbytes "
+    "hosted_nbytes host_read_nbytes write_busy_seconds "
     "read_busy_seconds stalled_seconds ahead_seconds peak_staging_nbytes peak_disk_nbytes peak_host_nbytes "
     "peak_saved_nbytes peak_device_nbytes"
 ).split()
