@@ -377,8 +377,11 @@ void bind_engine_methods(py::class_<PyEngine>& engine) {
 
 py::tuple traffic(const PyEngine& engine, size_t user) {
   Traffic own = engine->traffic(user);
-  return py::make_tuple(own.written.nbytes, own.read.nbytes, own.written.clock.seconds(),
-                        own.read.clock.seconds());
+  auto as_tuple = [](const Direction& d) {
+    return py::make_tuple(d.nbytes(), d.busy_seconds(), d.sustained_nbytes(),
+                          d.sustained_seconds());
+  };
+  return py::make_tuple(as_tuple(own.written), as_tuple(own.read));
 }
 
 template <auto Counter>

@@ -343,12 +343,12 @@ size_t Engine::peak_staging_nbytes() const {
 
 double Engine::write_busy_seconds() const {
   std::lock_guard<std::mutex> lock(monitor_->mutex);
-  return monitor_->write_clock.seconds();
+  return monitor_->total.written.busy_seconds();
 }
 
 double Engine::read_busy_seconds() const {
   std::lock_guard<std::mutex> lock(monitor_->mutex);
-  return monitor_->read_clock.seconds();
+  return monitor_->total.read.busy_seconds();
 }
 
 Traffic Engine::traffic(size_t user) const {

@@ -16,32 +16,52 @@ inline double seconds_now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-// Seconds during which at least one of something was going on. Not thread-safe.
-class BusyClock {
+// A period of this length without a pause says how fast a drive is: shorter ones may be a burst
+// that a cache or the credit of a rate limiter took.
+constexpr double kSustainedSeconds = 0.25;
+
+// What one direction of the drive has done. Not thread-safe.
+class Direction {
  public:
+  // One more transfer is at the drive.
   void begin() {
-    if (num_active_++ == 0) started_ = Clock::now();
+    if (num_active_++ > 0) return;
+    started_ = seconds_now();
+    period_nbytes_ = 0;
   }
-  void end() {
-    if (--num_active_ == 0) seconds_ += since_start();
+  // It is over and has moved so many bytes.
+  void end(uint64_t nbytes) {
+    nbytes_ += nbytes;
+    period_nbytes_ += nbytes;
+    if (--num_active_ > 0) return;
+    double seconds = seconds_now() - started_;
+    busy_seconds_ += seconds;
+    if (seconds < kSustainedSeconds) return;
+    sustained_seconds_ += seconds;
+    sustained_nbytes_ += period_nbytes_;
   }
-  double seconds() const { return seconds_ + (num_active_ > 0 ? since_start() : 0.0); }
+
+  uint64_t nbytes() const { return nbytes_; }
+  // With at least one transfer at the drive.
+  double busy_seconds() const { return busy_seconds_ + running(); }
+  // Of periods of at least kSustainedSeconds with always a transfer at the drive.
+  uint64_t sustained_nbytes() const {
+    return sustained_nbytes_ + (running() < kSustainedSeconds ? 0 : period_nbytes_);
+  }
+  double sustained_seconds() const {
+    return sustained_seconds_ + (running() < kSustainedSeconds ? 0.0 : running());
+  }
 
  private:
-  using Clock = std::chrono::steady_clock;
-  double since_start() const {
-    return std::chrono::duration<double>(Clock::now() - started_).count();
-  }
+  double running() const { return num_active_ > 0 ? seconds_now() - started_ : 0.0; }
 
   int num_active_ = 0;
-  double seconds_ = 0.0;
-  Clock::time_point started_;
-};
-
-// What one direction of the drive has done.
-struct Direction {
-  BusyClock clock;
-  uint64_t nbytes = 0;
+  double started_ = 0.0;
+  uint64_t nbytes_ = 0;
+  uint64_t period_nbytes_ = 0;
+  double busy_seconds_ = 0.0;
+  uint64_t sustained_nbytes_ = 0;
+  double sustained_seconds_ = 0.0;
 };
 
 // What the drive has done for the files of one user of an engine.
@@ -64,8 +84,7 @@ struct Monitor {
   bool is_closing = false;
   uint64_t num_pending = 0;  // requests accepted and not done
   uint64_t num_awaited = 0;  // reads not done that somebody waits for
-  BusyClock write_clock;
-  BusyClock read_clock;
+  Traffic total;
   std::array<Traffic, kMaxUsers> traffic;  // by SpillFile::user()
 
   std::atomic<uint64_t> inflight_nbytes{0};

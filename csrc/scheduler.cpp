@@ -76,19 +76,18 @@ void Scheduler::cancel_queued() {
 
 void Scheduler::begin(const Transfer& transfer) {
   ++num_active_;
-  Traffic& own = monitor_->traffic[transfer.user()];
-  (transfer.is_write() ? monitor_->write_clock : monitor_->read_clock).begin();
-  (transfer.is_write() ? own.written : own.read).clock.begin();
+  for (Traffic* traffic : {&monitor_->total, &monitor_->traffic[transfer.user()]}) {
+    (transfer.is_write() ? traffic->written : traffic->read).begin();
+  }
 }
 
 void Scheduler::end(const Transfer& transfer) {
   --num_active_;
-  Traffic& own = monitor_->traffic[transfer.user()];
-  (transfer.is_write() ? monitor_->write_clock : monitor_->read_clock).end();
-  (transfer.is_write() ? own.written : own.read).clock.end();
-  if (transfer.errnum() != 0) return;
-  (transfer.is_write() ? monitor_->written_nbytes : monitor_->read_nbytes) += transfer.nbytes();
-  (transfer.is_write() ? own.written : own.read).nbytes += transfer.nbytes();
+  size_t nbytes = transfer.errnum() == 0 ? transfer.nbytes() : 0;
+  for (Traffic* traffic : {&monitor_->total, &monitor_->traffic[transfer.user()]}) {
+    (transfer.is_write() ? traffic->written : traffic->read).end(nbytes);
+  }
+  (transfer.is_write() ? monitor_->written_nbytes : monitor_->read_nbytes) += nbytes;
 }
 
 }  // namespace ssdtrain

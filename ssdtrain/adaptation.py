@@ -13,6 +13,13 @@ While nothing is written, nothing is measured: a drive that was slow once would 
 that sends nothing is left for one step now and then, after 32 steps, then 64, and at last every 1024, to send a few
 records.
 
+[Note: bursts]
+A drive's cache, or the credit of a rate limiter, takes a few megabytes at once much faster than the next ones. What the
+drive did while it was busy therefore says too much of it when it was busy for moments only; a quarter of a second
+without a pause says what it can keep up. The slower of both is counted on. A plan that leaves pauses teaches nothing of
+the second kind, so it is forgotten after 32 steps without, then 64, and at last every 1024: the drive may have
+recovered.
+
 [Note: recomputation]
 Which blocks are recomputed is decided from a step in which none was, remembered for later decisions. Once some are,
 steps look different; they are seen twice and planned like any others.
@@ -61,21 +68,49 @@ class Measured:
     """What of it was waiting."""
 
 
-class Bandwidth:
-    """One direction of a drive: bytes per second while it was busy, averaged over steps."""
+class Rate:
+    """Bytes per second, averaged over steps."""
 
     def __init__(self) -> None:
         self.average = 0.0
         self._nbytes, self._seconds = 0, 0.0
 
-    def note(self, nbytes: int, seconds: float) -> None:
-        """Takes running totals of traffic and busy time."""
+    def note(self, nbytes: int, seconds: float) -> bool:
+        """Takes running totals of traffic and time; whether there was enough of both to learn from."""
         new_nbytes, new_seconds = nbytes - self._nbytes, seconds - self._seconds
         if new_nbytes < _LEAST_NBYTES or new_seconds <= 0:
-            return
+            return False
         self._nbytes, self._seconds = nbytes, seconds
         rate = new_nbytes / new_seconds
         self.average = rate if not self.average else self.average + _NEW_SHARE * (rate - self.average)
+        return True
+
+
+class Bandwidth:
+    """One direction of a drive. See [Note: bursts]."""
+
+    def __init__(self) -> None:
+        self._burst, self._sustained = Rate(), Rate()
+        self._num_since, self._patience = 0, _FIRST_PROBE  # steps without a long period; until it is forgotten
+
+    @property
+    def average(self) -> float:
+        """Bytes per second to count on; 0.0 while nothing is known."""
+        known = [rate.average for rate in (self._burst, self._sustained) if rate.average]
+        return min(known, default=0.0)
+
+    def note(self, nbytes: int, seconds: float, sustained_nbytes: int, sustained_seconds: float) -> None:
+        """Takes running totals of traffic and busy time, and of long busy periods, after a step."""
+        self._burst.note(nbytes, seconds)
+        before = self._sustained.average
+        if self._sustained.note(sustained_nbytes, sustained_seconds):
+            self._num_since = 0
+            self._patience = _FIRST_PROBE if _differs(self._sustained.average, before) else self._patience
+            return
+        self._num_since += 1
+        if self._num_since >= self._patience:
+            self._num_since, self._patience = 0, min(_MAX_PROBE, 2 * self._patience)
+            self._sustained.average = 0.0
 
 
 class Others:
@@ -136,8 +171,15 @@ class Adaptation:
 
     def review(self, step: Step, measured: Measured, totals: Counters) -> None:
         """Takes a finished step and the engine's totals; makes a plan where there is none or it holds no more."""
-        self._write.note(totals.written_nbytes, totals.write_busy_seconds)
-        self._read.note(totals.read_nbytes, totals.read_busy_seconds)
+        self._write.note(
+            totals.written_nbytes,
+            totals.write_busy_seconds,
+            totals.sustained_written_nbytes,
+            totals.sustained_write_seconds,
+        )
+        self._read.note(
+            totals.read_nbytes, totals.read_busy_seconds, totals.sustained_read_nbytes, totals.sustained_read_seconds
+        )
         self._others.note(totals.shared_written_nbytes, measured.seconds)
         if not self._write.average:
             return

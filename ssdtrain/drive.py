@@ -25,12 +25,20 @@ class DriveTotals:
 
     written_nbytes: int
     """Bytes written to this user's files."""
-    read_nbytes: int
-    """Bytes read from them."""
     write_busy_seconds: float
     """Time with a write of this user at the drive."""
+    sustained_written_nbytes: int
+    """What of it was written in long periods without a pause; see `engine.Direction`."""
+    sustained_write_seconds: float
+    """Length of these periods."""
+    read_nbytes: int
+    """Bytes read from this user's files."""
     read_busy_seconds: float
     """Time with a read of this user at the drive."""
+    sustained_read_nbytes: int
+    """As for writes."""
+    sustained_read_seconds: float
+    """As for writes."""
     peak_staging_nbytes: int
     """Most slab memory in use, by both."""
     shared_written_nbytes: int
@@ -193,8 +201,9 @@ class Drive:
     def totals(self) -> DriveTotals:
         """What the drive has done so far."""
         shared = (now - before for now, before in zip(self._of_the_other(), self._shared_before, strict=True))
-        return DriveTotals(*self.engine.traffic(self.user), self.engine.peak_staging_nbytes, *shared)
+        written, read = self.engine.traffic(self.user)
+        return DriveTotals(*written, *read, self.engine.peak_staging_nbytes, *shared)
 
     def _of_the_other(self) -> tuple[int, int]:
-        written, read, _, _ = self.engine.traffic(1 - self.user)
-        return written, read
+        written, read = self.engine.traffic(1 - self.user)
+        return written[0], read[0]

@@ -203,6 +203,11 @@ class Read(Protocol):
         """What is queued on `stream` from now on runs after the copies that are issued."""
 
 
+Direction = tuple[int, float, int, float]
+"""Bytes; seconds with a transfer at the drive; and the same of periods of a quarter of a second or more without a
+pause, which are no mere burst."""
+
+
 class Engine(Protocol):
     """Moves bytes between memory and spill files, in the background. Thread-safe; unusable in a forked child."""
 
@@ -278,8 +283,8 @@ class Engine(Protocol):
     def read_busy_seconds(self) -> float:
         """Wall time with at least one file read in flight."""
 
-    def traffic(self, user: int) -> tuple[int, int, float, float]:
-        """Bytes written and read, and seconds with a write and with a read in flight, of one user's files."""
+    def traffic(self, user: int) -> tuple[Direction, Direction]:
+        """What was written to one user's files, and what was read from them."""
 
     def add_device(self, driver: Any) -> str:
         """Gets ready for fences of an accelerator's driver. Empty, or why its copies are slow.

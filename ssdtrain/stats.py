@@ -46,12 +46,34 @@ class EngineTotals(Protocol):
         """Most slab memory in use."""
 
     @property
+    def sustained_written_nbytes(self) -> int:
+        """What was written in long periods without a pause."""
+
+    @property
+    def sustained_write_seconds(self) -> float:
+        """Length of these periods."""
+
+    @property
+    def sustained_read_nbytes(self) -> int:
+        """What was read in long periods without a pause."""
+
+    @property
+    def sustained_read_seconds(self) -> float:
+        """Length of these periods."""
+
+    @property
     def shared_written_nbytes(self) -> int:
         """Bytes written for another user of the engine."""
 
     @property
     def shared_read_nbytes(self) -> int:
         """Bytes read for it."""
+
+
+_OF_ENGINE = (
+    "written_nbytes read_nbytes write_busy_seconds read_busy_seconds sustained_written_nbytes sustained_write_seconds "
+    "sustained_read_nbytes sustained_read_seconds shared_written_nbytes shared_read_nbytes"
+).split()
 
 
 class Counters:
@@ -63,6 +85,8 @@ class Counters:
         self.offloaded_nbytes = self.deduplicated_nbytes = self.forwarded_nbytes = self.kept_nbytes = 0
         self.cancelled_write_nbytes = self.written_nbytes = self.read_nbytes = 0
         self.shared_written_nbytes = self.shared_read_nbytes = 0
+        self.sustained_written_nbytes = self.sustained_read_nbytes = 0
+        self.sustained_write_seconds = self.sustained_read_seconds = 0.0
         self.write_busy_seconds = self.read_busy_seconds = 0.0
         self.peak_staging_nbytes = self.peak_disk_nbytes = self.peak_host_nbytes = 0
         self.hosted_nbytes = self.host_read_nbytes = 0
@@ -91,12 +115,8 @@ class Counters:
 
     def add_engine(self, engine: EngineTotals, peak_disk_nbytes: int) -> None:
         """Adds what one engine did from open to close."""
-        self.written_nbytes += engine.written_nbytes
-        self.read_nbytes += engine.read_nbytes
-        self.write_busy_seconds += engine.write_busy_seconds
-        self.read_busy_seconds += engine.read_busy_seconds
-        self.shared_written_nbytes += engine.shared_written_nbytes
-        self.shared_read_nbytes += engine.shared_read_nbytes
+        for name in _OF_ENGINE:
+            setattr(self, name, getattr(self, name) + getattr(engine, name))
         self.peak_staging_nbytes = max(self.peak_staging_nbytes, engine.peak_staging_nbytes)
         self.peak_disk_nbytes = max(self.peak_disk_nbytes, peak_disk_nbytes)
 

@@ -8,10 +8,11 @@ One lock guards records, extents and requests; every change is also bracketed, s
 while bytes move or a thread waits, and nothing that runs in a destructor waits for it: a dying handle leaves a note in
 `_bereaved`, which the next holder works off.
 
-[Note: leaving later]
-A plan knows how fast the drive is, not to the millisecond when a write is over. What it sends therefore waits its turn
-in memory when too much is in flight, and leaves with a later event, the oldest first; by the time backward wants it, it
-stays. Without a plan what the drive has no time for is kept at once: it would only be read back again.
+[Note: the queue]
+What a plan sends joins the engine's queue however much is in it: a plan knows how fast the drive is, not to the
+millisecond when a write is over. It costs no memory, as slabs bound what is copied, and what waits for a slab would
+else be kept for good; if backward wants it first, its write is called off. Without a plan what the drive has no time
+for is kept at once: the queue could only grow.
 
 [Note: waiting for an accelerator]
 The bytes in flight are bounded. When the bound is reached because the drive is behind, mode "auto" keeps the tensor.
@@ -85,7 +86,6 @@ class Store:
         self._bereaved: deque[tuple[Record, int]] = deque()
         self._batch: list[Record] = []
         self._batch_nbytes = 0
-        self._delayed: deque[list[Record]] = deque()
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -245,7 +245,6 @@ class Store:
     def forget_engine(self) -> None:
         """What is in memory stays; the next context opens another engine."""
         self._batch, self._batch_nbytes, self._transport = [], 0, None
-        self._delayed.clear()
         self._reloads.forget_engine()
 
     def _close_if_idle(self) -> None:
@@ -310,8 +309,8 @@ class Store:
     def offload(self, records: list[Record], *, is_planned: bool = False) -> None:
         """Starts the trip down, small neighbours together; may decide to keep a record instead.
 
-        In mode ``"all"`` it waits for the drive while `staging_nbytes` are in flight; what `is_planned` to leave then
-        leaves later, see [Note: leaving later].
+        In mode ``"all"`` it waits for the drive while `staging_nbytes` are in flight. `is_planned`: see
+        [Note: the queue].
         """
         with self.lock, self.books:
             loads = [load for record in records for load in self._load(record)]
@@ -339,7 +338,7 @@ class Store:
         return cargo
 
     def _try_ship(self, cargo: list[Record], *, is_planned: bool) -> int | Fence | None:
-        """Ships, keeps or delays `cargo`; or returns what to wait for before trying again: bytes, or a device."""
+        """Ships or keeps `cargo`; or returns what to wait for before trying again: bytes in flight, or a device."""
         with self.lock, self.books:
             self._settle()
             cargo = [record for record in cargo if _may_leave(record)]
@@ -347,7 +346,8 @@ class Store:
             if transport is None or not cargo:
                 return None
             need = sum(record.nbytes for record in cargo)
-            if not self._delayed and self._has_room(transport, need):
+            in_flight = transport.engine.inflight_nbytes
+            if not in_flight or in_flight + need <= self._policy.staging_nbytes:
                 self._ship(transport, cargo)
                 return None
             if self._is_patient:
@@ -358,14 +358,10 @@ class Store:
             if transport.retire_stuck(self._policy.io_timeout_seconds):
                 self._keep(cargo, "drive stuck")
             elif is_planned:
-                self._delayed.append(cargo)
+                self._ship(transport, cargo)
             else:
                 self._keep(cargo, "drive behind")
         return None
-
-    def _has_room(self, transport: Transport, nbytes: int) -> bool:
-        in_flight = transport.engine.inflight_nbytes
-        return not in_flight or in_flight + nbytes <= self._policy.staging_nbytes
 
     def _ship(self, transport: Transport, cargo: list[Record]) -> None:
         if transport.space.is_exhausted and transport.host is None:
@@ -374,17 +370,6 @@ class Store:
             self._note_departed(cargo)
         else:
             self._keep(cargo, "no spill space" if self._directories else "host tier full")
-
-    def _ship_delayed(self, transport: Transport) -> None:
-        """See [Note: leaving later]."""
-        while self._delayed:
-            cargo = [record for record in self._delayed[0] if _may_leave(record)]
-            if cargo and not self._has_room(transport, sum(record.nbytes for record in cargo)):
-                return
-            too_late = [record for record in self._delayed.popleft() if record not in cargo]
-            self._keep(too_late, "drive behind")
-            if cargo:
-                self._ship(transport, cargo)
 
     def _note_departed(self, cargo: list[Record]) -> None:
         for record in cargo:
@@ -435,8 +420,6 @@ class Store:
         for record, has_arrived in news:
             if record.residency is Residency.OFFLOADING:
                 self._note_copied(record, has_arrived)
-        if transport is not None and self._delayed:
-            self._ship_delayed(transport)
         if transport is not None and transport.has_accelerators:
             only_if_behind = not self._is_patient
             for record in transport.let_go(self._policy.staging_nbytes // _HELD_SHARE, only_if_behind=only_if_behind):

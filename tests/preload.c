@@ -104,11 +104,16 @@ static int falter(char step, size_t* nbytes) {
   return 0;
 }
 
-// Each write waits for one byte from the pipe FAKE_GATE.
-static ssize_t fake_pwrite(int fd, const void* data, size_t nbytes, off_t offset) {
-  const char* gate = getenv("FAKE_GATE");
+// Waits for one byte from the pipe whose descriptor a variable holds.
+static int pass_gate(const char* variable) {
+  const char* gate = getenv(variable);
   char byte;
-  if (gate && read(atoi(gate), &byte, 1) < 0) return -1;
+  return gate && read(atoi(gate), &byte, 1) < 0 ? -1 : 0;
+}
+
+// Each write passes FAKE_GATE, each read FAKE_READ_GATE.
+static ssize_t fake_pwrite(int fd, const void* data, size_t nbytes, off_t offset) {
+  if (pass_gate("FAKE_GATE")) return -1;
   if (falter(next_step(getenv("FAKE_WRITES"), &num_writes), &nbytes)) return -1;
   ssize_t (*real)(int, const void*, size_t, off_t) = dlsym(RTLD_NEXT, "pwrite");
   return real(fd, data, nbytes, offset);
@@ -118,6 +123,7 @@ ssize_t pwrite(int fd, const void* data, size_t nbytes, off_t offset) { return f
 ssize_t pwrite64(int fd, const void* data, size_t nbytes, off_t offset) { return fake_pwrite(fd, data, nbytes, offset); }
 
 static ssize_t fake_pread(int fd, void* data, size_t nbytes, off_t offset) {
+  if (pass_gate("FAKE_READ_GATE")) return -1;
   if (falter(next_step(getenv("FAKE_READS"), &num_reads), &nbytes)) return -1;
   ssize_t (*real)(int, void*, size_t, off_t) = dlsym(RTLD_NEXT, "pread");
   return real(fd, data, nbytes, offset);

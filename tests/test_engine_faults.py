@@ -183,6 +183,37 @@ os._exit(0)
     )
 
 
+@pytest.mark.parametrize("kind", ["threads", "python"])
+def test_what_somebody_waits_for_is_read_first(run: Run, kind: str) -> None:
+    """Reads go in order, those that are waited for before the others, all of them before writes."""
+    run(
+        kind,
+        """
+reader, writer = os.pipe()
+io = Io(kind, directory, num_slabs=4, num_threads=1)
+written = io.write(*[random_bytes(1000, seed) for seed in range(6)])
+written.write.wait()
+os.environ["FAKE_READ_GATE"] = str(reader)
+reads = [io.start_read(written, piece)[0] for piece in range(6)]
+while reads[0].moments[1] == 0.0:      # it is at the drive
+    pass
+other = io.write(random_bytes(1000))
+assert not reads[4].wait(0.01)
+reads[3].expedite()
+order = []
+for _ in reads:
+    os.write(writer, b".")
+    while not any(read.is_done for i, read in enumerate(reads) if i not in order):
+        pass
+    order.append(next(i for i, read in enumerate(reads) if i not in order and read.is_done))
+assert order == [0, 3, 4, 1, 2, 5], order
+other.write.wait()
+assert other.write.moments[3] > max(read.moments[1] for read in reads)
+io.close()
+""",
+    )
+
+
 def test_cancel_before_the_write_begins(run: Run) -> None:
     """One write is at the drive, four slabs are full, the rest waits: cancelling drops all but the one at the drive."""
     run(

@@ -3,10 +3,12 @@
     python recipes/benchmarks/throttle.py /mnt/nvme
     python recipes/benchmarks/throttle.py /mnt/nvme --layers 14 --width 384 --batch 8 --sequence 512
 
-A GPT trains without ssdtrain, then with it on the drive as it is, then with the drive throttled by the kernel (blkio
-cgroup, needs root) to parts of what it would take to write everything during forward. Plain steps come before and after
-every row, so that a machine that slows down shows. A row begins after the fourth step. "allowed" is what the drive
-could write during forward, which is what could lower a peak at its end; "moved" is what was written.
+A GPT trains with ssdtrain on the drive as it is, then with the drive throttled by the kernel (blkio cgroup, needs root)
+to parts of what it would take to write everything during forward. The same GPT trains without ssdtrain in a second
+process; the two take steps in turn, one at a time, and the ratio is the median of those of a step and of the two plain
+steps around it, so that a machine whose speed changes cancels out. A row begins after `SETTLING_STEPS`. A turn is the
+time from one step's beginning to the next one's, the plain step included. "allowed" is what the drive could write
+during forward, which is what could lower a peak at its end; "moved" is what was written.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -21,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +34,7 @@ import ssdtrain
 from ssdtrain.demo.model import GPT, GPTConfig
 
 CGROUPS = Path("/sys/fs/cgroup/blkio")
-SETTLING_STEPS = 4
+SETTLING_STEPS = 10
 
 
 @dataclass
@@ -40,11 +44,16 @@ class Row:
     drive: str
     bandwidth: float | None
     """Bytes per second each way; None is not throttled."""
+    ratio: float
+    """Step time against plain."""
+    ratio_quartiles: tuple[float, float]
     step_seconds: float
     plain_seconds: float
     peak_nbytes: int
+    """The highest of all steps."""
     predicted_peak_nbytes: int
-    predicted_step_seconds: float
+    turn_seconds: float
+    predicted_turn_seconds: float
     moved_nbytes: float
     """Written per step."""
     allowed_nbytes: float | None
@@ -76,9 +85,29 @@ class Trainer:
         self._optimizer.zero_grad()
         return time.perf_counter() - begin
 
-    def steps(self, num: int) -> list[float]:
-        """Seconds of `num` steps."""
-        return [self.step() for _ in range(num)]
+
+class Plain:
+    """The same training without ssdtrain, in a process of its own that takes a step when told to."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(options, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def step(self) -> float:
+        """Takes one step; its seconds."""
+        self._connection.send(None)
+        seconds: float = self._connection.recv()
+        return seconds
+
+
+def _serve(options: argparse.Namespace, connection: Connection) -> None:
+    trainer = Trainer(options)
+    while True:
+        connection.recv()
+        connection.send(trainer.step())
 
 
 @contextlib.contextmanager
@@ -102,27 +131,36 @@ def throttled(directory: str, bandwidth: float | None) -> Iterator[None]:
         group.rmdir()
 
 
-def measure(trainer: Trainer, options: argparse.Namespace, drive: str, bandwidth: float | None) -> Row:
-    """One row: plain steps, steps with ssdtrain, plain steps."""
-    plain = trainer.steps(options.steps)
+def measure(trainer: Trainer, plain: Plain, options: argparse.Namespace, drive: str, bandwidth: float | None) -> Row:
+    """One row: a plain step and one with ssdtrain, in turn."""
     with tempfile.TemporaryDirectory(dir=options.directory) as folder, throttled(folder, bandwidth):
         with ssdtrain.offload_activations(folder, json.loads(options.policy), trainer.model) as offload:
-            trainer.steps(SETTLING_STEPS)
-            before = offload.stats
-            seconds = trainer.steps(options.steps)
+            for _ in range(SETTLING_STEPS):
+                plain.step()
+                trainer.step()
+            before, plains, seconds, peaks, turns = offload.stats, [plain.step()], [], [], []
+            for _ in range(options.steps):
+                seconds.append(trainer.step())
+                plains.append(plain.step())
+                peaks.append(offload.stats.measured_peak_nbytes)
+                turns.append(offload.stats.measured_step_seconds)
             after = offload.stats
             print(offload.plan, flush=True)
         offload.close()
-    plain += trainer.steps(options.steps)
     reloads = (after.num_prefetched - before.num_prefetched) + (after.num_demand_reloads - before.num_demand_reloads)
+    ratios = [2 * step / (a + b) for step, a, b in zip(seconds, plains, plains[1:], strict=False)]
+    first, _, third = statistics.quantiles(ratios, n=4)
     return Row(
         drive=drive,
         bandwidth=bandwidth,
+        ratio=statistics.median(ratios),
+        ratio_quartiles=(first, third),
         step_seconds=statistics.median(seconds),
-        plain_seconds=statistics.median(plain),
-        peak_nbytes=after.measured_peak_nbytes,
+        plain_seconds=statistics.median(plains),
+        peak_nbytes=max(peaks),
         predicted_peak_nbytes=after.predicted_peak_nbytes,
-        predicted_step_seconds=after.predicted_step_seconds,
+        turn_seconds=statistics.median(turns),
+        predicted_turn_seconds=after.predicted_step_seconds,
         allowed_nbytes=bandwidth and bandwidth * trainer.forward_seconds,
         moved_nbytes=(after.written_nbytes - before.written_nbytes) / options.steps,
         demand_share=(after.num_demand_reloads - before.num_demand_reloads) / max(1, reloads),
@@ -144,8 +182,8 @@ def text(row: Row) -> str:
     """One line for people."""
     allowed = f"{row.allowed_nbytes / 2**20:.1f}" if row.allowed_nbytes else "-"
     return (
-        f"{row.drive:>14}  x {row.step_seconds / row.plain_seconds:.3f}"
-        f"  step {row.step_seconds:.3f} s ({row.predicted_step_seconds:.3f} predicted)"
+        f"{row.drive:>15}  x {row.ratio:.3f} ({row.ratio_quartiles[0]:.3f} to {row.ratio_quartiles[1]:.3f})"
+        f"  turn {row.turn_seconds:.3f} s ({row.predicted_turn_seconds:.3f} predicted)"
         f"  peak {row.peak_nbytes / 2**20:.1f} MiB ({row.predicted_peak_nbytes / 2**20:.1f} predicted)"
         f"  moved {row.moved_nbytes / 2**20:.1f} of {allowed} MiB  {row.demand_share:.1%} on demand"
         f"  stalled {row.stall_seconds:.3f} s"
@@ -156,21 +194,24 @@ def main() -> None:
     """Prints a line per drive, and everything as JSON last."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory")
-    for name, default in (("layers", 4), ("width", 192), ("batch", 4), ("sequence", 256), ("steps", 5)):
+    for name, default in (("layers", 4), ("width", 192), ("batch", 4), ("sequence", 256), ("steps", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--shares", type=float, nargs="*", default=[1.0, 0.5, 0.25, 0.1])
     parser.add_argument("--policy", default='{"min_nbytes": "256KiB", "staging_nbytes": "8MiB"}')
     options = parser.parse_args()
     trainer = Trainer(options)
     nbytes = saved_nbytes(trainer, options)
-    trainer.steps(options.steps)
+    plain = Plain(options)
+    for _ in range(2):
+        plain.step()
+        trainer.step()
     need = nbytes / trainer.forward_seconds
     print(f"{nbytes / 2**20:.1f} MiB saved in {trainer.forward_seconds:.3f} s of forward: {need / 1e6:.1f} MB/s")
     rows: list[Row] = []
     drives: list[tuple[str, float | None]] = [("as it is", None)]
     drives += [(f"{share:g} of the need", share * need) for share in options.shares]
     for drive, bandwidth in drives:
-        rows.append(measure(trainer, options, drive, bandwidth))
+        rows.append(measure(trainer, plain, options, drive, bandwidth))
         print(text(rows[-1]), flush=True)
     versions: dict[str, Any] = {"torch": torch.__version__, "ssdtrain": ssdtrain.__version__}
     machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), **versions}

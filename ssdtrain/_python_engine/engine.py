@@ -194,16 +194,20 @@ class BaseEngine(Owned):
 
     @property
     def write_busy_seconds(self) -> float:
-        return self._monitor.totals.written.clock.seconds
+        return self._monitor.totals.written.busy_seconds
 
     @property
     def read_busy_seconds(self) -> float:
-        return self._monitor.totals.read.clock.seconds
+        return self._monitor.totals.read.busy_seconds
 
-    def traffic(self, user: int) -> tuple[int, int, float, float]:
+    def traffic(self, user: int) -> tuple[tuple[int, float, int, float], tuple[int, float, int, float]]:
         with self._monitor.changed:
             own = self._monitor.traffic[user]
-            return own.written.nbytes, own.read.nbytes, own.written.clock.seconds, own.read.clock.seconds
+            written, read = own.written, own.read
+            return (
+                (written.nbytes, written.busy_seconds, *written.sustained),
+                (read.nbytes, read.busy_seconds, *read.sustained),
+            )
 
 
 class PythonEngine(BaseEngine):

@@ -15,6 +15,8 @@ from enum import Enum, auto
 
 from .spill_file import MAX_USERS, Owned
 
+_SUSTAINED_SECONDS = 0.25
+
 
 class State(Enum):
     QUEUED = auto()  # waits for a slab
@@ -101,36 +103,42 @@ class Piece:
     is_cancelled: bool = False
 
 
-class Clock:
-    """Seconds with at least one transfer in flight."""
+class Direction:
+    """What one direction of the drive has done, and what of it in periods without a pause that were no mere burst."""
 
     def __init__(self) -> None:
+        self.nbytes = 0
         self._num_active = 0
         self._started = 0.0
-        self._seconds = 0.0
+        self._period_nbytes = 0
+        self._busy_seconds = 0.0
+        self._sustained = (0, 0.0)
 
     def begin(self) -> None:
         if self._num_active == 0:
-            self._started = time.monotonic()
+            self._started, self._period_nbytes = time.monotonic(), 0
         self._num_active += 1
 
-    def end(self) -> None:
+    def end(self, nbytes: int) -> None:
+        self.nbytes += nbytes
+        self._period_nbytes += nbytes
+        if self._num_active == 1:
+            self._sustained, self._busy_seconds = self.sustained, self.busy_seconds
         self._num_active -= 1
-        if self._num_active == 0:
-            self._seconds += time.monotonic() - self._started
 
     @property
-    def seconds(self) -> float:
-        running = time.monotonic() - self._started if self._num_active else 0.0
-        return self._seconds + running
+    def busy_seconds(self) -> float:
+        return self._busy_seconds + self._running()
 
+    @property
+    def sustained(self) -> tuple[int, float]:
+        """Bytes and seconds."""
+        nbytes, seconds = self._sustained
+        running = self._running()
+        return (nbytes, seconds) if running < _SUSTAINED_SECONDS else (nbytes + self._period_nbytes, seconds + running)
 
-class Direction:
-    """What one direction of the drive has done."""
-
-    def __init__(self) -> None:
-        self.clock = Clock()
-        self.nbytes = 0
+    def _running(self) -> float:
+        return time.monotonic() - self._started if self._num_active else 0.0
 
 
 class Traffic:

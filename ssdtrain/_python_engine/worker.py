@@ -169,14 +169,14 @@ class Workers:
             job = self._next_fetch()
             job.read._begin()
             for direction in self._reading(job):
-                direction.clock.begin()
+                direction.begin()
             return partial(self._fetch, job)
         while self.to_write:
             write, chunk = self.to_write.popleft()
             if chunk.state is self.takes_writes_in:
                 write._begin_write(chunk)
                 for direction in self._writing(write):
-                    direction.clock.begin()
+                    direction.begin()
                 return partial(self._store, write, chunk)
         return None
 
@@ -200,8 +200,7 @@ class Workers:
         rescued = self._rescue(write, chunk) if error is not None else None
         with self.monitor.changed:
             for direction in self._writing(write):
-                direction.clock.end()
-                direction.nbytes += write.stored_nbytes(chunk) if error is None else 0
+                direction.end(write.stored_nbytes(chunk) if error is None else 0)
             if error is None:
                 write._end_write(chunk)
             else:
@@ -221,8 +220,7 @@ class Workers:
         error = self._attempt(partial(self._read_checked, job))
         with self.monitor.changed:
             for direction in self._reading(job):
-                direction.clock.end()
-                direction.nbytes += job.nbytes if error is None else 0
+                direction.end(job.nbytes if error is None else 0)
             if error is None:
                 job.read.read_nbytes += job.nbytes
             self._finish(job, error)
