@@ -16,47 +16,58 @@ inline double seconds_now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-// A period of this length without a pause says how fast a drive is: shorter ones may be a burst
-// that a cache or the credit of a rate limiter took.
+// A drive that was busy for so long without a pause shows how fast it is: what is shorter may be a
+// burst that a cache or the credit of a rate limiter took. A pause is longer than what it takes to
+// go on.
 constexpr double kSustainedSeconds = 0.25;
+constexpr double kPauseSeconds = 0.005;
 
 // What one direction of the drive has done. Not thread-safe.
 class Direction {
  public:
   // One more transfer is at the drive.
   void begin() {
-    if (num_active_++ > 0) return;
-    started_ = seconds_now();
-    period_nbytes_ = 0;
+    if (num_active_ == 0) start();
+    ++num_active_;
   }
   // It is over and has moved so many bytes.
   void end(uint64_t nbytes) {
     nbytes_ += nbytes;
     period_nbytes_ += nbytes;
     if (--num_active_ > 0) return;
-    double seconds = seconds_now() - started_;
-    busy_seconds_ += seconds;
-    if (seconds < kSustainedSeconds) return;
-    sustained_seconds_ += seconds;
-    sustained_nbytes_ += period_nbytes_;
+    ended_ = seconds_now();
+    busy_seconds_ += ended_ - started_;
+    period_seconds_ += ended_ - started_;
   }
 
   uint64_t nbytes() const { return nbytes_; }
   // With at least one transfer at the drive.
-  double busy_seconds() const { return busy_seconds_ + running(); }
-  // Of periods of at least kSustainedSeconds with always a transfer at the drive.
+  double busy_seconds() const { return busy_seconds_ + running_seconds(); }
+  // Of periods without a pause in which it was busy for at least kSustainedSeconds.
   uint64_t sustained_nbytes() const {
-    return sustained_nbytes_ + (running() < kSustainedSeconds ? 0 : period_nbytes_);
+    return sustained_nbytes_ + (period_seconds() < kSustainedSeconds ? 0 : period_nbytes_);
   }
   double sustained_seconds() const {
-    return sustained_seconds_ + (running() < kSustainedSeconds ? 0.0 : running());
+    double seconds = period_seconds();
+    return sustained_seconds_ + (seconds < kSustainedSeconds ? 0.0 : seconds);
   }
 
  private:
-  double running() const { return num_active_ > 0 ? seconds_now() - started_ : 0.0; }
+  void start() {
+    started_ = seconds_now();
+    if (started_ - ended_ <= kPauseSeconds) return;
+    sustained_nbytes_ = sustained_nbytes();
+    sustained_seconds_ = sustained_seconds();
+    period_seconds_ = 0.0;
+    period_nbytes_ = 0;
+  }
+  double running_seconds() const { return num_active_ > 0 ? seconds_now() - started_ : 0.0; }
+  double period_seconds() const { return period_seconds_ + running_seconds(); }
 
   int num_active_ = 0;
   double started_ = 0.0;
+  double ended_ = 0.0;
+  double period_seconds_ = 0.0;
   uint64_t nbytes_ = 0;
   uint64_t period_nbytes_ = 0;
   double busy_seconds_ = 0.0;

@@ -8,6 +8,7 @@ before anything is written, whoever asked, and one bound holds for all that is i
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -54,6 +55,7 @@ class _Users:
     lock: threading.Lock
     present: set[int]
     host: HostSpace | None
+    stuck: set[int] = field(default_factory=set)  # whose requests are not over and never will be
     drivers: list[Any] = field(default_factory=list)  # that the engine knows
 
 
@@ -118,12 +120,14 @@ class Drive:
 
         Raises:
             RuntimeError: the engine is closed, has files for one user only, or has two already.
-            OSError: there is no room in any directory.
+            OSError: there is no room in any directory, or the drive did not answer that user before.
         """
         other = 1 - self.user
         with self._users.lock:
             if self.is_closed:
                 raise RuntimeError("Expected an open offload, got one after close()")
+            if other in self._users.stuck:
+                raise OSError(errno.EBUSY, "Expected a drive that answers, got one that did not before")
             if other in self._users.present:
                 raise RuntimeError("Expected a drive that no offload of activations shares yet, got a shared one")
             if not any(file.user == other for file in self._choice.files):
@@ -146,6 +150,10 @@ class Drive:
                     file.shrink_to_nothing()
             self._users.present.discard(self.user)
             self.is_closed = True
+
+    def give_up(self) -> None:
+        """The drive does not answer: what it may still touch stays as it is until the process ends."""
+        self._users.stuck.add(self.user)
 
     def add_driver(self, driver: Any) -> str:
         """Gets ready for fences of an accelerator's driver. Empty, or why its copies are slow.

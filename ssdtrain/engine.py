@@ -204,8 +204,8 @@ class Read(Protocol):
 
 
 Direction = tuple[int, float, int, float]
-"""Bytes; seconds with a transfer at the drive; and the same of periods of a quarter of a second or more without a
-pause, which are no mere burst."""
+"""Bytes; seconds with a transfer at the drive; and the same of periods without a pause in which the drive was busy for
+a quarter of a second or more: that was no mere burst."""
 
 
 class Engine(Protocol):

@@ -64,7 +64,8 @@ def offload_activations(
         chosen = chosen.model_copy(update={"record": os.fspath(record)})
     if isinstance(directory, ParameterOffload | OffloadedOptimizer):
         vault = directory.vault
-        return ActivationOffload(vault.directories or None, chosen, model, vault.cpu, vault.drive.join)
+        simulated = vault.cpu if vault.cpu.driver is not None else None
+        return ActivationOffload(vault.directories or None, chosen, model, simulated, vault.drive.join)
     return ActivationOffload(None if directory is None else _paths(directory), chosen, model)
 
 

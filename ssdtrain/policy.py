@@ -98,8 +98,8 @@ class ActivationPolicy(_Policy):
     ``"all"`` sends everything eligible and waits for the drive: lowest memory, step time at the drive's mercy."""
 
     staging_nbytes: Nbytes = Field(default=128 << 20, ge=MIN_STAGING_NBYTES)
-    """Host memory for bytes on their way to the drive, and the bound on bytes in flight. Bursts above it are kept
-    (``"auto"``) or waited for (``"all"``)."""
+    """Host memory for bytes on their way to the drive, and the bound on bytes in flight. What exceeds it is waited for
+    (``"all"``), queued where a plan sends it, else kept (``"auto"``)."""
 
     prefetch_nbytes: Nbytes = Field(default=128 << 20, ge=0)
     """Bound on bytes reloaded before backward asks for them. 0 turns prefetch off: every reload is then a stall."""

@@ -44,8 +44,19 @@ class _Shipment:
     sources: list[torch.UntypedStorage | None]
     producer: Fence | None  # of an accelerator: the sources are computed after this point
     stream: int
-    begun: float  # time.monotonic()
+    moved: float  # time.monotonic() when the drive last moved something of it, as far as we have looked
+    moved_nbytes: int = 0
     dead_extents: list[Extent] = field(default_factory=list)
+
+    def moves_not_since(self, moment: float) -> bool:
+        """Whether the drive has it and has moved nothing of it since `moment`; not so while it waits its turn."""
+        *_, begun, _ = self.write.moments
+        nbytes = self.write.written_nbytes
+        if self.write.is_done or not begun:
+            return False
+        if nbytes != self.moved_nbytes:
+            self.moved, self.moved_nbytes = time.monotonic(), nbytes
+        return max(self.moved, begun) < moment
 
 
 class Transport:
@@ -171,9 +182,9 @@ class Transport:
         return self.engine.wait_inflight(max_nbytes, timeout_seconds)
 
     def retire_stuck(self, timeout_seconds: float) -> bool:
-        """Retires the directories of writes that began too long ago; whether there are any."""
+        """Retires the directories of writes at the drive that get no further; whether there are any."""
         before = time.monotonic() - timeout_seconds
-        stuck = [shipment for shipment in self._shipments if shipment.begun < before and not shipment.write.is_done]
+        stuck = [shipment for shipment in self._shipments if shipment.moves_not_since(before)]
         for shipment in stuck:
             why = f"after a write at offset {shipment.extent.offset} took more than {timeout_seconds:g} s"
             self.space.retire(shipment.extent.file, why)
@@ -279,6 +290,7 @@ class Transport:
             self._drive.close()
         else:
             self.retire_stuck(timeout_seconds)
+            self._drive.give_up()
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))  # the kernel may still write to memory held here
         return is_quiet
 

@@ -397,6 +397,7 @@ class Vault:
                     slot.parts = []
             else:
                 self.note("the drive is stuck: memory and threads of its requests stay")
+                self.drive.give_up()
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))  # the kernel may still write to memory held here
 
     def __del__(self) -> None:

@@ -11,7 +11,7 @@ from drives import throttled
 from steps import MIB
 from test_adaptive import AUTO, gpt
 
-from ssdtrain.adaptation import Adaptation, Measured
+from ssdtrain.adaptation import Adaptation, Bandwidth, Measured
 from ssdtrain.planner import Goal, Lifetime, Machine, Step, Tier, make_probe
 from ssdtrain.stats import Counters
 
@@ -72,6 +72,27 @@ def test_a_probe_that_waits_is_not_held_against_the_plan() -> None:
     assert latest is not None and "probe" in latest.plan.statement
     run.step(SLOW, Measured(KEPT.peak_nbytes, KEPT.seconds + 5, 5.0))
     assert run.adaptation.latest is declined
+
+
+def test_a_burst_says_less_than_a_long_period() -> None:
+    """Counted on is what a drive keeps up; when nothing is known of that any more, it is asked again, ever more seldom."""
+    bandwidth = Bandwidth()
+    bandwidth.note(100 * MIB, 0.1, 0, 0.0)
+    assert bandwidth.average == 1000 * MIB
+    bandwidth.note(200 * MIB, 0.7, 90 * MIB, 0.9)
+    assert bandwidth.average == 100 * MIB
+    totals, waits = 200, []
+    for _ in range(3):
+        num = 0
+        while bandwidth.average == 100 * MIB:
+            totals, num = totals + 100, num + 1
+            bandwidth.note(
+                totals * MIB, 0.7 + (totals - 200) / 1000, 90 * MIB * (1 + len(waits)), 0.9 * (1 + len(waits))
+            )
+        waits.append(num)
+        assert bandwidth.average > 500 * MIB, "only bursts are known"
+        bandwidth.note(totals * MIB, 9e9, 90 * MIB * (1 + len(waits)), 0.9 * (1 + len(waits)))
+    assert waits == [32, 64, 128]
 
 
 def test_a_probe_is_small_and_early() -> None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import SLAB_NBYTES, STAGING_NBYTES
-from state_tools import EAGER_STATE, MLP, adamw, batch, check_same, model_of, trainable, values
+from drives import Drive as SmallDrive
+from engine_tools import KINDS
+from state_tools import EAGER_STATE, adamw, batch, check_same, model_of, trainable, values
 
 import ssdtrain
 from ssdtrain.drive import Drive
 from ssdtrain.engines import open_engine
 from ssdtrain.space import HostShare, HostSpace
 
-ENGINES = ["io_uring", "threads", "python"]
 KIB = 1024
 EAGER = {"mode": "all", "min_nbytes": 1, "staging_nbytes": STAGING_NBYTES}
 
@@ -33,7 +37,7 @@ def drive_in(directory: Path, engine: str = "threads", **options: Any) -> Drive:
 # -- the drive ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", KINDS)
 def test_two_users_have_files_of_their_own(tmp_path: Path, engine: str) -> None:
     first = drive_in(tmp_path, engine)
     second = first.join(noted, disk_nbytes=1 << 20)
@@ -53,7 +57,7 @@ def test_two_users_have_files_of_their_own(tmp_path: Path, engine: str) -> None:
     assert first.engine.is_closed
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", KINDS)
 def test_room_is_given_back_by_whoever_goes(tmp_path: Path, engine: str) -> None:
     """The first to go frees its own files; the last one ends the engine; another may join in between."""
     first = drive_in(tmp_path, engine)
@@ -116,7 +120,7 @@ def steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, num: int, fi
     return losses
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", KINDS)
 @pytest.mark.parametrize("kind", ["gpt", "moe", "encoder-decoder"])
 def test_everything_on_one_drive_equals_plain_training(tmp_path: Path, kind: str, engine: str) -> None:
     plain = model_of(kind)
@@ -141,27 +145,92 @@ def test_everything_on_one_drive_equals_plain_training(tmp_path: Path, kind: str
 
 def test_entered_again_and_closed_in_any_order(tmp_path: Path) -> None:
     """Activations come and go while parameters stay; they also outlive them, and then end the engine."""
-    plain = MLP()
-    state = plain.state_dict()
+    plain = model_of("mlp")
     expected = steps(plain, adamw(trainable(plain)), 4)
-    model = MLP()
-    model.load_state_dict(state) if False else None
+    model = model_of("mlp")
     home, optimizer = offloaded(tmp_path, model)
     offload = ssdtrain.offload_activations(home, EAGER, model)
     losses = []
     for step in range(4):
         with offload:
             losses += steps(model, optimizer, 1, step)
-    del expected, losses
+    assert losses == expected
+    engine = home.vault.engine
     with offload:
         loss = model(batch(9))
-    engine = home.vault.engine
-    optimizer.close()  # type: ignore[attr-defined]
-    assert not engine.is_closed
-    loss.backward()
+        optimizer.close()  # type: ignore[attr-defined]
+        assert not engine.is_closed
+        loss.backward()
+    with home.gathered():
+        check_same(values(model), values(plain))
     home.close()
+    assert not engine.is_closed, "activations are not done with it"
     del loss
     offload.close()
     assert engine.is_closed and os.listdir(tmp_path) == []
-    with pytest.raises(RuntimeError, match="after close"), offload:
-        pass
+
+
+def test_a_drive_that_is_closed_or_taken_is_refused(tmp_path: Path) -> None:
+    model = model_of("mlp")
+    home, optimizer = offloaded(tmp_path, model)
+    offload = ssdtrain.offload_activations(optimizer, EAGER)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="shared one"):
+        ssdtrain.offload_activations(home, EAGER)
+    offload.close()
+    ssdtrain.offload_activations(home, EAGER).close()
+    optimizer.close()  # type: ignore[attr-defined]
+    home.close()
+    with pytest.raises(RuntimeError, match="after close"):
+        ssdtrain.offload_activations(home, EAGER)
+
+
+def test_a_failed_write_of_an_activation_is_no_matter_of_flush(small_ext4: SmallDrive) -> None:
+    """Each answers for its own bytes."""
+    model = model_of("mlp")
+    home, optimizer = offloaded(small_ext4.directory, model)
+    offload = ssdtrain.offload_activations(home, {**EAGER, "disk_nbytes": "64KiB"}, model)
+    with offload:
+        loss = model(batch(0))
+        assert offload.stats.skipped["no spill space"].nbytes > 0
+        home.flush()
+        loss.backward()
+    assert offload.stats.peak_disk_nbytes <= 64 * KIB
+    del loss
+    offload.close()
+    optimizer.close()  # type: ignore[attr-defined]
+    home.close()
+
+
+def test_optimizer_state_counts_for_the_endurance_of_the_drive(tmp_path: Path) -> None:
+    """What the optimizer writes leaves less for activations: here nothing."""
+    model = model_of("gpt")
+    home, optimizer = offloaded(tmp_path, model)
+    auto = {"mode": "auto", "min_nbytes": "4KiB", "staging_nbytes": STAGING_NBYTES}
+    with ssdtrain.offload_activations(home, {**auto, "endurance_tbw": 0.1}, model) as offload:
+        steps(model, optimizer, 5)
+        plan = offload.plan
+    assert plan is not None and plan.others_daily_nbytes > 0.1e12 / (5 * 365.25)
+    assert plan.is_declined and "endurance" in plan.statement
+    offload.close()
+    with ssdtrain.offload_activations(tmp_path, {**auto, "endurance_tbw": 0.1}, model) as alone:
+        steps(model, optimizer, 5)
+        plan = alone.plan
+    assert plan is not None and plan.others_daily_nbytes == 0.0
+    alone.close()
+    optimizer.close()  # type: ignore[attr-defined]
+    home.close()
+
+
+def test_the_record_of_a_run_counts_what_the_drive_took_for_all(tmp_path: Path) -> None:
+    model = model_of("mlp")
+    home, optimizer = offloaded(tmp_path, model)
+    record = tmp_path / "run.ssdtrain"
+    with ssdtrain.offload_activations(home, EAGER, model, record=record) as offload:
+        steps(model, optimizer, 5)
+    offload.close()
+    stats = offload.stats
+    data = json.loads(subprocess.check_output([sys.executable, "-m", "ssdtrain", "report", str(record), "--json"]))
+    assert stats.written_nbytes < data["wear"]["written_nbytes"] <= stats.written_nbytes + stats.shared_written_nbytes
+    record.unlink()
+    optimizer.close()  # type: ignore[attr-defined]
+    home.close()

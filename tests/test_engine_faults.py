@@ -15,7 +15,7 @@ from engine_tools import KINDS
 
 TESTS = Path(__file__).parent
 PRELUDE = f"""
-import errno, os, signal, stat, sys
+import errno, os, signal, stat, sys, time
 sys.path[:0] = [{str(TESTS)!r}]
 from engine_tools import Io, Memory, SLAB_NBYTES, implementation, random_bytes
 from ssdtrain.engines import open_engine
@@ -209,6 +209,35 @@ for _ in reads:
 assert order == [0, 3, 4, 1, 2, 5], order
 other.write.wait()
 assert other.write.moments[3] > max(read.moments[1] for read in reads)
+io.close()
+""",
+    )
+
+
+@pytest.mark.parametrize("kind", ["threads", "python"])
+def test_long_periods_are_told_from_bursts(run: Run, kind: str) -> None:
+    """Of two writes the drive takes one at once and lets the other wait; both are traffic of the files' user."""
+    run(
+        kind,
+        GATED
+        + """
+os.write(writer, b".")
+io.write(random_bytes(SLAB_NBYTES)).write.wait()
+(nbytes, seconds, *sustained), read = io.engine.traffic(0)
+assert nbytes == SLAB_NBYTES and 0 < seconds < 0.25 and sustained == [0, 0.0]
+time.sleep(0.1)
+written = io.write(random_bytes(2 * SLAB_NBYTES))
+time.sleep(0.3)
+os.write(writer, b".")
+while io.engine.written_nbytes < 2 * SLAB_NBYTES:
+    pass
+(_, _, *sustained), _ = io.engine.traffic(0)
+assert sustained[0] == SLAB_NBYTES and sustained[1] > 0.3, "a period that is not over counts"
+os.write(writer, b".")
+written.write.wait()
+(nbytes, seconds, *sustained), read = io.engine.traffic(0)
+assert nbytes == 3 * SLAB_NBYTES and sustained[0] == 2 * SLAB_NBYTES and sustained[1] > 0.3 and seconds > 0.3
+assert read == (0, 0.0, 0, 0.0) and io.engine.traffic(1)[0] == (0, 0.0, 0, 0.0)
 io.close()
 """,
     )

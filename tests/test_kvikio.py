@@ -43,6 +43,12 @@ def test_keeps_the_promises_of_all_engines(kvikio_environment: Mapping[str, str]
 
 
 @pytest.mark.slow
+def test_keeps_parameters_and_optimizer_state(kvikio_environment: Mapping[str, str]) -> None:
+    """Also with activations on the same engine."""
+    assert run_pytest(kvikio_environment, "tests/test_vault.py", "tests/test_drive.py") >= 10
+
+
+@pytest.mark.slow
 def test_keeps_its_own(kvikio_environment: Mapping[str, str]) -> None:
     assert run_pytest(kvikio_environment, "tests/kvikio_cases.py") >= 30
 

@@ -136,6 +136,16 @@ def test_endurance_caps_what_is_written() -> None:
     assert plan.drive_life_years == pytest.approx(10) and "drive life 10.0 years" in str(plan)
 
 
+def test_what_others_write_counts_for_the_endurance() -> None:
+    per_day = 3 * MIB * 86400 / 21
+    goal = Goal(daily_nbytes=per_day * 1.01, endurance_nbytes=365.25 * 10 * per_day, others_daily_nbytes=per_day / 3)
+    plan = make_plan(tower(), FAST, goal)
+    assert plan.disk_nbytes == 2 * MIB
+    assert plan.drive_life_years == pytest.approx(10) and "TB for others)" in str(plan)
+    plan = make_plan(tower(), FAST, replace(goal, others_daily_nbytes=2 * per_day))
+    assert plan.is_declined and plan.statement == "declined: the drive's endurance allows no writes"
+
+
 # -- a budget --------------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from enum import Enum, auto
 from .spill_file import MAX_USERS, Owned
 
 _SUSTAINED_SECONDS = 0.25
+_PAUSE_SECONDS = 0.005  # more than it takes to go on
 
 
 class State(Enum):
@@ -109,35 +110,43 @@ class Direction:
     def __init__(self) -> None:
         self.nbytes = 0
         self._num_active = 0
-        self._started = 0.0
-        self._period_nbytes = 0
+        self._started = self._ended = 0.0
+        self._period_nbytes, self._period_seconds = 0, 0.0
         self._busy_seconds = 0.0
         self._sustained = (0, 0.0)
 
     def begin(self) -> None:
         if self._num_active == 0:
-            self._started, self._period_nbytes = time.monotonic(), 0
+            self._start()
         self._num_active += 1
+
+    def _start(self) -> None:
+        self._started = time.monotonic()
+        if self._started - self._ended > _PAUSE_SECONDS:
+            self._sustained = self.sustained
+            self._period_nbytes, self._period_seconds = 0, 0.0
 
     def end(self, nbytes: int) -> None:
         self.nbytes += nbytes
         self._period_nbytes += nbytes
-        if self._num_active == 1:
-            self._sustained, self._busy_seconds = self.sustained, self.busy_seconds
         self._num_active -= 1
+        if self._num_active == 0:
+            self._ended = time.monotonic()
+            self._busy_seconds += self._ended - self._started
+            self._period_seconds += self._ended - self._started
 
     @property
     def busy_seconds(self) -> float:
-        return self._busy_seconds + self._running()
+        return self._busy_seconds + self._running_seconds()
 
     @property
     def sustained(self) -> tuple[int, float]:
         """Bytes and seconds."""
         nbytes, seconds = self._sustained
-        running = self._running()
-        return (nbytes, seconds) if running < _SUSTAINED_SECONDS else (nbytes + self._period_nbytes, seconds + running)
+        period = self._period_seconds + self._running_seconds()
+        return (nbytes, seconds) if period < _SUSTAINED_SECONDS else (nbytes + self._period_nbytes, seconds + period)
 
-    def _running(self) -> float:
+    def _running_seconds(self) -> float:
         return time.monotonic() - self._started if self._num_active else 0.0
 
 
