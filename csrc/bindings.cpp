@@ -287,6 +287,7 @@ void bind_write(py::module_& module) {
       .def_property_readonly("is_copied", [](const PyWrite& w) { return w->is_copied(); })
       .def_property_readonly("is_issued", [](const PyWrite& w) { return w->is_issued(); })
       .def_property_readonly("is_lost", [](const PyWrite& w) { return w->is_lost(); })
+      .def_property_readonly("at_drive_since", [](const PyWrite& w) { return w->at_drive_since(); })
       .def_property_readonly("is_done", [](const PyWrite& w) { return w->is_done(); })
       .def_property_readonly("error", &write_error)
       .def_property_readonly("moments", &write_moments)
@@ -362,6 +363,15 @@ void bind_engine_methods(py::class_<PyEngine>& engine) {
                 timeout_seconds, [&](Seconds t) { return target->wait_inflight(max_nbytes, t); });
           },
           py::arg("max_nbytes"), py::arg("timeout_seconds") = py::none())
+      .def(
+          "wait_idle",
+          [](const PyEngine& engine, std::optional<double> timeout_seconds) {
+            Engine* target = engine.get().get();
+            target->expect_open();
+            return wait_interruptibly(timeout_seconds,
+                                      [&](Seconds t) { return target->wait_idle(t); });
+          },
+          py::arg("timeout_seconds") = py::none())
       .def("drain",
            [](const PyEngine& engine) {
              Engine* target = engine.get().get();

@@ -190,13 +190,16 @@ void WriteState::settle_in_memory(size_t index) { finish(&chunks_[index], ChunkS
 
 bool WriteState::begin_write(size_t index) {
   if (chunks_[index].state != ChunkState::kCopied) return false;
-  if (moments_.write_begun == 0.0) moments_.write_begun = seconds_now();
+  at_drive_since_ = seconds_now();
+  ++num_at_drive_;
+  if (moments_.write_begun == 0.0) moments_.write_begun = at_drive_since_;
   chunks_[index].state = ChunkState::kWriting;
   return true;
 }
 
 void WriteState::end_write(size_t index) {
   Chunk& chunk = chunks_[index];
+  --num_at_drive_;
   chunk.bytes.reset();
   written_nbytes_ += chunk.nbytes;
   finish(&chunk, ChunkState::kWritten);
@@ -204,6 +207,7 @@ void WriteState::end_write(size_t index) {
 
 void WriteState::fail_write(size_t index, int errnum, std::shared_ptr<const char> rescued) {
   Chunk& chunk = chunks_[index];
+  --num_at_drive_;
   if (!error_) error_ = WriteError{errnum, file_offset(index), chunk.nbytes};
   ++monitor_->num_write_errors;
   if (rescued) chunk.bytes = std::move(rescued);
@@ -239,6 +243,11 @@ std::optional<WriteError> WriteState::error() const {
 WriteMoments WriteState::moments() const {
   std::lock_guard<std::mutex> lock(monitor_->mutex);
   return moments_;
+}
+
+double WriteState::at_drive_since() const {
+  std::lock_guard<std::mutex> lock(monitor_->mutex);
+  return num_at_drive_ > 0 ? at_drive_since_ : 0.0;
 }
 
 }  // namespace ssdtrain

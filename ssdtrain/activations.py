@@ -77,11 +77,13 @@ class ActivationOffload:
         model: torch.nn.Module | None = None,
         cpu: Device | None = None,
         join: Join | None = None,
+        met: dict[torch.device, Device | str] | None = None,
     ) -> None:
         """Checks the directories and opens the engine, so that what is wrong shows before training starts.
 
         `directories`: None for a host tier only. `cpu`: the device of tensors in host memory, for simulations. `join`:
-        joins another offload's drive, which is in these directories, instead of opening one.
+        joins another offload's drive, which is in these directories, instead of opening one. `met`: the accelerators
+        that other one knows.
         """
         self.policy = policy
         self._counters = Counters()
@@ -100,7 +102,7 @@ class ActivationOffload:
         if directories is None and policy.host_nbytes == 0:
             raise ValueError("Expected a directory or a host tier, got directory=None and host_nbytes=0; pass either")
         cpu = cpu or CpuDevice(policy.idle_nbytes)
-        self._devices = Devices(cpu, has_host_tier_only=directories is None)
+        self._devices = Devices(cpu, has_host_tier_only=directories is None, met=met)
         self._store = Store(directories or (), policy, self._counters, self._index, self._devices, join)
         self._store.when_torn = self._schedule.start_afresh
         self._watch = Watch(policy, directories or (), self._schedule, self._store)

@@ -3,8 +3,9 @@
 [Note: when to plan]
 The first plan for a kind of step is made when it was seen twice: the very first step of a run is slower than others,
 and a step that never comes again needs none. A plan holds while bandwidths and compute time stay within a quarter of
-those it was made for. Beyond that, and when a step waited although no wait was predicted, another one is made from what
-was measured last; every wait also makes it more cautious for a while: it counts on less read bandwidth than measured.
+those it was made for, but for a step or two of noise. Beyond that, and when a step waited although no wait was
+predicted, another one is made from what was measured last; every wait also makes it more cautious for a while: it
+counts on less read bandwidth than measured.
 After a plan some steps pass before the next, so that one slow moment does not bring one plan and the next moment
 another, and so that planning, however short the steps are, takes a small part of the time.
 
@@ -44,10 +45,12 @@ _NUM_REMEMBERED = 16
 _DRIFT = 0.25
 _LEAST_NBYTES = 1 << 20  # of traffic that says something about a drive
 _NEW_SHARE = 0.5  # of the latest step in the averages
+_OLD_SHARE = 0.99  # what a step leaves of the sums before it
 _LEAST_STEPS = 2  # between plans
 _FIRST_PROBE, _MAX_PROBE = 32, 1024  # steps without traffic before one
 _PROBE_NBYTES = 4 << 20
-_PLANNING_SHARE = 0.02  # of the time
+_PLANNING_SHARE, _FIRST_SHARE, _NUM_FIRST = 0.005, 0.02, 4  # of the time; of the first plans, while much is new
+_PATIENCE = 3  # steps in a row that differ: fewer are noise
 _WAIT = 0.005  # of a step: more is not noise
 _CAUTION, _LEAST_CAUTION, _LESS_CAUTION, _RECOVERY = 0.85, 0.3, 0.8, 1.01
 
@@ -73,14 +76,14 @@ class Rate:
 
     def __init__(self) -> None:
         self.average = 0.0
-        self._nbytes, self._seconds = 0, 0.0
+        self.nbytes, self.seconds = 0, 0.0  # totals at the latest note that taught something
 
     def note(self, nbytes: int, seconds: float) -> bool:
         """Takes running totals of traffic and time; whether there was enough of both to learn from."""
-        new_nbytes, new_seconds = nbytes - self._nbytes, seconds - self._seconds
+        new_nbytes, new_seconds = nbytes - self.nbytes, seconds - self.seconds
         if new_nbytes < _LEAST_NBYTES or new_seconds <= 0:
             return False
-        self._nbytes, self._seconds = nbytes, seconds
+        self.nbytes, self.seconds = nbytes, seconds
         rate = new_nbytes / new_seconds
         self.average = rate if not self.average else self.average + _NEW_SHARE * (rate - self.average)
         return True
@@ -91,6 +94,7 @@ class Bandwidth:
 
     def __init__(self) -> None:
         self._burst, self._sustained = Rate(), Rate()
+        self._last_sustained = 0.0
         self._num_since, self._patience = 0, _FIRST_PROBE  # steps without a long period; until it is forgotten
 
     @property
@@ -102,10 +106,11 @@ class Bandwidth:
     def note(self, nbytes: int, seconds: float, sustained_nbytes: int, sustained_seconds: float) -> None:
         """Takes running totals of traffic and busy time, and of long busy periods, after a step."""
         self._burst.note(nbytes, seconds)
-        before = self._sustained.average
         if self._sustained.note(sustained_nbytes, sustained_seconds):
             self._num_since = 0
-            self._patience = _FIRST_PROBE if _differs(self._sustained.average, before) else self._patience
+            if _differs(self._sustained.average, self._last_sustained):
+                self._patience = _FIRST_PROBE
+            self._last_sustained = self._sustained.average
             return
         self._num_since += 1
         if self._num_since >= self._patience:
@@ -114,17 +119,26 @@ class Bandwidth:
 
 
 class Others:
-    """What is written to the same drive for parameters and optimizer state, averaged over steps."""
+    """What is written to the same drive for parameters and optimizer state, averaged over the last hundred steps or so.
 
-    def __init__(self) -> None:
-        self.daily_nbytes = 0.0
-        self._nbytes, self._seconds = 0, 0.0
+    An optimizer writes once for several micro-batches, and not while a context is active: so all bytes are set against
+    all time.
+    """
 
-    def note(self, nbytes: int, step_seconds: float) -> None:
-        """Takes the running total at the end of a step of so many seconds."""
-        new, self._nbytes = nbytes - self._nbytes, nbytes
-        daily = new / step_seconds * SECONDS_PER_DAY if step_seconds > 0 else 0.0
-        self.daily_nbytes += _NEW_SHARE * (daily - self.daily_nbytes)
+    def __init__(self, now: float) -> None:
+        self._nbytes, self._moment = 0, now
+        self._sum_nbytes = self._sum_seconds = 0.0
+
+    @property
+    def daily_nbytes(self) -> float:
+        """Written per day."""
+        return self._sum_nbytes / self._sum_seconds * SECONDS_PER_DAY if self._sum_seconds > 0 else 0.0
+
+    def note(self, nbytes: int, now: float) -> None:
+        """Takes the running total, after a step."""
+        self._sum_nbytes = _OLD_SHARE * self._sum_nbytes + nbytes - self._nbytes
+        self._sum_seconds = _OLD_SHARE * self._sum_seconds + now - self._moment
+        self._nbytes, self._moment = nbytes, now
 
 
 class Adaptation:
@@ -143,7 +157,7 @@ class Adaptation:
         """
         self._machine, self._goal, self._blocks = machine, goal, blocks
         self._bandwidths = (0.0, 0.0)
-        self._others = Others()
+        self._others = Others(time.perf_counter())
         self._join: Callable[[], Agreement | None] | None = join
         self._agreement = join()  # or with the first step, when the job is set up later
         self.recomputed: frozenset[str] = frozenset()
@@ -155,7 +169,7 @@ class Adaptation:
         self._routes: OrderedDict[Key, Route] = OrderedDict()  # the latest last
         self._seen: OrderedDict[Key, None] = OrderedDict()
         self._planned_for: Machine = machine
-        self._num_since_plan = 0
+        self._num_since_plan = self._num_plans = self._num_differing = 0
         self._probed: Route | None = None  # the plan that a probe stands in for
         self._num_idle, self._num_busy, self._probe_after = 0, 0, _FIRST_PROBE
         self._no_plan_before = 0.0  # time.perf_counter()
@@ -180,7 +194,7 @@ class Adaptation:
         self._read.note(
             totals.read_nbytes, totals.read_busy_seconds, totals.sustained_read_nbytes, totals.sustained_read_seconds
         )
-        self._others.note(totals.shared_written_nbytes, measured.seconds)
+        self._others.note(totals.shared_written_nbytes, time.perf_counter())
         if not self._write.average:
             return
         self._bandwidths = self._agreed(self._write.average, self._read.average or self._write.average)
@@ -234,7 +248,9 @@ class Adaptation:
         route = Route(step, self._make_plan(step))
         end = time.perf_counter()
         is_final = self.recomputed == frozenset(route.plan.recomputed)  # else the steps to come look different
-        self._no_plan_before = end + (end - begin) / _PLANNING_SHARE if is_final else end
+        self._num_plans += 1
+        share = _FIRST_SHARE if self._num_plans <= _NUM_FIRST else _PLANNING_SHARE
+        self._no_plan_before = end + (end - begin) / share if is_final else end
         return route
 
     def _make_plan(self, step: Step) -> Plan:
@@ -255,17 +271,17 @@ class Adaptation:
         waited = measured.stall_seconds - route.plan.stall_seconds > _WAIT * measured.seconds
         self._caution = max(_LEAST_CAUTION, self._caution * _LESS_CAUTION) if waited else self._caution
         self._caution = self._caution if waited else min(_CAUTION, self._caution * _RECOVERY)
-        if self._num_since_plan < _LEAST_STEPS:
-            return False
         now, then = self._machine_now().disk, self._planned_for.disk
         assert now is not None and then is not None
-        return (
-            waited
-            or _differs(now.write_bandwidth, then.write_bandwidth)
+        is_different = (
+            _differs(now.write_bandwidth, then.write_bandwidth)
             or _differs(now.read_bandwidth, then.read_bandwidth)
             or _differs(step.seconds, route.step.seconds)
             or abs(self._others.daily_nbytes - self._goal.others_daily_nbytes) > _DRIFT * self._goal.daily_nbytes
         )
+        self._num_differing = self._num_differing + 1 if is_different else 0
+        patience = 1 if self._num_plans <= _NUM_FIRST else _PATIENCE
+        return self._num_since_plan >= _LEAST_STEPS and (waited or self._num_differing >= patience)
 
     def _machine_now(self) -> Machine:
         """The bounds, with bandwidths to count on. A drive not read from yet is taken to read as it writes."""

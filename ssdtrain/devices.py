@@ -14,14 +14,17 @@ class Devices:
     Two threads that meet a device at once make one object too many, no harm.
     """
 
-    def __init__(self, cpu: Device, *, has_host_tier_only: bool) -> None:
+    def __init__(
+        self, cpu: Device, *, has_host_tier_only: bool, met: dict[torch.device, Device | str] | None = None
+    ) -> None:
         """`cpu`: the device of tensors in host memory (or one that simulates an accelerator there).
 
-        With nothing but a host tier, what is in host memory already has nowhere to go.
+        `met`: what others who share an engine have met, and will find what is met here. With nothing but a host tier,
+        what is in host memory already has nowhere to go.
         """
         self.cpu = cpu
         self._is_cpu_pointless = has_host_tier_only and cpu.driver is None
-        self._met: dict[torch.device, Device | str] = {}
+        self._met = met if met is not None else {}
 
     def of(self, tensor: torch.Tensor) -> Device | str:
         """The device of a strided tensor, or why nothing travels from it."""

@@ -9,13 +9,15 @@ before anything is written, whoever asked, and one bound holds for all that is i
 from __future__ import annotations
 
 import errno
+import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ssdtrain.engine import SpillFile, Write
+from ssdtrain.engine import Direction, SpillFile, Write
 from ssdtrain.engines import EngineChoice
 from ssdtrain.space import Extent, HostShare, HostSpace, SpillSpace
 
@@ -52,8 +54,9 @@ class DriveTotals:
 class _Users:
     """What the users of one engine share."""
 
-    lock: threading.Lock
-    present: set[int]
+    lock: threading.RLock  # a destructor may want it while its own thread has it
+    pid: int
+    present: dict[int, weakref.ReferenceType[Drive]]  # nobody whose join was interrupted
     host: HostSpace | None
     stuck: set[int] = field(default_factory=set)  # whose requests are not over and never will be
     drivers: list[Any] = field(default_factory=list)  # that the engine knows
@@ -69,6 +72,7 @@ class Drive:
         *,
         user: int = 0,
         disk_nbytes: int | None = None,
+        host_nbytes: int | None = None,
         users: _Users | None = None,
     ) -> None:
         """Takes an open engine over; it is closed when this fails. Who comes later uses `join`.
@@ -93,16 +97,16 @@ class Drive:
                 choice.close()
             raise
         host = self._users.host
-        self.host = HostShare(host) if host is not None else None
-        self._shared_before = (0, 0)
-        self._shared_before = self._of_the_other()
+        self.host = HostShare(host, host_nbytes) if host is not None else None
+        self._before, self._others_before = self.engine.traffic(user), self.engine.traffic(1 - user)
+        self._users.present[user] = weakref.ref(self)
 
     def _first(self, note_fallback: Callable[[str], None]) -> _Users:
         host = None
         if self._choice.host_nbytes:
             num_files = len(self._choice.files)
             host = HostSpace(num_files, self._choice.host_nbytes, self.engine.grow_host, note_fallback)
-        return _Users(threading.Lock(), {self.user}, host)
+        return _Users(threading.RLock(), os.getpid(), {}, host)
 
     def shortcomings(self) -> list[str]:
         """What works, but not the best way."""
@@ -113,43 +117,86 @@ class Drive:
         """Limit of the host tier; 0 without one."""
         return self._choice.host_nbytes
 
+    @property
+    def has_checksum(self) -> bool:
+        """Whether what is read is verified."""
+        return self._choice.has_checksum
+
     # -- users ---------------------------------------------------------------------------------------------------
 
-    def join(self, note_fallback: Callable[[str], None], disk_nbytes: int | None = None) -> Drive:
-        """The other user's share, of at most `disk_nbytes`.
+    @property
+    def is_joined(self) -> bool:
+        """Whether it is the share of somebody who joined: the engine stays open without it."""
+        return self.user > 0
+
+    def _has(self, user: int) -> bool:
+        found = self._users.present.get(user)
+        drive = found() if found is not None else None
+        return drive is not None and not drive.is_closed
+
+    def join(
+        self,
+        note_fallback: Callable[[str], None],
+        disk_nbytes: int | None = None,
+        host_nbytes: int | None = None,
+        retired: Iterable[str] = (),
+    ) -> Drive:
+        """The other user's share: of at most `disk_nbytes`, and of `host_nbytes` in the host tier.
+
+        `retired`: directories that this user does not use any more.
 
         Raises:
-            RuntimeError: the engine is closed, has files for one user only, or has two already.
+            RuntimeError: the engine is closed or another process's, is for one user only, or has two already.
             OSError: there is no room in any directory, or the drive did not answer that user before.
         """
         other = 1 - self.user
+        if os.getpid() != self._users.pid:
+            raise RuntimeError("Expected the process that offloaded, got a forked child: offload there, or use spawn")
         with self._users.lock:
             if self.is_closed:
-                raise RuntimeError("Expected an open offload, got one after close()")
+                raise RuntimeError("Expected an open offload to share a drive with, got one after close()")
             if other in self._users.stuck:
                 raise OSError(errno.EBUSY, "Expected a drive that answers, got one that did not before")
-            if other in self._users.present:
-                raise RuntimeError("Expected a drive that no offload of activations shares yet, got a shared one")
-            if not any(file.user == other for file in self._choice.files):
-                raise RuntimeError("Expected an engine with files for another user, got one without")
-            drive = Drive(self._choice, note_fallback, user=other, disk_nbytes=disk_nbytes, users=self._users)
-            self._users.present.add(other)
+            if self._has(other):
+                text = "Expected a drive that no offload of activations shares yet, got a shared one: close that first"
+                raise RuntimeError(text)
+            if not self._choice.is_shared:
+                raise RuntimeError("Expected an engine for two users, got one for a single user")
+            drive = Drive(
+                self._choice,
+                note_fallback,
+                user=other,
+                disk_nbytes=disk_nbytes,
+                host_nbytes=host_nbytes,
+                users=self._users,
+            )
+            drive.space.leave_out(retired)
             return drive
 
-    def close(self) -> None:
-        """Gives this user's room back; nothing of it may be in flight. The last one ends the engine. Idempotent."""
-        if self.is_closed:
-            return
+    def close(self, timeout_seconds: float) -> bool:
+        """Gives this user's room back; the last one ends the engine. Idempotent.
+
+        After an interrupt there may be requests that nobody has listed: while the engine stays open it must have come
+        to rest before their room can be another's. False when it does not in time: then nothing is given back.
+        """
         with self._users.lock:
-            if self._users.present <= {self.user}:
+            if self.is_closed:
+                return True
+            if not self._has(1 - self.user):
                 self._choice.close()
-            else:
-                if self.host is not None:
-                    self.host.give_back()
-                for file in self.files:
-                    file.shrink_to_nothing()
-            self._users.present.discard(self.user)
+            elif not self._give_back(timeout_seconds):
+                return False
             self.is_closed = True
+            return True
+
+    def _give_back(self, timeout_seconds: float) -> bool:
+        if not self.engine.wait_idle(timeout_seconds):
+            return False
+        if self.host is not None:
+            self.host.give_back()
+        for file in self.files:
+            file.shrink_to_nothing()
+        return True
 
     def give_up(self) -> None:
         """The drive does not answer: what it may still touch stays as it is until the process ends."""
@@ -207,11 +254,11 @@ class Drive:
         return True
 
     def totals(self) -> DriveTotals:
-        """What the drive has done so far."""
-        shared = (now - before for now, before in zip(self._of_the_other(), self._shared_before, strict=True))
-        written, read = self.engine.traffic(self.user)
-        return DriveTotals(*written, *read, self.engine.peak_staging_nbytes, *shared)
+        """What the drive has done since this user came."""
+        written, read = map(_minus, self.engine.traffic(self.user), self._before)
+        others_written, others_read = map(_minus, self.engine.traffic(1 - self.user), self._others_before)
+        return DriveTotals(*written, *read, self.engine.peak_staging_nbytes, others_written[0], others_read[0])
 
-    def _of_the_other(self) -> tuple[int, int]:
-        written, read = self.engine.traffic(1 - self.user)
-        return written[0], read[0]
+
+def _minus(now: Direction, before: Direction) -> Direction:
+    return now[0] - before[0], now[1] - before[1], now[2] - before[2], now[3] - before[3]

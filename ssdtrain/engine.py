@@ -114,6 +114,10 @@ class Write(Protocol):
         """Whether some source could not be read: its bytes are only there."""
 
     @property
+    def at_drive_since(self) -> float:
+        """When the drive got the latest of the chunks that it has now, by `time.monotonic()`; 0.0 while it has none."""
+
+    @property
     def is_copied(self) -> bool:
         """Whether every source is free."""
 
@@ -327,6 +331,9 @@ class Engine(Protocol):
 
     def wait_inflight(self, max_nbytes: int, timeout_seconds: float | None = None) -> bool:
         """Blocks until `inflight_nbytes` <= `max_nbytes`, without the GIL; false when the time is over first."""
+
+    def wait_idle(self, timeout_seconds: float | None = None) -> bool:
+        """Blocks until nothing is queued or in flight, without the GIL; false when the time is over first."""
 
     def drain(self) -> None:
         """Blocks until nothing is queued or in flight."""

@@ -50,6 +50,10 @@ class EngineChoice:
     fallbacks: list[str] = field(default_factory=list)
     host_nbytes: int = 0
     """Limit of the host tier; 0 where the engine has none."""
+    has_checksum: bool = False
+    """Whether every byte that is read from a file is verified."""
+    is_shared: bool = False
+    """Whether another user may join."""
 
     def shortcomings(self) -> list[str]:
         """What works, but not the best way."""
@@ -149,7 +153,7 @@ def open_engine(
             fallbacks.append(
                 f"host_nbytes={request.host_nbytes}: engine {name} has no host tier, all goes to the drive"
             )
-        return EngineChoice(engine, files, name, reason, fallbacks, host_nbytes)
+        return EngineChoice(engine, files, name, reason, fallbacks, host_nbytes, checksum, is_shared)
     raise AssertionError("the python engine is always available")
 
 
@@ -171,7 +175,9 @@ def _open_without_files(request: _Request) -> EngineChoice:
     except _UnavailableError as error:
         raise RuntimeError(f"Expected the C++ engine for a host tier, got: {error}; or pass a directory") from error
     reason = "no directory: pinned host memory only"
-    return EngineChoice(engine, files, "host", reason, host_nbytes=request.host_nbytes)
+    return EngineChoice(
+        engine, files, "host", reason, host_nbytes=request.host_nbytes, has_checksum=True, is_shared=request.is_shared
+    )
 
 
 class _UnavailableError(Exception):

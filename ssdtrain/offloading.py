@@ -45,11 +45,13 @@ def offload_activations(
 
     Returns:
         A context manager with `stats` and `close()`. Everything is freed by `close()`, when the object is gone, and,
-        unless tensors of an accelerator travelled, when the context is left and the last graph is gone.
+        unless tensors of an accelerator travelled or the drive is shared, when the context is left and the last graph
+        is gone.
 
     Raises:
         OSError: a directory is missing, not writable or full.
-        ValueError: the policy has an unknown key or a bad value, or no directory is given.
+        ValueError: the policy has an unknown key or a bad value, or wants checksums of a shared drive that has none; or
+            no directory is given.
         RuntimeError: the engine asked for by name is not available, or what is to be shared is shared or closed.
 
     Example:
@@ -63,10 +65,20 @@ def offload_activations(
     if record is not None:
         chosen = chosen.model_copy(update={"record": os.fspath(record)})
     if isinstance(directory, ParameterOffload | OffloadedOptimizer):
-        vault = directory.vault
-        simulated = vault.cpu if vault.cpu.driver is not None else None
-        return ActivationOffload(vault.directories or None, chosen, model, simulated, vault.drive.join)
+        return _join(directory.vault, chosen, model)
     return ActivationOffload(None if directory is None else _paths(directory), chosen, model)
+
+
+def _join(vault: Vault, policy: ActivationPolicy, model: torch.nn.Module | None) -> ActivationOffload:
+    """On the drive of parameters or optimizer state."""
+    drive = vault.drive
+    if policy.checksum and not drive.has_checksum:
+        raise ValueError("Expected checksum=True in the policy of the offload whose drive is shared, got False there")
+    simulated = vault.cpu if vault.cpu.driver is not None else None
+    offload = ActivationOffload(vault.directories or None, policy, model, simulated, drive.join, vault.met)
+    if policy.engine not in ("auto", drive.kind):
+        offload.note(f"engine={policy.engine!r} is not used: the drive is shared, its engine is {drive.kind}")
+    return offload
 
 
 def offload_parameters(

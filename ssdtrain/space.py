@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,7 +57,11 @@ def host_limit_nbytes(asked_nbytes: int | None, *, has_directories: bool) -> int
 
 
 class HostSpace:
-    """Room in the host tier: one range of pinned memory, which grows in steps up to its limit. Thread-safe."""
+    """Room in the host tier: one range of pinned memory, which grows in steps up to its limit. Thread-safe.
+
+    It outlives whoever was interrupted in the middle of a change. What is half changed could give one place to two, so
+    it is then left as it is: what is there can be read, and nothing more goes in.
+    """
 
     def __init__(
         self, file: int, limit_nbytes: int, grow: Callable[[int], str], note_fallback: Callable[[str], None]
@@ -68,7 +72,8 @@ class HostSpace:
         self._grow = grow
         self._note_fallback = note_fallback
         self._extents = ExtentAllocator(_BLOCK_NBYTES)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a destructor may want it while its own thread has it
+        self._is_torn = False
 
     @property
     def peak_nbytes(self) -> int:
@@ -79,15 +84,28 @@ class HostSpace:
         """Room for `nbytes`, or None when the tier is full."""
         nbytes = self._extents.rounded(nbytes)
         with self._lock:
-            offset = self._extents.allocate(nbytes)
-            if offset is None and self._extend(self._extents.missing_nbytes(nbytes)):
+            if self._is_torn:
+                self._note_fallback("interrupted in its bookkeeping: the host tier takes no more")
+                return None
+            self._is_torn = True
+            try:
                 offset = self._extents.allocate(nbytes)
+                if offset is None and self._extend(self._extents.missing_nbytes(nbytes)):
+                    offset = self._extents.allocate(nbytes)
+            except Exception:  # no memory: nothing has changed
+                self._is_torn = False
+                raise
+            self._is_torn = False
         return None if offset is None else Extent(self.file, offset, nbytes)
 
     def release(self, extent: Extent) -> None:
         """Gives an extent, or a block-aligned part of one, back."""
         with self._lock:
+            if self._is_torn:
+                return
+            self._is_torn = True
             self._extents.release(extent.offset, extent.nbytes)
+            self._is_torn = False
 
     def _extend(self, missing_nbytes: int) -> bool:
         needed = self._extents.capacity + missing_nbytes
@@ -104,9 +122,10 @@ class HostSpace:
 class HostShare:
     """What one user of a host tier holds of it."""
 
-    def __init__(self, space: HostSpace) -> None:
-        """Holds nothing."""
+    def __init__(self, space: HostSpace, cap_nbytes: int | None = None) -> None:
+        """Holds nothing, and never more than `cap_nbytes`."""
         self.file = space.file
+        self._left_nbytes = math.inf if cap_nbytes is None else cap_nbytes
         self._space = space
         self._held: list[tuple[int, int]] = []  # (offset, nbytes), sorted
 
@@ -117,8 +136,9 @@ class HostShare:
 
     def allocate(self, nbytes: int) -> Extent | None:
         """Room for `nbytes`, or None when the tier is full."""
-        extent = self._space.allocate(nbytes)
+        extent = self._space.allocate(nbytes) if nbytes <= self._left_nbytes else None
         if extent is not None:
+            self._left_nbytes -= extent.nbytes
             bisect.insort(self._held, (extent.offset, extent.nbytes))
         return extent
 
@@ -129,6 +149,7 @@ class HostShare:
         end, extent_end = start + nbytes, extent.offset + extent.nbytes
         rest = [(start, extent.offset - start), (extent_end, end - extent_end)]
         self._held[i : i + 1] = [(offset, size) for offset, size in rest if size]
+        self._left_nbytes += extent.nbytes
         self._space.release(extent)
 
     def give_back(self) -> None:
@@ -244,6 +265,11 @@ class SpillSpace:
     def directory(self, file: int) -> str:
         """Where a spill file is."""
         return self._files[file - self._first].directory
+
+    def leave_out(self, directories: Iterable[str]) -> None:
+        """Retires directories without a word: it was said before."""
+        names = set(directories)
+        self._is_retired = [r or file.directory in names for r, file in zip(self._is_retired, self._files, strict=True)]
 
     def retire(self, file: int, why: str) -> None:
         """Puts nothing more into a directory; what is there can still be read."""

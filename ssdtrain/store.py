@@ -9,10 +9,10 @@ while bytes move or a thread waits, and nothing that runs in a destructor waits 
 `_bereaved`, which the next holder works off.
 
 [Note: the queue]
-What a plan sends joins the engine's queue however much is in it: a plan knows how fast the drive is, not to the
+What a plan sends joins the engine's queue also beyond `staging_nbytes`: a plan knows how fast the drive is, not to the
 millisecond when a write is over. It costs no memory, as slabs bound what is copied, and what waits for a slab would
-else be kept for good; if backward wants it first, its write is called off. Without a plan what the drive has no time
-for is kept at once: the queue could only grow.
+else be kept for good; if backward wants it first, its write is called off. The queue has an end too, which only a drive
+gets to see that is much slower than planned. Without a plan what the drive has no time for is kept at once.
 
 [Note: waiting for an accelerator]
 The bytes in flight are bounded. When the bound is reached because the drive is behind, mode "auto" keeps the tensor.
@@ -28,7 +28,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ssdtrain.books import Books
 from ssdtrain.device import Device
@@ -47,9 +47,10 @@ from ssdtrain.transport import Transport
 
 logger = logging.getLogger("ssdtrain")
 
-Join = Callable[[Callable[[str], None], int | None], Drive]
+Join = Callable[[Callable[[str], None], int | None, int | None, Iterable[str]], Drive]
 """`Drive.join` of another's drive."""
 
+_MAX_QUEUE = 256  # writes that a plan may have under way
 _HELD_SHARE = 4  # of staging: sources that an accelerator is yet to copy, before they are let go in stream order
 
 
@@ -163,7 +164,7 @@ class Store:
         try:
             self._transport = self._reloads.transport = Transport(drive, self.note_fallback, self.journal)
         except BaseException:  # Ctrl-C too: nobody else knows this engine yet
-            drive.close()
+            drive.close(0.0)
             raise
         self._slab_nbytes = drive.engine.slab_nbytes
         self.counters.engine, self.counters.engine_reason = drive.kind, drive.reason
@@ -173,14 +174,14 @@ class Store:
     def _open_again(self) -> None:
         try:
             self._ensure_open()
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             self.note_fallback(f"the engine could not be opened again, tensors stay in memory: {error}")
 
     def _open_drive(self, directories: list[str]) -> Drive:
         """Another's, or a new one on those of `directories` that are not full; an error when all are."""
         p = self._policy
         if self._join is not None:
-            return self._join(self.note_fallback, p.disk_nbytes)
+            return self._join(self.note_fallback, p.disk_nbytes, p.host_nbytes, self._retired)
         while True:
             try:
                 choice = open_engine(
@@ -250,10 +251,13 @@ class Store:
     def _close_if_idle(self) -> None:
         """Closes when no context is active and no record is left; the next context opens again.
 
-        Not with an accelerator: the process would wait for it, and pinning memory anew costs more than a step.
+        Not with an accelerator: the process would wait for it, and pinning memory anew costs more than a step. Nor when
+        the drive is another's: its engine would stay open anyway.
         """
         transport = self._transport
         if transport is None or self._num_entered or self.counters.num_live_records or transport.has_accelerators:
+            return
+        if self._join is not None:
             return
         self._close()
 
@@ -357,7 +361,7 @@ class Store:
                 return point
             if transport.retire_stuck(self._policy.io_timeout_seconds):
                 self._keep(cargo, "drive stuck")
-            elif is_planned:
+            elif is_planned and transport.num_shipments < _MAX_QUEUE:
                 self._ship(transport, cargo)
             else:
                 self._keep(cargo, "drive behind")

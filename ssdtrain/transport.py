@@ -49,14 +49,12 @@ class _Shipment:
     dead_extents: list[Extent] = field(default_factory=list)
 
     def moves_not_since(self, moment: float) -> bool:
-        """Whether the drive has it and has moved nothing of it since `moment`; not so while it waits its turn."""
-        *_, begun, _ = self.write.moments
+        """Whether the drive has some of it and has moved nothing of it since `moment`; no, while it waits its turn."""
         nbytes = self.write.written_nbytes
-        if self.write.is_done or not begun:
-            return False
         if nbytes != self.moved_nbytes:
             self.moved, self.moved_nbytes = time.monotonic(), nbytes
-        return max(self.moved, begun) < moment
+        since = self.write.at_drive_since
+        return since > 0.0 and max(self.moved, since) < moment
 
 
 class Transport:
@@ -102,6 +100,11 @@ class Transport:
     def totals(self) -> DriveTotals:
         """What the drive has done so far."""
         return self._drive.totals()
+
+    @property
+    def num_shipments(self) -> int:
+        """Writes that are not over."""
+        return len(self._shipments)
 
     @property
     def has_accelerators(self) -> bool:
@@ -275,8 +278,7 @@ class Transport:
         False when the drive does not answer: what it may still touch then stays as it is until the process ends.
         """
         if self._drive.is_closed or self.engine.is_closed:  # interrupted here before
-            self._drive.close()
-            return True
+            return self._drive.close(timeout_seconds)
         deadline = time.monotonic() + timeout_seconds
         for shipment in self._shipments:
             for piece in range(len(shipment.cargo)):
@@ -286,9 +288,8 @@ class Transport:
             for reads, _ in (*self._landings.values(), *self._orphans)
             for read in reads
         )
-        if is_quiet:
-            self._drive.close()
-        else:
+        is_quiet = is_quiet and self._drive.close(max(0.0, deadline - time.monotonic()))
+        if not is_quiet:
             self.retire_stuck(timeout_seconds)
             self._drive.give_up()
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))  # the kernel may still write to memory held here

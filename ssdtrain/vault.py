@@ -65,6 +65,9 @@ class Vault:
         self.counters = counters = StateCounters("bytes")
         self._num_users = 1
         self.cpu: Device = CpuDevice(policy.staging_nbytes)
+        self.met: dict[
+            torch.device, Device | str
+        ] = {}  # every accelerator by one object: the engine has threads for it
         self.checkpoint = "no checkpoint was taken in this process"  # for messages: where to go back to
         self.directories = list(directories)
         self._lock = threading.RLock()
@@ -99,7 +102,7 @@ class Vault:
 
     def devices(self) -> Devices:
         """The devices that tensors may leave from."""
-        return Devices(self.cpu, has_host_tier_only=not self.directories)
+        return Devices(self.cpu, has_host_tier_only=not self.directories, met=self.met)
 
     def share(self) -> Vault:
         """Another user: it closes when the last one closes it."""
@@ -140,7 +143,8 @@ class Vault:
             slot.parts, slot.kept, slot.nbytes = parts, None if parts or not nbytes else source, nbytes
             self._abandon(old)
             if not parts and nbytes:
-                self.note(f"no room on the drive for {slot.name}: it stays in memory")
+                why = "no room on the drive" if has_room else "no answer from the drive"
+                self.note(f"{why} for {slot.name}: it stays in memory")
             self.counters.saw(
                 disk_nbytes=self._space.peak_nbytes,
                 memory_nbytes=self._in_memory_nbytes(),
@@ -173,14 +177,19 @@ class Vault:
         limit = max(0, self.policy.staging_nbytes - nbytes)
         if self.engine.inflight_nbytes <= limit:
             return True
-        begin = time.monotonic()
-        has_room = self.engine.wait_inflight(limit, self.policy.io_timeout_seconds)
+        begin, has_room, moved_nbytes = time.monotonic(), False, -1
+        while not has_room and self._moved_nbytes() != moved_nbytes:  # a long queue is not a drive that does not answer
+            moved_nbytes = self._moved_nbytes()
+            has_room = self.engine.wait_inflight(limit, self.policy.io_timeout_seconds)
         self.counters.wait("writes", time.monotonic() - begin)
         if not has_room:
             stuck = [d.extent for d in self._departures if not d.is_done and not self.drive.is_in_host(d.extent)]
             for extent in stuck:
                 self._space.retire(extent.file, f"after a write took more than {self.policy.io_timeout_seconds:g} s")
         return has_room
+
+    def _moved_nbytes(self) -> int:
+        return self.engine.written_nbytes + self.engine.read_nbytes
 
     def _abandon(self, parts: list[Part]) -> None:
         """Gives extents back: now, or when the engine is done with them.
@@ -391,8 +400,8 @@ class Vault:
             )
             self._reap()
             self.counters.add_engine(self.drive.totals())
+            is_quiet = is_quiet and self.drive.close(max(0.0, deadline - time.monotonic()))
             if is_quiet:
-                self.drive.close()
                 for slot in self._slots:  # their requests hold what the engine had
                     slot.parts = []
             else:

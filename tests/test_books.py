@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,17 @@ from ssdtrain.books import Books, ClosedError
 
 MIB = 1 << 20
 POLICY = {"min_nbytes": 0, "staging_nbytes": MIB, "mode": "all", "engine": "threads"}
-OUR_FILES = ("store.py", "transport.py", "reloads.py", "space.py", "extents.py", "schedule.py", "trace.py", "record.py")
+OUR_FILES = (
+    "store.py",
+    "transport.py",
+    "drive.py",
+    "reloads.py",
+    "space.py",
+    "extents.py",
+    "schedule.py",
+    "trace.py",
+    "record.py",
+)
 
 
 class Owner:
@@ -85,22 +96,29 @@ def train(model: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.cpu_only
-def test_interrupted_at_every_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_shared", [False, True], ids=["own", "shared"])
+def test_interrupted_at_every_line(tmp_path: Path, is_shared: bool) -> None:
     """Of a forward and a backward, each with an offload of its own; what comes after is equal to the bit.
 
-    Threads that copy and write run on meanwhile, and memory they may touch must still be there.
+    Threads that copy and write run on meanwhile, and memory they may touch must still be there. The drive may be that
+    of an optimizer, whose state is not touched.
     """
     torch.manual_seed(0)
     model = torch.nn.Sequential(*[layer for _ in range(3) for layer in (torch.nn.Linear(64, 64), torch.nn.GELU())])
     x = torch.randn(64, 64)
     expected = train(model, x)
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.randn(64, 64))])
+    optimizer.param_groups[0]["params"][0].grad = torch.randn(64, 64)
+    home: Any = ssdtrain.offload_optimizer(optimizer, tmp_path, {"min_nbytes": 0, "staging_nbytes": 64 * 1024})
+    home.step()
+    state = copy.deepcopy(home.state_dict()["state"])
     at, num_begun_anew, interrupter = 0, 0, Interrupter(0)
     unraisable, sys.unraisablehook = sys.unraisablehook, lambda _: None  # swallowed where destructors run
     try:
         while at <= interrupter.num_lines + 40:
             at += 17 if at > 200 else 5
             interrupter = Interrupter(at)
-            offload = ssdtrain.offload_activations(tmp_path, POLICY)
+            offload = ssdtrain.offload_activations(home if is_shared else tmp_path, POLICY)
             try:
                 with interrupter.active(), offload:
                     train(model, x)
@@ -116,3 +134,5 @@ def test_interrupted_at_every_line(tmp_path: Path) -> None:
     finally:
         sys.unraisablehook = unraisable
     assert num_begun_anew > 10
+    assert all(torch.equal(value, home.state_dict()["state"][0][name]) for name, value in state[0].items())
+    home.close()

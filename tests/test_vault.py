@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 from drives import Drive, fill
-from engine_tools import eventually
-from fault_tools import ENGINES, KIB, Lab, tell
+from engine_tools import KINDS, eventually
+from fault_tools import KIB, Lab, tell
 
 from ssdtrain.policy import OptimizerPolicy
 from ssdtrain.slots import Slot
 from ssdtrain.vault import StateLostError, Vault
 
 SIZES = [1, 511, 512, 513, 4095, 4096, 4097, 64 * KIB, 300 * KIB + 7]
-every_engine = pytest.mark.parametrize("engine", ENGINES)
+every_engine = pytest.mark.parametrize("engine", KINDS)
 
 
 def vault_of(*directories: object, **policy: Any) -> Vault:

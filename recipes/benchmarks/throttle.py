@@ -49,9 +49,9 @@ class Row:
     ratio_quartiles: tuple[float, float]
     step_seconds: float
     plain_seconds: float
-    peak_nbytes: int
-    """The highest of all steps."""
-    predicted_peak_nbytes: int
+    peak_nbytes: float
+    predicted_peak_nbytes: float
+    highest_peak_nbytes: int
     turn_seconds: float
     predicted_turn_seconds: float
     moved_nbytes: float
@@ -105,9 +105,10 @@ class Plain:
 
 def _serve(options: argparse.Namespace, connection: Connection) -> None:
     trainer = Trainer(options)
-    while True:
-        connection.recv()
-        connection.send(trainer.step())
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the benchmark is over
+        while True:
+            connection.recv()
+            connection.send(trainer.step())
 
 
 @contextlib.contextmanager
@@ -138,13 +139,12 @@ def measure(trainer: Trainer, plain: Plain, options: argparse.Namespace, drive: 
             for _ in range(SETTLING_STEPS):
                 plain.step()
                 trainer.step()
-            before, plains, seconds, peaks, turns = offload.stats, [plain.step()], [], [], []
+            before, plains, seconds, told = offload.stats, [plain.step()], [], []
             for _ in range(options.steps):
                 seconds.append(trainer.step())
                 plains.append(plain.step())
-                peaks.append(offload.stats.measured_peak_nbytes)
-                turns.append(offload.stats.measured_step_seconds)
-            after = offload.stats
+                told.append(offload.stats)
+            after, told = offload.stats, told[1:]  # a step is told of when the next one begins
             print(offload.plan, flush=True)
         offload.close()
     reloads = (after.num_prefetched - before.num_prefetched) + (after.num_demand_reloads - before.num_demand_reloads)
@@ -157,10 +157,11 @@ def measure(trainer: Trainer, plain: Plain, options: argparse.Namespace, drive: 
         ratio_quartiles=(first, third),
         step_seconds=statistics.median(seconds),
         plain_seconds=statistics.median(plains),
-        peak_nbytes=max(peaks),
-        predicted_peak_nbytes=after.predicted_peak_nbytes,
-        turn_seconds=statistics.median(turns),
-        predicted_turn_seconds=after.predicted_step_seconds,
+        peak_nbytes=statistics.median([stats.measured_peak_nbytes for stats in told]),
+        predicted_peak_nbytes=statistics.median([stats.predicted_peak_nbytes for stats in told]),
+        highest_peak_nbytes=max(stats.measured_peak_nbytes for stats in told),
+        turn_seconds=statistics.median([stats.measured_step_seconds for stats in told]),
+        predicted_turn_seconds=statistics.median([stats.predicted_step_seconds for stats in told]),
         allowed_nbytes=bandwidth and bandwidth * trainer.forward_seconds,
         moved_nbytes=(after.written_nbytes - before.written_nbytes) / options.steps,
         demand_share=(after.num_demand_reloads - before.num_demand_reloads) / max(1, reloads),
@@ -194,7 +195,7 @@ def main() -> None:
     """Prints a line per drive, and everything as JSON last."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory")
-    for name, default in (("layers", 4), ("width", 192), ("batch", 4), ("sequence", 256), ("steps", 8)):
+    for name, default in (("layers", 4), ("width", 192), ("batch", 4), ("sequence", 256), ("steps", 30)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--shares", type=float, nargs="*", default=[1.0, 0.5, 0.25, 0.1])
     parser.add_argument("--policy", default='{"min_nbytes": "256KiB", "staging_nbytes": "8MiB"}')

@@ -118,10 +118,13 @@ class BaseEngine(Owned):
         with monitor.changed:
             return monitor.changed.wait_for(lambda: monitor.inflight_nbytes <= max_nbytes, timeout_seconds)
 
-    def drain(self) -> None:
+    def wait_idle(self, timeout_seconds: float | None = None) -> bool:
         self._check_open()
         with self._monitor.changed:
-            self._monitor.changed.wait_for(lambda: self._monitor.num_pending == 0)
+            return self._monitor.changed.wait_for(lambda: self._monitor.num_pending == 0, timeout_seconds)
+
+    def drain(self) -> None:
+        self.wait_idle()
 
     def close(self) -> None:
         self._check_process()

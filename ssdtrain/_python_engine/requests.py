@@ -194,7 +194,7 @@ class Write(Owned):
         self._chunks = [chunk for chunk in self._chunks if chunk.parts]
         self._num_uncopied = len(pieces)
         self._queued = time.monotonic()
-        self._copy_begun = self._copied = self._write_begun = self._done = 0.0
+        self._copy_begun = self._copied = self._write_begun = self._done = self._at_drive_since = 0.0
         self._num_unfinished = len(self._chunks)
         self.error: tuple[int, int, int] | None = None
         self.written_nbytes = 0
@@ -233,6 +233,13 @@ class Write(Owned):
     def moments(self) -> tuple[float, float, float, float, float]:
         self._check_process()
         return self._queued, self._copy_begun, self._copied, self._write_begun, self._done
+
+    @property
+    def at_drive_since(self) -> float:
+        self._check_process()
+        with self._monitor.changed:
+            is_there = any(chunk.state is State.WRITING for chunk in self._chunks)
+            return self._at_drive_since if is_there else 0.0
 
     is_issued = is_copied  # host memory knows no streams
     is_lost = False
@@ -305,7 +312,8 @@ class Write(Owned):
 
     def _begin_write(self, chunk: Chunk) -> None:
         chunk.state = State.WRITING
-        self._write_begun = self._write_begun or time.monotonic()
+        self._at_drive_since = time.monotonic()
+        self._write_begun = self._write_begun or self._at_drive_since
 
     def _end_copy(self, chunk: Chunk) -> bool:
         chunk.state = State.COPIED
