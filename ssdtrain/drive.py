@@ -176,27 +176,26 @@ class Drive:
     def close(self, timeout_seconds: float) -> bool:
         """Gives this user's room back; the last one ends the engine. Idempotent.
 
-        After an interrupt there may be requests that nobody has listed: while the engine stays open it must have come
-        to rest before their room can be another's. False when it does not in time: then nothing is given back.
+        After an interrupt there may be requests that nobody has listed: the engine must have come to rest before their
+        room can be another's. False when it does not in time: then nothing is given back.
         """
         with self._users.lock:
             if self.is_closed:
                 return True
-            if not self._has(1 - self.user):
-                self._choice.close()
-            elif not self._give_back(timeout_seconds):
+            if not self.engine.is_closed and not self.engine.wait_idle(timeout_seconds):
                 return False
+            if self._has(1 - self.user):
+                self._give_back()
+            else:
+                self._choice.close()
             self.is_closed = True
             return True
 
-    def _give_back(self, timeout_seconds: float) -> bool:
-        if not self.engine.wait_idle(timeout_seconds):
-            return False
+    def _give_back(self) -> None:
         if self.host is not None:
             self.host.give_back()
         for file in self.files:
             file.shrink_to_nothing()
-        return True
 
     def give_up(self) -> None:
         """The drive does not answer: what it may still touch stays as it is until the process ends."""

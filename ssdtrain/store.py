@@ -255,11 +255,10 @@ class Store:
         the drive is another's: its engine would stay open anyway.
         """
         transport = self._transport
-        if transport is None or self._num_entered or self.counters.num_live_records or transport.has_accelerators:
+        if transport is None or self._num_entered or self.counters.num_live_records:
             return
-        if self._join is not None:
-            return
-        self._close()
+        if not transport.has_accelerators and self._join is None:
+            self._close()
 
     # -- records come and go ---------------------------------------------------------------------------------------
 

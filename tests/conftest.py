@@ -38,10 +38,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests of the cache run on every kind of device, those marked `cpu_only` on the CPU."""
+    """Tests of the cache run on every kind of device but for those marked `cpu_only` or `accelerator_only`."""
     if "device_kind" in metafunc.fixturenames:
-        marker = metafunc.definition.get_closest_marker("cpu_only")
-        kinds = ["cpu"] if marker is not None else device_kinds(metafunc.config)
+        marked = metafunc.definition.get_closest_marker
+        kinds = ["cpu"] if marked("cpu_only") is not None else device_kinds(metafunc.config)
+        if marked("accelerator_only") is not None:
+            kinds = [kind for kind in kinds if kind != "cpu"]
         metafunc.parametrize("device_kind", kinds, indirect=True, scope="function")
 
 
@@ -54,12 +56,12 @@ def device_kinds(config: pytest.Config) -> list[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The Python engine moves host memory only.
+    """The Python engine moves host memory only, and a host tier is for what is not in host memory.
 
     Without a GPU `needs_cuda` tests are skipped; FAIL_WITHOUT_CUDA=1 lets them run, and fail. Without a Chromium,
     `needs_browser` tests are.
     """
-    items[:] = [item for item in items if not _is_beyond_the_python_engine(item)]
+    items[:] = [item for item in items if not _has_no_point(item)]
     for item in items:
         needed = item.get_closest_marker("needs_package")
         if needed is not None and importlib.util.find_spec(needed.args[0]) is None:
@@ -75,9 +77,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
-def _is_beyond_the_python_engine(item: pytest.Item) -> bool:
+def _has_no_point(item: pytest.Item) -> bool:
+    """Whether an engine and a kind of device have nothing to do with each other."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    return parameters.get("engine") == "python" and parameters.get("device_kind", "cpu") != "cpu"
+    is_cpu = parameters.get("device_kind", "cpu") == "cpu"
+    return bool(parameters.get("engine") == ("host" if is_cpu else "python"))
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -271,6 +272,39 @@ def test_what_backward_got_is_counted_while_its_copies_are_queued(
     assert stats.read_nbytes + stats.forwarded_nbytes >= stats.offloaded_nbytes > 0
     assert not is_drained or stats.read_nbytes > 0
     assert torch.equal(x.grad, grad_of(16))  # type: ignore[arg-type]
+
+
+def test_what_is_waited_for_gets_the_next_slab(make: Make, device: SimulatedDevice) -> None:
+    """Reloads queue for slabs while copies do; the last of them is wanted now."""
+    offload = make(staging_nbytes=64 * KIB, prefetch_nbytes=1024 * KIB)
+    with device, offload:
+        x, loss = layers(32)
+        device.synchronize()
+        assert offload._store._transport is not None
+        offload._store._transport.engine.drain()
+        offload.stats  # noqa: B018  takes note of what the engine did
+        device.hold(device.driver.in_stream())
+        records = [r for r in _records(offload) if r.residency == Residency.DISK and offload._store.prefetch(r)]
+        reads = [record.reads[0] for record in records]
+        num_staged = settled(lambda: sum(read.moments[1] > 0 for read in reads))
+        assert 0 < num_staged < len(reads) - 1
+        reads[-1].expedite()
+        device.release(device.driver.in_stream())
+        assert all(read.wait(30) for read in reads)
+        begun = [read.moments[1] for read in reads]
+        assert sum(moment < begun[-1] for moment in begun) == num_staged
+        loss.backward()
+    assert torch.equal(x.grad, grad_of(32))  # type: ignore[arg-type]
+
+
+def settled(count: Callable[[], int]) -> int:
+    """What `count` says when it has said so for a while."""
+    seen, since = count(), time.monotonic()
+    while time.monotonic() - since < 0.3:
+        if (now := count()) != seen:
+            seen, since = now, time.monotonic()
+        time.sleep(0.01)
+    return seen
 
 
 def test_a_reload_waits_for_its_own_store(make: Make, device: SimulatedDevice) -> None:

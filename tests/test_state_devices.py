@@ -28,8 +28,6 @@ def test_equal_to_the_bit(
     expected = adamw(trainable(plain))
     losses = train(plain, expected, 3)
     model = model_of(kind)
-    if engine == "host" and device_kind == "cpu":
-        pytest.skip("host memory is where the tensors are: see test_host_memory_is_no_place_for_host_memory")
     policy: dict[str, Any] = EAGER_STATE | {"engine": "auto" if engine == "host" else engine}
     vault = Vault([] if engine == "host" else [str(tmp_path)], ParameterPolicy(**policy, prefetch_nbytes=40_000))
     if device is not None:
@@ -59,10 +57,9 @@ def test_host_memory_is_no_place_for_host_memory(device_kind: str) -> None:
         ssdtrain.offload_optimizer(adamw(model.parameters()), None, EAGER_STATE)
 
 
+@pytest.mark.accelerator_only
 def test_the_host_tier_first_then_the_drive(device: SimulatedDevice | None, device_kind: str, tmp_path: Path) -> None:
     """A host tier too small for all of it: the rest is on the drive."""
-    if device_kind == "cpu":
-        pytest.skip("there is no host tier for host memory")
     plain = model_of("mlp")
     losses = train(plain, adamw(plain.parameters()), 3)
     model = model_of("mlp")
