@@ -117,8 +117,14 @@ def test_no_probe_where_no_drive_would_help() -> None:
 
 
 @pytest.mark.cpu_only
-def test_a_drive_that_slows_down_and_recovers(make_offload: MakeOffload, tmp_path: Path) -> None:
-    """A throttled drive brings a plan that sends less; once it is fast, another one that sends more."""
+def test_a_drive_that_slows_down_and_recovers(
+    make_offload: MakeOffload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A throttled drive brings a plan that sends less; once it is fast, another one that sends more.
+
+    Plans may take any part of the time here: these steps are short.
+    """
+    monkeypatch.setattr("ssdtrain.adaptation._PLANNING_SHARE", 1.0)
     _, step = gpt(128)
     expected = step()
 
@@ -133,9 +139,10 @@ def test_a_drive_that_slows_down_and_recovers(make_offload: MakeOffload, tmp_pat
         counts = [sent() for _ in range(8)]
         usual = counts[-1]
         assert usual > 0
-        deadline = time.monotonic() + 60  # planning takes a small part of the time, and these steps are short
+        deadline = time.monotonic() + 60
         with throttled(tmp_path, 5e6):
             while (slow := sent()) >= usual:
                 assert time.monotonic() < deadline, (usual, slow)
+        deadline = time.monotonic() + 60
         while (again := sent()) < usual:
             assert time.monotonic() < deadline, (usual, again)

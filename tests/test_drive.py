@@ -181,8 +181,9 @@ def test_left_and_entered_again_nothing_is_counted_twice(tmp_path: Path) -> None
     """Optimizer steps outside the context count too; another offload starts from nothing."""
     model = model_of("gpt")
     home, optimizer = offloaded(tmp_path, model)
-    offload = ssdtrain.offload_activations(home, EAGER, model)
+    home.vault.engine.drain()
     before = optimizer.stats.written_nbytes  # type: ignore[attr-defined]
+    offload = ssdtrain.offload_activations(home, EAGER, model)
     for step in range(4):
         with offload:
             model(batch(step)).backward()
