@@ -300,7 +300,7 @@ def test_what_is_waited_for_gets_the_next_slab(make: Make, device: SimulatedDevi
 def settled(count: Callable[[], int]) -> int:
     """What `count` says when it has said so for a while."""
     seen, since = count(), time.monotonic()
-    while time.monotonic() - since < 0.3:
+    while time.monotonic() - since < 1:
         if (now := count()) != seen:
             seen, since = now, time.monotonic()
         time.sleep(0.01)

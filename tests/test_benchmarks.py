@@ -76,7 +76,7 @@ def test_readme_shows_the_recorded_results(tmp_path: Path) -> None:
     """The README's tables and picture are made from the data, not by hand."""
     results = [
         f"recipes/benchmarks/results/{name}.json"
-        for name in ("demo", "compare", "curve", "memory_cap", "state_cap", "state_compare")
+        for name in ("demo", "compare", "curve", "memory_cap", "state_cap", "state_compare", "throttle")
     ]
     scripts = [f"recipes/benchmarks/{name}.py" for name in ("tables", "picture", "state_figures")]
     for name in (*scripts, *results, "README.md"):

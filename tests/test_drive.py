@@ -136,6 +136,7 @@ def test_everything_on_one_drive_equals_plain_training(tmp_path: Path, kind: str
     home, optimizer = offloaded(tmp_path, model, engine=engine)
     with ssdtrain.offload_activations(home, EAGER, model) as offload:
         assert steps(model, optimizer, 6) == expected
+    home.vault.engine.drain()
     own, theirs = offload.stats, home.stats
     assert own.written_nbytes > 0 and own.shared_written_nbytes > 0 and own.engine == engine
     assert "for parameters and optimizer state wrote" in str(own)

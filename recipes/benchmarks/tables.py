@@ -2,7 +2,7 @@
 
 Fresh data: `ssdtrain demo --json | tail -1 > recipes/benchmarks/results/demo.json`, and
 `python recipes/benchmarks/compare.py DIR | tail -1 > recipes/benchmarks/results/compare.json`, the same for `curve`,
-`memory_cap`, `state_cap` and `state_compare`; then run this file.
+`memory_cap`, `state_cap`, `state_compare` and `throttle`; then run this file.
 """
 
 from __future__ import annotations
@@ -148,6 +148,27 @@ def state_compare_table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def throttle_table(result: dict[str, Any]) -> str:
+    """What plans predict and what happens, on a drive that the kernel slows down."""
+    size = result["size"]
+    rows = [
+        f"A drive too slow to take everything (`recipes/benchmarks/throttle.py`; a GPT of {size['layers']} layers,"
+        f" width {size['width']}, {size['batch']} x {size['sequence']}; throttled to parts of what writing everything"
+        " during forward needs):",
+        "",
+        "| bandwidth | peak of saved tensors predicted | measured | moved per step | forward's worth of the drive"
+        " | stalled |",
+        "|---" * 6 + "|",
+    ]
+    for row in result["rows"]:
+        allowed = f"{row['allowed_nbytes'] / MIB:,.0f} MiB" if row["allowed_nbytes"] else ""
+        rows.append(
+            f"| {row['drive']} | {row['predicted_peak_nbytes'] / MIB:,.1f} MiB | {row['peak_nbytes'] / MIB:,.1f} MiB"
+            f" | {row['moved_nbytes'] / MIB:,.0f} MiB | {allowed} | {row['stall_seconds'] * 1000:.0f} ms |"
+        )
+    return "\n".join(rows) + "\n"
+
+
 TABLES = {
     "state_compare": state_compare_table,
     "demo": demo_table,
@@ -155,6 +176,7 @@ TABLES = {
     "curve": curve_table,
     "memory_cap": memory_cap_table,
     "state_cap": state_cap_table,
+    "throttle": throttle_table,
 }
 PICTURES = {"compare": compare_picture, "curve": curve_picture}
 

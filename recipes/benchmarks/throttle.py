@@ -216,7 +216,8 @@ def main() -> None:
         print(text(rows[-1]), flush=True)
     versions: dict[str, Any] = {"torch": torch.__version__, "ssdtrain": ssdtrain.__version__}
     machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), **versions}
-    print(json.dumps({**machine, "need": need, "rows": [asdict(row) for row in rows]}))
+    size = {name: getattr(options, name) for name in ("layers", "width", "batch", "sequence", "steps")}
+    print(json.dumps({**machine, "size": size, "need": need, "rows": [asdict(row) for row in rows]}))
 
 
 if __name__ == "__main__":
