@@ -157,14 +157,15 @@ def throttle_table(result: dict[str, Any]) -> str:
         " during forward needs):",
         "",
         "| bandwidth | peak of saved tensors predicted | measured | moved per step | forward's worth of the drive"
-        " | stalled |",
-        "|---" * 6 + "|",
+        " | stalled | step against plain, quartiles |",
+        "|---" * 7 + "|",
     ]
     for row in result["rows"]:
         allowed = f"{row['allowed_nbytes'] / MIB:,.0f} MiB" if row["allowed_nbytes"] else ""
         rows.append(
             f"| {row['drive']} | {row['predicted_peak_nbytes'] / MIB:,.1f} MiB | {row['peak_nbytes'] / MIB:,.1f} MiB"
-            f" | {row['moved_nbytes'] / MIB:,.0f} MiB | {allowed} | {row['stall_seconds'] * 1000:.0f} ms |"
+            f" | {row['moved_nbytes'] / MIB:,.0f} MiB | {allowed} | {row['stall_seconds'] * 1000:.0f} ms"
+            f" | x {row['ratio']:.2f}, {row['ratio_quartiles'][0]:.2f} to {row['ratio_quartiles'][1]:.2f} |"
         )
     return "\n".join(rows) + "\n"
 
