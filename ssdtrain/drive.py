@@ -124,11 +124,6 @@ class Drive:
 
     # -- users ---------------------------------------------------------------------------------------------------
 
-    @property
-    def is_joined(self) -> bool:
-        """Whether it is the share of somebody who joined: the engine stays open without it."""
-        return self.user > 0
-
     def _has(self, user: int) -> bool:
         found = self._users.present.get(user)
         drive = found() if found is not None else None
@@ -154,9 +149,11 @@ class Drive:
             raise RuntimeError("Expected the process that offloaded, got a forked child: offload there, or use spawn")
         with self._users.lock:
             if self.is_closed:
-                raise RuntimeError("Expected an open offload to share a drive with, got one after close()")
+                text = "Expected an open offload to share a drive with, got one after close(): pass a directory instead"
+                raise RuntimeError(text)
             if other in self._users.stuck:
-                raise OSError(errno.EBUSY, "Expected a drive that answers, got one that did not before")
+                text = "Expected a drive that answers, got one that did not before: look after it, or pass a directory"
+                raise OSError(errno.EBUSY, text)
             if self._has(other):
                 text = "Expected a drive that no offload of activations shares yet, got a shared one: close that first"
                 raise RuntimeError(text)

@@ -73,7 +73,8 @@ def _join(vault: Vault, policy: ActivationPolicy, model: torch.nn.Module | None)
     """On the drive of parameters or optimizer state."""
     drive = vault.drive
     if policy.checksum and not drive.has_checksum:
-        raise ValueError("Expected checksum=True in the policy of the offload whose drive is shared, got False there")
+        text = "Expected checksum=True where the shared drive was opened, got False there: pass it there, or not here"
+        raise ValueError(text)
     simulated = vault.cpu if vault.cpu.driver is not None else None
     offload = ActivationOffload(vault.directories or None, policy, model, simulated, drive.join, vault.met)
     if policy.engine not in ("auto", drive.kind):

@@ -65,9 +65,7 @@ class Vault:
         self.counters = counters = StateCounters("bytes")
         self._num_users = 1
         self.cpu: Device = CpuDevice(policy.staging_nbytes)
-        self.met: dict[
-            torch.device, Device | str
-        ] = {}  # every accelerator by one object: the engine has threads for it
+        self.met: dict[torch.device, Device | str] = {}  # one object per accelerator: the engine has threads for it
         self.checkpoint = "no checkpoint was taken in this process"  # for messages: where to go back to
         self.directories = list(directories)
         self._lock = threading.RLock()

@@ -215,6 +215,30 @@ io.close()
 
 
 @pytest.mark.parametrize("kind", ["threads", "python"])
+def test_a_write_that_waits_its_turn_is_not_at_the_drive(run: Run, kind: str) -> None:
+    """Only what the drive has can be stuck there."""
+    run(
+        kind,
+        GATED
+        + """
+first, second = io.write(random_bytes(SLAB_NBYTES)).write, io.write(random_bytes(SLAB_NBYTES)).write
+begun = time.monotonic()
+while not first.at_drive_since:
+    pass
+assert begun - 1 < first.at_drive_since <= time.monotonic() and second.at_drive_since == 0.0
+os.write(writer, b".")
+while not second.at_drive_since:
+    pass
+assert first.is_done and first.at_drive_since == 0.0 < second.at_drive_since
+os.write(writer, b".")
+second.wait()
+assert second.at_drive_since == 0.0
+io.close()
+""",
+    )
+
+
+@pytest.mark.parametrize("kind", ["threads", "python"])
 def test_long_periods_are_told_from_bursts(run: Run, kind: str) -> None:
     """Of two writes the drive takes one at once and lets the other wait; both are traffic of the files' user."""
     run(

@@ -40,6 +40,7 @@ from fault_tools import (
 )
 
 import ssdtrain
+from ssdtrain.schedule import Schedule
 
 PRELOADED = ("threads", "python")  # whose system calls the library sees
 every_engine = pytest.mark.parametrize("engine", ENGINES)
@@ -431,6 +432,33 @@ def test_stuck_writes(lab: Lab, tmp_path: Path, engine: str, mode: str, how_it_e
     """The drive takes requests and never answers: its directory is given up, tensors stay, and neither training nor
     close() nor the end of the process waits for it longer than it was told to."""
     lab.run(stuck_writes, tmp_path, engine, mode, how_it_ends, seconds=20)
+
+
+def planned_writes(directory: str, engine: str) -> None:
+    """The drive takes nothing until backward begins, and what is sent is more than fits staging."""
+    Schedule.is_planned = property(lambda self: True)  # type: ignore[method-assign, assignment]
+    offload = ssdtrain.offload_activations(directory, policy(engine, mode="auto"))
+    offload.keep_open()
+    expected = plain_steps()[0]
+    reader, writer = os.pipe()
+    os.environ["FAKE_GATE"] = str(reader)
+
+    def look() -> None:
+        stats = offload.stats
+        assert "drive behind" not in stats.skipped and stats.num_offloaded > 0, str(stats)
+        assert engine_of(offload).inflight_nbytes > offload.policy.staging_nbytes
+        os.write(writer, b"." * 4096)
+        drain(offload)
+
+    check_equal(Trainer().step(offload, look), expected)
+    assert offload.stats.read_nbytes > 0
+    offload.close()
+
+
+@every_preloaded
+def test_planned_writes_wait_their_turn(lab: Lab, tmp_path: Path, engine: str) -> None:
+    """What a plan sends is not kept for good because the drive is behind for a moment."""
+    lab.run(planned_writes, tmp_path, engine, seconds=20)
 
 
 def stuck_reads(directory: str, engine: str, how_it_ends: str) -> None:
