@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import mmap
@@ -125,8 +126,16 @@ class Io:
             assert self.read(written, piece) == content, f"piece {piece} of {len(written.contents)}"
 
 
-def num_fds() -> int:
-    return len(os.listdir("/proc/self/fd"))
+def descriptors() -> set[tuple[int, str]]:
+    """Descriptors of this process and what each is open on.
+
+    What is in the set now and was not before is ours. Others may close meanwhile: garbage of an earlier test.
+    """
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
+            found.add((int(name), os.readlink(f"/proc/self/fd/{name}")))
+    return found
 
 
 def num_threads() -> int:

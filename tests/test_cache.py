@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_tools import eventually, num_fds, num_threads
+from engine_tools import descriptors, eventually, num_threads
 from torch.nn import functional as F
 
 import ssdtrain
@@ -281,22 +281,22 @@ def test_everything_is_freed_at_the_end_of_the_last_graph(tmp_path: Path, engine
     threads = num_threads()
     train(ssdtrain.offload_activations(tmp_path, small_policy(engine=engine)), steps=1)
     gc.collect()
-    fds = num_fds()
+    before = descriptors()
     assert eventually(lambda: num_threads() == threads)
     offload = ssdtrain.offload_activations(tmp_path, small_policy(engine=engine))
     for _ in range(2):
         with offload:
             _, loss = chain(8)
-        assert num_fds() > fds
+        assert descriptors() - before
         assert os.listdir(tmp_path) == []
         loss.backward()
         del loss, _
-        assert num_fds() == fds
+        assert not descriptors() - before
         assert eventually(lambda: num_threads() == threads)
     with offload:
         _, loss = chain(8)
     del loss, _  # a graph that backward never visits
-    assert num_fds() == fds
+    assert not descriptors() - before
     assert eventually(lambda: num_threads() == threads)
     assert offload.stats.num_live_records == 0
 
@@ -363,12 +363,12 @@ def test_peak_of_held_bytes_is_small(tmp_path: Path) -> None:
 
 
 def test_enabled_false_is_a_null_context(tmp_path: Path) -> None:
-    fds = num_fds()
+    before = descriptors()
     with ssdtrain.offload_activations(tmp_path, ssdtrain.ActivationPolicy(enabled=False)) as offload:
         assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
         _, loss = chain(3)
         loss.backward()
-        assert num_fds() == fds
+        assert not descriptors() - before
     assert offload.stats.num_saved == 0
     offload.close()
 

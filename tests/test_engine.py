@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_tools import KINDS, SLAB_NBYTES, Io, Memory, eventually, num_fds, num_threads, random_bytes, round_up
+from engine_tools import KINDS, SLAB_NBYTES, Io, Memory, descriptors, eventually, num_threads, random_bytes, round_up
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -431,7 +431,7 @@ def test_many_threads_at_once(open_io: OpenIo) -> None:
 def test_dropping_everything_in_flight_is_safe(kind: str, tmp_path: Path) -> None:
     """The user's references go in any order; threads and descriptors go with them."""
     for warm_up in (True, False):
-        threads, fds = num_threads(), num_fds()
+        threads, before = num_threads(), descriptors()
         io = Io(kind, tmp_path, num_slabs=2)
         sources = [Memory(8 * SLAB_NBYTES, random_bytes(8 * SLAB_NBYTES)) for _ in range(4)]
         for i, source in enumerate(sources):
@@ -440,7 +440,7 @@ def test_dropping_everything_in_flight_is_safe(kind: str, tmp_path: Path) -> Non
         del io
         gc.collect()
         assert warm_up or eventually(lambda: num_threads() <= threads), "threads were left behind"  # noqa: B023
-        assert warm_up or eventually(lambda: num_fds() <= fds), "descriptors were left behind"  # noqa: B023
+        assert warm_up or eventually(lambda: not descriptors() - before), "descriptors were left behind"  # noqa: B023
 
 
 def test_requests_outlive_the_engine(kind: str, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import EAGER, send
-from engine_tools import eventually, num_fds, num_threads
+from engine_tools import descriptors, eventually, num_threads
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -113,7 +113,7 @@ class RecordLife(RuleBasedStateMachine):
         num_faults=st.sampled_from([0, 0, 1, 4]),
     )
     def begin(self, prefetch_nbytes: int, checksum: bool, disk_nbytes: int | None, num_faults: int) -> None:
-        self.holdings = num_fds(), num_threads()
+        self.holdings = descriptors(), num_threads()
         self.policy = EAGER | {
             "engine": self.engine,
             "prefetch_nbytes": prefetch_nbytes,
@@ -486,7 +486,7 @@ class RecordLife(RuleBasedStateMachine):
         assert store._transport is None
         self.held.clear()
         assert all(memory.expired() for memory in self.memories)
-        assert num_fds() == self.holdings[0]
+        assert not descriptors() - self.holdings[0]
         assert eventually(lambda: num_threads() <= self.holdings[1])
         assert os.listdir(self.directory) == []
 

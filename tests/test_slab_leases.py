@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import Lab
-from engine_tools import SLAB_NBYTES, Io, Memory, Written, num_fds, random_bytes, round_up
+from engine_tools import SLAB_NBYTES, Io, Memory, Written, descriptors, random_bytes, round_up
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -268,14 +268,14 @@ class SlabLeases(RuleBasedStateMachine):
 def play(kind: str, directory: str, num_examples: int) -> None:
     """In a process whose writes wait at the gate."""
     machine = type("Leases", (SlabLeases,), {"kind": kind, "directory": directory})
-    fds = num_fds()
+    before = descriptors()
     run_state_machine_as_test(
         machine,
         settings=settings(
             max_examples=num_examples, stateful_step_count=40, deadline=None, derandomize=True, database=None
         ),
     )
-    assert (num_fds(), os.listdir(directory)) == (fds, [])
+    assert (descriptors() - before, os.listdir(directory)) == (set(), [])
 
 
 @pytest.mark.parametrize("kind", ["threads", "python"])

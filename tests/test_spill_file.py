@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_tools import implementation, num_fds
+from engine_tools import descriptors, implementation
 
 
 @pytest.fixture(params=["threads", "python"], ids=["cpp", "python"])
@@ -70,17 +70,17 @@ def test_cap(make: Any, tmp_path: Path) -> None:
 
 
 def test_close_is_idempotent_and_final(make: Any, tmp_path: Path) -> None:
-    fds = num_fds()
+    before = descriptors()
     file = make(str(tmp_path), None)
-    assert num_fds() == fds + 1
+    assert len(descriptors() - before) == 1
     file.close()
     file.close()
-    assert num_fds() == fds
+    assert not descriptors() - before
     with pytest.raises(RuntimeError, match="Expected an open spill file, got a closed one"):
         file.grow(4096)
     dropped = make(str(tmp_path), None)
     del dropped
-    assert num_fds() == fds
+    assert not descriptors() - before
 
 
 def test_closing_it_under_an_engine_is_safe(tmp_path: Path) -> None:
