@@ -394,6 +394,12 @@ py::tuple traffic(const PyEngine& engine, size_t user) {
   return py::make_tuple(as_tuple(own.written), as_tuple(own.read));
 }
 
+py::tuple copies(const PyEngine& engine) {
+  auto [out, in] = engine->copies();
+  return py::make_tuple(py::make_tuple(out.nbytes, out.seconds),
+                        py::make_tuple(in.nbytes, in.seconds));
+}
+
 template <auto Counter>
 uint64_t counter(const PyEngine& engine) {
   return (engine->counters().*Counter).load();
@@ -412,7 +418,8 @@ void bind_engine_counters(py::class_<PyEngine>& engine) {
                              [](const PyEngine& e) { return e->write_busy_seconds(); })
       .def_property_readonly("read_busy_seconds",
                              [](const PyEngine& e) { return e->read_busy_seconds(); })
-      .def("traffic", &traffic, py::arg("user"));
+      .def("traffic", &traffic, py::arg("user"))
+      .def("copies", &copies);
 }
 
 void bind_engine_properties(py::class_<PyEngine>& engine) {

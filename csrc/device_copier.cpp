@@ -1,5 +1,6 @@
 #include "device_copier.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <exception>
 #include <utility>
@@ -53,9 +54,9 @@ void FenceWatcher::start(const char* name) {
   thread_.spawn(name, [this] { run(); });
 }
 
-void FenceWatcher::push(std::shared_ptr<Fence> fence, Done done) {
+void FenceWatcher::push(std::shared_ptr<Fence> ready, std::shared_ptr<Fence> fence, Done done) {
   std::lock_guard<std::mutex> lock(mutex_);
-  queue_.push_back({std::move(fence), std::move(done)});
+  queue_.push_back({std::move(ready), std::move(fence), std::move(done)});
   changed_.notify_one();
 }
 
@@ -79,12 +80,16 @@ void FenceWatcher::run() {
       queue_.pop_front();
     }
     std::string error;
+    double began = ended_;
     try {
+      next.ready->synchronize();
+      began = std::max(began, seconds_now());
       next.fence->synchronize();
     } catch (const std::exception& thrown) {
       error = thrown.what();
     }
-    next.done(error);
+    ended_ = seconds_now();
+    next.done(error, ended_ - began);
   }
 }
 
@@ -199,15 +204,18 @@ void DeviceCopier::issue(CopyIn job) {
     if (job.file_nbytes == 0) job.read->count_forwarded(job.nbytes);
     job.read->note_issued(there);
   }
-  in_watcher_.push(there, [this, job = std::move(job)](const std::string& error) mutable {
-    job.bytes.reset();  // before the request is seen to be done
-    std::lock_guard<std::mutex> lock(shared_.monitor->mutex);
-    if (error.empty()) {
-      job.read->finish();
-    } else {
-      fail(job, error, true);
-    }
-  });
+  std::shared_ptr<Fence> ready = job.read->ready();
+  in_watcher_.push(ready, there,
+                   [this, job = std::move(job)](const std::string& error, double seconds) mutable {
+                     job.bytes.reset();  // before the request is seen to be done
+                     std::lock_guard<std::mutex> lock(shared_.monitor->mutex);
+                     if (error.empty()) {
+                       shared_.monitor->copied_in.add(job.nbytes, seconds);
+                       job.read->finish();
+                     } else {
+                       fail(job, error, true);
+                     }
+                   });
 }
 
 std::shared_ptr<Fence> DeviceCopier::queue_copies(const WriteQueue::Job& job) {
@@ -234,14 +242,27 @@ void DeviceCopier::issue(WriteQueue::Job job) {
     std::lock_guard<std::mutex> lock(shared_.monitor->mutex);
     job.write->note_issued(job.chunk, copied);
   }
-  out_watcher_.push(copied, [this, job = std::move(job)](const std::string& error) mutable {
-    if (!error.empty()) {
-      writes_.fail(std::move(job), EREMOTEIO);
-      return;
-    }
-    if (shared_.has_checksum) add_checksums(job);
-    writes_.finish(std::move(job));
-  });
+  std::shared_ptr<Fence> producer = job.write->producer();
+  out_watcher_.push(producer, copied,
+                    [this, job = std::move(job)](const std::string& error, double seconds) mutable {
+                      if (!error.empty()) {
+                        writes_.fail(std::move(job), EREMOTEIO);
+                        return;
+                      }
+                      note_copied_out(job, seconds);
+                      if (shared_.has_checksum) add_checksums(job);
+                      writes_.finish(std::move(job));
+                    });
+}
+
+void DeviceCopier::note_copied_out(const WriteQueue::Job& job, double seconds) {
+  size_t nbytes = 0;
+  const Part* parts = job.write->chunk_parts(job.chunk);
+  for (size_t i = 0; i < job.write->chunk(job.chunk).num_parts; ++i) {
+    if (!parts[i].is_skipped) nbytes += parts[i].nbytes;
+  }
+  std::lock_guard<std::mutex> lock(shared_.monitor->mutex);
+  shared_.monitor->copied_out.add(nbytes, seconds);
 }
 
 void DeviceCopier::add_checksums(const WriteQueue::Job& job) {

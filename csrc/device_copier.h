@@ -24,17 +24,20 @@ namespace ssdtrain {
 // Calls back, on its own thread and in order, when fences of one stream are passed.
 class FenceWatcher {
  public:
-  // Gets what the driver threw, empty when all went well.
-  using Done = std::function<void(const std::string& error)>;
+  // Gets what the driver threw, empty when all went well, and how long the stream took: from
+  // `ready` or the end of what was queued before, whichever came later.
+  using Done = std::function<void(const std::string& error, double seconds)>;
 
   ~FenceWatcher() { stop(); }
   void start(const char* name);
-  void push(std::shared_ptr<Fence> fence, Done done);
+  // What is over at `fence` could begin at `ready`.
+  void push(std::shared_ptr<Fence> ready, std::shared_ptr<Fence> fence, Done done);
   // Works off what was pushed, then ends the thread.
   void stop();
 
  private:
   struct Watched {
+    std::shared_ptr<Fence> ready;
     std::shared_ptr<Fence> fence;
     Done done;
   };
@@ -44,6 +47,7 @@ class FenceWatcher {
   std::condition_variable changed_;
   std::deque<Watched> queue_;
   bool is_stopping_ = false;
+  double ended_ = 0.0;  // of the thread
   ThreadGroup thread_;
 };
 
@@ -104,6 +108,7 @@ class DeviceCopier {
   void issue(CopyIn job);
   void issue(WriteQueue::Job job);
   std::shared_ptr<Fence> queue_copies(const WriteQueue::Job& job);
+  void note_copied_out(const WriteQueue::Job& job, double seconds);
   void add_checksums(const WriteQueue::Job& job);
   static void fail(const CopyIn& job, const std::string& error, bool was_issued);
 

@@ -351,6 +351,11 @@ double Engine::read_busy_seconds() const {
   return monitor_->total.read.busy_seconds();
 }
 
+std::pair<Copies, Copies> Engine::copies() const {
+  std::lock_guard<std::mutex> lock(monitor_->mutex);
+  return {monitor_->copied_out, monitor_->copied_in};
+}
+
 Traffic Engine::traffic(size_t user) const {
   std::lock_guard<std::mutex> lock(monitor_->mutex);
   return monitor_->traffic.at(user);

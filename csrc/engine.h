@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "copier.h"
@@ -96,6 +97,8 @@ class Engine {
   double read_busy_seconds() const;
   // Of one user's files.
   Traffic traffic(size_t user) const;
+  // Out of accelerators and into them.
+  std::pair<Copies, Copies> copies() const;
   const Monitor& counters() const { return *monitor_; }
 
  private:

@@ -81,6 +81,17 @@ struct Traffic {
   Direction read;
 };
 
+// Copies between accelerators and host memory in one direction: their streams' busy time.
+struct Copies {
+  uint64_t nbytes = 0;
+  double seconds = 0.0;
+
+  void add(uint64_t more_nbytes, double more_seconds) {
+    nbytes += more_nbytes;
+    seconds += more_seconds;
+  }
+};
+
 constexpr size_t kMaxUsers = 2;
 
 // What an engine shares with its requests, which may outlive it: one lock and the counters.
@@ -97,6 +108,8 @@ struct Monitor {
   uint64_t num_awaited = 0;  // reads not done that somebody waits for
   Traffic total;
   std::array<Traffic, kMaxUsers> traffic;  // by SpillFile::user()
+  Copies copied_out;
+  Copies copied_in;
 
   std::atomic<uint64_t> inflight_nbytes{0};
   std::atomic<uint64_t> num_events{0};

@@ -196,7 +196,7 @@ class ActivationOffload:
     def plan(self) -> Plan | None:
         """What the running step does with every record, for how much memory and time; `print` explains it.
 
-        None before the second step, in mode ``"all"``, and for tensors of an accelerator.
+        None before the second step and in mode ``"all"``.
         """
         return self._schedule.plan
 
@@ -326,10 +326,10 @@ class ActivationOffload:
         return Record(storage, StorageWeakRef(storage), span, device, thread.pass_)
 
     def _adopt(self, record: Record) -> None:
-        if record.device.driver is not None:
-            record.prefers_host = self._schedule.is_needed_soon(record, self.policy.host_nbytes)
         self._store.adopt(record)
         self._schedule.note_saved(record)
+        if record.device.driver is not None:
+            record.prefers_host = self._schedule.goes_to_host(record, self.policy.host_nbytes)
         self._thread.pending.append(record)
 
     def _start_due(self) -> None:
@@ -379,11 +379,16 @@ class ActivationOffload:
     def _unpack_record(self, handle: Handle) -> torch.Tensor:
         record, store = handle.record, self._store
         is_first, record.is_unpacked = not record.is_unpacked, True
+        # An accelerator waits in its streams, from here to where the bytes are handed over.
+        moment = record.pass_.step.mark() if record.device.driver is not None and record.storage is None else None
         loan, is_miss = store.request(record, handle.epoch)
-        self._schedule.note_unpacked(record, is_first=is_first, is_miss=is_miss)
+        self._schedule.note_unpacked(record, is_first=is_first, is_miss=is_miss, moment=moment)
         self._prefetch(self._schedule.upcoming(record.pass_))
+        was_there = loan is not None
         if loan is None:
             loan = store.wait(record, handle.epoch)
+        if moment is not None and (not was_there or record.arrivals):
+            record.pass_.step.note_wait(moment)
         storage, shift, handle.epoch = loan
         store.tidy()
         return rebuild(storage, handle.spec, shift, handle.probe)

@@ -14,13 +14,6 @@ While nothing is written, nothing is measured: a drive that was slow once would 
 that sends nothing is left for one step now and then, after 32 steps, then 64, and at last every 1024, to send a few
 records.
 
-[Note: bursts]
-A drive's cache, or the credit of a rate limiter, takes a few megabytes at once much faster than the next ones. What the
-drive did while it was busy therefore says too much of it when it was busy for moments only; a quarter of a second
-without a pause says what it can keep up. The slower of both is counted on. A plan that leaves pauses teaches nothing of
-the second kind, so it is forgotten after 32 steps without, then 64, and at last every 1024: the drive may have
-recovered.
-
 [Note: recomputation]
 Which blocks are recomputed is decided from a step in which none was, remembered for later decisions. Once some are,
 steps look different; they are seen twice and planned like any others.
@@ -36,18 +29,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ssdtrain.agreement import Agreement, agreement_of_job
-from ssdtrain.planner import SECONDS_PER_DAY, Goal, Machine, Plan, Step, Tier, choose, make_plan, make_probe
+from ssdtrain.bandwidth import DRIFT, FIRST_PATIENCE, MAX_PATIENCE, Meter, Others, Speeds, differs
+from ssdtrain.planner import Goal, Machine, Plan, Step, Tier, choose, make_plan, make_probe
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.route import Route, Shape
+from ssdtrain.space import host_limit_nbytes
 from ssdtrain.stats import Counters
 
 _NUM_REMEMBERED = 16
-_DRIFT = 0.25
-_LEAST_NBYTES = 1 << 20  # of traffic that says something about a drive
-_NEW_SHARE = 0.5  # of the latest step in the averages
-_OLD_SHARE = 0.99  # what a step leaves of the sums before it
 _LEAST_STEPS = 2  # between plans
-_FIRST_PROBE, _MAX_PROBE = 32, 1024  # steps without traffic before one
 _PROBE_NBYTES = 4 << 20
 _PLANNING_SHARE, _FIRST_SHARE, _NUM_FIRST = 0.005, 0.02, 4  # of the time; of the first plans, while much is new
 _PATIENCE = 3  # steps in a row that differ: fewer are noise
@@ -64,81 +54,15 @@ class Measured:
     """What a step was like."""
 
     peak_nbytes: int
-    """Most bytes of saved tensors in memory at once."""
+    """Most bytes of saved tensors in memory at once; of an accelerator's, where they are its."""
     seconds: float
     """From its beginning to that of the next, waits included."""
     stall_seconds: float
     """What of it was waiting."""
-
-
-class Rate:
-    """Bytes per second, averaged over steps."""
-
-    def __init__(self) -> None:
-        self.average = 0.0
-        self.nbytes, self.seconds = 0, 0.0  # totals at the latest note that taught something
-
-    def note(self, nbytes: int, seconds: float) -> bool:
-        """Takes running totals of traffic and time; whether there was enough of both to learn from."""
-        new_nbytes, new_seconds = nbytes - self.nbytes, seconds - self.seconds
-        if new_nbytes < _LEAST_NBYTES or new_seconds <= 0:
-            return False
-        self.nbytes, self.seconds = nbytes, seconds
-        rate = new_nbytes / new_seconds
-        self.average = rate if not self.average else self.average + _NEW_SHARE * (rate - self.average)
-        return True
-
-
-class Bandwidth:
-    """One direction of a drive. See [Note: bursts]."""
-
-    def __init__(self) -> None:
-        self._burst, self._sustained = Rate(), Rate()
-        self._last_sustained = 0.0
-        self._num_since, self._patience = 0, _FIRST_PROBE  # steps without a long period; until it is forgotten
-
-    @property
-    def average(self) -> float:
-        """Bytes per second to count on; 0.0 while nothing is known."""
-        known = [rate.average for rate in (self._burst, self._sustained) if rate.average]
-        return min(known, default=0.0)
-
-    def note(self, nbytes: int, seconds: float, sustained_nbytes: int, sustained_seconds: float) -> None:
-        """Takes running totals of traffic and busy time, and of long busy periods, after a step."""
-        self._burst.note(nbytes, seconds)
-        if self._sustained.note(sustained_nbytes, sustained_seconds):
-            self._num_since = 0
-            if _differs(self._sustained.average, self._last_sustained):
-                self._patience = _FIRST_PROBE
-            self._last_sustained = self._sustained.average
-            return
-        self._num_since += 1
-        if self._num_since >= self._patience:
-            self._num_since, self._patience = 0, min(_MAX_PROBE, 2 * self._patience)
-            self._sustained.average = 0.0
-
-
-class Others:
-    """What is written to the same drive for parameters and optimizer state, averaged over the last hundred steps or so.
-
-    An optimizer writes once for several micro-batches, and not while a context is active: so all bytes are set against
-    all time.
-    """
-
-    def __init__(self, now: float) -> None:
-        self._nbytes, self._moment = 0, now
-        self._sum_nbytes = self._sum_seconds = 0.0
-
-    @property
-    def daily_nbytes(self) -> float:
-        """Written per day."""
-        return self._sum_nbytes / self._sum_seconds * SECONDS_PER_DAY if self._sum_seconds > 0 else 0.0
-
-    def note(self, nbytes: int, now: float) -> None:
-        """Takes the running total, after a step."""
-        self._sum_nbytes = _OLD_SHARE * self._sum_nbytes + nbytes - self._nbytes
-        self._sum_seconds = _OLD_SHARE * self._sum_seconds + now - self._moment
-        self._nbytes, self._moment = nbytes, now
+    followed: Plan | None = None
+    """The plan it followed to its end."""
+    is_accelerated: bool = False
+    """Whether its tensors are an accelerator's, which a host tier may hold."""
 
 
 class Adaptation:
@@ -151,12 +75,13 @@ class Adaptation:
         blocks: Callable[[], Sequence[str]] | None = None,
         join: Callable[[], Agreement | None] = agreement_of_job,
     ) -> None:
-        """`machine` has the bounds; its drive is replaced by what is measured.
+        """`machine` has the tiers and their bounds; how fast they are is measured.
 
         `blocks`: names those that may be recomputed. None: nothing is. `join`: joins the other ranks.
         """
         self._machine, self._goal, self._blocks = machine, goal, blocks
-        self._bandwidths = (0.0, 0.0)
+        self._meter = Meter()
+        self._speeds: Speeds = (0.0, 0.0, 0.0, 0.0)
         self._others = Others(time.perf_counter())
         self._join: Callable[[], Agreement | None] | None = join
         self._agreement = join()  # or with the first step, when the job is set up later
@@ -164,14 +89,13 @@ class Adaptation:
         """Blocks to recompute from now on, by the plan with the latest measurements."""
         self._whole: Step | None = None  # a step in which nothing was recomputed
         self._statement = ""
-        self._write, self._read = Bandwidth(), Bandwidth()
         self._caution = _CAUTION
         self._routes: OrderedDict[Key, Route] = OrderedDict()  # the latest last
         self._seen: OrderedDict[Key, None] = OrderedDict()
         self._planned_for: Machine = machine
         self._num_since_plan = self._num_plans = self._num_differing = 0
         self._probed: Route | None = None  # the plan that a probe stands in for
-        self._num_idle, self._num_busy, self._probe_after = 0, 0, _FIRST_PROBE
+        self._num_idle, self._num_busy, self._probe_after = 0, 0, FIRST_PATIENCE
         self._no_plan_before = 0.0  # time.perf_counter()
 
     @property
@@ -185,26 +109,21 @@ class Adaptation:
 
     def review(self, step: Step, measured: Measured, totals: Counters) -> None:
         """Takes a finished step and the engine's totals; makes a plan where there is none or it holds no more."""
-        self._write.note(
-            totals.written_nbytes,
-            totals.write_busy_seconds,
-            totals.sustained_written_nbytes,
-            totals.sustained_write_seconds,
-        )
-        self._read.note(
-            totals.read_nbytes, totals.read_busy_seconds, totals.sustained_read_nbytes, totals.sustained_read_seconds
-        )
+        speeds = self._meter.note(totals)
         self._others.note(totals.shared_written_nbytes, time.perf_counter())
-        if not self._write.average:
+        if not any(speeds):
             return
-        self._bandwidths = self._agreed(self._write.average, self._read.average or self._write.average)
+        self._speeds = self._agreed(speeds)
+        now = self._machine_now(is_accelerated=measured.is_accelerated)
+        if now.disk is None and now.host is None:
+            return
         key = tuple((record.nbytes, record.micro_batch) for record in step.records)
-        route, measured = self._without_probe(self._routes.pop(key, None), measured)
+        route = self._without_probe(self._routes.pop(key, None))
         self._num_since_plan += 1
-        is_due = key in self._seen if route is None else self._has_drifted(route, step, measured)
+        is_due = key in self._seen if route is None else self._has_drifted(route, step, measured, now)
         self._seen[key] = None
         if is_due and time.perf_counter() >= self._no_plan_before:
-            route = self._plan(step)
+            route = self._plan(step, self._machine_now(is_accelerated=measured.is_accelerated))
         if route is not None:
             self._routes[key] = self._with_probe(route)
         for known in (self._routes, self._seen):
@@ -216,34 +135,34 @@ class Adaptation:
         is_idle = route.plan.is_declined
         self._num_idle, self._num_busy = (self._num_idle + 1, 0) if is_idle else (0, self._num_busy + 1)
         if self._num_busy == self._probe_after:  # the drive kept what it promised
-            self._probe_after = _FIRST_PROBE
+            self._probe_after = FIRST_PATIENCE
         if self._num_idle < self._probe_after:
             return route
-        self._num_idle, self._probe_after = 0, min(_MAX_PROBE, 2 * self._probe_after)
-        probe = make_probe(route.step, self._goal, _PROBE_NBYTES)
+        self._num_idle, self._probe_after = 0, min(MAX_PATIENCE, 2 * self._probe_after)
+        probe = make_probe(route.step, self._goal, _PROBE_NBYTES) if self._machine.disk is not None else None
         if probe is None:
             return route
         self._probed = route
         return Route(route.step, probe)
 
-    def _without_probe(self, route: Route | None, measured: Measured) -> tuple[Route | None, Measured]:
-        """The plan that was left for a probe; that the probe made the step wait says nothing of the plan."""
+    def _without_probe(self, route: Route | None) -> Route | None:
+        """The plan that was left for a probe."""
         probed = self._probed
         if route is None or probed is None or route.step is not probed.step:
-            return route, measured
+            return route
         self._probed = None
-        return probed, replace(measured, stall_seconds=0.0)
+        return probed
 
-    def _agreed(self, write: float, read: float) -> tuple[float, float]:
+    def _agreed(self, own: Speeds) -> Speeds:
         """The lowest of all ranks."""
         if self._join is not None and self._agreement is None:
             self._agreement = self._join()
         self._join = None
-        return self._agreement.lowest((write, read)) if self._agreement is not None else (write, read)
+        return self._agreement.lowest(own) if self._agreement is not None else own
 
-    def _plan(self, step: Step) -> Route:
+    def _plan(self, step: Step, machine: Machine) -> Route:
         begin = time.perf_counter()
-        self._planned_for, self._num_since_plan = self._machine_now(), 0
+        self._planned_for, self._num_since_plan = machine, 0
         self._goal = replace(self._goal, others_daily_nbytes=self._others.daily_nbytes)
         route = Route(step, self._make_plan(step))
         end = time.perf_counter()
@@ -267,31 +186,44 @@ class Adaptation:
         self.recomputed, self._statement = chosen, plan.statement.rpartition("; ")[2]
         return make_plan(step, self._planned_for, self._goal)
 
-    def _has_drifted(self, route: Route, step: Step, measured: Measured) -> bool:
-        waited = measured.stall_seconds - route.plan.stall_seconds > _WAIT * measured.seconds
+    def _has_drifted(self, route: Route, step: Step, measured: Measured, now: Machine) -> bool:
+        """Whether the plan holds no more. A wait under another plan, a probe perhaps, says nothing of this one."""
+        is_own = measured.followed is None or measured.followed is route.plan
+        waited = is_own and measured.stall_seconds - route.plan.stall_seconds > _WAIT * measured.seconds
         self._caution = max(_LEAST_CAUTION, self._caution * _LESS_CAUTION) if waited else self._caution
         self._caution = self._caution if waited else min(_CAUTION, self._caution * _RECOVERY)
-        now, then = self._machine_now().disk, self._planned_for.disk
-        assert now is not None and then is not None
         is_different = (
-            _differs(now.write_bandwidth, then.write_bandwidth)
-            or _differs(now.read_bandwidth, then.read_bandwidth)
-            or _differs(step.seconds, route.step.seconds)
-            or abs(self._others.daily_nbytes - self._goal.others_daily_nbytes) > _DRIFT * self._goal.daily_nbytes
+            _has_other_tiers(now, self._planned_for)
+            or differs(step.seconds, route.step.seconds)
+            or abs(self._others.daily_nbytes - self._goal.others_daily_nbytes) > DRIFT * self._goal.daily_nbytes
         )
         self._num_differing = self._num_differing + 1 if is_different else 0
         patience = 1 if self._num_plans <= _NUM_FIRST else _PATIENCE
         return self._num_since_plan >= _LEAST_STEPS and (waited or self._num_differing >= patience)
 
-    def _machine_now(self) -> Machine:
-        """The bounds, with bandwidths to count on. A drive not read from yet is taken to read as it writes."""
-        room = self._machine.disk.capacity_nbytes if self._machine.disk is not None else 0
-        write, read = self._bandwidths
-        return replace(self._machine, disk=Tier(write, self._caution * read, room))
+    def _machine_now(self, *, is_accelerated: bool) -> Machine:
+        """The bounds, with the tiers that are known, as fast as may be counted on."""
+        write, read, copy_out, copy_in = self._speeds
+        return replace(
+            self._machine,
+            disk=_measured(self._machine.disk, write, self._caution * read),
+            host=_measured(self._machine.host, copy_out, self._caution * copy_in) if is_accelerated else None,
+            idle_nbytes=0.0 if is_accelerated else self._machine.idle_nbytes,
+        )
 
 
-def _differs(now: float, then: float) -> bool:
-    return abs(now - then) > _DRIFT * then
+def _measured(tier: Tier | None, write: float, read: float) -> Tier | None:
+    return replace(tier, write_bandwidth=write, read_bandwidth=read) if tier is not None and write else None
+
+
+def _has_other_tiers(now: Machine, then: Machine) -> bool:
+    """Whether there are others, or their speeds have drifted."""
+    tiers, before = now.tiers(), then.tiers()
+    return tiers.keys() != before.keys() or any(
+        differs(tier.write_bandwidth, before[where].write_bandwidth)
+        or differs(tier.read_bandwidth, before[where].read_bandwidth)
+        for where, tier in tiers.items()
+    )
 
 
 def adaptation_for(
@@ -301,11 +233,13 @@ def adaptation_for(
 
     `blocks`: names the model's blocks that may be recomputed.
     """
-    if policy.mode != "auto" or not policy.enabled or not directories:
+    host_nbytes = host_limit_nbytes(policy.host_nbytes, has_directories=bool(directories))
+    if policy.mode != "auto" or not policy.enabled or not (directories or host_nbytes):
         return None
     capacity = math.inf if policy.disk_nbytes is None else policy.disk_nbytes
     machine = Machine(
-        Tier(1.0, 1.0, capacity),
+        Tier(1.0, 1.0, capacity) if directories else None,
+        Tier(1.0, 1.0, host_nbytes) if host_nbytes else None,
         staging_nbytes=policy.staging_nbytes,
         prefetch_nbytes=policy.prefetch_nbytes,
         idle_nbytes=policy.idle_nbytes,

@@ -17,12 +17,11 @@ from typing import Protocol
 
 import torch.distributed
 
+from ssdtrain.bandwidth import Speeds, lowest
+
 logger = logging.getLogger("ssdtrain")
 
 _CHANGE = 0.1  # of a bandwidth: less is not published
-
-Bandwidths = tuple[float, float]
-"""Bytes per second to write and to read."""
 
 
 class Store(Protocol):
@@ -51,11 +50,11 @@ class Agreement:
         number = store.add(f"ssdtrain contexts of rank {rank}", 1)
         self._prefix = f"ssdtrain context {number}"
         self._num_seen = 0
-        self._own: Bandwidths = (0.0, 0.0)
-        self._others: list[Bandwidths] = []
+        self._own: Speeds = (0.0, 0.0, 0.0, 0.0)
+        self._others: list[Speeds] = []
         self._is_alone = num_ranks == 1
 
-    def lowest(self, own: Bandwidths) -> Bandwidths:
+    def lowest(self, own: Speeds) -> Speeds:
         """The lowest of what ranks have measured; never waits for one that has not."""
         if not self._is_alone:
             try:
@@ -64,10 +63,9 @@ class Agreement:
             except (RuntimeError, ValueError) as error:  # the store's process may be gone: training decides, not we
                 self._is_alone = True
                 logger.warning("bandwidths are not shared between ranks any more: %s", error)
-        writes, reads = zip(own, *self._others, strict=True)
-        return min(writes), min(reads)
+        return lowest([own, *self._others])
 
-    def _publish(self, own: Bandwidths) -> None:
+    def _publish(self, own: Speeds) -> None:
         if all(abs(new - old) <= _CHANGE * old for new, old in zip(own, self._own, strict=True)):
             return
         self._own = own
@@ -81,7 +79,7 @@ class Agreement:
         self._num_seen = num
         others = [self._key(rank) for rank in range(self._num_ranks) if rank != self._rank]
         there = [key for key in others if self._store.check([key])]
-        self._others = [(write, read) for write, read in map(json.loads, self._store.multi_get(there))] if there else []
+        self._others = [tuple(json.loads(speeds)) for speeds in self._store.multi_get(there)] if there else []
 
     def _key(self, rank: int) -> str:
         return f"{self._prefix} rank {rank}"

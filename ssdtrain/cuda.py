@@ -11,13 +11,36 @@ from __future__ import annotations
 
 import torch
 
-from ssdtrain.device import Allocation
+from ssdtrain.device import Allocation, Moment
 from ssdtrain.engines import cuda_driver
 
 
 def index_in_use() -> int | None:
     """The current CUDA device, once this process computes on one."""
     return torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+
+class _CudaMoment:
+    """A timed event, which goes back to where it came from."""
+
+    __slots__ = ("_event", "_free", "stream")
+
+    def __init__(self, free: list[torch.cuda.Event], stream: torch.cuda.Stream) -> None:
+        self._free = free
+        self._event = free.pop() if free else torch.cuda.Event(enable_timing=True)
+        self._event.record(stream)
+        self.stream = int(stream.cuda_stream)
+
+    def __del__(self) -> None:
+        self._free.append(self._event)
+
+    @property
+    def is_reached(self) -> bool:
+        return bool(self._event.query())
+
+    def seconds_since(self, earlier: Moment) -> float:
+        assert isinstance(earlier, _CudaMoment)
+        return float(earlier._event.elapsed_time(self._event)) / 1000
 
 
 class CudaDevice:
@@ -33,6 +56,7 @@ class CudaDevice:
         """
         self._device = torch.device("cuda", index)
         self.driver = cuda_driver(index)
+        self._events: list[torch.cuda.Event] = []  # that nobody uses just now
 
     def why_not(self) -> str | None:
         """See `Device`. What a graph replays must not depend on what moved when it was captured."""
@@ -41,6 +65,10 @@ class CudaDevice:
     def current_stream(self) -> int:
         """See `Device`. 0 is the legacy default stream."""
         return int(torch.cuda.current_stream(self._device).cuda_stream)
+
+    def moment(self) -> Moment:
+        """See `Device`."""
+        return _CudaMoment(self._events, torch.cuda.current_stream(self._device))
 
     def allocate(self, nbytes: int, alignment: int, block_nbytes: int) -> Allocation:
         """See `Device`. Blocks of the caching allocator are aligned to 512 bytes, more than any dtype needs."""

@@ -25,6 +25,21 @@ class Allocation(NamedTuple):
     capacity: int
 
 
+class Moment(Protocol):
+    """A point in the work of a stream of an accelerator, whose time is known once it is reached."""
+
+    @property
+    def stream(self) -> int:
+        """The stream, by its handle."""
+
+    @property
+    def is_reached(self) -> bool:
+        """Whether the accelerator has got there."""
+
+    def seconds_since(self, earlier: Moment) -> float:
+        """Between two moments of one accelerator that are both reached."""
+
+
 class Device(Protocol):
     """One device, or one kind of device where all share their memory."""
 
@@ -37,6 +52,9 @@ class Device(Protocol):
 
     def current_stream(self) -> int:
         """The calling thread's stream, by the handle the driver knows it by. Asked at every use, never kept."""
+
+    def moment(self) -> Moment:
+        """The point that the calling thread's current stream is at. Only of an accelerator."""
 
     def allocate(self, nbytes: int, alignment: int, block_nbytes: int) -> Allocation:
         """Memory of `nbytes`, usable in the order of the current stream.
@@ -81,6 +99,10 @@ class CpuDevice:
     def current_stream(self) -> int:
         """See `Device`. Host memory is used in program order."""
         return 0
+
+    def moment(self) -> Moment:
+        """See `Device`. Host memory has no streams: the host's own clock says it all."""
+        raise NotImplementedError("Expected an accelerator, got host memory")
 
     def share(self, storage: torch.UntypedStorage, stream: int) -> None:
         """See `Device`."""

@@ -48,6 +48,14 @@ class DriveTotals:
     """Bytes written for the other user since this one came."""
     shared_read_nbytes: int
     """Bytes read for it."""
+    copied_out_nbytes: int
+    """Bytes copied from accelerators to host memory, by both."""
+    copy_out_seconds: float
+    """Time in which the stream of these copies was busy."""
+    copied_in_nbytes: int
+    """Bytes copied from host memory to accelerators, by both."""
+    copy_in_seconds: float
+    """Time in which the stream of these copies was busy."""
 
 
 @dataclass
@@ -99,6 +107,7 @@ class Drive:
         host = self._users.host
         self.host = HostShare(host, host_nbytes) if host is not None else None
         self._before, self._others_before = self.engine.traffic(user), self.engine.traffic(1 - user)
+        self._copies_before = self.engine.copies()
         self._users.present[user] = weakref.ref(self)
 
     def _first(self, note_fallback: Callable[[str], None]) -> _Users:
@@ -253,7 +262,19 @@ class Drive:
         """What the drive has done since this user came."""
         written, read = map(_minus, self.engine.traffic(self.user), self._before)
         others_written, others_read = map(_minus, self.engine.traffic(1 - self.user), self._others_before)
-        return DriveTotals(*written, *read, self.engine.peak_staging_nbytes, others_written[0], others_read[0])
+        (out_nbytes, out_seconds), (in_nbytes, in_seconds) = self.engine.copies()
+        before_out, before_in = self._copies_before
+        return DriveTotals(
+            *written,
+            *read,
+            peak_staging_nbytes=self.engine.peak_staging_nbytes,
+            shared_written_nbytes=others_written[0],
+            shared_read_nbytes=others_read[0],
+            copied_out_nbytes=out_nbytes - before_out[0],
+            copy_out_seconds=out_seconds - before_out[1],
+            copied_in_nbytes=in_nbytes - before_in[0],
+            copy_in_seconds=in_seconds - before_in[1],
+        )
 
 
 def _minus(now: Direction, before: Direction) -> Direction:

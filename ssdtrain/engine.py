@@ -212,6 +212,10 @@ Direction = tuple[int, float, int, float]
 a quarter of a second or more: that was no mere burst."""
 
 
+Copies = tuple[int, float]
+"""Bytes, and seconds in which their stream was copying."""
+
+
 class Engine(Protocol):
     """Moves bytes between memory and spill files, in the background. Thread-safe; unusable in a forked child."""
 
@@ -289,6 +293,9 @@ class Engine(Protocol):
 
     def traffic(self, user: int) -> tuple[Direction, Direction]:
         """What was written to one user's files, and what was read from them."""
+
+    def copies(self) -> tuple[Copies, Copies]:
+        """What was copied out of accelerators to slabs and the host tier, and what was copied in from there."""
 
     def add_device(self, driver: Any) -> str:
         """Gets ready for fences of an accelerator's driver. Empty, or why its copies are slow.

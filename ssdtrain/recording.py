@@ -2,7 +2,8 @@
 
 A step is all passes alive together, from the first save to the moment when nothing is alive: with gradient accumulation
 one micro-batch, in a pipeline all micro-batches that overlap. No optimizer has to be known for it. It costs a clock
-reading per event and stays on; finished, it becomes the `Step` that the planner reads.
+reading per event and stays on; finished, it becomes the `Step` that the planner reads. The host's clock says little of
+a step on an accelerator, which therefore has its own: see `timing`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from ssdtrain.planner import Lifetime, Step
+from ssdtrain.timing import DeviceTiming, Times
 
 if TYPE_CHECKING:
+    from ssdtrain.device import Device, Moment
     from ssdtrain.record import Record
 
 _MAX_RECORDS = 50_000  # a step that never ends, because something is alive all the time, is not recorded any further
@@ -33,9 +36,17 @@ class Surroundings(Protocol):
 class StepRecording:
     """One step. Records have a *place*: their number among all saves of the step. Guarded by the store's lock."""
 
-    def __init__(self, surroundings: Surroundings, ended: Callable[[StepRecording], None]) -> None:
-        """An empty step. `ended` is called when its last record is released."""
-        self._surroundings, self._ended = surroundings, ended
+    def __init__(
+        self, surroundings: Surroundings, ended: Callable[[StepRecording], None], *, is_timed: bool = True
+    ) -> None:
+        """An empty step. `ended` is called when its last record is released.
+
+        `is_timed`: an accelerator is to say when it got where, too.
+        """
+        self._surroundings, self._ended, self._is_timed = surroundings, ended, is_timed
+        self._device: Device | None = None  # of the records; None: the host's, or several
+        self.timing: DeviceTiming | None = None
+        """What an accelerator says, if it was asked."""
         self._num_live = self._num_passes = 0
         self.records: list[Record | None] = []
         self.shape: list[tuple[int, int]] = []
@@ -45,7 +56,7 @@ class StepRecording:
         self._released: list[float] = []
         self._modules: list[str] = []
         self._aliases: list[int] = []
-        self._other: list[tuple[float, int]] = []
+        self._other: list[tuple[float, int, int]] = []  # when, after which save, how many bytes
         self.is_over = False
         self.is_abandoned = False
         """Whether an interrupt left it in the middle of a change."""
@@ -64,8 +75,9 @@ class StepRecording:
 
     @property
     def is_complete(self) -> bool:
-        """Whether it can be planned: backward used it, and everything was seen."""
-        return self.is_wall_time and len(self.records) < _MAX_RECORDS and any(at < math.inf for at in self._needed)
+        """Whether it can be planned: backward used it, everything was seen, and by one clock."""
+        has_clock = self.is_wall_time or self._device is not None
+        return has_clock and len(self.records) < _MAX_RECORDS and any(at < math.inf for at in self._needed)
 
     def begin_pass(self) -> int:
         """The number of another pass, which is its micro-batch."""
@@ -85,17 +97,38 @@ class StepRecording:
         self._released.append(math.inf)
         self._modules.append("")
         self._aliases.append(1)
-        if not self._other or self._other[-1][1] != other_nbytes:
-            self._other.append((now, other_nbytes))
-        if record.device.driver is not None:
-            self.is_wall_time = False
-        return len(self.records) - 1
+        place = len(self.records) - 1
+        if not self._other or self._other[-1][2] != other_nbytes:
+            self._other.append((now, place, other_nbytes))
+        if record.device.driver is not None or not self.is_wall_time:
+            self._save_on_device(record.device, place)
+        return place
 
-    def need(self, place: int, num_aliases: int) -> None:
-        """Notes that backward asks for a record; the first time counts."""
+    def _save_on_device(self, device: Device, place: int) -> None:
+        if place == 0:
+            self.is_wall_time, self._device = False, device
+            self.timing = DeviceTiming(device) if self._is_timed else None
+        elif device is not self._device:
+            self.is_wall_time, self._device, self.timing = False, None, None
+        if self.timing is not None:
+            self.timing.save()
+
+    def mark(self) -> Moment | None:
+        """A moment before a wait for bytes of an accelerator, if it is timed."""
+        return self.timing.mark() if self.timing is not None else None
+
+    def note_wait(self, began: Moment) -> None:
+        """The wait is over, or queued."""
+        if self.timing is not None:
+            self.timing.note_wait(began)
+
+    def need(self, place: int, num_aliases: int, moment: Moment | None = None) -> None:
+        """Notes that backward asks for a record; the first time counts. `moment`: when an accelerator does."""
         if place != _UNRECORDED and self._needed[place] == math.inf:
             self._needed[place] = self._surroundings.compute_seconds()
             self._aliases[place] = num_aliases
+            if self.timing is not None:
+                self.timing.need(place, moment)
 
     def release(self, place: int) -> None:
         """Notes that the graph let a record go."""
@@ -105,6 +138,8 @@ class StepRecording:
             self.records[place] = None
             self._modules[place] = record.where.removeprefix(" of ")
             self._released[place] = self._surroundings.compute_seconds()
+            if self.timing is not None:
+                self.timing.release(place)
         self._num_live -= 1
         if self._num_live == 0:
             self.is_over = True
@@ -113,9 +148,17 @@ class StepRecording:
     def as_step(self, next_began_at: float) -> Step:
         """The step as the planner reads it; the next one began at `next_began_at`."""
         begin = self.began_at
-        rows = zip(self.shape, self._saved, self._needed, self._released, self._modules, self._aliases, strict=True)
-        records = [
-            Lifetime(nbytes, saved - begin, needed - begin, released - begin, number, module, aliases)
-            for (nbytes, number), saved, needed, released, module, aliases in rows
-        ]
-        return Step(tuple(records), next_began_at - begin, tuple((at - begin, nbytes) for at, nbytes in self._other))
+        saved, needed, released = (
+            [at - begin for at in times] for times in (self._saved, self._needed, self._released)
+        )
+        other = [(at - begin, nbytes) for at, _, nbytes in self._other]
+        return Step(self._lifetimes(saved, needed, released), next_began_at - begin, tuple(other))
+
+    def as_device_step(self, times: Times) -> Step:
+        """The same by the clock of the accelerator."""
+        other = [(times.saved[place], nbytes) for _, place, nbytes in self._other]
+        return Step(self._lifetimes(times.saved, times.needed, times.released), times.seconds, tuple(other))
+
+    def _lifetimes(self, saved: list[float], needed: list[float], released: list[float]) -> tuple[Lifetime, ...]:
+        rows = zip(self.shape, saved, needed, released, self._modules, self._aliases, strict=True)
+        return tuple([Lifetime(row[0][0], row[1], row[2], row[3], row[0][1], row[4], row[5]) for row in rows])

@@ -43,6 +43,10 @@ class Route:
         """Whether the record at this place stays in memory."""
         return self.plan.placement[place] == Where.KEEP
 
+    def is_for_host(self, place: int) -> bool:
+        """Whether the record at this place goes to the host tier."""
+        return self.plan.placement[place] == Where.HOST
+
     def next_after_save(self, place: int) -> float:
         """When the next thing happens after this save."""
         return self._after_save[place]

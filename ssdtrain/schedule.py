@@ -7,12 +7,20 @@ A step follows a plan as long as every record saved has the size and the pass th
 the first one that has not, it falls back to another plan that fits so far, or to none: then everything travels that the
 drive has time for, and reloads go by the order of the last pass. Reloads also do so after a miss, which says that
 backward goes elsewhere than it used to.
+
+[Note: steps of an accelerator]
+The host queues the next step while an accelerator is still in this one, so what this one taught is known a step or so
+later: then it is planned with. Marking moments costs the host some microseconds each; once there is a plan, one step in
+four, drawn by lot, is enough to see whether it still holds.
 """
 
 from __future__ import annotations
 
 import math
+import random
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ssdtrain.adaptation import Adaptation, Measured
@@ -21,10 +29,26 @@ from ssdtrain.recording import StepRecording, Surroundings
 from ssdtrain.trace import History, Pass
 
 if TYPE_CHECKING:
+    from ssdtrain.device import Moment
     from ssdtrain.planner import Plan
     from ssdtrain.record import Record
     from ssdtrain.route import Route
     from ssdtrain.stats import Counters
+    from ssdtrain.timing import DeviceTiming
+
+_MOST_UNTIMED = 6  # steps in a row of an accelerator, once there is a plan
+_MAX_UNDER_WAY = 4  # steps that an accelerator may be behind; of more nothing is learned
+
+
+@dataclass(frozen=True)
+class _UnderWay:
+    """A step that the host is done with and an accelerator perhaps not."""
+
+    recording: StepRecording
+    timing: DeviceTiming
+    end: Moment
+    measured: Measured
+    totals: Counters
 
 
 class Schedule:
@@ -39,8 +63,11 @@ class Schedule:
         self._history = History()
         self._surroundings = surroundings
         self._adaptation = adaptation
-        self._step = StepRecording(surroundings, self._end_step)
+        self._lot = random.Random(0)
+        self._num_untimed = 0  # steps to come
+        self._step = self._new_step()
         self._passes: list[Pass] = []  # of the step
+        self._under_way: deque[_UnderWay] = deque()
         self._finished: StepRecording | None = None  # and not reviewed
         self._followed: Plan | None = None  # to its end
         self._stalled_before = 0.0  # seconds, until the running step began
@@ -56,16 +83,25 @@ class Schedule:
     def new_pass(self) -> Pass:
         """A pass that will teach its order when its last record is released."""
         if self._step.is_over:
-            self._step, self._passes = StepRecording(self._surroundings, self._end_step), []
+            self._step, self._passes = self._new_step(), []
         if not self._passes:
             self._take(self._adaptation.latest if self._adaptation is not None else None)
         self._passes.append(Pass(self._history.learn, self._step, self._history.latest))
         return self._passes[-1]
 
+    def _new_step(self) -> StepRecording:
+        """See [Note: steps of an accelerator]."""
+        adaptation = self._adaptation
+        self._num_untimed -= 1
+        is_timed = adaptation is not None and (adaptation.latest is None or self._num_untimed < 0)
+        if is_timed:
+            self._num_untimed = self._lot.randint(0, _MOST_UNTIMED)
+        return StepRecording(self._surroundings, self._end_step, is_timed=is_timed)
+
     def start_afresh(self) -> None:
         """Gives the running step up; what is being saved from here on belongs to another."""
         self._step.is_abandoned = True
-        self._step, self._passes, self._finished = StepRecording(self._surroundings, self._end_step), [], None
+        self._step, self._passes, self._finished = self._new_step(), [], None
         self._take(None)
 
     def _end_step(self, step: StepRecording) -> None:
@@ -118,10 +154,18 @@ class Schedule:
         finished, self._finished = self.finished(totals), None
         if finished is None:
             return None
+        self._review_what_arrived(counters)
         self._stalled_before = totals.stalled_seconds
-        measured = Measured(finished.peak_nbytes, finished.seconds, finished.stall_seconds)
-        if self._adaptation is not None and finished.recording.is_complete:
-            self._adaptation.review(finished.step, measured, totals)
+        recording = finished.recording
+        peak = finished.peak_nbytes if recording.is_wall_time else totals.step_device_peak_nbytes
+        measured = Measured(peak, finished.seconds, finished.stall_seconds, self._followed)
+        if self._adaptation is not None and recording.is_complete:
+            if recording.is_wall_time:
+                self._adaptation.review(finished.step, measured, totals)
+            elif recording.timing is not None and len(self._under_way) < _MAX_UNDER_WAY:
+                timing = recording.timing
+                self._under_way.append(_UnderWay(recording, timing, timing.mark(), measured, totals))
+        self._review_what_arrived(counters)
         counters.begin_step()
         counters.plan = self.plan.statement if self.plan is not None else ""
         if self._followed is not None:
@@ -129,6 +173,17 @@ class Schedule:
             counters.predicted_step_seconds = self._followed.step_seconds
             counters.measured_peak_nbytes, counters.measured_step_seconds = measured.peak_nbytes, measured.seconds
         return finished
+
+    def _review_what_arrived(self, counters: Counters) -> None:
+        """Learns from steps that an accelerator is through with. See [Note: steps of an accelerator]."""
+        while self._under_way and self._under_way[0].timing.is_over:
+            step = self._under_way.popleft()
+            times = step.timing.times(step.end)
+            seconds = times.seconds + times.waited
+            counters.device_step_seconds, counters.device_wait_seconds = seconds, times.waited
+            measured = replace(step.measured, seconds=seconds, stall_seconds=times.waited, is_accelerated=True)
+            assert self._adaptation is not None
+            self._adaptation.review(step.recording.as_device_step(times), measured, step.totals)
 
     # -- what stays ------------------------------------------------------------------------------------------------
 
@@ -154,7 +209,14 @@ class Schedule:
         step = record.pass_.step
         return self._route is not None and step is self._step and self._route.keeps(record.pass_.places[record.index])
 
-    def is_needed_soon(self, record: Record, nbytes: int | None) -> bool:
+    def goes_to_host(self, record: Record, nbytes: int | None) -> bool:
+        """Whether a record is for the host tier, where there is room: by plan, else the `nbytes` needed first."""
+        route = self._route
+        if route is not None and record.pass_.step is self._step:
+            return route.is_for_host(record.pass_.places[record.index])
+        return self._is_needed_soon(record, nbytes)
+
+    def _is_needed_soon(self, record: Record, nbytes: int | None) -> bool:
         """Whether backward, if it goes as last time, wants the record among the first `nbytes` of its pass.
 
         True while there is nothing to go by, or no bound.
@@ -170,8 +232,8 @@ class Schedule:
         pass_.order = self._history.order_of(pass_.signature) or list(range(len(pass_.records) - 1, -1, -1))
         pass_.rank = {index: rank for rank, index in enumerate(pass_.order)}
 
-    def note_unpacked(self, record: Record, *, is_first: bool, is_miss: bool) -> None:
-        """Adds a backward event.
+    def note_unpacked(self, record: Record, *, is_first: bool, is_miss: bool, moment: Moment | None = None) -> None:
+        """Adds a backward event. `moment`: when an accelerator gets there, if that was marked already.
 
         A miss (bytes neither in memory nor on their way) means that backward went elsewhere than predicted, to another
         micro-batch or through a graph for the second time: prediction goes on from there.
@@ -185,15 +247,15 @@ class Schedule:
             pass_.unpacked.append(record.index)
         if is_miss and pass_.step is self._step:
             self._is_lost = True
-        self._note_needed(record)
+        self._note_needed(record, moment)
         rank = pass_.rank.get(record.index)
         if rank is not None and (is_miss or rank >= pass_.cursor):
             pass_.cursor = rank + 1
 
-    def _note_needed(self, record: Record) -> None:
+    def _note_needed(self, record: Record, moment: Moment | None) -> None:
         pass_ = record.pass_
         place, route = pass_.places[record.index], self._route
-        pass_.step.need(place, record.num_handles)
+        pass_.step.need(place, record.num_handles, moment)
         if route is not None and pass_.step is self._step and place < len(route.shape):
             self._horizon = max(self._horizon, route.next_after_need(place))
 

@@ -69,10 +69,27 @@ class EngineTotals(Protocol):
     def shared_read_nbytes(self) -> int:
         """Bytes read for it."""
 
+    @property
+    def copied_out_nbytes(self) -> int:
+        """Bytes copied from accelerators to host memory."""
+
+    @property
+    def copy_out_seconds(self) -> float:
+        """Time in which the stream of these copies was busy."""
+
+    @property
+    def copied_in_nbytes(self) -> int:
+        """Bytes copied from host memory to accelerators."""
+
+    @property
+    def copy_in_seconds(self) -> float:
+        """Time in which the stream of these copies was busy."""
+
 
 _OF_ENGINE = (
     "written_nbytes read_nbytes write_busy_seconds read_busy_seconds sustained_written_nbytes sustained_write_seconds "
-    "sustained_read_nbytes sustained_read_seconds shared_written_nbytes shared_read_nbytes"
+    "sustained_read_nbytes sustained_read_seconds shared_written_nbytes shared_read_nbytes "
+    "copied_out_nbytes copy_out_seconds copied_in_nbytes copy_in_seconds"
 ).split()
 
 
@@ -90,17 +107,21 @@ class Counters:
         self.write_busy_seconds = self.read_busy_seconds = 0.0
         self.peak_staging_nbytes = self.peak_disk_nbytes = self.peak_host_nbytes = 0
         self.hosted_nbytes = self.host_read_nbytes = 0
+        self.copied_out_nbytes = self.copied_in_nbytes = 0
+        self.copy_out_seconds = self.copy_in_seconds = 0.0
         self.ahead_seconds = 0.0
         self.num_live_records = 0
         self.held_nbytes = 0  # gauge: bytes of saved tensors in memory now, staging excluded
         self.prefetched_nbytes = 0  # gauge: bytes reloaded, or being reloaded, and not asked for yet
         self.peak_saved_nbytes = self.peak_device_nbytes = 0
+        self.step_device_peak_nbytes = 0  # the same as `peak_device_nbytes` since `begin_step`
         self.resident_nbytes = 0  # gauge: those of the held bytes that no record stands for
         self.step_peak_nbytes = 0  # the same as `peak_saved_nbytes` since `begin_step`
         self.stalled_seconds = 0.0
         self.plan = ""
         self.predicted_peak_nbytes = self.measured_peak_nbytes = 0  # of the latest step that followed a plan
         self.predicted_step_seconds = self.measured_step_seconds = 0.0
+        self.device_step_seconds = self.device_wait_seconds = 0.0
         self.skips: dict[str, list[int]] = {}
         self.stalls: dict[str, float] = {}
         self.fallbacks: list[str] = []
@@ -143,15 +164,16 @@ class Counters:
     def hold(self, nbytes: int, staging_nbytes: int = 0) -> None:
         """Moves the gauge of held bytes and its peak; `staging_nbytes` is what the slabs hold at this moment."""
         self.held_nbytes += nbytes
-        if self.held_nbytes > self.peak_device_nbytes:
-            self.peak_device_nbytes = self.held_nbytes
+        if self.held_nbytes > self.step_device_peak_nbytes:
+            self.step_device_peak_nbytes = self.held_nbytes
+            self.peak_device_nbytes = max(self.peak_device_nbytes, self.held_nbytes)
         if self.held_nbytes + staging_nbytes > self.step_peak_nbytes:
             self.step_peak_nbytes = self.held_nbytes + staging_nbytes
             self.peak_saved_nbytes = max(self.peak_saved_nbytes, self.step_peak_nbytes)
 
     def begin_step(self) -> None:
         """Looks for the peak of another step."""
-        self.step_peak_nbytes = self.held_nbytes
+        self.step_peak_nbytes = self.step_device_peak_nbytes = self.held_nbytes
 
     def compute_seconds(self) -> float:
         """A clock that stands still while training waits for a drive."""
@@ -227,6 +249,10 @@ class Stats:
     """Time with at least one write at the drive."""
     read_busy_seconds: float
     """Time with at least one read at the drive."""
+    device_step_seconds: float = 0.0
+    """An accelerator's latest step that was timed, by its own clock."""
+    device_wait_seconds: float = 0.0
+    """Time in which it waited there for bytes on their way back."""
     skipped: Mapping[str, Skipped] = field(default_factory=lambda: MappingProxyType({}))
     """Saved tensors left alone, by reason."""
     engine: str = ""
@@ -298,6 +324,11 @@ class Stats:
                 f"  step      peak {nbytes_text(self.predicted_peak_nbytes)} predicted,"
                 f" {nbytes_text(self.measured_peak_nbytes)} measured; {self.predicted_step_seconds:.3f} s predicted,"
                 f" {self.measured_step_seconds:.3f} s measured"
+            )
+        if self.device_step_seconds:
+            lines.append(
+                f"  device    {self.device_step_seconds:.3f} s in the latest step that was timed,"
+                f" {self.device_wait_seconds:.3f} s of it waiting for bytes on their way back"
             )
         for reason, skipped in sorted(self.skipped.items(), key=lambda item: -item[1].nbytes):
             lines.append(f"  in memory {skipped.count} x {reason} ({nbytes_text(skipped.nbytes)})")

@@ -147,7 +147,7 @@ def test_reloads_wait_for_their_time(make_offload: MakeOffload, monkeypatch: pyt
     """
     machine_now = Adaptation._machine_now
     fast = Tier(4e9, 4e9)
-    monkeypatch.setattr(Adaptation, "_machine_now", lambda self: replace(machine_now(self), disk=fast))
+    monkeypatch.setattr(Adaptation, "_machine_now", lambda self, **kind: replace(machine_now(self, **kind), disk=fast))
     _, step = gpt()
     seen: list[int] = []
     with make_offload(**AUTO | {"prefetch_nbytes": "64MiB"}) as offload:

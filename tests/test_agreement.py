@@ -18,6 +18,7 @@ from ssdtrain.planner import Goal, Lifetime, Machine, Step, Tier
 from ssdtrain.stats import Counters
 
 MIB = 1 << 20
+NO_HOST = (0.0, 0.0)  # speeds of a host tier
 
 
 @pytest.fixture
@@ -27,29 +28,29 @@ def store() -> torch.distributed.HashStore:
 
 def test_the_lowest_counts(store: torch.distributed.HashStore) -> None:
     ranks = [Agreement(store, rank, 3) for rank in range(3)]
-    assert ranks[0].lowest((3e9, 6e9)) == (3e9, 6e9), "nobody else has measured: nobody waits"
-    assert ranks[1].lowest((1e9, 8e9)) == (1e9, 6e9)
-    assert ranks[2].lowest((2e9, 5e9)) == (1e9, 5e9)
-    assert ranks[0].lowest((3e9, 6e9)) == (1e9, 5e9)
+    assert ranks[0].lowest((3e9, 6e9, *NO_HOST)) == (3e9, 6e9, *NO_HOST), "nobody else has measured: nobody waits"
+    assert ranks[1].lowest((1e9, 8e9, *NO_HOST)) == (1e9, 6e9, *NO_HOST)
+    assert ranks[2].lowest((2e9, 5e9, *NO_HOST)) == (1e9, 5e9, *NO_HOST)
+    assert ranks[0].lowest((3e9, 6e9, *NO_HOST)) == (1e9, 5e9, *NO_HOST)
 
 
 def test_only_changes_travel(store: torch.distributed.HashStore) -> None:
     one, other = (Agreement(store, rank, 2) for rank in range(2))
-    one.lowest((1e9, 1e9))
-    assert other.lowest((2e9, 2e9)) == (1e9, 1e9)
-    one.lowest((1.05e9, 0.95e9))
-    assert other.lowest((2e9, 2e9)) == (1e9, 1e9), "a twentieth is noise"
-    one.lowest((0.5e9, 1e9))
-    assert other.lowest((2e9, 2e9)) == (0.5e9, 1e9)
+    one.lowest((1e9, 1e9, *NO_HOST))
+    assert other.lowest((2e9, 2e9, *NO_HOST)) == (1e9, 1e9, *NO_HOST)
+    one.lowest((1.05e9, 0.95e9, *NO_HOST))
+    assert other.lowest((2e9, 2e9, *NO_HOST)) == (1e9, 1e9, *NO_HOST), "a twentieth is noise"
+    one.lowest((0.5e9, 1e9, *NO_HOST))
+    assert other.lowest((2e9, 2e9, *NO_HOST)) == (0.5e9, 1e9, *NO_HOST)
 
 
 def test_contexts_do_not_mix(store: torch.distributed.HashStore) -> None:
     """The second one of a rank belongs to the second one of the others."""
     first = [Agreement(store, rank, 2) for rank in range(2)]
     second = [Agreement(store, rank, 2) for rank in range(2)]
-    first[0].lowest((1e9, 1e9))
-    assert second[1].lowest((2e9, 2e9)) == (2e9, 2e9)
-    assert first[1].lowest((2e9, 2e9)) == (1e9, 1e9)
+    first[0].lowest((1e9, 1e9, *NO_HOST))
+    assert second[1].lowest((2e9, 2e9, *NO_HOST)) == (2e9, 2e9, *NO_HOST)
+    assert first[1].lowest((2e9, 2e9, *NO_HOST)) == (1e9, 1e9, *NO_HOST)
 
 
 class Broken(torch.distributed.HashStore):
@@ -60,7 +61,7 @@ class Broken(torch.distributed.HashStore):
 def test_a_store_that_is_gone_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
     rank = Agreement(torch.distributed.HashStore(), 0, 2)
     rank._store = Broken()
-    assert rank.lowest((1e9, 2e9)) == rank.lowest((1e9, 3e9))[:1] + (2e9,)
+    assert rank.lowest((1e9, 2e9, *NO_HOST)) == (1e9, 2e9, *NO_HOST)
     assert len(caplog.records) == 1 and "connection reset" in caplog.text
 
 
@@ -116,9 +117,9 @@ def test_two_processes(tmp_path: Path) -> None:
         meeting = f"file://{sys.argv[1]}/meeting"
         torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
         agreement = agreement_of_job()
-        own = (1e9, 4e9) if rank == 0 else (2e9, 3e9)
+        own = (1e9, 4e9, 0.0, 7e9) if rank == 0 else (2e9, 3e9, 5e9, 0.0)
         deadline = time.monotonic() + 60
-        while agreement.lowest(own) != (1e9, 3e9):
+        while agreement.lowest(own) != (1e9, 3e9, 5e9, 7e9):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         print("agreed")

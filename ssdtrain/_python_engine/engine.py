@@ -203,6 +203,9 @@ class BaseEngine(Owned):
     def read_busy_seconds(self) -> float:
         return self._monitor.totals.read.busy_seconds
 
+    def copies(self) -> tuple[tuple[int, float], tuple[int, float]]:
+        return (0, 0.0), (0, 0.0)  # it knows no slabs that an accelerator is copied to
+
     def traffic(self, user: int) -> tuple[tuple[int, float, int, float], tuple[int, float, int, float]]:
         with self._monitor.changed:
             own = self._monitor.traffic[user]

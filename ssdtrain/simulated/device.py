@@ -18,7 +18,7 @@ from types import TracebackType
 
 import torch
 
-from ssdtrain.device import Allocation
+from ssdtrain.device import Allocation, Moment
 from ssdtrain.simulated.driver import SimulatedDriver
 from ssdtrain.simulated.machine import Machine
 from ssdtrain.simulated.mode import HostReaderMode, LaterMode
@@ -125,6 +125,10 @@ class SimulatedDevice:
     def describe(self) -> str:
         """What is queued."""
         return self._machine.executor.describe()
+
+    def moment(self) -> Moment:
+        """The point that the calling thread's compute stream is at; it has the time at which that point was reached."""
+        return self._machine.mark()
 
     # -- memory ----------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,32 @@ class Work:
     writes: tuple[Span, ...] = ()
     keep: tuple[Any, ...] = ()
     """What must stay alive until it has run."""
+
+
+class Mark:
+    """A point in a stream's queue that remembers when it was reached."""
+
+    def __init__(self, stream: int, executor: Executor) -> None:
+        """Not reached yet."""
+        self.stream = stream
+        self._executor = executor
+        self._at: float | None = None
+
+    def reach(self) -> None:
+        """The stream is there."""
+        self._at = time.perf_counter()
+
+    @property
+    def is_reached(self) -> bool:
+        """Whether the stream was there."""
+        if self._at is None:
+            self._executor.nudge()
+        return self._at is not None
+
+    def seconds_since(self, earlier: Any) -> float:
+        """Since an earlier mark; both are reached."""
+        assert self._at is not None
+        return float(self._at - earlier._at)
 
 
 class _Thread(threading.local):
@@ -105,6 +132,13 @@ class Machine:
         """An event that is complete when all that is queued on `stream` so far is over. Takes no lock."""
         clock = self.order.clock(stream.handle)  # before the position: work queued in between is waited for, unclaimed
         return Event(stream, stream.num_queued, clock)
+
+    def mark(self) -> Mark:
+        """Notes when this thread's compute stream gets to what is queued next."""
+        stream = self.current
+        mark = Mark(stream.handle, self.executor)
+        self.executor.put(stream, Item("mark", mark.reach))
+        return mark
 
     def wait(self, stream: Stream, event: Event) -> None:
         """What is queued on `stream` later runs after `event`."""
