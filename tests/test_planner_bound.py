@@ -6,11 +6,12 @@ import math
 import random
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from steps import MIB, layers, pipeline, scattered, some_machine
 
-from ssdtrain.planner import Lifetime, Machine, Step, Tier
+from ssdtrain.planner import Goal, Lifetime, Machine, Plan, Step, Tier, choose, decide, make_plan, recompute
 from ssdtrain.planner.bound import least_at, moments_near_peak
 from ssdtrain.planner.search import Search
 from ssdtrain.planner.timeline import Timeline
@@ -135,3 +136,47 @@ def test_shakes_end_when_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(search, "_shaken", lambda *args: shakes.append(1) or shaken(*args))
     search.run()
     assert len(shakes) == 30 and search.num_walks < search._most_walks / 2
+
+
+# -- plans that wait -------------------------------------------------------------------------------------------------
+
+
+def played(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with every step that is played."""
+    calls, predict = list[int](), decide.predict
+
+    def counted(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        return predict(*args, **options)
+
+    monkeypatch.setattr(decide, "predict", counted)
+    return calls
+
+
+@pytest.mark.parametrize("share", [0.5, 0.25])
+def test_a_tenth_of_the_plays_finds_about_the_least_wait(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = layers(60)
+    goal, machine = Goal(memory_budget=int(0.4 * step.nbytes)), drive(step, share)
+    calls = played(monkeypatch)
+    plan = make_plan(step, machine, goal)
+    assert 10 < len(calls) <= 30
+    monkeypatch.setattr(decide, "_LONG_STRIDES", 200)
+    every = make_plan(step, machine, goal)
+    assert len(calls) > 200
+    assert plan.stall_seconds > 0 and plan.peak_nbytes <= goal.memory_budget
+    assert every.step_seconds <= plan.step_seconds <= 1.02 * every.step_seconds
+
+
+def test_no_plan_is_made_that_cannot_be_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once some blocks make the step fit without a wait, more of them can only take longer."""
+    step, planned = layers(60), list[Step]()
+
+    def noted(step: Step, machine: Machine, goal: Goal) -> Plan:
+        planned.append(step)
+        return make_plan(step, machine, goal)
+
+    monkeypatch.setattr(recompute, "make_plan", noted)
+    goal = Goal(memory_budget=int(0.5 * step.nbytes))
+    chosen, plan = choose(step, [f"layer.{i}" for i in range(10)], drive(step, 0.1), goal)
+    assert 0 < len(chosen) < 10 and plan.stall_seconds == 0
+    assert len(planned) == 1 + len(chosen)
