@@ -55,7 +55,7 @@ def lowest_peak(step: Step, machine: Machine, max_rounds: int = 12, seconds: flo
         peak = min(peak, timeline.peak(placement))
         if peak <= bound * (1 + _EXACT):
             break
-        instants.add(timeline.moment_of_peak(placement) + _INSTANT * step.seconds)
+        instants.add(timeline.moment_of_peak(timeline.moves(placement)) + _INSTANT * step.seconds)
     return Optimum(bound, peak, num_solved)
 
 

@@ -73,3 +73,19 @@ def ten_thousand(shape: str) -> tuple[Step, Machine]:
         "scattered": lambda: scattered(chance, 10_000),
     }[shape]()
     return step, some_machine(random.Random(5), step)
+
+
+def layers(num: int) -> Step:
+    """A forward and backward of half a second through layers of six records each, as a transformer saves them."""
+    sizes = [[4, 4, 12, 4, 16, 16][i % 6] * MIB for i in range(num)]
+    whole = 3 * sum([size + MIB for size in sizes])
+    seconds = [0.5 * (size + MIB) / whole for size in sizes]
+    now, saved = 0.0, list[float]()
+    for took in seconds:
+        now += took
+        saved.append(now)
+    records = []
+    for i in reversed(range(num)):
+        records.append(Lifetime(sizes[i], saved[i], now, now + 2 * seconds[i], module=f"layer.{i // 6}"))
+        now += 2 * seconds[i]
+    return Step(tuple(reversed(records)), now)

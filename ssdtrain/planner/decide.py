@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 
 from ssdtrain.planner.plan import SECONDS_PER_DAY, Goal, Plan
 from ssdtrain.planner.predict import Prediction, latest_starts, predict
@@ -14,8 +14,9 @@ from ssdtrain.planner.timeline import Timeline
 from ssdtrain.stats import nbytes_text
 
 _LEAST_GAIN = 0.01  # of the peak: for less nothing moves
-_WORK = 100_000  # records played in all when training has to wait
-_MIN_PLAYS, _MAX_PLAYS = 6, 200
+_WORK = 100_000  # records times shares
+_MIN_PLAYS, _MAX_PLAYS = 6, 200  # so many shares of the records are told apart
+_LONG_STRIDES = 16  # plays before those around the best
 
 
 def make_plan(step: Step, machine: Machine, goal: Goal) -> Plan:
@@ -101,30 +102,48 @@ class _Decision:
 
     def _plan_with_waits(self, budget: int) -> Plan:
         """The least wait under the budget, or the lowest peak when nothing gets under it."""
-        plays = max(_MIN_PLAYS, min(_MAX_PLAYS, _WORK // len(self._kept)))
-        best, outcome = self._search.best, predict(self._timeline, self._search.best, is_patient=True)
-        for placement in self._candidates(plays):
-            new = predict(self._timeline, placement, is_patient=True)
-            if _rank(new, budget) < _rank(outcome, budget):
-                best, outcome = placement, new
+        best, outcome = self._least_wait(budget)
         cost = f"at a cost of {self._cost(outcome)}"
         if outcome.peak_nbytes <= budget:
             return self._as_plan(best, f"under the budget of {nbytes_text(budget)} {cost}", is_patient=True)
         statement = f"the budget of {nbytes_text(budget)} cannot be met: the lowest peak is"
         return self._as_plan(best, f"{statement} {nbytes_text(outcome.peak_nbytes)}, {cost}", is_patient=True)
 
-    def _candidates(self, num: int) -> Iterator[list[int]]:
-        """What moves without a wait, and more and more of the rest: what is away the longest first."""
-        best, away = self._search.best, self._search.longest_away()
-        rest = sorted([i for i, where in enumerate(best) if not where], key=lambda i: -away[i][0])
-        for k in range(1, num + 1):
-            placement = best.copy()
-            for i in rest[: max(1, len(rest) * k // num)]:
-                placement[i] = away[i][1]
-            if sum([n for n, w in zip(self._timeline.nbytes, placement, strict=True) if w == Where.DISK]) <= (
-                self._timeline.machine.max_written_nbytes
-            ):
-                yield placement
+    def _least_wait(self, budget: int) -> tuple[list[int], Prediction]:
+        """Sends more and more of the rest: in long strides first, then in shorter ones around the best of them."""
+        num = max(_MIN_PLAYS, min(_MAX_PLAYS, _WORK // len(self._kept)))
+        best, outcome = self._search.best, predict(self._timeline, self._search.best, is_patient=True)
+        best_k, stride = 0, -(-num // _LONG_STRIDES)
+        ks = list(range(stride, num, stride)) + [num]
+        while ks:
+            for k in ks:
+                placement = self._with_rest(k / num)
+                if self._is_within_endurance(placement):
+                    new = predict(self._timeline, placement, is_patient=True)
+                    if _rank(new, budget) < _rank(outcome, budget):
+                        best, outcome, best_k = placement, new, k
+            stride //= 2
+            ks = [k for k in (best_k - stride, best_k + stride) if 0 < k <= num] if stride else []
+        return best, outcome
+
+    def _with_rest(self, share: float) -> list[int]:
+        """What moves without a wait, and a share of the rest: what is away the longest first."""
+        placement, away = self._search.best.copy(), self._away
+        for i in self._rest[: max(1, int(len(self._rest) * share))]:
+            placement[i] = away[i][1]
+        return placement
+
+    @cached_property
+    def _away(self) -> list[tuple[float, int]]:
+        return self._search.longest_away()
+
+    @cached_property
+    def _rest(self) -> list[int]:
+        return sorted([i for i, w in enumerate(self._search.best) if not w], key=lambda i: -self._away[i][0])
+
+    def _is_within_endurance(self, placement: list[int]) -> bool:
+        sent = [n for n, where in zip(self._timeline.nbytes, placement, strict=True) if where == Where.DISK]
+        return sum(sent) <= self._timeline.machine.max_written_nbytes
 
     # -- the result ----------------------------------------------------------------------------------------------
 

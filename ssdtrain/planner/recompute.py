@@ -56,8 +56,11 @@ def choose(
     options = [frozenset(order[:k]) for k in range(stride, len(order) + 1, stride)]
     options += [frozenset(order)] if len(order) % stride else []
     for chosen in [*([kept & set(order)] if kept else []), *options]:
-        new = make_plan(recomputed(step, chosen), machine, goal)
-        if _rank(new, budget) < _rank(best_plan, budget, 1.01 if best == kept and kept else 1.0):
+        least, other = _rank(best_plan, budget, 1.01 if best == kept and kept else 1.0), recomputed(step, chosen)
+        if least <= (0, other.seconds):  # it could not even be better if nothing waited
+            continue
+        new = make_plan(other, machine, goal)
+        if _rank(new, budget) < least:
             best, best_plan = chosen, new
     return best, _explained(best_plan, best, step, len(order)) if best else best_plan
 

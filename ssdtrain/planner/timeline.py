@@ -16,12 +16,17 @@ from __future__ import annotations
 
 import heapq
 import math
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
+from operator import itemgetter
 
 from ssdtrain.planner.step import Machine, Step, Tier, Where
+
+_DELTA = itemgetter(1)  # of an event: how many bytes more or less
 
 Placement = Sequence[int]
 """A `Where` for every record."""
@@ -68,32 +73,61 @@ class Timeline:
             before = nbytes
         return sorted(events)
 
+    def kept_level(self, at: float, is_past: bool) -> int:
+        """Bytes in memory at a moment if nothing moves, after or before what happens then."""
+        times, levels = self._kept
+        return levels[(bisect_right if is_past else bisect_left)(times, at)]
+
+    @cached_property
+    def _kept(self) -> tuple[list[float], list[int]]:
+        """When memory changes if nothing moves, and the bytes before the first change and after each."""
+        return [at for at, _ in self._unmoved], [0, *accumulate(map(_DELTA, self._unmoved))]
+
+    def can_be_away(self, i: int, where: Where, at: float, *, is_past: bool = True) -> bool:
+        """Whether a record would be on this tier at a moment if it had the tier for itself."""
+        tier, size, needed = self.tiers[where], self.nbytes[i], self.needed[i]
+        if size > self.machine.prefetch_nbytes:
+            return False
+        written = self.saved[i] + size * (1 / tier.write_bandwidth)
+        start = needed - size * (1 / tier.read_bandwidth) if needed < math.inf else self.released[i]
+        return written <= at < start if is_past else written < at <= start
+
     def peak(self, placement: Placement) -> float:
         """Most bytes in memory at once; infinite when a rule is broken."""
         levels = self.levels(placement)
         return math.inf if levels is None else max(levels, default=0)
 
-    def levels(self, placement: Placement) -> list[int] | None:
-        """Bytes in memory after every change; None when a rule is broken."""
+    def levels(self, placement: Placement, at: float = -1.0, most: float = math.inf) -> list[int] | None:
+        """Bytes in memory after every change; None when a rule is broken, or when there are more than `most` `at` once.
+
+        The latter is found out before the changes are put in order, which takes half of the time.
+        """
         moves = self.moves(placement, stops_at_refusal=True)
-        return self.levels_of(moves) if moves.is_clean else None
+        if not moves.is_clean or (most < math.inf and self.level_at(at, moves) > most):
+            return None
+        return self.levels_of(moves)
+
+    def level_at(self, at: float, moves: Moves) -> int:
+        """Bytes in memory at a moment, after what happens then."""
+        whole = zip(self.nbytes, moves.written, moves.reloaded, strict=True)
+        return self.kept_level(at, True) - sum([size for size, gone, back in whole if 0 <= gone <= at < back])
 
     def levels_of(self, moves: Moves) -> list[int]:
         """Bytes in memory after every change, when the times are known already."""
-        return list(accumulate([delta for _, delta in self.events(moves)]))
+        return list(accumulate(map(_DELTA, self.events(moves))))
 
-    def moment_of_peak(self, placement: Placement) -> float:
+    def moment_of_peak(self, moves: Moves) -> float:
         """When most bytes are in memory."""
-        events = self.events(self.moves(placement))
-        levels = list(accumulate([delta for _, delta in events]))
+        events = self.events(moves)
+        levels = list(accumulate(map(_DELTA, events)))
         return events[levels.index(max(levels))][0]
 
     def events(self, moves: Moves) -> list[tuple[float, int]]:
         """Changes of memory in order; of simultaneous ones those that free memory come first."""
         sizes = self.nbytes
         events = self._unmoved.copy()
-        events += [(at, -sizes[i]) for i, at in enumerate(moves.written) if at >= 0]
-        events += [(at, sizes[i]) for i, at in enumerate(moves.reloaded) if at >= 0]
+        events += [(at, -nbytes) for at, nbytes in zip(moves.written, sizes, strict=True) if at >= 0]
+        events += [(at, nbytes) for at, nbytes in zip(moves.reloaded, sizes, strict=True) if at >= 0]
         events.sort()
         return events
 
