@@ -10,6 +10,7 @@ allocated on the current stream, written after that point of it, and used by str
 from __future__ import annotations
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ssdtrain.device import Allocation, Moment
 from ssdtrain.engines import cuda_driver
@@ -73,7 +74,8 @@ class CudaDevice:
     def allocate(self, nbytes: int, alignment: int, block_nbytes: int) -> Allocation:
         """See `Device`. Blocks of the caching allocator are aligned to 512 bytes, more than any dtype needs."""
         memory = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-        return Allocation(memory.untyped_storage(), memory.data_ptr(), nbytes)
+        storage = memory.untyped_storage()
+        return Allocation(storage, memory.data_ptr(), nbytes, StorageWeakRef(storage))
 
     def share(self, storage: torch.UntypedStorage, stream: int) -> None:
         """See `Device`."""

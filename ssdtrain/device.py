@@ -8,6 +8,7 @@ threads copy on streams of their own: `ssdtrain.cuda`, and `ssdtrain.simulated` 
 from __future__ import annotations
 
 import mmap
+from collections import deque
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 _SMALL_NBYTES = 128 * 1024
 _HUGE_NBYTES = 2 * 1024 * 1024
+_MAX_LENT = 32  # mappings, before looking which of them died out of turn
 
 
 class Allocation(NamedTuple):
@@ -23,6 +25,8 @@ class Allocation(NamedTuple):
     storage: torch.UntypedStorage
     address: int
     capacity: int
+    weak: StorageWeakRef
+    """Of the storage."""
 
 
 class Moment(Protocol):
@@ -90,7 +94,9 @@ class CpuDevice:
     def __init__(self, max_idle_nbytes: int) -> None:
         """Keeps at most `max_idle_nbytes` for later."""
         self._max_idle_nbytes = max_idle_nbytes
-        self._mappings: list[tuple[mmap.mmap, StorageWeakRef]] = []  # the oldest first
+        self._lent: deque[tuple[mmap.mmap, StorageWeakRef]] = deque()  # the oldest first: mostly it dies first
+        self._idle: dict[int, list[mmap.mmap]] = {}  # by size, those of the size used longest ago first
+        self._idle_nbytes = 0
 
     def why_not(self) -> str | None:
         """See `Device`."""
@@ -114,36 +120,69 @@ class CpuDevice:
             small = bytearray(capacity + alignment)
             start = -torch.frombuffer(small, dtype=torch.uint8).data_ptr() % alignment
             view = torch.frombuffer(small, dtype=torch.uint8, count=nbytes, offset=start)
-            return Allocation(view.untyped_storage(), view.data_ptr(), capacity)
+            storage = view.untyped_storage()
+            return Allocation(storage, view.data_ptr(), capacity, StorageWeakRef(storage))
         mapping = self._reuse(capacity) or _map(capacity)
         view = torch.frombuffer(mapping, dtype=torch.uint8, count=nbytes)
         storage = view.untyped_storage()
-        self._mappings.append((mapping, StorageWeakRef(storage)))
-        return Allocation(storage, view.data_ptr(), capacity)
+        weak = StorageWeakRef(storage)
+        self._lent.append((mapping, weak))
+        return Allocation(storage, view.data_ptr(), capacity, weak)
 
     def idle_nbytes(self) -> int:
-        """See `Device`."""
-        return sum(len(mapping) for mapping, ref in self._mappings if ref.expired())
+        """See `Device`. What died out of turn counts when its size is missing, or with many others."""
+        self._take_back()
+        return self._idle_nbytes
 
     def trim(self) -> None:
         """See `Device`. Memory that is still a tensor's goes back when the tensor does."""
-        self._mappings.clear()
+        self._lent.clear()
+        self._idle, self._idle_nbytes = {}, 0
 
     def _reuse(self, capacity: int) -> mmap.mmap | None:
-        """An idle mapping of this size; others go when too much is idle."""
-        found, idle_nbytes = None, 0
-        kept: list[tuple[mmap.mmap, StorageWeakRef]] = []
-        for mapping, ref in reversed(self._mappings):
-            if ref.expired():
-                if found is None and len(mapping) == capacity:
-                    found = mapping
-                    continue
-                idle_nbytes += len(mapping)
-                if idle_nbytes > self._max_idle_nbytes:
-                    continue
-            kept.append((mapping, ref))
-        self._mappings = kept[::-1]
-        return found
+        """An idle mapping of this size."""
+        self._take_back()
+        if capacity not in self._idle:
+            self._take_all_back()
+        found = self._idle.pop(capacity, None)
+        if found is None:
+            return None
+        mapping = found.pop()
+        self._idle_nbytes -= capacity
+        if found:
+            self._idle[capacity] = found  # at the end: used last
+        return mapping
+
+    def _take_back(self) -> None:
+        """What died in turn; now and then what did not."""
+        lent = self._lent
+        while lent and lent[0][1].expired():
+            self._keep(lent.popleft()[0])
+        if len(lent) > _MAX_LENT:
+            self._take_all_back()
+
+    def _take_all_back(self) -> None:
+        """What died at all."""
+        lent, self._lent = self._lent, deque()
+        for mapping, weak in lent:
+            if weak.expired():
+                self._keep(mapping)
+            else:
+                self._lent.append((mapping, weak))
+
+    def _keep(self, mapping: mmap.mmap) -> None:
+        """Others go when too much is idle, those whose size was not asked for longest first."""
+        capacity = len(mapping)
+        if capacity > self._max_idle_nbytes:
+            return
+        self._idle.setdefault(capacity, []).append(mapping)
+        self._idle_nbytes += capacity
+        while self._idle_nbytes > self._max_idle_nbytes:
+            oldest = next(iter(self._idle))
+            self._idle[oldest].pop()
+            self._idle_nbytes -= oldest
+            if not self._idle[oldest]:
+                del self._idle[oldest]
 
 
 def _map(nbytes: int) -> mmap.mmap:

@@ -15,7 +15,6 @@ import time
 from collections import deque
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from ssdtrain.books import ClosedError
 from ssdtrain.devices import Devices
@@ -187,7 +186,7 @@ class Reloads:
                 self._counters.forwarded_nbytes += read.forwarded_nbytes
         record.move(Residency.DEVICE)
         record.storage = memory.storage
-        record.weak = StorageWeakRef(memory.storage)
+        record.weak = memory.weak
         record.arrivals = reads if record.device.driver is not None else ()
         record.epoch += 1
         record.num_unseen = record.num_handles

@@ -233,7 +233,7 @@ class Transport:
 
     def read(self, record: Record, memory: Allocation) -> tuple[Read, ...]:
         """Begins to bring a record's bytes to `memory`, which is kept alive until they are there."""
-        read, (_, address, capacity) = self.engine.read, memory
+        read, (_, address, capacity, _) = self.engine.read, memory
         ready = fence(record.device.driver, record.stream)
         reads: list[Read] = []
         self._landings[record] = reads, memory  # first: nothing may be read to memory that an interrupt sets free

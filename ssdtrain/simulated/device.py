@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from types import TracebackType
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ssdtrain.device import Allocation, Moment
 from ssdtrain.simulated.driver import SimulatedDriver
@@ -136,7 +137,7 @@ class SimulatedDevice:
         """Memory of the current stream: work on another stream must wait for what is queued there now."""
         capacity = -(-nbytes // block_nbytes) * block_nbytes
         storage, block = self._machine.allocate(nbytes, capacity=capacity, alignment=alignment)
-        return Allocation(storage, block.address, block.nbytes)
+        return Allocation(storage, block.address, block.nbytes, StorageWeakRef(storage))
 
     def share(self, storage: torch.UntypedStorage, stream: int) -> None:
         """When `storage` dies, its memory is handed out again after what is queued on `stream` by then."""
