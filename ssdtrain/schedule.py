@@ -141,7 +141,7 @@ class Schedule:
             began_at=recording.began_at + self._stalled_before,
             seconds=step.seconds + stalled,
             stall_seconds=stalled,
-            peak_nbytes=totals.step_peak_nbytes,
+            peak_nbytes=totals.step_peak_nbytes if recording.is_wall_time else totals.step_device_peak_nbytes,
             plan=self._followed,
             totals=totals,
         )
@@ -157,8 +157,7 @@ class Schedule:
         self._review_what_arrived(counters)
         self._stalled_before = totals.stalled_seconds
         recording = finished.recording
-        peak = finished.peak_nbytes if recording.is_wall_time else totals.step_device_peak_nbytes
-        measured = Measured(peak, finished.seconds, finished.stall_seconds, self._followed)
+        measured = Measured(finished.peak_nbytes, finished.seconds, finished.stall_seconds, self._followed)
         if self._adaptation is not None and recording.is_complete:
             if recording.is_wall_time:
                 self._adaptation.review(finished.step, measured, totals)

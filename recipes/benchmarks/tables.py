@@ -154,7 +154,7 @@ def throttle_table(result: dict[str, Any]) -> str:
     rows = [
         f"A drive too slow to take everything (`recipes/benchmarks/throttle.py`; a GPT of {size['layers']} layers,"
         f" width {size['width']}, {size['batch']} x {size['sequence']}; throttled to parts of what writing everything"
-        " during forward needs):",
+        f" during forward needs; plain against plain this comparison says {_ratio(result['plain_twice'])}):",
         "",
         "| bandwidth | peak of saved tensors predicted | measured | moved per step | forward's worth of the drive"
         " | stalled | step against plain, quartiles |",
@@ -165,9 +165,14 @@ def throttle_table(result: dict[str, Any]) -> str:
         rows.append(
             f"| {row['drive']} | {row['predicted_peak_nbytes'] / MIB:,.1f} MiB | {row['peak_nbytes'] / MIB:,.1f} MiB"
             f" | {row['moved_nbytes'] / MIB:,.0f} MiB | {allowed} | {row['stall_seconds'] * 1000:.0f} ms"
-            f" | x {row['ratio']:.2f}, {row['ratio_quartiles'][0]:.2f} to {row['ratio_quartiles'][1]:.2f} |"
+            f" | {_ratio(row)} |"
         )
     return "\n".join(rows) + "\n"
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    low, high = row["ratio_quartiles"]
+    return f"x {row['ratio']:.2f}, {low:.2f} to {high:.2f}"
 
 
 TABLES = {

@@ -3,12 +3,14 @@
     python recipes/benchmarks/throttle.py /mnt/nvme
     python recipes/benchmarks/throttle.py /mnt/nvme --layers 14 --width 384 --batch 8 --sequence 512
 
-A GPT trains with ssdtrain on the drive as it is, then with the drive throttled by the kernel (blkio cgroup, needs root)
-to parts of what it would take to write everything during forward. The same GPT trains without ssdtrain in a second
-process; the two take steps in turn, one at a time, and the ratio is the median of those of a step and of the two plain
-steps around it, so that a machine whose speed changes cancels out. A row begins after `SETTLING_STEPS`. A turn is the
-time from one step's beginning to the next one's, the plain step included. "allowed" is what the drive could write
-during forward, which is what could lower a peak at its end; "moved" is what was written.
+A GPT trains with ssdtrain on the drive as it is, then with the drive throttled by the kernel (blkio cgroup, needs
+root) to parts of what it would take to write everything during forward. The same GPT trains without ssdtrain in a
+second process; the two take steps in turn, one at a time, and the ratio is the median of those of a step and of the
+two plain steps around it, so that a machine whose speed changes cancels out. First both processes train without it:
+what that ratio is off by, and how far its quartiles are apart, the others may be too. A row begins after
+`SETTLING_STEPS`. A turn is the time from one step's beginning to the next one's, the plain step included. "allowed"
+is what the drive could write during forward, which is what could lower a peak at its end; "moved" is what was
+written.
 """
 
 from __future__ import annotations
@@ -132,6 +134,22 @@ def throttled(directory: str, bandwidth: float | None) -> Iterator[None]:
         group.rmdir()
 
 
+def compare(plains: list[float], seconds: list[float]) -> tuple[float, tuple[float, float]]:
+    """Median and quartiles of steps against the plain steps before and after each."""
+    ratios = [2 * step / (a + b) for step, a, b in zip(seconds, plains, plains[1:], strict=False)]
+    first, _, third = statistics.quantiles(ratios, n=4)
+    return statistics.median(ratios), (first, third)
+
+
+def calibrate(trainer: Trainer, plain: Plain, options: argparse.Namespace) -> tuple[float, tuple[float, float]]:
+    """The same comparison with no difference: both processes train without ssdtrain."""
+    plains, seconds = [plain.step()], []
+    for _ in range(options.steps):
+        seconds.append(trainer.step())
+        plains.append(plain.step())
+    return compare(plains, seconds)
+
+
 def measure(trainer: Trainer, plain: Plain, options: argparse.Namespace, drive: str, bandwidth: float | None) -> Row:
     """One row: a plain step and one with ssdtrain, in turn."""
     with tempfile.TemporaryDirectory(dir=options.directory) as folder, throttled(folder, bandwidth):
@@ -148,13 +166,12 @@ def measure(trainer: Trainer, plain: Plain, options: argparse.Namespace, drive: 
             print(offload.plan, flush=True)
         offload.close()
     reloads = (after.num_prefetched - before.num_prefetched) + (after.num_demand_reloads - before.num_demand_reloads)
-    ratios = [2 * step / (a + b) for step, a, b in zip(seconds, plains, plains[1:], strict=False)]
-    first, _, third = statistics.quantiles(ratios, n=4)
+    ratio, quartiles = compare(plains, seconds)
     return Row(
         drive=drive,
         bandwidth=bandwidth,
-        ratio=statistics.median(ratios),
-        ratio_quartiles=(first, third),
+        ratio=ratio,
+        ratio_quartiles=quartiles,
         step_seconds=statistics.median(seconds),
         plain_seconds=statistics.median(plains),
         peak_nbytes=statistics.median([stats.measured_peak_nbytes for stats in told]),
@@ -208,6 +225,8 @@ def main() -> None:
         trainer.step()
     need = nbytes / trainer.forward_seconds
     print(f"{nbytes / 2**20:.1f} MiB saved in {trainer.forward_seconds:.3f} s of forward: {need / 1e6:.1f} MB/s")
+    equal, (low, high) = calibrate(trainer, plain, options)
+    print(f"{'plain twice':>15}  x {equal:.3f} ({low:.3f} to {high:.3f})", flush=True)
     rows: list[Row] = []
     drives: list[tuple[str, float | None]] = [("as it is", None)]
     drives += [(f"{share:g} of the need", share * need) for share in options.shares]
@@ -217,7 +236,10 @@ def main() -> None:
     versions: dict[str, Any] = {"torch": torch.__version__, "ssdtrain": ssdtrain.__version__}
     machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), **versions}
     size = {name: getattr(options, name) for name in ("layers", "width", "batch", "sequence", "steps")}
-    print(json.dumps({**machine, "size": size, "need": need, "rows": [asdict(row) for row in rows]}))
+    plain_twice = {"ratio": equal, "ratio_quartiles": (low, high)}
+    print(
+        json.dumps({**machine, "size": size, "need": need, "plain_twice": plain_twice, "rows": list(map(asdict, rows))})
+    )
 
 
 if __name__ == "__main__":
