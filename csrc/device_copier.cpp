@@ -54,9 +54,10 @@ void FenceWatcher::start(const char* name) {
   thread_.spawn(name, [this] { run(); });
 }
 
-void FenceWatcher::push(std::shared_ptr<Fence> ready, std::shared_ptr<Fence> fence, Done done) {
+void FenceWatcher::push(std::vector<std::shared_ptr<Fence>> needed, std::shared_ptr<Fence> fence,
+                        Done done) {
   std::lock_guard<std::mutex> lock(mutex_);
-  queue_.push_back({std::move(ready), std::move(fence), std::move(done)});
+  queue_.push_back({std::move(needed), std::move(fence), std::move(done), seconds_now()});
   changed_.notify_one();
 }
 
@@ -69,7 +70,23 @@ void FenceWatcher::stop() {
   thread_.join();
 }
 
+// When the last of what it needs was there; what was there before anybody looked says nothing.
+double FenceWatcher::wait_until_ready(const Watched& next) {
+  double ready = next.queued;
+  try {
+    for (const std::shared_ptr<Fence>& needed : next.needed) {
+      if (needed == nullptr || needed->is_complete()) continue;
+      needed->synchronize();
+      ready = seconds_now();
+    }
+  } catch (const std::exception&) {
+    // Only the time is not known; what went wrong the fence of the copy says.
+  }
+  return ready;
+}
+
 void FenceWatcher::run() {
+  double ended = 0.0;
   for (;;) {
     Watched next;
     {
@@ -80,16 +97,14 @@ void FenceWatcher::run() {
       queue_.pop_front();
     }
     std::string error;
-    double began = ended_;
+    double began = std::max(ended, wait_until_ready(next));
     try {
-      next.ready->synchronize();
-      began = std::max(began, seconds_now());
       next.fence->synchronize();
     } catch (const std::exception& thrown) {
       error = thrown.what();
     }
-    ended_ = seconds_now();
-    next.done(error, ended_ - began);
+    ended = seconds_now();
+    next.done(error, ended - began);
   }
 }
 
@@ -205,7 +220,7 @@ void DeviceCopier::issue(CopyIn job) {
     job.read->note_issued(there);
   }
   std::shared_ptr<Fence> ready = job.read->ready();
-  in_watcher_.push(ready, there,
+  in_watcher_.push({ready, job.available}, there,
                    [this, job = std::move(job)](const std::string& error, double seconds) mutable {
                      job.bytes.reset();  // before the request is seen to be done
                      std::lock_guard<std::mutex> lock(shared_.monitor->mutex);
@@ -243,7 +258,7 @@ void DeviceCopier::issue(WriteQueue::Job job) {
     job.write->note_issued(job.chunk, copied);
   }
   std::shared_ptr<Fence> producer = job.write->producer();
-  out_watcher_.push(producer, copied,
+  out_watcher_.push({producer}, copied,
                     [this, job = std::move(job)](const std::string& error, double seconds) mutable {
                       if (!error.empty()) {
                         writes_.fail(std::move(job), EREMOTEIO);

@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #include "device_driver.h"
 #include "doorbell.h"
@@ -24,30 +25,31 @@ namespace ssdtrain {
 // Calls back, on its own thread and in order, when fences of one stream are passed.
 class FenceWatcher {
  public:
-  // Gets what the driver threw, empty when all went well, and how long the stream took: from
-  // `ready` or the end of what was queued before, whichever came later.
+  // Gets what the driver threw, empty when all went well, and how long the stream took: since this
+  // was queued, what it needs was there, and what was queued before was over, as far as was seen.
   using Done = std::function<void(const std::string& error, double seconds)>;
 
   ~FenceWatcher() { stop(); }
   void start(const char* name);
-  // What is over at `fence` could begin at `ready`.
-  void push(std::shared_ptr<Fence> ready, std::shared_ptr<Fence> fence, Done done);
+  // What is over at `fence` could begin after `needed`.
+  void push(std::vector<std::shared_ptr<Fence>> needed, std::shared_ptr<Fence> fence, Done done);
   // Works off what was pushed, then ends the thread.
   void stop();
 
  private:
   struct Watched {
-    std::shared_ptr<Fence> ready;
+    std::vector<std::shared_ptr<Fence>> needed;
     std::shared_ptr<Fence> fence;
     Done done;
+    double queued;
   };
   void run();
+  static double wait_until_ready(const Watched& next);
 
   std::mutex mutex_;  // a leaf
   std::condition_variable changed_;
   std::deque<Watched> queue_;
   bool is_stopping_ = false;
-  double ended_ = 0.0;  // of the thread
   ThreadGroup thread_;
 };
 

@@ -105,6 +105,7 @@ class ActivationOffload:
         self._devices = Devices(cpu, has_host_tier_only=directories is None, met=met)
         self._store = Store(directories or (), policy, self._counters, self._index, self._devices, join)
         self._store.when_torn = self._schedule.start_afresh
+        self._store.when_forked = self._schedule.forget_accelerators
         self._watch = Watch(policy, directories or (), self._schedule, self._store)
         if policy.enabled:
             for text in check_directories(directories) if directories is not None else ():
@@ -383,12 +384,13 @@ class ActivationOffload:
         moment = record.pass_.step.mark() if record.device.driver is not None and record.storage is None else None
         loan, is_miss = store.request(record, handle.epoch)
         self._schedule.note_unpacked(record, is_first=is_first, is_miss=is_miss, moment=moment)
+        if moment is not None and loan is not None and record.arrivals:
+            record.pass_.step.note_wait(moment, is_for_reload=True)
         self._prefetch(self._schedule.upcoming(record.pass_))
-        was_there = loan is not None
         if loan is None:
             loan = store.wait(record, handle.epoch)
-        if moment is not None and (not was_there or record.arrivals):
-            record.pass_.step.note_wait(moment)
+            if moment is not None:
+                record.pass_.step.note_wait(moment, is_for_reload=True)
         storage, shift, handle.epoch = loan
         store.tidy()
         return rebuild(storage, handle.spec, shift, handle.probe)

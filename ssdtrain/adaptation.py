@@ -62,7 +62,11 @@ class Measured:
     followed: Plan | None = None
     """The plan it followed to its end."""
     is_accelerated: bool = False
-    """Whether its tensors are an accelerator's, which a host tier may hold."""
+    """Whether its tensors are an accelerator's, which a host tier may hold. Of those not all steps are told of."""
+    num_steps: int = 1
+    """How many steps there were since the last one that was told of, with this one."""
+    recomputed: frozenset[str] | None = None
+    """Blocks that were recomputed in it; None: those that are now."""
 
 
 class Adaptation:
@@ -94,64 +98,65 @@ class Adaptation:
         self._seen: OrderedDict[Key, None] = OrderedDict()
         self._planned_for: Machine = machine
         self._num_since_plan = self._num_plans = self._num_differing = 0
-        self._probed: Route | None = None  # the plan that a probe stands in for
+        self._probe: Route | None = None  # for one step,
+        self._probed: Route | None = None  # in place of this one
         self._num_idle, self._num_busy, self._probe_after = 0, 0, FIRST_PATIENCE
         self._no_plan_before = 0.0  # time.perf_counter()
 
     @property
     def latest(self) -> Route | None:
-        """The plan that was made or confirmed last."""
-        return next(reversed(self._routes.values()), None)
+        """The plan that was made or confirmed last, or a probe in its place."""
+        return self._or_probe(next(reversed(self._routes.values()), None))
 
     def route_of(self, shape: Shape) -> Route | None:
         """A plan for a step that began like this."""
-        return next((route for route in reversed(self._routes.values()) if route.fits(shape)), None)
+        return self._or_probe(next((route for route in reversed(self._routes.values()) if route.fits(shape)), None))
+
+    def _or_probe(self, route: Route | None) -> Route | None:
+        return self._probe if self._probe is not None and route is self._probed else route
+
+    def note_followed(self, plan: Plan | None) -> None:
+        """A step has followed this plan to its end: a probe then has served."""
+        if self._probe is not None and plan is self._probe.plan:
+            self._probe = self._probed = None
 
     def review(self, step: Step, measured: Measured, totals: Counters) -> None:
         """Takes a finished step and the engine's totals; makes a plan where there is none or it holds no more."""
-        speeds = self._meter.note(totals)
+        speeds = self._meter.note(totals, measured.num_steps)
         self._others.note(totals.shared_written_nbytes, time.perf_counter())
         if not any(speeds):
             return
         self._speeds = self._agreed(speeds)
         now = self._machine_now(is_accelerated=measured.is_accelerated)
-        if now.disk is None and now.host is None:
+        is_stale = measured.recomputed is not None and measured.recomputed != self.recomputed
+        if is_stale or (now.disk is None and now.host is None):
             return
         key = tuple((record.nbytes, record.micro_batch) for record in step.records)
-        route = self._without_probe(self._routes.pop(key, None))
+        route = self._routes.pop(key, None)
         self._num_since_plan += 1
         is_due = key in self._seen if route is None else self._has_drifted(route, step, measured, now)
         self._seen[key] = None
         if is_due and time.perf_counter() >= self._no_plan_before:
             route = self._plan(step, self._machine_now(is_accelerated=measured.is_accelerated))
         if route is not None:
-            self._routes[key] = self._with_probe(route)
+            self._routes[key] = route
+            self._probe_if_due(route, measured.num_steps)
         for known in (self._routes, self._seen):
             if len(known) > _NUM_REMEMBERED:
                 known.popitem(last=False)
 
-    def _with_probe(self, route: Route) -> Route:
-        """See [Note: probes]: the plan, or a probe in its place for one step."""
+    def _probe_if_due(self, route: Route, num_steps: int) -> None:
+        """See [Note: probes]."""
         is_idle = route.plan.is_declined
-        self._num_idle, self._num_busy = (self._num_idle + 1, 0) if is_idle else (0, self._num_busy + 1)
-        if self._num_busy == self._probe_after:  # the drive kept what it promised
-            self._probe_after = FIRST_PATIENCE
-        if self._num_idle < self._probe_after:
-            return route
+        self._num_idle, self._num_busy = (self._num_idle + num_steps, 0) if is_idle else (0, self._num_busy + num_steps)
+        if self._num_busy >= self._probe_after:  # the drive kept what it promised
+            self._num_busy, self._probe_after = 0, FIRST_PATIENCE
+        if self._num_idle < self._probe_after or self._probe is not None or self._machine.disk is None:
+            return
         self._num_idle, self._probe_after = 0, min(MAX_PATIENCE, 2 * self._probe_after)
-        probe = make_probe(route.step, self._goal, _PROBE_NBYTES) if self._machine.disk is not None else None
-        if probe is None:
-            return route
-        self._probed = route
-        return Route(route.step, probe)
-
-    def _without_probe(self, route: Route | None) -> Route | None:
-        """The plan that was left for a probe."""
-        probed = self._probed
-        if route is None or probed is None or route.step is not probed.step:
-            return route
-        self._probed = None
-        return probed
+        probe = make_probe(route.step, self._goal, _PROBE_NBYTES)
+        if probe is not None:
+            self._probe, self._probed = Route(route.step, probe), route
 
     def _agreed(self, own: Speeds) -> Speeds:
         """The lowest of all ranks."""
@@ -188,7 +193,7 @@ class Adaptation:
 
     def _has_drifted(self, route: Route, step: Step, measured: Measured, now: Machine) -> bool:
         """Whether the plan holds no more. A wait under another plan, a probe perhaps, says nothing of this one."""
-        is_own = measured.followed is None or measured.followed is route.plan
+        is_own = measured.followed is route.plan or (measured.followed is None and not measured.is_accelerated)
         waited = is_own and measured.stall_seconds - route.plan.stall_seconds > _WAIT * measured.seconds
         self._caution = max(_LEAST_CAUTION, self._caution * _LESS_CAUTION) if waited else self._caution
         self._caution = self._caution if waited else min(_CAUTION, self._caution * _RECOVERY)

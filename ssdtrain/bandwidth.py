@@ -66,8 +66,10 @@ class Bandwidth:
         known = [rate.average for rate in (self._burst, self._sustained) if rate.average]
         return min(known, default=0.0)
 
-    def note(self, nbytes: int, seconds: float, sustained_nbytes: int, sustained_seconds: float) -> None:
-        """Takes running totals of traffic and busy time, and of long busy periods, after a step."""
+    def note(
+        self, nbytes: int, seconds: float, sustained_nbytes: int, sustained_seconds: float, num_steps: int = 1
+    ) -> None:
+        """Takes running totals of traffic and busy time, and of long busy periods, after so many steps."""
         self._burst.note(nbytes, seconds)
         if self._sustained.note(sustained_nbytes, sustained_seconds):
             self._num_since = 0
@@ -75,7 +77,7 @@ class Bandwidth:
                 self._patience = FIRST_PATIENCE
             self._last_sustained = self._sustained.average
             return
-        self._num_since += 1
+        self._num_since += num_steps
         if self._num_since >= self._patience:
             self._num_since, self._patience = 0, min(MAX_PATIENCE, 2 * self._patience)
             self._sustained.average = 0.0
@@ -112,16 +114,21 @@ class Meter:
         self._write, self._read = Bandwidth(), Bandwidth()
         self._out, self._in = Rate(), Rate()
 
-    def note(self, totals: Counters) -> Speeds:
-        """Takes what was done until the end of a step. Where only one direction is known, the other is as fast."""
+    def note(self, totals: Counters, num_steps: int = 1) -> Speeds:
+        """Takes what was done until the end of so many steps. Where one direction is known, the other is as fast."""
         self._write.note(
             totals.written_nbytes,
             totals.write_busy_seconds,
             totals.sustained_written_nbytes,
             totals.sustained_write_seconds,
+            num_steps,
         )
         self._read.note(
-            totals.read_nbytes, totals.read_busy_seconds, totals.sustained_read_nbytes, totals.sustained_read_seconds
+            totals.read_nbytes,
+            totals.read_busy_seconds,
+            totals.sustained_read_nbytes,
+            totals.sustained_read_seconds,
+            num_steps,
         )
         self._out.note(totals.copied_out_nbytes, totals.copy_out_seconds)
         self._in.note(totals.copied_in_nbytes, totals.copy_in_seconds)

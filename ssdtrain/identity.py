@@ -12,11 +12,12 @@ import torch
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.multiprocessing.reductions import StorageWeakRef
 
-_EMPTY = torch.empty(0)
+_EMPTY = torch.empty(0, device="cpu")
 _EMPTIES = {
-    dtype: torch.empty(0, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    dtype: torch.empty(0, dtype=dtype, device="cpu")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 }
-"""Another tensor of one of these is made faster than from nothing."""
+"""Another tensor of one of these is made faster than one from nothing."""
 
 # Operators that give a weight another shape or precision and compute nothing new.
 _RESHAPES = frozenset(
@@ -57,9 +58,8 @@ def spec_nbytes(spec: ViewSpec) -> int:
 
 def view_of(storage: torch.UntypedStorage, spec: ViewSpec) -> torch.Tensor:
     """A tensor on `storage`, with a version counter of its own."""
-    empty = _EMPTIES.get(spec.dtype) if storage.device.type == "cpu" else None
-    fresh = empty.detach() if empty is not None else torch.empty(0, dtype=spec.dtype, device=storage.device)
-    return fresh.set_(storage, spec.storage_offset, spec.size, spec.stride)
+    empty = torch.empty(0, dtype=spec.dtype, device=storage.device)
+    return empty.set_(storage, spec.storage_offset, spec.size, spec.stride)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -75,7 +75,12 @@ def rebuild(storage: torch.UntypedStorage, spec: ViewSpec, shift_nbytes: int, pr
     """
     tensor = probe.detach()
     shift = shift_nbytes // spec.dtype.itemsize
-    tensor.data = view_of(storage, spec._replace(storage_offset=spec.storage_offset - shift) if shift else spec)
+    offset = spec.storage_offset - shift
+    empty = _EMPTIES.get(spec.dtype) if storage.device.type == "cpu" else None
+    if empty is None:
+        tensor.data = view_of(storage, spec._replace(storage_offset=offset))
+    else:  # whose version counter all would share, is not seen through `data`
+        tensor.data = empty.detach().set_(storage, offset, spec.size, spec.stride)
     return tensor
 
 

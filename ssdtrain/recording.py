@@ -47,6 +47,8 @@ class StepRecording:
         self._device: Device | None = None  # of the records; None: the host's, or several
         self.timing: DeviceTiming | None = None
         """What an accelerator says, if it was asked."""
+        self.is_mixed = False
+        """Whether records are of several devices, which have no common clock."""
         self._num_live = self._num_passes = 0
         self.records: list[Record | None] = []
         self.shape: list[tuple[int, int]] = []
@@ -88,6 +90,7 @@ class StepRecording:
         """Notes a new record of pass `number`; its place."""
         self._num_live += 1
         if len(self.records) >= _MAX_RECORDS:
+            self.timing = None
             return _UNRECORDED
         now, other_nbytes = self._surroundings.compute_seconds(), self._surroundings.resident_nbytes
         self.records.append(record)
@@ -109,26 +112,37 @@ class StepRecording:
             self.is_wall_time, self._device = False, device
             self.timing = DeviceTiming(device) if self._is_timed else None
         elif device is not self._device:
-            self.is_wall_time, self._device, self.timing = False, None, None
-        if self.timing is not None:
-            self.timing.save()
+            self.is_wall_time, self._device, self.timing, self.is_mixed = False, None, None, True
+        timing = self._timing_now()
+        if timing is not None:
+            timing.save()
+
+    def _timing_now(self) -> DeviceTiming | None:
+        """None while nothing is timed, and from where the accelerator must not be asked, as in a graph capture."""
+        timing = self.timing
+        if timing is not None and timing.device.why_not() is not None:
+            timing = self.timing = None
+        return timing
 
     def mark(self) -> Moment | None:
-        """A moment before a wait for bytes of an accelerator, if it is timed."""
-        return self.timing.mark() if self.timing is not None else None
+        """A moment before a wait of an accelerator, if it is timed."""
+        timing = self._timing_now()
+        return timing.mark() if timing is not None else None
 
-    def note_wait(self, began: Moment) -> None:
+    def note_wait(self, began: Moment, *, is_for_reload: bool) -> None:
         """The wait is over, or queued."""
-        if self.timing is not None:
-            self.timing.note_wait(began)
+        timing = self._timing_now()
+        if timing is not None:
+            timing.note_wait(began, is_for_reload=is_for_reload)
 
     def need(self, place: int, num_aliases: int, moment: Moment | None = None) -> None:
         """Notes that backward asks for a record; the first time counts. `moment`: when an accelerator does."""
         if place != _UNRECORDED and self._needed[place] == math.inf:
             self._needed[place] = self._surroundings.compute_seconds()
             self._aliases[place] = num_aliases
-            if self.timing is not None:
-                self.timing.need(place, moment)
+            timing = self._timing_now()
+            if timing is not None:
+                timing.need(place, moment)
 
     def release(self, place: int) -> None:
         """Notes that the graph let a record go."""
@@ -138,8 +152,9 @@ class StepRecording:
             self.records[place] = None
             self._modules[place] = record.where.removeprefix(" of ")
             self._released[place] = self._surroundings.compute_seconds()
-            if self.timing is not None:
-                self.timing.release(place)
+            timing = self._timing_now()
+            if timing is not None:
+                timing.release(place)
         self._num_live -= 1
         if self._num_live == 0:
             self.is_over = True

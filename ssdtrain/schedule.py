@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ssdtrain.record import Record
     from ssdtrain.route import Route
     from ssdtrain.stats import Counters
-    from ssdtrain.timing import DeviceTiming
+    from ssdtrain.timing import DeviceTiming, Times
 
 _MOST_UNTIMED = 6  # steps in a row of an accelerator, once there is a plan
 _MAX_UNDER_WAY = 4  # steps that an accelerator may be behind; of more nothing is learned
@@ -65,6 +65,8 @@ class Schedule:
         self._adaptation = adaptation
         self._lot = random.Random(0)
         self._num_untimed = 0  # steps to come
+        self._num_since_told = 0  # steps, since the adaptation was told of one
+        self._remarks: list[str] = []
         self._step = self._new_step()
         self._passes: list[Pass] = []  # of the step
         self._under_way: deque[_UnderWay] = deque()
@@ -104,12 +106,26 @@ class Schedule:
         self._step, self._passes, self._finished = self._new_step(), [], None
         self._take(None)
 
+    def forget_accelerators(self) -> None:
+        """This is a forked child, which must not ask them anything."""
+        self._step.timing = None
+        self._under_way.clear()
+
     def _end_step(self, step: StepRecording) -> None:
-        if self.is_watched or (self._adaptation is not None and step.is_complete):
+        adaptation, route = self._adaptation, self._route
+        if self.is_watched or (adaptation is not None and step.is_complete):
             self._finished = step
-            route = self._route
             self._followed = route.plan if route is not None and len(route.shape) == len(step.shape) else None
+            if adaptation is not None:
+                adaptation.note_followed(self._followed)
+        if adaptation is not None and step.is_mixed:
+            self._remarks.append("steps whose saved tensors are on several devices are not planned: they have no clock")
         self._passes = []
+
+    def take_remarks(self) -> list[str]:
+        """What somebody should know, once."""
+        remarks, self._remarks = self._remarks, []
+        return remarks
 
     def _take(self, route: Route | None) -> None:
         self._route, self._num_begun, self._horizon, self._is_lost = route, 0, -math.inf, False
@@ -122,8 +138,8 @@ class Schedule:
 
     @property
     def has_news(self) -> bool:
-        """Whether a step is over that was not reviewed."""
-        return self._finished is not None and self._step.is_over
+        """Whether a step is over that was not reviewed, or something else is to be told."""
+        return (self._finished is not None and self._step.is_over) or bool(self._remarks)
 
     def finished(self, totals: Counters, *, is_last: bool = False) -> FinishedStep | None:
         """The step that is over and not reviewed, if the next one began now; changes nothing.
@@ -154,16 +170,17 @@ class Schedule:
         finished, self._finished = self.finished(totals), None
         if finished is None:
             return None
-        self._review_what_arrived(counters)
         self._stalled_before = totals.stalled_seconds
-        recording = finished.recording
-        measured = Measured(finished.peak_nbytes, finished.seconds, finished.stall_seconds, self._followed)
-        if self._adaptation is not None and recording.is_complete:
-            if recording.is_wall_time:
+        recomputed = self._adaptation.recomputed if self._adaptation is not None else None
+        self._review_what_arrived(counters)
+        measured = Measured(
+            finished.peak_nbytes, finished.seconds, finished.stall_seconds, self._followed, recomputed=recomputed
+        )
+        if self._adaptation is not None and finished.recording.is_complete:
+            if finished.recording.is_wall_time:
                 self._adaptation.review(finished.step, measured, totals)
-            elif recording.timing is not None and len(self._under_way) < _MAX_UNDER_WAY:
-                timing = recording.timing
-                self._under_way.append(_UnderWay(recording, timing, timing.mark(), measured, totals))
+            else:
+                self._review_later(finished.recording, measured, totals)
         self._review_what_arrived(counters)
         counters.begin_step()
         counters.plan = self.plan.statement if self.plan is not None else ""
@@ -173,15 +190,36 @@ class Schedule:
             counters.measured_peak_nbytes, counters.measured_step_seconds = measured.peak_nbytes, measured.seconds
         return finished
 
+    def _review_later(self, recording: StepRecording, measured: Measured, totals: Counters) -> None:
+        """See [Note: steps of an accelerator]."""
+        self._num_since_told += 1
+        end, timing = recording.mark(), recording.timing
+        if end is None or timing is None or len(self._under_way) >= _MAX_UNDER_WAY:
+            return
+        measured = replace(measured, is_accelerated=True, num_steps=self._num_since_told)
+        self._under_way.append(_UnderWay(recording, timing, end, measured, totals))
+        self._num_since_told = 0
+
     def _review_what_arrived(self, counters: Counters) -> None:
-        """Learns from steps that an accelerator is through with. See [Note: steps of an accelerator]."""
-        while self._under_way and self._under_way[0].timing.is_over:
-            step = self._under_way.popleft()
-            times = step.timing.times(step.end)
-            seconds = times.seconds + times.waited
-            counters.device_step_seconds, counters.device_wait_seconds = seconds, times.waited
-            measured = replace(step.measured, seconds=seconds, stall_seconds=times.waited, is_accelerated=True)
-            assert self._adaptation is not None
+        """Learns from steps that an accelerator is through with; one that it cannot tell of teaches nothing."""
+        while self._under_way:
+            step = self._under_way[0]
+            try:
+                if not step.timing.is_over:
+                    return
+                times = step.timing.times(step.end)
+            except RuntimeError as error:  # the accelerator's: it did not expect the question just now
+                self._under_way.popleft()
+                self._remarks.append(f"a step on an accelerator could not be timed: {error}")
+                continue
+            self._under_way.popleft()
+            self._learn_from(step, times, counters)
+
+    def _learn_from(self, step: _UnderWay, times: Times, counters: Counters) -> None:
+        seconds = times.seconds + times.waited
+        counters.device_step_seconds, counters.device_wait_seconds = seconds, times.waited
+        if self._adaptation is not None and times.seconds > 0:
+            measured = replace(step.measured, seconds=seconds, stall_seconds=times.waited_for_reloads)
             self._adaptation.review(step.recording.as_device_step(times), measured, step.totals)
 
     # -- what stays ------------------------------------------------------------------------------------------------

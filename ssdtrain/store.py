@@ -70,6 +70,7 @@ class Store:
         self.lock = threading.Lock()
         self.books = Books(self)
         self.when_torn: Callable[[], None] = _nothing  # under the lock, when all that is filed is given up
+        self.when_forked: Callable[[], None] = _nothing  # in the child
         _leave_to_parent_in_child(self)
         self.counters = counters
         self.journal: Journal | None = None  # of whoever records the run
@@ -238,6 +239,7 @@ class Store:
         The lock is a new one: a thread that only the parent has may hold the inherited one.
         """
         self.lock = threading.Lock()
+        self.when_forked()
         for record in self._transport.records_coming_back() if self._transport is not None else ():
             self._reloads.give_up(record)
         self.forget_engine()

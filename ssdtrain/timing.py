@@ -4,9 +4,15 @@ The host queues work and goes on, so its clock says little of a step. Moments ar
 read when the accelerator has passed them all; nobody waits for that.
 
 [Note: time that counts]
-As on the host, time in which the computation waited for bytes on their way back is taken out: what is left is compute
-time, the clock of `planner.Step`. A wait is between two moments, before and after its stream was made to wait; it
-includes the time in which the host itself waited for the drive and queued nothing.
+As on the host, time in which the computation waited is taken out: what is left is compute time, the clock of
+`planner.Step`. A wait is between two moments, before and after its stream was made to wait: for bytes on their way
+back, which includes the time in which the host itself waited for the drive and queued nothing, or for copies out of
+memory that later work gets. What takes a few microseconds is the price of two events and no wait.
+
+[Note: several streams]
+Moments of one stream come in the order they were marked, those of several need not: what the host did later may have
+been over earlier. Saves are in the host's order, a need is not before its save, a release not before its last use, and
+the step ends with the last thing that was marked.
 """
 
 from __future__ import annotations
@@ -18,9 +24,14 @@ from itertools import accumulate
 
 from ssdtrain.device import Device, Moment
 
+_INSTANT = 2e-5  # seconds
+
 
 class DeviceTiming:
-    """Moments of one step on one accelerator, by place. Guarded like the recording it belongs to."""
+    """Moments of one step on one accelerator, by place.
+
+    Threads may mark at once; those that use one stream may make `is_over` say yes too early, and `times` raise.
+    """
 
     def __init__(self, device: Device) -> None:
         """Nothing has happened."""
@@ -30,6 +41,7 @@ class DeviceTiming:
         self._needed: list[Moment | None] = []
         self._released: list[Moment | None] = []
         self._waits: list[tuple[Moment, Moment]] = []
+        self._reload_waits: list[tuple[Moment, Moment]] = []
 
     def mark(self) -> Moment:
         """The point that the current stream is at."""
@@ -51,9 +63,9 @@ class DeviceTiming:
         """The graph let it go."""
         self._released[place] = self.mark()
 
-    def note_wait(self, began: Moment) -> None:
-        """From `began` until now the current stream waited for bytes, or the host did."""
-        self._waits.append((began, self.mark()))
+    def note_wait(self, began: Moment, *, is_for_reload: bool) -> None:
+        """From `began` until now the current stream waited for copies, or the host for bytes on their way back."""
+        (self._reload_waits if is_for_reload else self._waits).append((began, self.mark()))
 
     @property
     def is_over(self) -> bool:
@@ -61,25 +73,41 @@ class DeviceTiming:
         return all([moment.is_reached for moment in self._latest.values()])
 
     def times(self, end: Moment) -> Times:
-        """What was marked, in compute seconds since the first save; only when it is over. The step ended at `end`."""
+        """What was marked, in compute seconds since the first save; only when it is over. The step ended at `end`.
+
+        Raises:
+            RuntimeError: the accelerator does not know a moment.
+        """
         first = self._saved[0]
-        waits = sorted([(began.seconds_since(first), ended.seconds_since(first)) for began, ended in self._waits])
-        clock = _ComputeClock(waits)
+        reloads, others = (
+            [(began.seconds_since(first), ended.seconds_since(first)) for began, ended in waits]
+            for waits in (self._reload_waits, self._waits)
+        )
+        clock = _ComputeClock(reloads + others)
         saved, needed, released = (
             [clock.at(moment.seconds_since(first)) if moment is not None else math.inf for moment in moments]
             for moments in (self._saved, self._needed, self._released)
         )
-        needed = list(map(max, needed, saved))  # what several streams did in no order, the host did in this one
+        saved = list(accumulate(saved, max))  # see [Note: several streams]
+        needed = list(map(max, needed, saved))
         last_uses = [at if at < math.inf else save for at, save in zip(needed, saved, strict=True)]
         released = list(map(max, released, last_uses))
-        return Times(saved, needed, released, clock.at(end.seconds_since(first)), clock.waited)
+        latest = max([at for at in released if at < math.inf], default=saved[-1])
+        seconds = max(latest, clock.at(end.seconds_since(first)))
+        return Times(saved, needed, released, seconds, clock.waited, _ComputeClock(reloads).waited)
 
 
 class Times:
     """One step in compute seconds."""
 
     def __init__(
-        self, saved: list[float], needed: list[float], released: list[float], seconds: float, waited: float
+        self,
+        saved: list[float],
+        needed: list[float],
+        released: list[float],
+        seconds: float,
+        waited: float,
+        waited_for_reloads: float,
     ) -> None:
         self.saved, self.needed, self.released = saved, needed, released
         """By place; infinite for what did not happen."""
@@ -87,17 +115,19 @@ class Times:
         """Length of the step, without waits."""
         self.waited = waited
         """All waits together."""
+        self.waited_for_reloads = waited_for_reloads
+        """Those for bytes on their way back."""
 
 
 class _ComputeClock:
     """Stands still during waits."""
 
     def __init__(self, waits: Sequence[tuple[float, float]]) -> None:
-        """`waits`: begin and end, sorted by begin; those that overlap count once."""
+        """`waits`: begin and end; those that overlap count once."""
         merged: list[tuple[float, float]] = []
-        for began, ended in waits:
+        for began, ended in sorted(waits):
             start = max(began, merged[-1][1]) if merged else began
-            if ended > start:
+            if ended - start > _INSTANT:
                 merged.append((start, ended))
         self._waits = merged
         self._begins = [began for began, _ in merged]

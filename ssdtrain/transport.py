@@ -167,12 +167,21 @@ class Transport:
         for shipment in held:
             if nbytes <= max_held_nbytes or not self._can_let_go(shipment, only_if_behind):
                 break
-            for write in {place.write for record in shipment.cargo for place in record.places} | {shipment.write}:
-                write.make_wait(shipment.stream)
+            self._make_wait(shipment)
             shipment.sources = []
             nbytes -= shipment.extent.nbytes
             free += shipment.cargo
         return free
+
+    def _make_wait(self, shipment: _Shipment) -> None:
+        """What is queued later on the stream of the sources runs after the copies."""
+        first = shipment.cargo[0]
+        step = first.pass_.step
+        began = step.mark() if first.device.current_stream() == shipment.stream else None
+        for write in {place.write for record in shipment.cargo for place in record.places} | {shipment.write}:
+            write.make_wait(shipment.stream)
+        if began is not None:
+            step.note_wait(began, is_for_reload=False)
 
     def _can_let_go(self, shipment: _Shipment, only_if_behind: bool) -> bool:
         assert shipment.producer is not None

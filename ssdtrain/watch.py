@@ -47,6 +47,10 @@ class Watch:
 
     def review(self) -> None:
         """A step is over: learns from it and tells of it. Not under the lock."""
+        for remark in self._schedule.take_remarks():
+            self._store.note_fallback(remark)
+        if not self._schedule.has_news:
+            return
         finished = self._schedule.review(self._store.counters, self._store.engine_totals())
         if finished is not None:
             self._tell(finished)

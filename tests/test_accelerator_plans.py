@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +20,8 @@ from engine_tools import eventually
 from test_adaptive import AUTO, gpt
 
 import ssdtrain
-from ssdtrain.adaptation import Adaptation
+from ssdtrain.adaptation import Adaptation, Measured
+from ssdtrain.cuda import _CudaMoment
 from ssdtrain.planner import Machine, Plan, Tier, Where
 from ssdtrain.simulated import SimulatedDevice
 from ssdtrain.timing import DeviceTiming, _ComputeClock
@@ -146,7 +152,7 @@ def test_the_device_says_when_it_waited(
 
         def is_waiting() -> bool:
             timing = schedule._step.timing if schedule._step is not before else None
-            return timing is not None and any(began.is_reached for began, _ in timing._waits)
+            return timing is not None and any(began.is_reached for began, _ in timing._reload_waits)
 
         def let_go_while_it_waits() -> None:
             eventually(is_waiting)
@@ -219,7 +225,7 @@ def test_waits_are_not_compute_time(device: SimulatedDevice | None) -> None:
     began = timing.mark()
     device.synchronize()
     time.sleep(0.1)
-    timing.note_wait(began)
+    timing.note_wait(began, is_for_reload=True)
     timing.need(0, began)
     timing.release(0)
     end = timing.mark()
@@ -260,3 +266,256 @@ def test_copies_are_counted_by_direction(make_offload: MakeOffload, device: Simu
         stats = offload.stats
     assert out_seconds > 0 and in_seconds > 0
     assert 0 < out_nbytes <= stats.offloaded_nbytes and 0 < in_nbytes <= stats.offloaded_nbytes
+
+
+@pytest.mark.accelerator_only
+@pytest.mark.parametrize("checksum", [False, True])
+def test_copies_are_timed_whatever_comes_after_them(
+    device: SimulatedDevice | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checksum: bool
+) -> None:
+    """Each copy takes ten milliseconds; who looks after each of them late must not think that it took none."""
+    if device is None:
+        pytest.skip("a real device's copies take what they take")
+    memmove = ctypes.memmove
+    monkeypatch.setattr("ssdtrain.simulated.driver.ctypes.memmove", lambda *what: (time.sleep(0.01), memmove(*what))[1])
+    policy = ssdtrain.ActivationPolicy(min_nbytes=0, mode="all", staging_nbytes="8MiB", checksum=checksum)
+    with ssdtrain.ActivationOffload([str(tmp_path)], policy, None, device) as offload:
+        x = torch.ones(1024, 256, requires_grad=True)
+        for _ in range(12):
+            x = x.sin()
+        transport = offload._store._transport
+        assert transport is not None
+        transport.engine.drain()
+        (nbytes, seconds), _ = transport.engine.copies()
+        del x
+    assert nbytes >= 8 * MIB
+    assert 0.9 <= seconds / (0.01 * nbytes / MIB) <= 5, "one copy for each MiB"
+    offload.close()
+
+
+@pytest.mark.accelerator_only
+def test_steps_on_several_streams(
+    make_offload: MakeOffload, device: SimulatedDevice | None, every_step_is_timed: None
+) -> None:
+    """One stream is behind when the other is through with the next step: no length is negative."""
+    if device is None:
+        pytest.skip("a real device's stream cannot be held")
+    streams = [device.current_stream(), device.new_stream()]
+    weights: list[torch.nn.Parameter] = []
+    for stream in streams:
+        with device.stream(stream):
+            weights.append(torch.nn.Parameter(torch.ones(512, 512)))
+    device.synchronize()
+    lengths: list[float] = []
+    with make_offload(**AUTO | {"staging_nbytes": "64MiB"}) as offload:
+        offload.on_step(lambda _, stats: lengths.append(stats.device_step_seconds))
+        for number in range(12):
+            if number % 2 == 0:
+                device.hold(streams[0])
+            with device.stream(streams[number % 2]):
+                weight = weights[number % 2]
+                torch.sin(weight * weight.sin()).sum().backward()
+            if number % 2 == 1:
+                device.release(streams[0])
+                device.synchronize()
+    assert len(lengths) >= 10 and min(lengths) >= 0 and max(lengths) > 0
+
+
+@pytest.mark.accelerator_only
+def test_waits_for_copies_out_are_not_compute_time(
+    make_offload: MakeOffload, device: SimulatedDevice | None, every_step_is_timed: None
+) -> None:
+    """Sources that were let go in stream order make what comes later wait for their copies."""
+    if device is None:
+        pytest.skip("a real device's stream cannot be held")
+    with make_offload(**AUTO) as offload:
+        device.hold(device.driver.out_stream())
+        device.hold(device.current_stream())
+        x = torch.ones(512, 256, requires_grad=True)
+        for _ in range(6):  # more than a quarter of staging, and not all of it
+            x = x.sin()
+        timing = offload._schedule._step.timing
+        assert timing is not None and timing._waits, "let go"
+        device.release(device.current_stream())
+        eventually(lambda: timing._waits[0][0].is_reached)
+        time.sleep(0.3)
+        device.release(device.driver.out_stream())
+        end = timing.mark()
+        device.synchronize()
+        times = timing.times(end)
+        assert times.waited >= 0.3 and times.waited_for_reloads == 0.0
+        assert times.seconds + times.waited >= 0.3
+        del x
+
+
+@pytest.mark.accelerator_only
+def test_an_accelerator_that_must_not_be_asked(
+    make_offload: MakeOffload, device: SimulatedDevice | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph is captured while another one dies; and one whose moment it does not know is learned nothing from."""
+    if device is None:
+        pytest.skip("shown with the simulated device's own answers")
+    with make_offload(**AUTO) as offload:
+        alive = torch.ones(512, 512, requires_grad=True).sin().sin().sin()
+        step = offload._schedule._step
+        assert step.timing is not None
+        monkeypatch.setattr(device, "why_not", lambda: "CUDA graph capture")
+        moments = len(step.timing._saved)
+        del alive
+        offload.stats  # noqa: B018  takes note
+        assert step.timing is None and moments
+        monkeypatch.undo()
+
+        def refuse(_: DeviceTiming) -> bool:
+            raise RuntimeError("operation not permitted on an event last recorded in a capturing stream")
+
+        _, step_of_gpt = gpt()
+        with monkeypatch.context() as patch:
+            patch.setattr(DeviceTiming, "is_over", property(refuse))
+            for _ in range(3):
+                step_of_gpt()[0].item()
+        assert any("not permitted" in text for text in offload.stats.fallbacks)
+        assert planned(offload, step_of_gpt) is not None
+
+
+@pytest.mark.accelerator_only
+def test_a_graph_that_dies_in_a_forked_child(
+    device: SimulatedDevice | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It asks the accelerator nothing, and opens nothing."""
+    if device is None:
+        pytest.skip("a process with a GPU is not forked")
+    policy = ssdtrain.ActivationPolicy(**AUTO)
+    with ssdtrain.ActivationOffload([str(tmp_path)], policy, None, device) as offload:
+        graph = torch.ones(512, 512, requires_grad=True).sin().sin().sin()
+        device.synchronize()
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                device.moment = None  # type: ignore[assignment, method-assign]  # a call would raise
+                del graph
+                offload._store.tidy()
+                code = 0 if offload._store._transport is None and not offload._counters.fallbacks else 2
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        del graph
+    offload.close()
+
+
+@pytest.mark.accelerator_only
+def test_a_step_that_never_ends_is_not_timed_for_ever(
+    make_offload: MakeOffload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ssdtrain.recording._MAX_RECORDS", 30)
+    _, step = gpt()
+    with make_offload(**AUTO) as offload:
+        alive = torch.ones(256, 256, requires_grad=True).sin().sin()
+        timing = offload._schedule._step.timing
+        assert timing is not None
+        for _ in range(4):
+            step()[0].item()
+        assert offload._schedule._step.timing is None and len(timing._saved) == 30
+        del alive
+
+
+@pytest.mark.accelerator_only
+def test_waits_before_a_plan_are_not_held_against_it(make_offload: MakeOffload, every_step_is_timed: None) -> None:
+    _, step = gpt()
+    with make_offload(**AUTO) as offload:
+        assert planned(offload, step) is not None
+        adaptation = offload._schedule._adaptation
+        assert adaptation is not None and adaptation.latest is not None
+        route, caution = adaptation.latest, adaptation._caution
+        waited = Measured(1, route.step.seconds, 0.9 * route.step.seconds, None, is_accelerated=True)
+        adaptation.review(route.step, waited, offload._store.engine_totals())
+        assert adaptation._caution >= caution
+        adaptation.review(route.step, replace(waited, followed=route.plan), offload._store.engine_totals())
+        assert adaptation._caution < caution
+
+
+@pytest.mark.accelerator_only
+def test_a_probe_takes_one_step(make_offload: MakeOffload, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few steps are timed."""
+    monkeypatch.setattr("ssdtrain.adaptation.FIRST_PATIENCE", 4)
+    machine_now = Adaptation._machine_now
+    slow = Tier(1e4, 1e4)
+    monkeypatch.setattr(Adaptation, "_machine_now", lambda self, **kind: replace(machine_now(self, **kind), disk=slow))
+    _, step = gpt()
+    with make_offload(**AUTO) as offload:
+        plan = planned(offload, step)
+        assert plan is not None and plan.is_declined
+        moved = []
+        for _ in range(24):
+            before = offload.stats.num_offloaded
+            step()[0].item()
+            moved.append(offload.stats.num_offloaded > before)
+    assert any(moved)
+    assert not any(a and b for a, b in pairwise(moved)), moved
+
+
+@pytest.mark.accelerator_only
+def test_a_step_on_several_devices_is_not_planned_and_says_so(
+    make_offload: MakeOffload, device: SimulatedDevice | None
+) -> None:
+    if device is None:
+        pytest.skip("shown with two devices of one kind")
+    with make_offload(**AUTO) as offload:
+        for _ in range(4):
+            x = torch.ones(512, 512, requires_grad=True).sin().sin()
+            cpu, offload._devices.cpu = offload._devices.cpu, SecondDevice(device)  # type: ignore[assignment]
+            x.sin().sin().sum().backward()
+            offload._devices.cpu = cpu
+        assert offload.plan is None
+        assert any("several devices" in text for text in offload.stats.fallbacks)
+
+
+class SecondDevice:
+    """The same one under another name."""
+
+    def __init__(self, device: SimulatedDevice) -> None:
+        self._device = device
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._device, name)
+
+
+class FakeEvent:
+    """What CUDA says of events: recorded before they are asked, timed between two that are reached."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        assert enable_timing
+        self.at: float | None = None
+        self.is_reached = False
+
+    def record(self, stream: Any) -> None:
+        self.at, self.is_reached = stream.now, False
+
+    def query(self) -> bool:
+        assert self.at is not None
+        return self.is_reached
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        if not (self.is_reached and end.is_reached):
+            raise RuntimeError("device not ready")
+        assert self.at is not None and end.at is not None
+        return end.at - self.at
+
+
+def test_moments_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events go back to where they came from, and are timed once both are reached."""
+    monkeypatch.setattr("torch.cuda.Event", FakeEvent)
+    free: list[Any] = []
+    stream = SimpleNamespace(cuda_stream=7, now=100.0)
+    first = _CudaMoment(free, stream)
+    stream.now = 350.0
+    second = _CudaMoment(free, stream)
+    assert first.stream == 7 and not second.is_reached
+    for moment in (first, second):
+        moment._event.is_reached = True
+    assert second.seconds_since(first) == 0.25
+    event = first._event
+    del first, moment
+    assert event in free
+    assert _CudaMoment(free, stream)._event is event and event not in free

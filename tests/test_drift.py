@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,9 @@ class Run:
         self._totals.read_nbytes += nbytes
         self._totals.write_busy_seconds += nbytes / bandwidth
         self._totals.read_busy_seconds += nbytes / bandwidth
+        if route is not None:
+            self.adaptation.note_followed(route.plan)
+            measured = replace(measured, followed=route.plan)
         self.adaptation.review(TOWER, measured, self._totals)
         return nbytes
 
@@ -72,7 +76,7 @@ def test_a_probe_that_waits_is_not_held_against_the_plan() -> None:
             break
         run.step(SLOW)
     assert latest is not None and "probe" in latest.plan.statement
-    run.step(SLOW, Measured(KEPT.peak_nbytes, KEPT.seconds + 5, 5.0, latest.plan))
+    run.step(SLOW, Measured(KEPT.peak_nbytes, KEPT.seconds + 5, 5.0))
     assert run.adaptation.latest is declined
 
 

@@ -30,7 +30,7 @@ def make_plan(step: Step, machine: Machine, goal: Goal) -> Plan:
     Returns:
         A plan. When moving cannot help, it keeps everything, and its statement says why.
     """
-    daily_steps = SECONDS_PER_DAY / step.seconds if step.seconds else math.inf
+    daily_steps = SECONDS_PER_DAY / step.seconds if step.seconds > 0 else math.inf
     per_step = min(machine.max_written_nbytes, goal.own_daily_nbytes / daily_steps)
     return _Decision(step, replace(machine, max_written_nbytes=per_step), goal).plan()
 
