@@ -3,16 +3,13 @@
 The optimizer itself does the arithmetic: it is shown the parameters of one chunk, with their state in memory, and
 takes its step for those; meanwhile the state of the next chunk is read and that of the last one written. So the result
 is the same to the bit, for every optimizer whose update of a parameter depends on that parameter alone.
-
-[Note: a step that was interrupted]
-An exception in the middle of a step leaves some parameters updated and others not. Nothing can undo that; but nothing
-may take it for a whole step either: until a checkpoint is loaded, further steps and state dicts raise.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,13 +20,14 @@ from ssdtrain.gradients import Gradients
 from ssdtrain.optimizer_state import StateView, load_chunks, parameters_with_entries, whole_state_dict
 from ssdtrain.pages import Pages
 from ssdtrain.parameters import homes_of
-from ssdtrain.plain_optimizer import check, load_part, narrowed, plain_step, predict_state_nbytes, take_over
+from ssdtrain.plain_optimizer import check, load_part, predict_state_nbytes, take_over
 from ssdtrain.policy import OptimizerPolicy
 from ssdtrain.state_stats import StateCounters, StateStats
+from ssdtrain.step_progress import StepProgress
+from ssdtrain.updates import Updates
 from ssdtrain.vault import StateLostError, Vault
 
 _AHEAD = 2  # chunks whose state is read before their turn
-_MAX_AHEAD = 64  # parameters
 
 
 class OffloadedOptimizer(torch.optim.Optimizer):
@@ -46,17 +44,9 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._inner = optimizer
         self._counters = StateCounters("optimizer state")
         self._names: dict[torch.Tensor, str] = {}
-        self._torn = ""  # what was interrupted, see [Note: a step that was interrupted]
+        self._progress = StepProgress()
         self._is_closed = False
-        self._is_aborted = False  # that step will never be whole
-        self._group_of: dict[torch.Tensor, int] = {}
-        self._updated: set[torch.Tensor] = set()  # in backward, since the last step
-        self._arrived: dict[torch.Tensor, None] = {}  # with a gradient, in backward, not updated yet
-        self._backwards: set[int] = set()  # that began and are not over
         self._hooked: set[torch.Tensor] = set()
-        self._last_order: list[torch.Tensor] = []
-        self._order: list[torch.Tensor] = []  # of gradients, in this step; before: in the last
-        self._position: dict[torch.Tensor, int] = {}
         self._is_accumulating = False
         self._handles: list[Any] = []
         hooks = {name: value for name, value in vars(optimizer).items() if name.endswith("_hooks")}
@@ -66,12 +56,13 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._vault = open_vault()
         self._pages = Pages(self._vault, self._counters, policy.min_nbytes)
         self._gradients = Gradients(Pages(self._vault, StateCounters("gradients"), 1), self._name)
+        self._updates = Updates(optimizer, self._pages, self._gradients, self._name)
         try:
             self._check_devices()
             self._vault.reserve(state_nbytes, "optimizer state")
             self._regroup()
             for parameter in self._group_of:
-                self._send_away(parameter)
+                self._updates.send_away(parameter)
         except BaseException:
             for parameter in self._pages:
                 self._pages.bring(parameter, optimizer.state[parameter])
@@ -142,7 +133,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             raise ValueError("Expected no closure with step_in_backward, which updates during the closure's backward")
         self._check_open()
         self._regroup()
-        self._end_backwards()
+        self._progress.end_backwards()
         self._check_whole(in_step=True)
         loss = None
         if closure is not None:
@@ -152,83 +143,36 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             try:
                 self._update_all([p for p in self._group_of if p in self._gradients])
             except BaseException:
-                self._is_aborted = bool(self._torn)
+                self._progress.note_error()
                 raise
         self._finish_step()
         return loss
 
     def _update_all(self, parameters: Iterable[torch.Tensor]) -> None:
-        chunks = self._chunks(parameters)
+        chunks = self._updates.chunks(parameters, self.policy.chunk_nbytes)
         for i, chunk in enumerate(chunks):
             for parameter in [p for ahead in chunks[i : i + 1 + _AHEAD] for p in ahead]:
                 self._fetch(parameter)
-            if self.policy.step_in_backward or self.policy.offload_gradients:
-                self._update_and_free(chunk)
-            else:
-                self._update(chunk)
-
-    def _finish_step(self) -> None:
-        self._counters.num_steps += 1
-        self._inner._opt_called = True  # type: ignore[attr-defined]  # for schedulers that were made with it
-        self._note_torn("")
-        if self._order:
-            self._last_order, self._order = self._order, []
-            self._position = {p: i + 1 for i, p in enumerate(self._last_order)}
-        self._begin_anew()
-
-    def _begin_anew(self) -> None:
-        """Nothing of a step has happened."""
-        self._updated, self._arrived, self._order, self._backwards = set(), {}, [], set()
-        self._gradients.finish_step()
-
-    def _note_torn(self, what: str) -> None:
-        """From here on the step is not whole; empty: it is."""
-        self._torn = what
-        for home in homes_of(self._group_of):
-            home.note_torn(what)
-
-    # -- one step, chunk by chunk ---------------------------------------------------------------------------
-
-    def _chunks(self, parameters: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
-        """As many parameters together as `chunk_nbytes` of state allow."""
-        chunks: list[list[torch.Tensor]] = []
-        room = 0
-        for parameter in parameters:
-            nbytes = self._pages.nbytes(parameter)
-            if not chunks or nbytes > room:
-                chunks.append([])
-                room = self.policy.chunk_nbytes
-            chunks[-1].append(parameter)
-            room -= nbytes
-        return chunks
+            self._update(chunk)
 
     def _fetch(self, parameter: torch.Tensor) -> None:
-        """Begins to read a parameter's state, and the parameter if it is away."""
-        self._counters.num_prefetched += self._pages.fetch(parameter) + self._gradients.fetch(parameter)
-        for home in homes_of([parameter]):
-            home.prefetch([parameter])
+        self._counters.num_prefetched += self._updates.fetch(parameter)
 
     def _update(self, chunk: list[torch.Tensor]) -> None:
-        """Has the optimizer take its step for these parameters alone."""
-        for parameter in chunk:
-            self._gradients.give_back(parameter)
-            if parameter in self._pages:  # looking a parameter up would give it an empty state
-                self._pages.bring(parameter, self._inner.state[parameter])
-        with contextlib.ExitStack() as stack:
-            for home in homes_of(chunk):
-                stack.enter_context(home.in_memory(chunk))
-            if not self._torn:
-                self._note_torn(f"step {self._counters.num_steps + 1}, which began with {self._name(chunk[0])}")
-            with narrowed(self._inner, self._by_group(chunk), self._scaler()):
-                plain_step(self._inner)
-        for parameter in chunk:
-            self._send_away(parameter)
+        """Updates these, and frees their gradients where gradients do not stay until the step is over."""
+        begin = partial(self._progress.begin_update, self._name(chunk[0]), self._group_of)
+        self._updates.update(chunk, self._scaler(), begin)
+        if self.policy.step_in_backward or self.policy.offload_gradients:
+            self._progress.updated.update(chunk)
+            self._gradients.forget(chunk)
+            for parameter in chunk:
+                parameter.grad = None
 
-    def _by_group(self, chunk: Iterable[torch.Tensor]) -> dict[int, list[torch.Tensor]]:
-        found: dict[int, list[torch.Tensor]] = {}
-        for parameter in chunk:
-            found.setdefault(self._group_of[parameter], []).append(parameter)
-        return found
+    def _finish_step(self) -> None:
+        self._progress.finish_step(self._group_of)
+        self._gradients.finish_step()
+        self._counters.num_steps = self._progress.num_steps
+        self._inner._opt_called = True  # type: ignore[attr-defined]  # for schedulers that were made with it
 
     def _scaler(self) -> dict[str, Any]:
         """What a GradScaler told this optimizer: fused ones unscale by themselves."""
@@ -239,26 +183,16 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             )
         return found
 
-    def _send_away(self, parameter: torch.Tensor) -> None:
-        state = self._inner.state.get(parameter, {})
-        if state or parameter in self._pages:
-            self._pages.send_away(parameter, self._name(parameter), state)
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """See `torch.optim.Optimizer.zero_grad`; gradients on the drive are dropped."""
         self._check_open()
         self._regroup()
-        self._end_backwards()
+        self._progress.end_backwards()
         self._gradients.forget(self._group_of)
-        if not self._updated:
-            self._begin_anew()
+        if not self._progress.updated:
+            self._progress.begin_anew()
+            self._gradients.finish_step()
         super().zero_grad(set_to_none)
-
-    def _end_backwards(self) -> None:
-        """What began and is not over by now has raised."""
-        if self._backwards and self._updated:
-            self._is_aborted = True
-        self._backwards = set()
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
@@ -306,49 +240,20 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         if self._is_accumulating:
             return
         self._check_whole(in_step=True)
-        if parameter in self._updated or parameter in self._arrived:
-            raise RuntimeError(
-                f"Expected one backward per step with step_in_backward, got another one for {self._name(parameter)}: "
-                "wrap all but the last in optimizer.accumulate(), and call step() after it"
-            )
-        self._follow_backward()
-        self._arrived[parameter] = None
-        self._order.append(parameter)
-        with torch.no_grad():
-            self._fetch_following(parameter)
-            if sum(self._pages.nbytes(p) for p in self._arrived) >= self.policy.chunk_nbytes:
-                arrived, self._arrived = list(self._arrived), {}
-                try:
-                    self._update_and_free(arrived)
-                except BaseException:
-                    self._is_aborted = bool(self._torn)
-                    raise
-
-    def _follow_backward(self) -> None:
-        """Learns whether this backward ends or raises."""
-        task = torch._C._current_graph_task_id()
-        if task not in self._backwards:
+        progress = self._progress
+        progress.arrive(parameter, self._name(parameter))
+        if progress.follow_backward():
             self._check_alone()
-            self._backwards.add(task)
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._backwards.discard(task))
-
-    def _update_and_free(self, parameters: list[torch.Tensor]) -> None:
-        self._update(parameters)
-        self._updated.update(parameters)
-        self._gradients.forget(parameters)
-        for parameter in parameters:
-            parameter.grad = None
-
-    def _fetch_following(self, parameter: torch.Tensor) -> None:
-        """Reads ahead what came after this parameter in the last step."""
-        room = _AHEAD * self.policy.chunk_nbytes
-        start = self._position.get(parameter, len(self._last_order))
-        for following in self._last_order[start : start + _MAX_AHEAD]:
-            room -= self._pages.nbytes(following)
-            if room < 0:
-                break
-            if following not in self._updated:
+        with torch.no_grad():
+            for following in progress.following(parameter, self._pages.nbytes, _AHEAD * self.policy.chunk_nbytes):
                 self._fetch(following)
+            if sum(self._pages.nbytes(p) for p in progress.arrived) >= self.policy.chunk_nbytes:
+                arrived, progress.arrived = list(progress.arrived), {}
+                try:
+                    self._update(arrived)
+                except BaseException:
+                    progress.note_error()
+                    raise
 
     # -- all of it ------------------------------------------------------------------------------------------
 
@@ -379,14 +284,17 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         entries, groups = loaded["state"], loaded["param_groups"]
         own = {i for group in groups for i in group["params"]}
         load_part(inner, {key: value for key, value in entries.items() if key not in own}, groups)
-        self._torn = "load_state_dict()"
+        self._progress.begin_load()
         self._pages.forget()
         keys = parameters_with_entries(self._group_of, entries, groups)
-        chunks = [{parameter: keys[parameter] for parameter in chunk} for chunk in self._chunks(keys)]
-        load_chunks(inner, entries, groups, chunks, self._send_away)
-        self._torn, self._is_aborted = "", False
+        chunks = [
+            {parameter: keys[parameter] for parameter in chunk}
+            for chunk in self._updates.chunks(keys, self.policy.chunk_nbytes)
+        ]
+        load_chunks(inner, entries, groups, chunks, self._updates.send_away)
         self._gradients.forget(self._group_of)
-        self._begin_anew()
+        self._gradients.finish_step()
+        self._progress.finish_load()
         for post_hook in inner._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -444,7 +352,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             return
         for parameter in set(self._group_of) - set(found):
             self._pages.drop(parameter)
-        self._group_of = found
+        self._updates.group_of = found
         for i, group in enumerate(groups):
             names = group.get("param_names") or [f"parameter {k} of group {i}" for k in range(len(group["params"]))]
             for name, parameter in zip(names, group["params"], strict=False):
@@ -459,6 +367,10 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             self._hooked.add(parameter)
             self._handles.append(parameter.register_post_accumulate_grad_hook(self._on_gradient))
 
+    @property
+    def _group_of(self) -> dict[torch.Tensor, int]:
+        return self._updates.group_of
+
     def _name(self, parameter: torch.Tensor) -> str:
         return next((home.name_of(parameter) for home in homes_of([parameter])), None) or self._names[parameter]
 
@@ -467,9 +379,4 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             raise RuntimeError("Expected an open offload, got one after close(): use the optimizer it was made of")
 
     def _check_whole(self, *, in_step: bool = False) -> None:
-        is_going_on = in_step and self.policy.step_in_backward and bool(self._updated)
-        if self._is_aborted or (self._torn and not is_going_on):
-            raise RuntimeError(
-                f"Expected whole steps, got one that was interrupted: {self._torn}. Some parameters are updated and "
-                f"others are not: load a checkpoint of the model and of the optimizer ({self._vault.checkpoint})"
-            )
+        self._progress.check_whole(self._vault.checkpoint, may_go_on=in_step and self.policy.step_in_backward)

@@ -66,6 +66,8 @@ ROOMS = [
     "gradients",
     "plain_optimizer",
     "optimizer_state",
+    "step_progress",
+    "updates",
     "optimizer",
     "offloading",
     "__init__",
