@@ -13,15 +13,16 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.profiler import record_function
 
+from ssdtrain.cpu_updates import CpuUpdates
 from ssdtrain.gradients import Gradients
 from ssdtrain.optimizer_state import StateView, load_chunks, parameters_with_entries, whole_state_dict
 from ssdtrain.pages import Pages
 from ssdtrain.parameters import homes_of
-from ssdtrain.plain_optimizer import check, load_part, predict_state_nbytes, take_over
+from ssdtrain.plain_optimizer import load_part, predict_state_nbytes, take_over
 from ssdtrain.policy import OptimizerPolicy
+from ssdtrain.refusals import check_alone, check_devices, check_optimizer, check_settings
 from ssdtrain.state_stats import StateCounters, StateStats
 from ssdtrain.step_progress import StepProgress
 from ssdtrain.updates import Updates
@@ -39,7 +40,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self, optimizer: torch.optim.Optimizer, open_vault: Callable[[], Vault], policy: OptimizerPolicy
     ) -> None:
         """Takes over the groups, the hooks and the state of `optimizer`, and moves the state to the drive."""
-        check(optimizer)
+        check_optimizer(optimizer)
         self.policy = policy
         self._inner = optimizer
         self._counters = StateCounters("optimizer state")
@@ -51,42 +52,31 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._handles: list[Any] = []
         hooks = {name: value for name, value in vars(optimizer).items() if name.endswith("_hooks")}
         self.__setstate__({"defaults": optimizer.defaults, **hooks})
-        state_nbytes = predict_state_nbytes(optimizer, policy.min_nbytes)
-        self._check_alone()
+        check_alone(self.policy)
+        check_settings(self.policy, self.param_groups)
+        state_nbytes = predict_state_nbytes(optimizer, policy.min_nbytes, has_masters=policy.master_weights)
         self._vault = open_vault()
         self._pages = Pages(self._vault, self._counters, policy.min_nbytes)
         self._gradients = Gradients(Pages(self._vault, StateCounters("gradients"), 1), self._name)
-        self._updates = Updates(optimizer, self._pages, self._gradients, self._name)
+        self._cpu_updates = CpuUpdates(
+            optimizer, self._vault, self._pages, self._gradients, has_masters=policy.master_weights
+        )
+        self._updates = Updates(optimizer, self._pages, self._gradients, self._cpu_updates, self._name)
         try:
-            self._check_devices()
-            self._vault.reserve(state_nbytes, "optimizer state")
+            check_devices(self._vault, self.param_groups)
+            if policy.update_on == "device" or self._vault.directory is not None:  # else it stays in host memory
+                self._vault.reserve(state_nbytes, "optimizer state")
             self._regroup()
             for parameter in self._group_of:
                 self._updates.send_away(parameter)
         except BaseException:
             for parameter in self._pages:
                 self._pages.bring(parameter, optimizer.state[parameter])
+            self._cpu_updates.settle()
             self._unhook()
             self._vault.close()
             raise
         self._release = take_over(optimizer)
-
-    def _check_alone(self) -> None:
-        """Replicas add up gradients after backward has computed them: too late for what happens in backward."""
-        mode = next((m for m in ("step_in_backward", "offload_gradients") if getattr(self.policy, m)), None)
-        if mode and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            raise ValueError(
-                f"Expected {mode}=False in a job of several processes, got True: gradients are averaged after it has "
-                "taken them, and replicas would drift apart"
-            )
-
-    def _check_devices(self) -> None:
-        devices = self._vault.devices()
-        for parameter in [p for group in self.param_groups for p in group["params"] if not p.is_meta]:
-            reason = devices.of(parameter)
-            if isinstance(reason, str):
-                where = "memory of the CPU or of CUDA" if self._vault.directory else "memory of an accelerator"
-                raise ValueError(f"Expected parameters in {where}, got {reason}: pass another directory or device")
 
     # -- what an optimizer has ------------------------------------------------------------------------------
 
@@ -103,6 +93,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def state(self) -> Mapping[torch.Tensor, dict[str, Any]]:  # type: ignore[override]
         """State by parameter, read from the drive when it is looked at. What is changed in it is not kept."""
         self._check_open()
+        self._finish()
         return StateView(self._inner, self._pages)
 
     def __getattr__(self, name: str) -> Any:
@@ -140,18 +131,16 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad(), record_function("ssdtrain::optimizer_step"):
-            try:
+            with self._noting_errors():
                 self._update_all([p for p in self._group_of if p in self._gradients])
-            except BaseException:
-                self._progress.note_error()
-                raise
+                self._cpu_updates.finish()
         self._finish_step()
         return loss
 
     def _update_all(self, parameters: Iterable[torch.Tensor]) -> None:
         chunks = self._updates.chunks(parameters, self.policy.chunk_nbytes)
         for i, chunk in enumerate(chunks):
-            for parameter in [p for ahead in chunks[i : i + 1 + _AHEAD] for p in ahead]:
+            for parameter in [p for ahead in chunks[i : i + 1 + _AHEAD] for p in ahead if p not in self._cpu_updates]:
                 self._fetch(parameter)
             self._update(chunk)
 
@@ -159,14 +148,32 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._counters.num_prefetched += self._updates.fetch(parameter)
 
     def _update(self, chunk: list[torch.Tensor]) -> None:
-        """Updates these, and frees their gradients where gradients do not stay until the step is over."""
+        """Updates these, and frees their gradients where gradients do not stay until the step is over.
+
+        Those that the CPU updates have their new values after `finish`.
+        """
         begin = partial(self._progress.begin_update, self._name(chunk[0]), self._group_of)
         self._updates.update(chunk, self._scaler(), begin)
         if self.policy.step_in_backward or self.policy.offload_gradients:
             self._progress.updated.update(chunk)
-            self._gradients.forget(chunk)
+            self._gradients.forget(p for p in chunk if p not in self._cpu_updates)
             for parameter in chunk:
                 parameter.grad = None
+
+    @contextlib.contextmanager
+    def _noting_errors(self) -> Iterator[None]:
+        """What is raised inside leaves a step that is not whole, and nothing that goes on."""
+        try:
+            yield
+        except BaseException:
+            self._progress.note_error()
+            self._cpu_updates.abandon()
+            raise
+
+    def _finish(self) -> None:
+        """All that the CPU updates has its new values."""
+        with self._noting_errors():
+            self._cpu_updates.finish()
 
     def _finish_step(self) -> None:
         self._progress.finish_step(self._group_of)
@@ -232,9 +239,11 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def _on_gradient(self, parameter: torch.Tensor) -> None:
         """A gradient is complete: it leaves, or, with enough of them, their parameters are updated."""
+        if parameter not in self._group_of:  # its group is gone
+            return
         if self.policy.offload_gradients:
             with torch.no_grad():
-                self._check_alone()
+                check_alone(self.policy)
                 self._gradients.take(parameter)
             return
         if self._is_accumulating:
@@ -243,17 +252,14 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         progress = self._progress
         progress.arrive(parameter, self._name(parameter))
         if progress.follow_backward():
-            self._check_alone()
+            check_alone(self.policy)
         with torch.no_grad():
             for following in progress.following(parameter, self._pages.nbytes, _AHEAD * self.policy.chunk_nbytes):
                 self._fetch(following)
             if sum(self._pages.nbytes(p) for p in progress.arrived) >= self.policy.chunk_nbytes:
                 arrived, progress.arrived = list(progress.arrived), {}
-                try:
+                with self._noting_errors():
                     self._update(arrived)
-                except BaseException:
-                    progress.note_error()
-                    raise
 
     # -- all of it ------------------------------------------------------------------------------------------
 
@@ -283,15 +289,17 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             loaded = hook(self, loaded) or loaded
         entries, groups = loaded["state"], loaded["param_groups"]
         own = {i for group in groups for i in group["params"]}
-        load_part(inner, {key: value for key, value in entries.items() if key not in own}, groups)
+        places = self._cpu_updates.places()
+        load_part(inner, {key: value for key, value in entries.items() if key not in own}, groups, places)
         self._progress.begin_load()
+        self._cpu_updates.abandon()
         self._pages.forget()
         keys = parameters_with_entries(self._group_of, entries, groups)
         chunks = [
             {parameter: keys[parameter] for parameter in chunk}
             for chunk in self._updates.chunks(keys, self.policy.chunk_nbytes)
         ]
-        load_chunks(inner, entries, groups, chunks, self._updates.send_away)
+        load_chunks(inner, entries, groups, chunks, self._updates.send_away, places)
         self._gradients.forget(self._group_of)
         self._gradients.finish_step()
         self._progress.finish_load()
@@ -314,6 +322,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         Raises:
             OSError: it could not take some of it, which is in memory.
         """
+        self._check_open()
+        self._finish()
         self._vault.flush()
 
     def note_checkpoint(self, text: str) -> None:
@@ -324,12 +334,17 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """Brings the state back to the optimizer it came from, and gives the drive's space back. Idempotent."""
         if self._is_closed:
             return
-        lost: StateLostError | None = None
+        lost: BaseException | None = None
+        try:
+            self._finish()
+        except Exception as error:
+            lost = error
         for parameter in self._pages:
             try:
                 self._pages.bring(parameter, self._inner.state[parameter])
             except StateLostError as error:
                 lost = lost or error
+        self._cpu_updates.settle()
         self._gradients.close()
         self._pages.forget()
         self._unhook()
@@ -350,13 +365,18 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         found = {parameter: i for i, group in enumerate(groups) for parameter in group["params"]}
         if list(map(id, found)) == list(map(id, self._group_of)) and found == self._group_of:
             return
+        self._finish()
         for parameter in set(self._group_of) - set(found):
             self._pages.drop(parameter)
+            self._cpu_updates.forget(parameter)
+        check_settings(self.policy, self.param_groups)
         self._updates.group_of = found
         for i, group in enumerate(groups):
             names = group.get("param_names") or [f"parameter {k} of group {i}" for k in range(len(group["params"]))]
             for name, parameter in zip(names, group["params"], strict=False):
                 self._watch(name, parameter)
+                if self.policy.update_on == "cpu":
+                    self._cpu_updates.meet(parameter, name)
 
     def _watch(self, name: str, parameter: torch.Tensor) -> None:
         if parameter.is_meta:
