@@ -58,7 +58,7 @@ class _Entry:
         if self.parameter._version != self.version:
             raise RuntimeError(
                 f"Expected {self.name} unchanged while the CPU updates it, got a change, which would be lost: change "
-                "parameters after optimizer.step()"
+                "parameters after optimizer.step(), and with delayed_update after optimizer.flush()"
             )
 
 
@@ -72,6 +72,7 @@ class _Job:
     factor: Wait | None
     num_threads: int
     future: Future[None] | None = None
+    following: _Job | None = None
 
 
 class CpuUpdates:
@@ -85,10 +86,11 @@ class CpuUpdates:
         gradients: Gradients,
         *,
         has_masters: bool,
+        is_delayed: bool,
     ) -> None:
-        """No parameter is met yet. `has_masters`: see `OptimizerPolicy.master_weights`."""
+        """No parameter is met yet. For `has_masters` and `is_delayed` see `OptimizerPolicy`."""
         self._inner, self._vault, self._pages, self._gradients = inner, vault, pages, gradients
-        self._has_masters = has_masters
+        self._has_masters, self._is_delayed = has_masters, is_delayed
         self._devices: dict[torch.Tensor, Accelerator] = {}
         self._copies = HostCopies(vault.note)
         self._jobs: deque[_Job] = deque()
@@ -107,6 +109,10 @@ class CpuUpdates:
         """
         device = self._vault.devices().of(parameter)
         if isinstance(device, str) or device.driver is None:
+            if self._is_delayed:
+                raise ValueError(
+                    f"Expected parameters of an accelerator with delayed_update, got {name} in host memory"
+                )
             return
         if why := why_not(parameter):
             raise ValueError(f"Expected plain parameters with update_on='cpu', got {name}: {why}")
@@ -122,9 +128,10 @@ class CpuUpdates:
         """Begins to update these parameters, whose names and groups are given; waits while too many are under way."""
         if os.getpid() != self._pid:
             raise RuntimeError("Expected the process that offloaded, got a forked child: offload there, or use spawn")
-        self.finish(_MAX_JOBS - 1)
-        for parameter in chunk:
-            self.fetch(parameter)
+        if not self._is_delayed:
+            self.finish(_MAX_JOBS - 1)
+            for parameter in chunk:
+                self.fetch(parameter)
         entries = [self._entry(parameter, name) for parameter, (name, _) in chunk.items()]
         first = entries[0].parameter
         chosen: dict[int, list[torch.Tensor]] = {}
@@ -137,12 +144,14 @@ class CpuUpdates:
         job = _Job(
             entries,
             twin,
-            self._settings(attributes, first),
+            self._settings({"defaults": self._inner.defaults, **attributes}, first),  # a rate in a tensor is in both
             None if factor is None else self._setting(factor, first).wait,
             torch.get_num_threads(),
         )
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "ssdtrain-update")
+        if self._jobs:
+            self._jobs[-1].following = job
         self._jobs.append(job)
         job.future = self._pool.submit(self._run, job)
 
@@ -158,11 +167,17 @@ class CpuUpdates:
         return _Entry(
             parameter,
             name,
-            value or self._copies.begin(parameter.detach(), device).wait,
+            value or self._value(parameter, device),
             self._gradient(parameter, device),
             self._inner.state.get(parameter),
             parameter._version,
         )
+
+    def _value(self, parameter: torch.Tensor, device: Accelerator) -> Wait:
+        found = self._copies.begin(parameter.detach(), device)
+        if self._is_delayed:  # somebody may load a checkpoint before anything of ours waits for the copy
+            found.hold_back(device.current_stream())
+        return found.wait
 
     def _gradient(self, parameter: torch.Tensor, device: Accelerator) -> Wait:
         grad = parameter.grad
@@ -193,8 +208,7 @@ class CpuUpdates:
             torch.set_num_threads(job.num_threads)
         twin = job.twin
         with torch.no_grad(), record_function("ssdtrain::cpu_update"):
-            for entry in job.entries:
-                self._gradients.fetch(entry.parameter, self._vault.host)
+            self._fetch_ahead(job)
             vars(twin).update(_arrived(job.attributes))
             factor = job.factor() if job.factor is not None else None
             values = {entry.parameter: entry.value() for entry in job.entries}
@@ -208,6 +222,17 @@ class CpuUpdates:
             checked_step(twin)
             for entry in job.entries:
                 self._take_result(entry, stand_ins[entry.parameter], values[entry.parameter], twin)
+
+    def _fetch_ahead(self, job: _Job) -> None:
+        """Reads what is not being read yet, also for the jobs that follow."""
+        for entry in job.entries:
+            self._gradients.fetch(entry.parameter, self._vault.host)
+        ahead: _Job | None = job
+        for _ in range(_MAX_JOBS):
+            if ahead is not None:
+                for entry in ahead.entries:
+                    self._pages.fetch(entry.parameter)
+                ahead = ahead.following
 
     def _stand_in(self, entry: _Entry, value: torch.Tensor, factor: torch.Tensor | None) -> torch.nn.Parameter:
         """A parameter in host memory, with a gradient, with what users have noted on the other; its state is there."""
@@ -244,26 +269,41 @@ class CpuUpdates:
 
     # -- after it ------------------------------------------------------------------------------------------------
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether some parameters do not have their new values yet."""
+        return bool(self._jobs)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether `finish` would raise what our thread did."""
+        futures = [job.future for job in self._jobs if job.future is not None and job.future.done()]
+        return any(future.exception() is not None for future in futures)
+
     def finish(self, num_left: int = 0) -> None:
         """Waits until no more than `num_left` chunks are under way; the parameters of others have their new values.
+
+        Those of an update that was delayed have them all at once, or none has.
 
         Raises:
             StateLostError: the drive does not have a parameter's state any more.
             RuntimeError: somebody has changed a parameter meanwhile.
         """
         while len(self._jobs) > num_left:
-            job = self._jobs[0]
-            assert job.future is not None
-            job.future.result()
+            jobs = list(self._jobs) if self._is_delayed else [self._jobs[0]]
+            for job in jobs:
+                assert job.future is not None
+                job.future.result()
             pending = [entry for job in self._jobs for entry in job.entries]
             for entry in pending:
                 entry.check_unchanged()
             with torch.no_grad():
-                for entry in job.entries:
+                for entry in [entry for job in jobs for entry in job.entries]:
                     self._put_back(entry)
             for entry in pending:  # which may share a version counter with those that have just changed
                 entry.version = entry.parameter._version
-            self._jobs.popleft()
+            for _ in jobs:
+                self._jobs.popleft()
 
     def _put_back(self, entry: _Entry) -> None:
         parameter, result = entry.parameter, entry.result

@@ -59,7 +59,12 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._pages = Pages(self._vault, self._counters, policy.min_nbytes)
         self._gradients = Gradients(Pages(self._vault, StateCounters("gradients"), 1), self._name)
         self._cpu_updates = CpuUpdates(
-            optimizer, self._vault, self._pages, self._gradients, has_masters=policy.master_weights
+            optimizer,
+            self._vault,
+            self._pages,
+            self._gradients,
+            has_masters=policy.master_weights,
+            is_delayed=policy.delayed_update,
         )
         self._updates = Updates(optimizer, self._pages, self._gradients, self._cpu_updates, self._name)
         try:
@@ -122,10 +127,14 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """
         if closure is not None and self.policy.step_in_backward:
             raise ValueError("Expected no closure with step_in_backward, which updates during the closure's backward")
+        if closure is not None and self.policy.delayed_update:
+            raise ValueError("Expected no closure with delayed_update, which computes beside the update before it")
         self._check_open()
         self._regroup()
         self._progress.end_backwards()
         self._check_whole(in_step=True)
+        if self.policy.delayed_update:
+            self._finish()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -133,7 +142,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         with torch.no_grad(), record_function("ssdtrain::optimizer_step"):
             with self._noting_errors():
                 self._update_all([p for p in self._group_of if p in self._gradients])
-                self._cpu_updates.finish()
+                if not self.policy.delayed_update:
+                    self._cpu_updates.finish()
         self._finish_step()
         return loss
 
@@ -154,7 +164,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """
         begin = partial(self._progress.begin_update, self._name(chunk[0]), self._group_of)
         self._updates.update(chunk, self._scaler(), begin)
-        if self.policy.step_in_backward or self.policy.offload_gradients:
+        if self.policy.step_in_backward or self.policy.offload_gradients or self.policy.delayed_update:
             self._progress.updated.update(chunk)
             self._gradients.forget(p for p in chunk if p not in self._cpu_updates)
             for parameter in chunk:
@@ -172,8 +182,14 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def _finish(self) -> None:
         """All that the CPU updates has its new values."""
+        is_late = self.policy.delayed_update and self._cpu_updates.is_busy
         with self._noting_errors():
+            if is_late:
+                late = f"step {self._progress.num_steps}, whose update was delayed"
+                self._progress.note_torn(late, self._group_of)
             self._cpu_updates.finish()
+        if is_late:
+            self._progress.note_torn("", self._group_of)
 
     def _finish_step(self) -> None:
         self._progress.finish_step(self._group_of)
@@ -267,10 +283,17 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """As without offload. State that is on the drive comes in files that are mapped to memory, freed with it.
 
         Raises:
-            RuntimeError: a step was interrupted.
+            RuntimeError: a step was interrupted, or its update was delayed and is not over: call `flush()` first.
         """
         self._check_open()
+        if self._cpu_updates.has_failed:
+            self._finish()
         self._check_whole()
+        if self._cpu_updates.is_busy:
+            raise RuntimeError(
+                f"Expected flush() before a checkpoint, got the update of step {self._progress.num_steps}, which was "
+                "delayed: call optimizer.flush(), then model.state_dict() and optimizer.state_dict()"
+            )
         found = whole_state_dict(self._inner, self._pages)
         self._vault.checkpoint = f"the last state_dict() was taken after step {self._counters.num_steps}"
         return found
@@ -317,7 +340,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         return self._vault
 
     def flush(self) -> None:
-        """Blocks until the drive has all state.
+        """Blocks until the drive has all state, and parameters have the values of an update that was delayed.
 
         Raises:
             OSError: it could not take some of it, which is in memory.

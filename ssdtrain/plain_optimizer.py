@@ -105,7 +105,11 @@ def load_part(
 
 
 def load_own_state(optimizer: torch.optim.Optimizer) -> None:
-    """Takes state to the devices and dtypes that `load_state_dict` gives it."""
+    """Takes state of parameters that are in groups to the devices and dtypes that `load_state_dict` gives it."""
+    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    orphans = {key: s for key, s in optimizer.state.items() if isinstance(key, torch.Tensor) and id(key) not in own}
+    for parameter in orphans:
+        del optimizer.state[parameter]
     hooks = {name: value for name, value in vars(optimizer).items() if name.startswith("_optimizer_state_dict_")}
     try:
         vars(optimizer).update({name: {} for name in hooks})
@@ -113,6 +117,7 @@ def load_own_state(optimizer: torch.optim.Optimizer) -> None:
     finally:
         vars(optimizer).update(hooks)
     load_part(optimizer, found["state"], found["param_groups"], {})
+    optimizer.state.update(orphans)
 
 
 def predict_state_nbytes(optimizer: torch.optim.Optimizer, min_nbytes: int, *, has_masters: bool = False) -> int:

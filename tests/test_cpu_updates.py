@@ -321,7 +321,7 @@ def test_layouts_and_what_is_noted_on_parameters(
     if device_kind == "cuda":
         pytest.skip("the plain one computes on another device")
     run(Noted(plain, lr=0.1, momentum=0.9), plain)
-    optimizer = on_cpu(Noted(ours, lr=0.1, momentum=0.9), tmp_path, device, min_nbytes=0)
+    optimizer = on_cpu(Noted(ours, lr=0.1, momentum=0.9), tmp_path, device, min_nbytes=0, chunk_nbytes=1)
     run(optimizer, ours)
     check_same(list(ours), list(plain))
     check_same(memory, expected)
@@ -474,10 +474,12 @@ class Gated(torch.optim.AdamW):
     """Begins only when it is told to."""
 
     gate = threading.Event()
+    entered = threading.Event()
     threads: ClassVar[set[int]] = set()
 
     def step(self, closure: Any = None) -> Any:
         Gated.threads.add(threading.get_ident())
+        Gated.entered.set()
         assert Gated.gate.wait(20), "backward waits for the update"
         return super().step(closure)
 
