@@ -9,6 +9,9 @@ allocated on the current stream, written after that point of it, and used by str
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -81,6 +84,20 @@ class CudaDevice:
         """See `Device`."""
         tensor = torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
         tensor.record_stream(torch.cuda.ExternalStream(stream, device=self._device))
+
+    def new_stream(self) -> int:
+        """See `Accelerator`. Of PyTorch's pool of streams, which are never destroyed."""
+        return int(torch.cuda.Stream(self._device).cuda_stream)
+
+    @contextmanager
+    def stream(self, handle: int) -> Iterator[None]:
+        """See `Accelerator`."""
+        with torch.cuda.stream(torch.cuda.ExternalStream(handle, device=self._device)):
+            yield
+
+    def allocate_host(self, nbytes: int) -> torch.UntypedStorage:
+        """See `Accelerator`. From PyTorch's caching host allocator, which follows the copies."""
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True).untyped_storage()
 
     def idle_nbytes(self) -> int:
         """See `Device`. Idle memory is the caching allocator's."""

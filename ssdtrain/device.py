@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 from collections import deque
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -78,6 +79,23 @@ class Device(Protocol):
 
     def trim(self) -> None:
         """Gives idle memory back to the system."""
+
+
+class Accelerator(Device, Protocol):
+    """A device with a driver: whose memory the CPU does not compute on."""
+
+    def new_stream(self) -> int:
+        """The handle of another stream, which lives as long as the process."""
+
+    def stream(self, handle: int) -> AbstractContextManager[None]:
+        """What the calling thread queues inside goes to that stream."""
+
+    def allocate_host(self, nbytes: int) -> torch.UntypedStorage:
+        """Pinned host memory; freed, it is handed out again only after the copies that are queued by then.
+
+        Raises:
+            RuntimeError: there is none.
+        """
 
 
 class CpuDevice:

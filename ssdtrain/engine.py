@@ -96,6 +96,9 @@ class Fence(Protocol):
     def synchronize(self) -> None:
         """Blocks until the accelerator has passed it, without the GIL."""
 
+    def make_wait(self, stream: int) -> None:
+        """What is queued on `stream` later comes after it."""
+
 
 class Write(Protocol):
     """A request to bring pieces of memory to an extent of a file.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ssdtrain.device import Device
 from ssdtrain.pages import Pages
 
 _KEY = "grad"
@@ -22,7 +23,7 @@ class Gradients:
         """There is none yet."""
         self._pages, self._name_of = pages, name_of
         self._norms: dict[torch.Tensor, torch.Tensor] = {}
-        self._factor: torch.Tensor | None = None  # what the next step multiplies them by
+        self.factor: torch.Tensor | None = None  # what the next step multiplies them by
 
     def __contains__(self, parameter: torch.Tensor) -> bool:
         """Whether a parameter has a gradient here, or in memory."""
@@ -41,12 +42,33 @@ class Gradients:
         self._pages.send_away(parameter, self._name_of(parameter), state)
         parameter.grad = None
 
-    def fetch(self, parameter: torch.Tensor) -> int:
-        """Begins to read one back; how many reads."""
-        return self._pages.fetch(parameter)
+    def fetch(self, parameter: torch.Tensor, device: Device | None = None) -> int:
+        """Begins to read one back, to where it came from or to host memory; how many reads."""
+        return self._pages.fetch(parameter, device)
+
+    def is_away(self, parameter: torch.Tensor) -> bool:
+        """Whether one is on the drive: else it is in memory, where the parameter is."""
+        return parameter in self._pages and parameter.grad is None and not self._pages.is_kept(parameter)
+
+    def bring(self, parameter: torch.Tensor, host: Device) -> torch.Tensor:
+        """One that is away, in host memory, not clipped. In any thread.
+
+        Raises:
+            StateLostError: the drive does not have it any more.
+        """
+        state: dict[str, Any] = {}
+        self._pages.bring(parameter, state, host)
+        found: torch.Tensor = state[_KEY]
+        return found.cpu()  # one that could not even be copied from its device is still there
 
     def give_back(self, parameter: torch.Tensor) -> None:
         """Has one in memory, clipped, for the optimizer."""
+        self.restore(parameter)
+        if self.factor is not None and parameter.grad is not None:
+            parameter.grad.mul_(self.factor)
+
+    def restore(self, parameter: torch.Tensor) -> None:
+        """Has one in memory, as backward left it."""
         state: dict[str, Any] = {}
         if parameter.grad is not None and parameter in self._pages:
             raise RuntimeError(
@@ -56,8 +78,6 @@ class Gradients:
         self._pages.bring(parameter, state)
         if state:
             parameter.grad = state[_KEY]
-        if self._factor is not None and parameter.grad is not None:
-            parameter.grad.mul_(self._factor)
 
     def clip_grad_norm_(self, parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
         """The 2-norm of all gradients; the next step scales them down where it is more than `max_norm`."""
@@ -65,7 +85,7 @@ class Gradients:
         if not norms:
             return torch.tensor(0.0)
         total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
-        self._factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+        self.factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
         return total
 
     def forget(self, parameters: Iterable[torch.Tensor]) -> None:
@@ -76,7 +96,7 @@ class Gradients:
 
     def finish_step(self) -> None:
         """The step is over, or will not be: no factor is left."""
-        self._factor = None
+        self.factor = None
 
     def close(self) -> None:
         """Brings all of them back to their parameters."""

@@ -143,15 +143,16 @@ def offload_optimizer(
     """Keeps an optimizer's state on the drive; a step pages through it, a few parameters at a time.
 
     Memory falls by the state but for about three chunks of `chunk_nbytes` and `staging_nbytes`. The optimizer itself
-    does the arithmetic, so results are equal to the bit; groups, schedulers, hooks, `state_dict` and `load_state_dict`
-    are as before, and state dicts are interchangeable with those of the plain optimizer.
+    does the arithmetic, on the parameters' device or, with ``update_on="cpu"``, for them on the CPU, so results are
+    equal to the bit to its own there; groups, schedulers, hooks, `state_dict` and `load_state_dict` are as before, and
+    state dicts are interchangeable with those of the plain optimizer.
 
     Args:
         optimizer: any of `torch.optim` but LBFGS, or one that keeps its state by parameter. It must not be used any
             more but through what is returned. On the CPU, ``fused=True`` is the fastest.
         directory: where the spill files go, on a fast local drive; several are striped. They are unlinked at once. Or
             what is offloaded already, `parameter_offload(module)` or an offloaded optimizer: both then share its engine
-            and staging memory, and its policy's bounds. None: pinned host memory only, for what is on an accelerator.
+            and staging memory, and its policy's bounds. None: host memory only, for what is on an accelerator.
         policy: an `OptimizerPolicy` or a mapping with its fields.
 
     Returns:

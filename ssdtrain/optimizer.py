@@ -3,33 +3,32 @@
 The optimizer itself does the arithmetic: it is shown the parameters of one chunk, with their state in memory, and
 takes its step for those; meanwhile the state of the next chunk is read and that of the last one written. So the result
 is the same to the bit, for every optimizer whose update of a parameter depends on that parameter alone.
-
-[Note: a step that was interrupted]
-An exception in the middle of a step leaves some parameters updated and others not. Nothing can undo that; but nothing
-may take it for a whole step either: until a checkpoint is loaded, further steps and state dicts raise.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.profiler import record_function
 
+from ssdtrain.cpu_updates import CpuUpdates
 from ssdtrain.gradients import Gradients
 from ssdtrain.optimizer_state import StateView, load_chunks, parameters_with_entries, whole_state_dict
 from ssdtrain.pages import Pages
 from ssdtrain.parameters import homes_of
-from ssdtrain.plain_optimizer import check, load_part, narrowed, plain_step, predict_state_nbytes, take_over
+from ssdtrain.plain_optimizer import load_part, predict_state_nbytes, take_over
 from ssdtrain.policy import OptimizerPolicy
+from ssdtrain.refusals import check_alone, check_devices, check_optimizer, check_settings
 from ssdtrain.state_stats import StateCounters, StateStats
+from ssdtrain.step_progress import StepProgress
+from ssdtrain.updates import Updates
 from ssdtrain.vault import StateLostError, Vault
 
 _AHEAD = 2  # chunks whose state is read before their turn
-_MAX_AHEAD = 64  # parameters
 
 
 class OffloadedOptimizer(torch.optim.Optimizer):
@@ -41,61 +40,48 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self, optimizer: torch.optim.Optimizer, open_vault: Callable[[], Vault], policy: OptimizerPolicy
     ) -> None:
         """Takes over the groups, the hooks and the state of `optimizer`, and moves the state to the drive."""
-        check(optimizer)
+        check_optimizer(optimizer)
         self.policy = policy
         self._inner = optimizer
         self._counters = StateCounters("optimizer state")
         self._names: dict[torch.Tensor, str] = {}
-        self._torn = ""  # what was interrupted, see [Note: a step that was interrupted]
+        self._progress = StepProgress()
         self._is_closed = False
-        self._is_aborted = False  # that step will never be whole
-        self._group_of: dict[torch.Tensor, int] = {}
-        self._updated: set[torch.Tensor] = set()  # in backward, since the last step
-        self._arrived: dict[torch.Tensor, None] = {}  # with a gradient, in backward, not updated yet
-        self._backwards: set[int] = set()  # that began and are not over
         self._hooked: set[torch.Tensor] = set()
-        self._last_order: list[torch.Tensor] = []
-        self._order: list[torch.Tensor] = []  # of gradients, in this step; before: in the last
-        self._position: dict[torch.Tensor, int] = {}
         self._is_accumulating = False
         self._handles: list[Any] = []
         hooks = {name: value for name, value in vars(optimizer).items() if name.endswith("_hooks")}
         self.__setstate__({"defaults": optimizer.defaults, **hooks})
-        state_nbytes = predict_state_nbytes(optimizer, policy.min_nbytes)
-        self._check_alone()
+        check_alone(self.policy)
+        check_settings(self.policy, self.param_groups)
+        state_nbytes = predict_state_nbytes(optimizer, policy.min_nbytes, has_masters=policy.master_weights)
         self._vault = open_vault()
         self._pages = Pages(self._vault, self._counters, policy.min_nbytes)
         self._gradients = Gradients(Pages(self._vault, StateCounters("gradients"), 1), self._name)
+        self._cpu_updates = CpuUpdates(
+            optimizer,
+            self._vault,
+            self._pages,
+            self._gradients,
+            has_masters=policy.master_weights,
+            is_delayed=policy.delayed_update,
+        )
+        self._updates = Updates(optimizer, self._pages, self._gradients, self._cpu_updates, self._name)
         try:
-            self._check_devices()
-            self._vault.reserve(state_nbytes, "optimizer state")
+            check_devices(self._vault, self.param_groups)
+            if policy.update_on == "device" or self._vault.directory is not None:  # else it stays in host memory
+                self._vault.reserve(state_nbytes, "optimizer state")
             self._regroup()
             for parameter in self._group_of:
-                self._send_away(parameter)
+                self._updates.send_away(parameter)
         except BaseException:
             for parameter in self._pages:
                 self._pages.bring(parameter, optimizer.state[parameter])
+            self._cpu_updates.settle()
             self._unhook()
             self._vault.close()
             raise
         self._release = take_over(optimizer)
-
-    def _check_alone(self) -> None:
-        """Replicas add up gradients after backward has computed them: too late for what happens in backward."""
-        mode = next((m for m in ("step_in_backward", "offload_gradients") if getattr(self.policy, m)), None)
-        if mode and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            raise ValueError(
-                f"Expected {mode}=False in a job of several processes, got True: gradients are averaged after it has "
-                "taken them, and replicas would drift apart"
-            )
-
-    def _check_devices(self) -> None:
-        devices = self._vault.devices()
-        for parameter in [p for group in self.param_groups for p in group["params"] if not p.is_meta]:
-            reason = devices.of(parameter)
-            if isinstance(reason, str):
-                where = "memory of the CPU or of CUDA" if self._vault.directory else "memory of an accelerator"
-                raise ValueError(f"Expected parameters in {where}, got {reason}: pass another directory or device")
 
     # -- what an optimizer has ------------------------------------------------------------------------------
 
@@ -112,6 +98,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def state(self) -> Mapping[torch.Tensor, dict[str, Any]]:  # type: ignore[override]
         """State by parameter, read from the drive when it is looked at. What is changed in it is not kept."""
         self._check_open()
+        self._finish()
         return StateView(self._inner, self._pages)
 
     def __getattr__(self, name: str) -> Any:
@@ -140,95 +127,75 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """
         if closure is not None and self.policy.step_in_backward:
             raise ValueError("Expected no closure with step_in_backward, which updates during the closure's backward")
+        if closure is not None and self.policy.delayed_update:
+            raise ValueError("Expected no closure with delayed_update, which computes beside the update before it")
         self._check_open()
         self._regroup()
-        self._end_backwards()
+        self._progress.end_backwards()
         self._check_whole(in_step=True)
+        if self.policy.delayed_update:
+            self._finish()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad(), record_function("ssdtrain::optimizer_step"):
-            try:
+            with self._noting_errors():
                 self._update_all([p for p in self._group_of if p in self._gradients])
-            except BaseException:
-                self._is_aborted = bool(self._torn)
-                raise
+                if not self.policy.delayed_update:
+                    self._cpu_updates.finish()
         self._finish_step()
         return loss
 
     def _update_all(self, parameters: Iterable[torch.Tensor]) -> None:
-        chunks = self._chunks(parameters)
+        chunks = self._updates.chunks(parameters, self.policy.chunk_nbytes)
         for i, chunk in enumerate(chunks):
-            for parameter in [p for ahead in chunks[i : i + 1 + _AHEAD] for p in ahead]:
+            for parameter in [p for ahead in chunks[i : i + 1 + _AHEAD] for p in ahead if p not in self._cpu_updates]:
                 self._fetch(parameter)
-            if self.policy.step_in_backward or self.policy.offload_gradients:
-                self._update_and_free(chunk)
-            else:
-                self._update(chunk)
-
-    def _finish_step(self) -> None:
-        self._counters.num_steps += 1
-        self._inner._opt_called = True  # type: ignore[attr-defined]  # for schedulers that were made with it
-        self._note_torn("")
-        if self._order:
-            self._last_order, self._order = self._order, []
-            self._position = {p: i + 1 for i, p in enumerate(self._last_order)}
-        self._begin_anew()
-
-    def _begin_anew(self) -> None:
-        """Nothing of a step has happened."""
-        self._updated, self._arrived, self._order, self._backwards = set(), {}, [], set()
-        self._gradients.finish_step()
-
-    def _note_torn(self, what: str) -> None:
-        """From here on the step is not whole; empty: it is."""
-        self._torn = what
-        for home in homes_of(self._group_of):
-            home.note_torn(what)
-
-    # -- one step, chunk by chunk ---------------------------------------------------------------------------
-
-    def _chunks(self, parameters: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
-        """As many parameters together as `chunk_nbytes` of state allow."""
-        chunks: list[list[torch.Tensor]] = []
-        room = 0
-        for parameter in parameters:
-            nbytes = self._pages.nbytes(parameter)
-            if not chunks or nbytes > room:
-                chunks.append([])
-                room = self.policy.chunk_nbytes
-            chunks[-1].append(parameter)
-            room -= nbytes
-        return chunks
+            self._update(chunk)
 
     def _fetch(self, parameter: torch.Tensor) -> None:
-        """Begins to read a parameter's state, and the parameter if it is away."""
-        self._counters.num_prefetched += self._pages.fetch(parameter) + self._gradients.fetch(parameter)
-        for home in homes_of([parameter]):
-            home.prefetch([parameter])
+        self._counters.num_prefetched += self._updates.fetch(parameter)
 
     def _update(self, chunk: list[torch.Tensor]) -> None:
-        """Has the optimizer take its step for these parameters alone."""
-        for parameter in chunk:
-            self._gradients.give_back(parameter)
-            if parameter in self._pages:  # looking a parameter up would give it an empty state
-                self._pages.bring(parameter, self._inner.state[parameter])
-        with contextlib.ExitStack() as stack:
-            for home in homes_of(chunk):
-                stack.enter_context(home.in_memory(chunk))
-            if not self._torn:
-                self._note_torn(f"step {self._counters.num_steps + 1}, which began with {self._name(chunk[0])}")
-            with narrowed(self._inner, self._by_group(chunk), self._scaler()):
-                plain_step(self._inner)
-        for parameter in chunk:
-            self._send_away(parameter)
+        """Updates these, and frees their gradients where gradients do not stay until the step is over.
 
-    def _by_group(self, chunk: Iterable[torch.Tensor]) -> dict[int, list[torch.Tensor]]:
-        found: dict[int, list[torch.Tensor]] = {}
-        for parameter in chunk:
-            found.setdefault(self._group_of[parameter], []).append(parameter)
-        return found
+        Those that the CPU updates have their new values after `finish`.
+        """
+        begin = partial(self._progress.begin_update, self._name(chunk[0]), self._group_of)
+        self._updates.update(chunk, self._scaler(), begin)
+        if self.policy.step_in_backward or self.policy.offload_gradients or self.policy.delayed_update:
+            self._progress.updated.update(chunk)
+            self._gradients.forget(p for p in chunk if p not in self._cpu_updates)
+            for parameter in chunk:
+                parameter.grad = None
+
+    @contextlib.contextmanager
+    def _noting_errors(self) -> Iterator[None]:
+        """What is raised inside leaves a step that is not whole, and nothing that goes on."""
+        try:
+            yield
+        except BaseException:
+            self._progress.note_error()
+            self._cpu_updates.abandon()
+            raise
+
+    def _finish(self) -> None:
+        """All that the CPU updates has its new values."""
+        is_late = self.policy.delayed_update and self._cpu_updates.is_busy
+        with self._noting_errors():
+            if is_late:
+                late = f"step {self._progress.num_steps}, whose update was delayed"
+                self._progress.note_torn(late, self._group_of)
+            self._cpu_updates.finish()
+        if is_late:
+            self._progress.note_torn("", self._group_of)
+
+    def _finish_step(self) -> None:
+        self._progress.finish_step(self._group_of)
+        self._gradients.finish_step()
+        self._counters.num_steps = self._progress.num_steps
+        self._inner._opt_called = True  # type: ignore[attr-defined]  # for schedulers that were made with it
 
     def _scaler(self) -> dict[str, Any]:
         """What a GradScaler told this optimizer: fused ones unscale by themselves."""
@@ -239,26 +206,16 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             )
         return found
 
-    def _send_away(self, parameter: torch.Tensor) -> None:
-        state = self._inner.state.get(parameter, {})
-        if state or parameter in self._pages:
-            self._pages.send_away(parameter, self._name(parameter), state)
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """See `torch.optim.Optimizer.zero_grad`; gradients on the drive are dropped."""
         self._check_open()
         self._regroup()
-        self._end_backwards()
+        self._progress.end_backwards()
         self._gradients.forget(self._group_of)
-        if not self._updated:
-            self._begin_anew()
+        if not self._progress.updated:
+            self._progress.begin_anew()
+            self._gradients.finish_step()
         super().zero_grad(set_to_none)
-
-    def _end_backwards(self) -> None:
-        """What began and is not over by now has raised."""
-        if self._backwards and self._updated:
-            self._is_aborted = True
-        self._backwards = set()
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
@@ -298,57 +255,27 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def _on_gradient(self, parameter: torch.Tensor) -> None:
         """A gradient is complete: it leaves, or, with enough of them, their parameters are updated."""
+        if parameter not in self._group_of:  # its group is gone
+            return
         if self.policy.offload_gradients:
             with torch.no_grad():
-                self._check_alone()
+                check_alone(self.policy)
                 self._gradients.take(parameter)
             return
         if self._is_accumulating:
             return
         self._check_whole(in_step=True)
-        if parameter in self._updated or parameter in self._arrived:
-            raise RuntimeError(
-                f"Expected one backward per step with step_in_backward, got another one for {self._name(parameter)}: "
-                "wrap all but the last in optimizer.accumulate(), and call step() after it"
-            )
-        self._follow_backward()
-        self._arrived[parameter] = None
-        self._order.append(parameter)
+        progress = self._progress
+        progress.arrive(parameter, self._name(parameter))
+        if progress.follow_backward():
+            check_alone(self.policy)
         with torch.no_grad():
-            self._fetch_following(parameter)
-            if sum(self._pages.nbytes(p) for p in self._arrived) >= self.policy.chunk_nbytes:
-                arrived, self._arrived = list(self._arrived), {}
-                try:
-                    self._update_and_free(arrived)
-                except BaseException:
-                    self._is_aborted = bool(self._torn)
-                    raise
-
-    def _follow_backward(self) -> None:
-        """Learns whether this backward ends or raises."""
-        task = torch._C._current_graph_task_id()
-        if task not in self._backwards:
-            self._check_alone()
-            self._backwards.add(task)
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._backwards.discard(task))
-
-    def _update_and_free(self, parameters: list[torch.Tensor]) -> None:
-        self._update(parameters)
-        self._updated.update(parameters)
-        self._gradients.forget(parameters)
-        for parameter in parameters:
-            parameter.grad = None
-
-    def _fetch_following(self, parameter: torch.Tensor) -> None:
-        """Reads ahead what came after this parameter in the last step."""
-        room = _AHEAD * self.policy.chunk_nbytes
-        start = self._position.get(parameter, len(self._last_order))
-        for following in self._last_order[start : start + _MAX_AHEAD]:
-            room -= self._pages.nbytes(following)
-            if room < 0:
-                break
-            if following not in self._updated:
+            for following in progress.following(parameter, self._pages.nbytes, _AHEAD * self.policy.chunk_nbytes):
                 self._fetch(following)
+            if sum(self._pages.nbytes(p) for p in progress.arrived) >= self.policy.chunk_nbytes:
+                arrived, progress.arrived = list(progress.arrived), {}
+                with self._noting_errors():
+                    self._update(arrived)
 
     # -- all of it ------------------------------------------------------------------------------------------
 
@@ -356,10 +283,17 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """As without offload. State that is on the drive comes in files that are mapped to memory, freed with it.
 
         Raises:
-            RuntimeError: a step was interrupted.
+            RuntimeError: a step was interrupted, or its update was delayed and is not over: call `flush()` first.
         """
         self._check_open()
+        if self._cpu_updates.has_failed:
+            self._finish()
         self._check_whole()
+        if self._cpu_updates.is_busy:
+            raise RuntimeError(
+                f"Expected flush() before a checkpoint, got the update of step {self._progress.num_steps}, which was "
+                "delayed: call optimizer.flush(), then model.state_dict() and optimizer.state_dict()"
+            )
         found = whole_state_dict(self._inner, self._pages)
         self._vault.checkpoint = f"the last state_dict() was taken after step {self._counters.num_steps}"
         return found
@@ -378,15 +312,20 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             loaded = hook(self, loaded) or loaded
         entries, groups = loaded["state"], loaded["param_groups"]
         own = {i for group in groups for i in group["params"]}
-        load_part(inner, {key: value for key, value in entries.items() if key not in own}, groups)
-        self._torn = "load_state_dict()"
+        places = self._cpu_updates.places()
+        load_part(inner, {key: value for key, value in entries.items() if key not in own}, groups, places)
+        self._progress.begin_load()
+        self._cpu_updates.abandon()
         self._pages.forget()
         keys = parameters_with_entries(self._group_of, entries, groups)
-        chunks = [{parameter: keys[parameter] for parameter in chunk} for chunk in self._chunks(keys)]
-        load_chunks(inner, entries, groups, chunks, self._send_away)
-        self._torn, self._is_aborted = "", False
+        chunks = [
+            {parameter: keys[parameter] for parameter in chunk}
+            for chunk in self._updates.chunks(keys, self.policy.chunk_nbytes)
+        ]
+        load_chunks(inner, entries, groups, chunks, self._updates.send_away, places)
         self._gradients.forget(self._group_of)
-        self._begin_anew()
+        self._gradients.finish_step()
+        self._progress.finish_load()
         for post_hook in inner._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -401,11 +340,13 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         return self._vault
 
     def flush(self) -> None:
-        """Blocks until the drive has all state.
+        """Blocks until the drive has all state, and parameters have the values of an update that was delayed.
 
         Raises:
             OSError: it could not take some of it, which is in memory.
         """
+        self._check_open()
+        self._finish()
         self._vault.flush()
 
     def note_checkpoint(self, text: str) -> None:
@@ -416,12 +357,17 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """Brings the state back to the optimizer it came from, and gives the drive's space back. Idempotent."""
         if self._is_closed:
             return
-        lost: StateLostError | None = None
+        lost: BaseException | None = None
+        try:
+            self._finish()
+        except Exception as error:
+            lost = error
         for parameter in self._pages:
             try:
                 self._pages.bring(parameter, self._inner.state[parameter])
             except StateLostError as error:
                 lost = lost or error
+        self._cpu_updates.settle()
         self._gradients.close()
         self._pages.forget()
         self._unhook()
@@ -442,13 +388,18 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         found = {parameter: i for i, group in enumerate(groups) for parameter in group["params"]}
         if list(map(id, found)) == list(map(id, self._group_of)) and found == self._group_of:
             return
+        self._finish()
         for parameter in set(self._group_of) - set(found):
             self._pages.drop(parameter)
-        self._group_of = found
+            self._cpu_updates.forget(parameter)
+        check_settings(self.policy, self.param_groups)
+        self._updates.group_of = found
         for i, group in enumerate(groups):
             names = group.get("param_names") or [f"parameter {k} of group {i}" for k in range(len(group["params"]))]
             for name, parameter in zip(names, group["params"], strict=False):
                 self._watch(name, parameter)
+                if self.policy.update_on == "cpu":
+                    self._cpu_updates.meet(parameter, name)
 
     def _watch(self, name: str, parameter: torch.Tensor) -> None:
         if parameter.is_meta:
@@ -459,6 +410,10 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             self._hooked.add(parameter)
             self._handles.append(parameter.register_post_accumulate_grad_hook(self._on_gradient))
 
+    @property
+    def _group_of(self) -> dict[torch.Tensor, int]:
+        return self._updates.group_of
+
     def _name(self, parameter: torch.Tensor) -> str:
         return next((home.name_of(parameter) for home in homes_of([parameter])), None) or self._names[parameter]
 
@@ -467,9 +422,4 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             raise RuntimeError("Expected an open offload, got one after close(): use the optimizer it was made of")
 
     def _check_whole(self, *, in_step: bool = False) -> None:
-        is_going_on = in_step and self.policy.step_in_backward and bool(self._updated)
-        if self._is_aborted or (self._torn and not is_going_on):
-            raise RuntimeError(
-                f"Expected whole steps, got one that was interrupted: {self._torn}. Some parameters are updated and "
-                f"others are not: load a checkpoint of the model and of the optimizer ({self._vault.checkpoint})"
-            )
+        self._progress.check_whole(self._vault.checkpoint, may_go_on=in_step and self.policy.step_in_backward)

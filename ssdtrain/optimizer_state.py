@@ -62,11 +62,15 @@ def load_chunks(
     groups: list[dict[str, Any]],
     chunks: Iterable[Mapping[torch.Tensor, Any]],
     send_away: Callable[[torch.Tensor], None],
+    places: Mapping[torch.Tensor, torch.Tensor],
 ) -> None:
-    """Loads the entries of some parameters after the other, and sends them away before the next ones come."""
+    """Loads the entries of some parameters after the other, and sends them away before the next ones come.
+
+    `places`: see `load_part`.
+    """
     kept = dict(optimizer.state)
     for chunk in chunks:
-        load_part(optimizer, {key: entries[key] for key in chunk.values()}, groups)
+        load_part(optimizer, {key: entries[key] for key in chunk.values()}, groups, places)
         for parameter in chunk:
             send_away(parameter)
         kept |= dict(optimizer.state)

@@ -50,22 +50,29 @@ class Pages:
         """Bytes of a parameter's pages; a guess, twice the parameter, while there are none."""
         return sum(page.slot.nbytes for page in self._pages.get(parameter, {}).values()) or 2 * parameter.nbytes
 
-    def fetch(self, parameter: torch.Tensor) -> int:
-        """Begins to read a parameter's pages; how many."""
+    def fetch(self, parameter: torch.Tensor, device: Device | None = None) -> int:
+        """Begins to read a parameter's pages, to where they came from or to another device; how many."""
         num_begun = 0
         for page in self._pages.get(parameter, {}).values():
+            to = device or page.device
+            if page.arrival is not None and page.arrival.device is not to:
+                page.arrival = None
             if page.arrival is None and page.slot.is_filled:
-                page.arrival = self._vault.read(page.slot, page.device)
+                page.arrival = self._vault.read(page.slot, to)
                 num_begun += 1
         return num_begun
 
-    def bring(self, parameter: torch.Tensor, state: dict[str, Any]) -> None:
-        """Puts a parameter's pages where the optimizer looks for its state.
+    def is_kept(self, parameter: torch.Tensor) -> bool:
+        """Whether the drive had no room for some of it, which is where it came from."""
+        return any(page.slot.kept is not None for page in self._pages.get(parameter, {}).values())
+
+    def bring(self, parameter: torch.Tensor, state: dict[str, Any], device: Device | None = None) -> None:
+        """Puts a parameter's pages where the optimizer looks for its state, in memory as `fetch` says.
 
         Raises:
             StateLostError: the drive does not have one any more.
         """
-        self._counters.num_demand_reads += self.fetch(parameter)
+        self._counters.num_demand_reads += self.fetch(parameter, device)
         lost: StateLostError | None = None
         for key, page in self._pages.get(parameter, {}).items():
             arrival, page.arrival = page.arrival, None
@@ -77,12 +84,15 @@ class Pages:
         if lost is not None:
             raise lost
 
-    def send_away(self, parameter: torch.Tensor, name: str, state: dict[str, Any]) -> None:
-        """Begins to write a parameter's state, which is all in `state`, and takes it out of there."""
+    def send_away(self, parameter: torch.Tensor, name: str, state: dict[str, Any], host: Device | None = None) -> None:
+        """Begins to write a parameter's state, which is all in `state`, and takes it out of there.
+
+        `host`: the device of host memory, where all of it is by then, whatever the parameter's own is.
+        """
         for key in [key for key in self._pages.get(parameter, {}) if not _may_leave(state.get(key), self._min_nbytes)]:
             self._drop(self._pages[parameter].pop(key))  # the optimizer has done away with it
         for key, value in list(state.items()):
-            device = self._devices.of(value) if _may_leave(value, self._min_nbytes) else ""
+            device = (host or self._devices.of(value)) if _may_leave(value, self._min_nbytes) else ""
             if isinstance(device, str):
                 continue
             source = whole(value)
@@ -90,8 +100,8 @@ class Pages:
             if key not in pages:
                 pages[key] = _Page(Slot(f"{key} of {name}"), view_spec(source), device)
                 self._counters.go(source.nbytes)
-            pages[key].spec = view_spec(source)
-            self._vault.write(pages[key].slot, source.untyped_storage(), device)
+            pages[key].spec, pages[key].device = view_spec(source), device
+            self._vault.write(pages[key].slot, source.untyped_storage(), device, prefers_host=host is not None)
             del state[key]
 
     def copies(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:

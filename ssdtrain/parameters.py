@@ -218,6 +218,21 @@ class ParameterOffload:
         with self._lock:
             self._counters.num_prefetched += self._residences.fetch(self._uses.find(parameters))
 
+    def read_to_host(self, parameter: torch.Tensor) -> Callable[[], torch.Tensor] | None:
+        """Begins to read one that is away to host memory; what is returned waits for it. None: it is in memory."""
+        with self._lock:
+            (r,) = self._uses.find([parameter])
+            return self._residences.read_to_host(r)
+
+    def replace(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
+        """Gives a parameter a new value of its dtype, which is in host memory: on the drive if that is where it is."""
+        with self._lock, torch.no_grad():
+            (r,) = self._uses.find([parameter])
+            if not self._residences.replace(r, value):
+                r.parameter.copy_(value, non_blocking=True)
+                self._residences.note_changed([r])
+                self._uses.let_go([r])
+
     def fill(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
         """Gives a parameter a new value without reading the old one; it is cast to the parameter's dtype."""
         with self._lock, torch.no_grad():

@@ -1,4 +1,4 @@
-"""The optimizer that does the arithmetic: may it be paged, how much state it will have, its step for a few parameters.
+"""The optimizer that does the arithmetic: how much state it will have, its step for a few parameters.
 
 Knows optimizers, and neither drives nor pages.
 """
@@ -6,28 +6,13 @@ Knows optimizers, and neither drives nor pages.
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
-
-def check(optimizer: torch.optim.Optimizer) -> None:
-    """Raises when the optimizer cannot update a few parameters at a time."""
-    name = type(optimizer).__name__
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"Expected a torch.optim.Optimizer, got {name}: DeepSpeed and Megatron offload their own")
-    if getattr(optimizer, "pages_parameters", False):
-        raise ValueError("Expected an optimizer that is not offloaded yet, got one that is: call close() first")
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(
-            f"Expected an optimizer whose step needs no closure, got {name}, which evaluates it repeatedly"
-        )
-    if optimizer.defaults.get("differentiable"):
-        raise ValueError(f"Expected differentiable=False, got {name} whose step autograd is to follow")
+LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
 def take_over(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
@@ -56,23 +41,97 @@ def plain_step(optimizer: torch.optim.Optimizer) -> None:
     (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)
 
 
-def load_part(optimizer: torch.optim.Optimizer, entries: Mapping[Any, Any], groups: list[dict[str, Any]]) -> None:
-    """`load_state_dict` of a part, without the hooks around it."""
+def checked_step(optimizer: torch.optim.Optimizer) -> None:
+    """The optimizer's own step.
+
+    Raises:
+        RuntimeError: it changed more than its parameters and their state.
+    """
+    before, groups = _beside_parameters(optimizer), [dict(group) for group in optimizer.param_groups]
+    plain_step(optimizer)
+    after = _beside_parameters(optimizer)
+    if (
+        any(after.get(key) != value for key, value in before.items())
+        or any(isinstance(key, tuple) and key not in before for key in after)
+        or any(map(_has_changed, groups, optimizer.param_groups))
+    ):
+        raise RuntimeError(
+            f"Expected an optimizer that keeps its state by parameter, got {type(optimizer).__name__}, which changes "
+            "its own attributes or groups in a step: it cannot update a few parameters at a time"
+        )
+
+
+def twin_of(
+    optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]], attributes: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    """One of the same kind and with the same settings, for a step of its own: with other groups, and without state."""
+    twin = object.__new__(type(optimizer))
+    vars(twin).update({**vars(optimizer), **attributes})
+    twin.state, twin.param_groups = defaultdict(dict), groups
+    return twin
+
+
+@contextlib.contextmanager
+def _replaced(optimizer: torch.optim.Optimizer, places: Mapping[torch.Tensor, torch.Tensor]) -> Iterator[None]:
+    """Inside, the optimizer has other parameters in the place of some, under which it files their state."""
+    back = {place: parameter for parameter, place in places.items()}
+    for group in optimizer.param_groups:
+        group["params"] = [places.get(p, p) for p in group["params"]]
+    try:
+        yield
+    finally:
+        for group in optimizer.param_groups:
+            group["params"] = [back.get(p, p) for p in group["params"]]
+        optimizer.state = defaultdict(dict, {back.get(key, key): value for key, value in optimizer.state.items()})
+
+
+def load_part(
+    optimizer: torch.optim.Optimizer,
+    entries: Mapping[Any, Any],
+    groups: list[dict[str, Any]],
+    places: Mapping[torch.Tensor, torch.Tensor],
+) -> None:
+    """`load_state_dict` of a part, without the hooks around it.
+
+    `places`: for some parameters, tensors of the device and dtype that their state is to be of.
+    """
     hooks = {name: value for name, value in vars(optimizer).items() if name.startswith("_optimizer_load_state_dict_")}
     try:
         vars(optimizer).update({name: {} for name in hooks})
-        optimizer.load_state_dict({"state": dict(entries), "param_groups": groups})
+        with _replaced(optimizer, places):
+            optimizer.load_state_dict({"state": dict(entries), "param_groups": groups})
     finally:
         vars(optimizer).update(hooks)
 
 
-def predict_state_nbytes(optimizer: torch.optim.Optimizer, min_nbytes: int) -> int:
-    """How much state there will be, found out on a tiny parameter; 0 when that cannot be told."""
+def load_own_state(optimizer: torch.optim.Optimizer) -> None:
+    """Takes state of parameters that are in groups to the devices and dtypes that `load_state_dict` gives it."""
+    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    orphans = {key: s for key, s in optimizer.state.items() if isinstance(key, torch.Tensor) and id(key) not in own}
+    for parameter in orphans:
+        del optimizer.state[parameter]
+    hooks = {name: value for name, value in vars(optimizer).items() if name.startswith("_optimizer_state_dict_")}
+    try:
+        vars(optimizer).update({name: {} for name in hooks})
+        found = optimizer.state_dict()
+    finally:
+        vars(optimizer).update(hooks)
+    load_part(optimizer, found["state"], found["param_groups"], {})
+    optimizer.state.update(orphans)
+
+
+def predict_state_nbytes(optimizer: torch.optim.Optimizer, min_nbytes: int, *, has_masters: bool = False) -> int:
+    """How much state there will be, found out on a tiny parameter; 0 when that cannot be told.
+
+    `has_masters`: it is that of float32 copies of the parameters, which are part of it.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     if not parameters or not type(optimizer).__module__.startswith("torch.optim."):
         return 0
     first, state, groups = parameters[0], optimizer.state, optimizer.param_groups
-    tiny = torch.nn.Parameter(torch.zeros(8, 8, dtype=first.dtype, device=first.device))
+    is_master = has_masters and first.dtype in LOW_PRECISION
+    dtype = torch.float32 if is_master else first.dtype
+    tiny = torch.nn.Parameter(torch.zeros(8, 8, dtype=dtype, device=first.device))
     tiny.grad = torch.zeros_like(tiny)
     try:
         optimizer.state, optimizer.param_groups = defaultdict(dict), [{**groups[0], "params": [tiny]}]
@@ -83,39 +142,28 @@ def predict_state_nbytes(optimizer: torch.optim.Optimizer, min_nbytes: int) -> i
     finally:
         optimizer.state, optimizer.param_groups = state, groups
     num_elements: int = sum(p.numel() for p in parameters if p.nbytes >= min_nbytes)
-    return num_elements * sum(found) // 64
+    return num_elements * (sum(found) + is_master * tiny.nbytes) // 64
 
 
 @contextlib.contextmanager
 def narrowed(
     optimizer: torch.optim.Optimizer, chosen: Mapping[int, list[torch.Tensor]], attributes: Mapping[str, Any]
 ) -> Iterator[None]:
-    """Inside, the optimizer has these parameters, by group, and these attributes.
-
-    Raises:
-        RuntimeError: it changed more than the state of its parameters.
-    """
+    """Inside, the optimizer has these parameters, by group, and these attributes."""
     groups = optimizer.param_groups
-    parts = {i: {**groups[i], "params": parameters} for i, parameters in sorted(chosen.items())}
     vars(optimizer).update(attributes)
-    before = _beside_parameters(optimizer)
-    optimizer.param_groups = list(parts.values())
+    optimizer.param_groups = parts_of(groups, chosen)
     try:
         yield
-        after = _beside_parameters(optimizer)
-        is_changed = any(after.get(key) != value for key, value in before.items()) or any(
-            isinstance(key, tuple) and key not in before for key in after
-        )
-        is_changed = is_changed or any(_has_changed(groups[i], part) for i, part in parts.items())
     finally:
         optimizer.param_groups = groups
         for name in attributes:
             delattr(optimizer, name)
-    if is_changed:
-        raise RuntimeError(
-            f"Expected an optimizer that keeps its state by parameter, got {type(optimizer).__name__}, which changes "
-            "its own attributes or groups in a step: it cannot update a few parameters at a time"
-        )
+
+
+def parts_of(groups: list[dict[str, Any]], chosen: Mapping[int, list[torch.Tensor]]) -> list[dict[str, Any]]:
+    """The groups of these parameters, by the index of their group, with nothing but them."""
+    return [{**groups[i], "params": parameters} for i, parameters in sorted(chosen.items())]
 
 
 def _beside_parameters(optimizer: torch.optim.Optimizer) -> dict[Any, Any]:

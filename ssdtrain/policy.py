@@ -241,6 +241,38 @@ class OptimizerPolicy(StatePolicy):
     in between, also for ``torch.nn.utils.clip_grad_norm_``, which then clips nothing. Not with a GradScaler or in a job
     of several processes."""
 
+    update_on: Literal["device", "cpu"] = "device"
+    """Who does the arithmetic for parameters of an accelerator. ``"device"``: it does, and state goes there and back.
+    ``"cpu"``: gradients and parameters are copied to pinned host memory, the optimizer takes its step there (best with
+    ``fused=True``) in a thread of its own, and the new parameters are copied back; state is on the drive, or without a
+    directory in host memory, and never on the device. The step holds about three chunks of state in host memory, their
+    gradients and parameters. Results equal those of the same optimizer on the CPU, to the bit. With `step_in_backward`
+    it works while backward computes. Parameters in host memory are updated there in any case."""
+
+    master_weights: bool = False
+    """With ``update_on="cpu"``, for bfloat16 and float16 parameters of an accelerator: keep a float32 copy with the
+    state, update that and round it to the parameter. Results are those of a float32 optimizer. State dicts have it as
+    ``"master_param"``; a parameter that somebody else has changed replaces it."""
+
+    delayed_update: bool = False
+    """With ``update_on="cpu"``: ``step()`` begins the update and returns; the next ``step()``, ``flush()`` or
+    ``close()`` gives the parameters their new values, all at once. So forward and backward of step n + 1 compute beside
+    the update of step n, with parameters from before it: results differ from those without, and equal to the bit those
+    of a loop that updates one step late. The learning rate is the one at ``step()``, which takes the gradients. All
+    gradients and parameters are in host memory meanwhile. Call ``flush()`` before a checkpoint, an evaluation and the
+    end. Not with `step_in_backward`, `offload_gradients`, a closure or parameters in host memory."""
+
+    @model_validator(mode="after")
+    def _has_who_updates(self) -> OptimizerPolicy:
+        if self.master_weights and self.update_on != "cpu":
+            raise ValueError("Expected update_on='cpu' with master_weights, got 'device': the CPU keeps them")
+        if self.delayed_update and self.update_on != "cpu":
+            raise ValueError("Expected update_on='cpu' with delayed_update, got 'device': the CPU works beside it")
+        mode = next((m for m in ("step_in_backward", "offload_gradients") if getattr(self, m)), None)
+        if self.delayed_update and mode:
+            raise ValueError(f"Expected delayed_update or {mode}, got both: all gradients are taken at once, in step()")
+        return self
+
     @model_validator(mode="after")
     def _is_one_of_both(self) -> OptimizerPolicy:
         if self.step_in_backward and self.offload_gradients:

@@ -15,7 +15,7 @@ somebody says has changed: `.data` bypasses version counters.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -164,6 +164,37 @@ class Residences:
             self.by_storage.pop(r.storage._cdata, None)
         r.take_over()
         self.adopt(r)
+
+    def read_to_host(self, r: Residence) -> Callable[[], torch.Tensor] | None:
+        """Begins to read one that is away to host memory; what is returned waits for it, in any thread.
+
+        None: it is in memory of its device now.
+
+        Raises:
+            RuntimeError: it has never been given any bytes.
+        """
+        arrival = None
+        if r.storage is None and r.is_valid and not r.is_replaced:
+            arrival = self.vault.read(r.slot, self.vault.host)
+        if arrival is None or arrival.memory is None:  # the drive had no room for it
+            self.bring([r])
+            return None
+        return lambda: view_of(self.vault.take(arrival), r.spec)
+
+    def replace(self, r: Residence, value: torch.Tensor) -> bool:
+        """Writes the new value of one that is away, from host memory; false: it is in memory of its device.
+
+        The value's memory is the vault's from here on.
+        """
+        is_whole = view_spec(value) == r.spec and value.untyped_storage().nbytes() == r.nbytes
+        if r.storage is not None or r.is_replaced or not is_whole:
+            self.bring([r])
+            return False
+        self.vault.write(r.slot, value.untyped_storage(), self.vault.host, prefers_host=True)
+        r.arrival = None  # of the old value
+        torch.autograd.graph.increment_version(r.parameter)  # a graph that has saved it learns of the change
+        r.version = r.parameter._version
+        return True
 
     def write(self, residences: Iterable[Residence]) -> None:
         """Writes what has changed; it stays in memory, and may not change before it is copied."""

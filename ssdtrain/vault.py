@@ -64,7 +64,8 @@ class Vault:
         self.policy = policy
         self.counters = counters = StateCounters("bytes")
         self._num_users = 1
-        self.cpu: Device = CpuDevice(policy.staging_nbytes)
+        self.host: Device = CpuDevice(policy.staging_nbytes)  # what the CPU computes on
+        self.cpu: Device = self.host
         self.met: dict[torch.device, Device | str] = {}  # one object per accelerator: the engine has threads for it
         self.checkpoint = "no checkpoint was taken in this process"  # for messages: where to go back to
         self.directories = list(directories)
@@ -121,8 +122,12 @@ class Vault:
 
     # -- out -----------------------------------------------------------------------------------------------------
 
-    def write(self, slot: Slot, source: torch.UntypedStorage, device: Device | None = None) -> None:
+    def write(
+        self, slot: Slot, source: torch.UntypedStorage, device: Device | None = None, *, prefers_host: bool = False
+    ) -> None:
         """Begins to write all of `source`; waits while too much is in flight. The slot's old bytes are gone.
+
+        What comes from an accelerator, or `prefers_host`, goes to the host tier while there is room.
 
         `source` may not change before `slot.is_copied`. Where the drive has no room or does not answer, the slot holds
         `source` itself: then it must not change at all.
@@ -133,7 +138,7 @@ class Vault:
             nbytes = source.nbytes()
             has_room = self._wait_for_room(nbytes)
             self._reap()
-            prefers_host = device.driver is not None  # while there is room
+            prefers_host = prefers_host or device.driver is not None
             extents = self.drive.allocate(nbytes, prefers_host=prefers_host) if has_room and nbytes else []
             parts = self._send(source, nbytes, extents, device)
             old = slot.parts
@@ -253,7 +258,7 @@ class Vault:
         with self._lock:
             self._check_usable()
             device = device or self.cpu
-            self._wait_until_copied(slot)
+            self._wait_until_copied(slot, device)
             if slot.kept is not None or not slot.parts:
                 return Arrival(slot, device, None, 0)
             self._reap()
@@ -268,11 +273,15 @@ class Vault:
             self.counters.saw(memory_nbytes=self._in_memory_nbytes())
             return arrival
 
-    def _wait_until_copied(self, slot: Slot) -> None:
-        """An engine reads back what it has copied; what it could not even copy is still where it came from."""
+    def _wait_until_copied(self, slot: Slot, device: Device) -> None:
+        """An engine reads back what it has copied; what it could not even copy is still where it came from.
+
+        An accelerator waits for a copy of its own that is queued; host memory does not.
+        """
         deadline = time.monotonic() + self.policy.io_timeout_seconds
         for part in slot.parts:
-            while not part.write.is_issued and not part.write.is_done:
+            write, is_on_host = part.write, device.driver is None
+            while not (write.is_copied if is_on_host else write.is_issued) and not write.is_done:
                 in_flight = self.engine.inflight_nbytes
                 if not self.engine.wait_inflight(max(0, in_flight - 1), max(0.0, deadline - time.monotonic())):
                     raise self._lost(slot, part.extent, (errno.ETIMEDOUT, 0, 0, "no answer from the drive"))

@@ -662,3 +662,13 @@ def test_threads_train_side_by_side(make_device: MakeDevice) -> None:
         (x @ x).tanh().sum().backward()
     assert len(results) == 3
     assert all(torch.equal(result, x.grad) for result in results)
+
+
+def test_marks_for_the_profiler_wait_for_nothing() -> None:
+    """They are about what the host does: on an accelerator, too, what is queued stays queued."""
+    with SimulatedDevice() as device:
+        x = torch.ones(4) * 2
+        with torch.profiler.record_function("a phase"):
+            assert "aten.mul" in device.describe()
+        assert x.tolist() == [2.0] * 4
+    device.close()

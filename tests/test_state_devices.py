@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from ssdtrain.optimizer import OffloadedOptimizer
 from ssdtrain.parameters import ParameterOffload
 from ssdtrain.policy import OptimizerPolicy, ParameterPolicy
 from ssdtrain.simulated import SimulatedDevice
+from ssdtrain.slots import Slot
 from ssdtrain.vault import Vault
 
 
@@ -72,3 +75,26 @@ def test_the_host_tier_first_then_the_drive(device: SimulatedDevice | None, devi
     stats = optimizer.stats
     assert 50_000 < stats.peak_host_nbytes <= 102_400 and stats.written_nbytes > 0, str(stats)
     optimizer.close()
+
+
+@pytest.mark.accelerator_only
+@pytest.mark.parametrize("has_host_tier", [False, True])
+def test_host_memory_reads_what_has_been_copied(
+    has_host_tier: bool, device: SimulatedDevice | None, device_kind: str, tmp_path: Path
+) -> None:
+    """What a stream is yet to copy out is not there to be read by the CPU, which waits for no stream."""
+    if device is None:
+        pytest.skip("the stream of a real device is not held")
+    policy = OptimizerPolicy(**EAGER_STATE, host_nbytes=1 << 20 if has_host_tier else None)
+    vault = Vault([str(tmp_path)], policy)
+    slot = Slot("x")
+    device.hold(device.current_stream())
+    source = torch.arange(4000.0) * 2
+    vault.write(slot, source.untyped_storage(), device)
+    timer = threading.Timer(0.2, device.release, [device.current_stream()])
+    timer.start()
+    storage = vault.take(vault.read(slot, vault.host))
+    timer.join()
+    found = torch.frombuffer(bytearray(ctypes.string_at(storage.data_ptr(), 16000)), dtype=torch.float32)
+    assert torch.equal(found, torch.arange(4000.0) * 2)
+    vault.close()

@@ -11,6 +11,7 @@ on. `tolist()`, `numpy()` and printing wait; what else reads memory behind PyTor
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,7 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ssdtrain.device import Allocation, Moment
 from ssdtrain.simulated.driver import SimulatedDriver
-from ssdtrain.simulated.machine import Machine
+from ssdtrain.simulated.machine import RAW_POISON, Machine
 from ssdtrain.simulated.mode import HostReaderMode, LaterMode
 from ssdtrain.simulated.shapes import shared_shapes
 from ssdtrain.simulated.tensors import Alias
@@ -145,6 +146,12 @@ class SimulatedDevice:
             block = self._machine.pool.find(storage.data_ptr())
             if block is not None:
                 block.sharers.add(self._machine.stream(stream))
+
+    def allocate_host(self, nbytes: int) -> torch.UntypedStorage:
+        """Host memory that is poison until a copy has come; what is queued keeps it alive."""
+        storage = torch.UntypedStorage(nbytes)
+        ctypes.memset(storage.data_ptr(), RAW_POISON, nbytes)
+        return storage
 
     def idle_nbytes(self) -> int:
         """Free memory of all streams' pools."""
