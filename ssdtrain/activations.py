@@ -197,7 +197,7 @@ class ActivationOffload:
     def plan(self) -> Plan | None:
         """What the running step does with every record, for how much memory and time; `print` explains it.
 
-        None before the second step and in mode ``"all"``.
+        None before the second step, in mode ``"all"``, and for steps on several devices (`stats.fallbacks` says so).
         """
         return self._schedule.plan
 

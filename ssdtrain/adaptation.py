@@ -151,7 +151,8 @@ class Adaptation:
         self._num_idle, self._num_busy = (self._num_idle + num_steps, 0) if is_idle else (0, self._num_busy + num_steps)
         if self._num_busy >= self._probe_after:  # the drive kept what it promised
             self._num_busy, self._probe_after = 0, FIRST_PATIENCE
-        if self._num_idle < self._probe_after or self._probe is not None or self._machine.disk is None:
+        is_pending = self._probe is not None and any([known is self._probed for known in self._routes.values()])
+        if self._num_idle < self._probe_after or is_pending or self._machine.disk is None:
             return
         self._num_idle, self._probe_after = 0, min(MAX_PATIENCE, 2 * self._probe_after)
         probe = make_probe(route.step, self._goal, _PROBE_NBYTES)

@@ -80,6 +80,21 @@ def test_a_probe_that_waits_is_not_held_against_the_plan() -> None:
     assert run.adaptation.latest is declined
 
 
+def test_a_probe_whose_plan_is_replaced_does_not_end_all_probes() -> None:
+    run = Run()
+    for _ in range(2):
+        run.step(SLOW)
+    declined = run.adaptation.latest
+    while run.adaptation.latest is declined:
+        run.step(SLOW)
+    run.adaptation._no_plan_before = 0.0
+    slower = replace(TOWER, seconds=2 * TOWER.seconds)
+    for _ in range(4):
+        run.adaptation.review(slower, KEPT, run._totals)
+    assert run.adaptation.latest is not declined and "probe" not in str(run.adaptation.latest)
+    assert run.until_probe(SLOW) < 200
+
+
 def test_a_burst_says_less_than_a_long_period() -> None:
     """Counted on is what a drive keeps up, until nothing was known of that for a while, each time a longer one."""
     bandwidth, burst, sustained = Bandwidth(), Rate(), Rate()
