@@ -26,6 +26,9 @@ part versions python3 -m torch.utils.collect_env
 part tests python3 -m pytest tests/test_cuda.py -q -x
 part cache python3 -m pytest tests/test_autograd.py tests/test_inplace.py tests/test_saved_tensors.py \
   tests/test_weights.py tests/test_checkpoint.py tests/test_training.py --devices cuda -q
+LIMIT=120 part plans python3 -m pytest tests/test_accelerator_plans.py --devices cuda -q
+LIMIT=120 part state python3 -m pytest tests/test_state_devices.py tests/test_cpu_updates.py tests/test_delayed_update.py \
+  --devices cuda -q
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
 if [ -n "$sanitizer" ]; then
   part memcheck "$sanitizer" --tool memcheck --error-exitcode 9 python3 tests/cuda_small.py "$directory"
