@@ -19,6 +19,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -33,6 +34,7 @@ from ssdtrain.identity import why_not
 from ssdtrain.pages import Pages
 from ssdtrain.parameters import homes_of
 from ssdtrain.plain_optimizer import LOW_PRECISION, checked_step, load_own_state, parts_of, twin_of
+from ssdtrain.refusals import check_apart
 from ssdtrain.vault import Vault
 
 _MAX_JOBS = 3  # chunks that are copied, updated or written
@@ -51,6 +53,8 @@ class _Entry:
     gradient: Wait
     state: dict[str, Any] | None  # what is not on the drive; None: there is none
     version: int
+    noted: dict[str, Any]
+    """What users have noted on the parameter."""
     result: torch.Tensor | None = None
 
     def check_unchanged(self) -> None:
@@ -101,12 +105,17 @@ class CpuUpdates:
         """Whether a parameter is on an accelerator."""
         return parameter in self._devices
 
-    def meet(self, parameter: torch.Tensor, name: str) -> None:
-        """Learns where a parameter is.
+    def meet(self, names: Mapping[torch.Tensor, str]) -> None:
+        """Learns where these parameters are; all that there are.
 
         Raises:
-            ValueError: the CPU cannot update it.
+            ValueError: the CPU cannot update one of them.
         """
+        for parameter, name in names.items():
+            self._meet(parameter, name)
+        check_apart({parameter: name for parameter, name in names.items() if parameter in self._devices})
+
+    def _meet(self, parameter: torch.Tensor, name: str) -> None:
         device = self._vault.devices().of(parameter)
         if isinstance(device, str) or device.driver is None:
             if self._is_delayed:
@@ -124,12 +133,20 @@ class CpuUpdates:
         """Begins to read a parameter's state to host memory; how many reads."""
         return self._pages.fetch(parameter)
 
-    def begin(self, chunk: dict[torch.Tensor, tuple[str, int]], attributes: Mapping[str, Any]) -> None:
-        """Begins to update these parameters, whose names and groups are given; waits while too many are under way."""
-        if os.getpid() != self._pid:
-            raise RuntimeError("Expected the process that offloaded, got a forked child: offload there, or use spawn")
+    def begin(
+        self,
+        chunk: dict[torch.Tensor, tuple[str, int]],
+        attributes: Mapping[str, Any],
+        when_changing: Callable[[], None],
+    ) -> None:
+        """Begins to update these parameters, whose names and groups are given; waits while too many are under way.
+
+        `when_changing` is called when everything is ready, before anything of theirs changes.
+        """
+        self._check_process()
         if not self._is_delayed:
-            self.finish(_MAX_JOBS - 1)
+            is_again = any([entry.parameter in chunk for job in self._jobs for entry in job.entries])
+            self.finish(0 if is_again else _MAX_JOBS - 1)
             for parameter in chunk:
                 self.fetch(parameter)
         entries = [self._entry(parameter, name) for parameter, (name, _) in chunk.items()]
@@ -148,12 +165,19 @@ class CpuUpdates:
             None if factor is None else self._setting(factor, first).wait,
             torch.get_num_threads(),
         )
+        if self._is_delayed:  # the gradients' memory may be somebody's who uses it again
+            self._copies.hold_back(self._devices[first])
+        when_changing()
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "ssdtrain-update")
         if self._jobs:
             self._jobs[-1].following = job
         self._jobs.append(job)
         job.future = self._pool.submit(self._run, job)
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise RuntimeError("Expected the process that offloaded, got a forked child: offload there, or use spawn")
 
     def _entry(self, parameter: torch.Tensor, name: str) -> _Entry:
         device = self._devices[parameter]
@@ -171,6 +195,7 @@ class CpuUpdates:
             self._gradient(parameter, device),
             self._inner.state.get(parameter),
             parameter._version,
+            {key: value for key, value in vars(parameter).items() if not key.startswith("_ssdtrain")},
         )
 
     def _value(self, parameter: torch.Tensor, device: Accelerator) -> Wait:
@@ -247,7 +272,7 @@ class CpuUpdates:
                 master = value.float()
             value, gradient = master, gradient.float()
         stand_in = torch.nn.Parameter(value, requires_grad=parameter.requires_grad)
-        vars(stand_in).update({key: noted for key, noted in vars(parameter).items() if not key.startswith("_")})
+        vars(stand_in).update(entry.noted)
         stand_in.grad = gradient
         entry.state = state if state or entry.state is not None else None
         return stand_in
@@ -280,6 +305,11 @@ class CpuUpdates:
         futures = [job.future for job in self._jobs if job.future is not None and job.future.done()]
         return any(future.exception() is not None for future in futures)
 
+    def wait(self) -> None:
+        """Blocks until our thread is through; nothing has changed then, whatever interrupts."""
+        self._check_process()
+        wait_for([job.future for job in self._jobs if job.future is not None])
+
     def finish(self, num_left: int = 0) -> None:
         """Waits until no more than `num_left` chunks are under way; the parameters of others have their new values.
 
@@ -289,6 +319,8 @@ class CpuUpdates:
             StateLostError: the drive does not have a parameter's state any more.
             RuntimeError: somebody has changed a parameter meanwhile.
         """
+        if self._jobs:
+            self._check_process()
         while len(self._jobs) > num_left:
             jobs = list(self._jobs) if self._is_delayed else [self._jobs[0]]
             for job in jobs:
@@ -318,13 +350,25 @@ class CpuUpdates:
         self._gradients.forget([parameter])
 
     def abandon(self) -> None:
-        """Waits for what is under way and forgets it: the parameters keep their old values, their state may not."""
+        """Waits for what is under way and forgets it: the parameters keep their old values, their state may not.
+
+        Interrupted, it goes on where it was when it is called again.
+        """
+        if os.getpid() != self._pid:
+            self._jobs.clear()
+        if not self._jobs:
+            return
         self._copies.wait()
-        jobs, self._jobs = self._jobs, deque()
-        for job in jobs:
-            if job.future is not None and not job.future.cancel():
-                job.future.exception()
+        for job in self._jobs:
+            if job.future is not None:
+                job.future.cancel()
+        if self._pool is not None:
+            self._pool.submit(_nothing).result()  # after all that was begun, known to us or not
+        while self._jobs:
+            job = self._jobs[0]
+            if job.future is None or not job.future.cancelled():
                 self._inner.state.update({e.parameter: e.state for e in job.entries if e.state is not None})
+            self._jobs.popleft()
 
     def forget(self, parameter: torch.Tensor) -> None:
         """One that is not to be updated any more."""
@@ -334,12 +378,15 @@ class CpuUpdates:
         """Ends the thread, and takes state to where the optimizer looks for it without us."""
         self.abandon()
         if self._pool is not None:
-            self._pool.shutdown()
+            self._pool.shutdown(wait=os.getpid() == self._pid)
             self._pool = None
+        if self._devices:
+            settings = [dict(group) for group in self._inner.param_groups]
+            load_own_state(self._inner)
+            for group, own in zip(self._inner.param_groups, settings, strict=True):  # the same objects as before
+                group.update({key: value for key, value in own.items() if key != "params"})
         for parameter in self._devices:
             self._inner.state.get(parameter, {}).pop(_MASTER, None)
-        if self._devices:
-            load_own_state(self._inner)
 
     # -- state that others have made -----------------------------------------------------------------------------
 
@@ -358,6 +405,10 @@ class CpuUpdates:
 
     def _dtype(self, parameter: torch.Tensor) -> torch.dtype:
         return torch.float32 if self._has_masters and parameter.dtype in LOW_PRECISION else parameter.dtype
+
+
+def _nothing() -> None:
+    pass
 
 
 def _arrived(values: Mapping[str, Any]) -> dict[str, Any]:

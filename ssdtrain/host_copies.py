@@ -58,6 +58,13 @@ class HostCopies:
         device.share(source.untyped_storage(), stream)
         return HostCopy(host, fence(device.driver, stream))
 
+    def hold_back(self, device: Accelerator) -> None:
+        """What is queued on the current stream later comes after all copies of `device` that were begun."""
+        if device in self._streams:
+            done = fence(device.driver, self._streams[device])
+            assert done is not None, "an accelerator has a driver"
+            done.make_wait(device.current_stream())
+
     def wait(self) -> None:
         """Blocks until all copies that were begun are over: their sources may change."""
         for device, stream in self._streams.items():

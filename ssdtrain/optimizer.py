@@ -8,6 +8,7 @@ is the same to the bit, for every optimizer whose update of a parameter depends 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -49,6 +50,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._is_closed = False
         self._hooked: set[torch.Tensor] = set()
         self._is_accumulating = False
+        self._lock = threading.RLock()  # of what happens in backward
         self._handles: list[Any] = []
         hooks = {name: value for name, value in vars(optimizer).items() if name.endswith("_hooks")}
         self.__setstate__({"defaults": optimizer.defaults, **hooks})
@@ -183,6 +185,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def _finish(self) -> None:
         """All that the CPU updates has its new values."""
         is_late = self.policy.delayed_update and self._cpu_updates.is_busy
+        if is_late:
+            self._cpu_updates.wait()
         with self._noting_errors():
             if is_late:
                 late = f"step {self._progress.num_steps}, whose update was delayed"
@@ -262,8 +266,11 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 check_alone(self.policy)
                 self._gradients.take(parameter)
             return
-        if self._is_accumulating:
-            return
+        if not self._is_accumulating:
+            with self._lock:  # autograd has a thread for each device
+                self._update_in_backward(parameter)
+
+    def _update_in_backward(self, parameter: torch.Tensor) -> None:
         self._check_whole(in_step=True)
         progress = self._progress
         progress.arrive(parameter, self._name(parameter))
@@ -313,9 +320,11 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         entries, groups = loaded["state"], loaded["param_groups"]
         own = {i for group in groups for i in group["params"]}
         places = self._cpu_updates.places()
+        if self._cpu_updates.is_busy:  # from here on only this makes it whole
+            self._progress.begin_load()
+            self._cpu_updates.abandon()
         load_part(inner, {key: value for key, value in entries.items() if key not in own}, groups, places)
         self._progress.begin_load()
-        self._cpu_updates.abandon()
         self._pages.forget()
         keys = parameters_with_entries(self._group_of, entries, groups)
         chunks = [
@@ -367,7 +376,10 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 self._pages.bring(parameter, self._inner.state[parameter])
             except StateLostError as error:
                 lost = lost or error
-        self._cpu_updates.settle()
+        try:
+            self._cpu_updates.settle()
+        except RuntimeError as error:  # no memory for the state on the device: it stays where it is
+            lost = lost or error
         self._gradients.close()
         self._pages.forget()
         self._unhook()
@@ -393,13 +405,13 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             self._pages.drop(parameter)
             self._cpu_updates.forget(parameter)
         check_settings(self.policy, self.param_groups)
-        self._updates.group_of = found
         for i, group in enumerate(groups):
             names = group.get("param_names") or [f"parameter {k} of group {i}" for k in range(len(group["params"]))]
             for name, parameter in zip(names, group["params"], strict=False):
                 self._watch(name, parameter)
-                if self.policy.update_on == "cpu":
-                    self._cpu_updates.meet(parameter, name)
+        if self.policy.update_on == "cpu":
+            self._cpu_updates.meet({parameter: self._names[parameter] for parameter in found})
+        self._updates.group_of = found
 
     def _watch(self, name: str, parameter: torch.Tensor) -> None:
         if parameter.is_meta:

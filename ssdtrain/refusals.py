@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ssdtrain.identity import byte_range
+from ssdtrain.parameters import homes_of
 from ssdtrain.policy import OptimizerPolicy
 from ssdtrain.vault import Vault
 
@@ -30,6 +32,26 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         )
     if optimizer.defaults.get("differentiable"):
         raise ValueError(f"Expected differentiable=False, got {name} whose step autograd is to follow")
+
+
+def check_apart(names: Mapping[torch.Tensor, str]) -> None:
+    """Raises when two parameters share memory: copies of each would be updated apart, and one update lost.
+
+    Those that are offloaded have no memory while they are not used.
+    """
+    spans: dict[int, list[tuple[int, int, str]]] = {}
+    for parameter, name in names.items():
+        if parameter.numel() == 0 or any(True for _ in homes_of([parameter])):
+            continue
+        start, end = byte_range(parameter, parameter.nbytes)
+        known = spans.setdefault(parameter.untyped_storage()._cdata, [])
+        other = next((other for first, last, other in known if start < last and first < end), None)
+        if other is not None:
+            raise ValueError(
+                f"Expected parameters with memory of their own with update_on='cpu', got {name} in that of {other}: "
+                "tie them by using one parameter twice, or use update_on='device'"
+            )
+        known.append((start, end, name))
 
 
 def check_alone(policy: OptimizerPolicy) -> None:

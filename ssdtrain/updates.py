@@ -71,9 +71,8 @@ class Updates:
         if others:
             self._update_in_place(others, attributes, when_changing)
         if len(others) < len(chunk):
-            when_changing()
             for_cpu = {p: (self._name_of(p), self.group_of[p]) for p in chunk if p in self._on_cpu}
-            self._on_cpu.begin(for_cpu, attributes)
+            self._on_cpu.begin(for_cpu, attributes, when_changing)
 
     def _update_in_place(
         self, chunk: list[torch.Tensor], attributes: Mapping[str, Any], when_changing: Callable[[], None]
