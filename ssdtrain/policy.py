@@ -242,12 +242,13 @@ class OptimizerPolicy(StatePolicy):
     of several processes."""
 
     update_on: Literal["device", "cpu"] = "device"
-    """Who does the arithmetic for parameters of an accelerator. ``"device"``: it does, and state goes there and back.
-    ``"cpu"``: gradients and parameters are copied to pinned host memory, the optimizer takes its step there (best with
-    ``fused=True``) in a thread of its own, and the new parameters are copied back; state is on the drive, or without a
-    directory in host memory, and never on the device. The step holds about three chunks of state in host memory, their
-    gradients and parameters, in memory that PyTorch pins and `host_nbytes` does not count. Results equal those of the same optimizer on the CPU, to the bit. With `step_in_backward`
-    it works while backward computes. Parameters in host memory are updated there in any case."""
+    """Who does the arithmetic for parameters of an accelerator. ``"device"``: it does, and state goes there and
+    back. ``"cpu"``: gradients and parameters are copied to pinned host memory, the optimizer takes its step there
+    (best with ``fused=True``) in a thread of its own, and the new parameters are copied back; state is on the
+    drive, or without a directory in host memory, and never on the device. The step holds about three chunks of
+    state in host memory, their gradients and parameters, in memory that PyTorch pins and `host_nbytes` does not
+    count. Results equal those of the same optimizer on the CPU, to the bit. With `step_in_backward` it works while
+    backward computes. Parameters in host memory are updated there in any case."""
 
     master_weights: bool = False
     """With ``update_on="cpu"``, for bfloat16 and float16 parameters of an accelerator: keep a float32 copy with the
