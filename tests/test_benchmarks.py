@@ -74,10 +74,8 @@ def test_gpu_script_is_well_formed() -> None:
 
 def test_readme_shows_the_recorded_results(tmp_path: Path) -> None:
     """The README's tables and picture are made from the data, not by hand."""
-    results = [
-        f"recipes/benchmarks/results/{name}.json"
-        for name in ("demo", "compare", "curve", "memory_cap", "state_cap", "state_compare", "throttle")
-    ]
+    names = "demo compare curve memory_cap state_cap state_compare throttle throttle_large".split()
+    results = [f"recipes/benchmarks/results/{name}.json" for name in names]
     scripts = [f"recipes/benchmarks/{name}.py" for name in ("tables", "picture", "state_figures")]
     for name in (*scripts, *results, "README.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

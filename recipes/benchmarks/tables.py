@@ -2,7 +2,7 @@
 
 Fresh data: `ssdtrain demo --json | tail -1 > recipes/benchmarks/results/demo.json`, and
 `python recipes/benchmarks/compare.py DIR | tail -1 > recipes/benchmarks/results/compare.json`, the same for `curve`,
-`memory_cap`, `state_cap`, `state_compare` and `throttle`; then run this file.
+`memory_cap`, `state_cap`, `state_compare`, `throttle` and `throttle_large`; then run this file.
 """
 
 from __future__ import annotations
@@ -183,6 +183,7 @@ TABLES = {
     "memory_cap": memory_cap_table,
     "state_cap": state_cap_table,
     "throttle": throttle_table,
+    "throttle_large": throttle_table,
 }
 PICTURES = {"compare": compare_picture, "curve": curve_picture}
 
