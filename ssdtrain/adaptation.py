@@ -194,7 +194,7 @@ class Adaptation:
 
     def _has_drifted(self, route: Route, step: Step, measured: Measured, now: Machine) -> bool:
         """Whether the plan holds no more. A wait under another plan, a probe perhaps, says nothing of this one."""
-        is_own = measured.followed is route.plan or (measured.followed is None and not measured.is_accelerated)
+        is_own = measured.followed is route.plan
         waited = is_own and measured.stall_seconds - route.plan.stall_seconds > _WAIT * measured.seconds
         self._caution = max(_LEAST_CAUTION, self._caution * _LESS_CAUTION) if waited else self._caution
         self._caution = self._caution if waited else min(_CAUTION, self._caution * _RECOVERY)
