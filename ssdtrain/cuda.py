@@ -71,7 +71,7 @@ class CudaDevice:
         return int(torch.cuda.current_stream(self._device).cuda_stream)
 
     def moment(self) -> Moment:
-        """See `Device`."""
+        """See `Accelerator`."""
         return _CudaMoment(self._events, torch.cuda.current_stream(self._device))
 
     def allocate(self, nbytes: int, alignment: int, block_nbytes: int) -> Allocation:

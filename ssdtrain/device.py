@@ -58,9 +58,6 @@ class Device(Protocol):
     def current_stream(self) -> int:
         """The calling thread's stream, by the handle the driver knows it by. Asked at every use, never kept."""
 
-    def moment(self) -> Moment:
-        """The point that the calling thread's current stream is at. Only of an accelerator."""
-
     def allocate(self, nbytes: int, alignment: int, block_nbytes: int) -> Allocation:
         """Memory of `nbytes`, usable in the order of the current stream.
 
@@ -89,6 +86,9 @@ class Accelerator(Device, Protocol):
 
     def stream(self, handle: int) -> AbstractContextManager[None]:
         """What the calling thread queues inside goes to that stream."""
+
+    def moment(self) -> Moment:
+        """The point that the calling thread's current stream is at."""
 
     def allocate_host(self, nbytes: int) -> torch.UntypedStorage:
         """Pinned host memory; freed, it is handed out again only after the copies that are queued by then.
@@ -123,10 +123,6 @@ class CpuDevice:
     def current_stream(self) -> int:
         """See `Device`. Host memory is used in program order."""
         return 0
-
-    def moment(self) -> Moment:
-        """See `Device`. Host memory has no streams: the host's own clock says it all."""
-        raise NotImplementedError("Expected an accelerator, got host memory")
 
     def share(self, storage: torch.UntypedStorage, stream: int) -> None:
         """See `Device`."""

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from ssdtrain.planner import Lifetime, Step
 from ssdtrain.timing import DeviceTiming, Times
 
 if TYPE_CHECKING:
-    from ssdtrain.device import Device, Moment
+    from ssdtrain.device import Accelerator, Device, Moment
     from ssdtrain.record import Record
 
 _MAX_RECORDS = 50_000  # a step that never ends, because something is alive all the time, is not recorded any further
@@ -110,7 +110,7 @@ class StepRecording:
     def _save_on_device(self, device: Device, place: int) -> None:
         if place == 0:
             self.is_wall_time, self._device = False, device
-            self.timing = DeviceTiming(device) if self._is_timed else None
+            self.timing = DeviceTiming(cast("Accelerator", device)) if self._is_timed else None
         elif device is not self._device:
             self.is_wall_time, self._device, self.timing, self.is_mixed = False, None, None, True
         timing = self._timing_now()

@@ -10,7 +10,7 @@ backward goes elsewhere than it used to.
 
 [Note: steps of an accelerator]
 The host queues the next step while an accelerator is still in this one, so what this one taught is known a step or so
-later: then it is planned with. Marking moments costs the host some microseconds each; once there is a plan, one step in
+later: then it is planned with. Marking moments costs the host a call each; once there is a plan, one step in
 four, drawn by lot, is enough to see whether it still holds.
 """
 

@@ -7,7 +7,7 @@ read when the accelerator has passed them all; nobody waits for that.
 As on the host, time in which the computation waited is taken out: what is left is compute time, the clock of
 `planner.Step`. A wait is between two moments, before and after its stream was made to wait: for bytes on their way
 back, which includes the time in which the host itself waited for the drive and queued nothing, or for copies out of
-memory that later work gets. What takes a few microseconds is the price of two events and no wait.
+memory that later work gets. What is shorter than `_INSTANT` is no wait: two marks have a distance of their own.
 
 [Note: several streams]
 Moments of one stream come in the order they were marked, those of several need not: what the host did later may have
@@ -22,7 +22,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
-from ssdtrain.device import Device, Moment
+from ssdtrain.device import Accelerator, Moment
 
 _INSTANT = 2e-5  # seconds
 
@@ -33,7 +33,7 @@ class DeviceTiming:
     Threads may mark at once; those that use one stream may make `is_over` say yes too early, and `times` raise.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Accelerator) -> None:
         """Nothing has happened."""
         self.device = device
         self._latest: dict[int, Moment] = {}  # by stream

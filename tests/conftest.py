@@ -38,12 +38,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests of the cache run on every kind of device but for those marked `cpu_only` or `accelerator_only`."""
+    """Tests of the cache run on every kind of device but for those with a mark: `cpu_only`, `accelerator_only`, or
+    `simulated_only`, which hold streams or fork."""
     if "device_kind" in metafunc.fixturenames:
         marked = metafunc.definition.get_closest_marker
         kinds = ["cpu"] if marked("cpu_only") is not None else device_kinds(metafunc.config)
         if marked("accelerator_only") is not None:
             kinds = [kind for kind in kinds if kind != "cpu"]
+        if marked("simulated_only") is not None:
+            kinds = [kind for kind in kinds if kind == "simulated"]
         metafunc.parametrize("device_kind", kinds, indirect=True, scope="function")
 
 

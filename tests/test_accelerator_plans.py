@@ -137,6 +137,7 @@ def test_a_memory_budget_is_planned_for(make_offload: MakeOffload) -> None:
 
 
 @pytest.mark.accelerator_only
+@pytest.mark.simulated_only
 def test_the_device_says_when_it_waited(
     make_offload: MakeOffload,
     device: SimulatedDevice | None,
@@ -144,8 +145,7 @@ def test_the_device_says_when_it_waited(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The stream that brings bytes back is held for a while, although the host goes on."""
-    if device is None:
-        pytest.skip("a real device's stream cannot be held")
+    assert device is not None
     _, step = gpt()
     with make_offload(**AUTO) as offload:
         planned(offload, step)
@@ -190,6 +190,7 @@ def test_once_there_is_a_plan_few_steps_are_timed(
 
 
 @pytest.mark.accelerator_only
+@pytest.mark.simulated_only
 def test_nobody_waits_for_a_device_that_is_behind(
     make_offload: MakeOffload,
     device: SimulatedDevice | None,
@@ -197,8 +198,7 @@ def test_nobody_waits_for_a_device_that_is_behind(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Steps it is not through with are learned from later; of too many nothing is kept."""
-    if device is None:
-        pytest.skip("a real device's stream cannot be held")
+    assert device is not None
     reviewed: list[bool] = []
     review = Adaptation.review
     monkeypatch.setattr(
@@ -221,9 +221,9 @@ def test_nobody_waits_for_a_device_that_is_behind(
 
 
 @pytest.mark.accelerator_only
+@pytest.mark.simulated_only
 def test_waits_are_not_compute_time(device: SimulatedDevice | None) -> None:
-    if device is None:
-        pytest.skip("a real device's stream cannot be held")
+    assert device is not None
     timing = DeviceTiming(device)
     timing.save()
     began = timing.mark()
@@ -274,12 +274,12 @@ def test_copies_are_counted_by_direction(make_offload: MakeOffload, device: Simu
 
 @pytest.mark.accelerator_only
 @pytest.mark.parametrize("checksum", [False, True])
+@pytest.mark.simulated_only
 def test_copies_are_timed_whatever_comes_after_them(
     device: SimulatedDevice | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checksum: bool
 ) -> None:
     """Each copy takes ten milliseconds; who looks after each of them late must not think that it took none."""
-    if device is None:
-        pytest.skip("a real device's copies take what they take")
+    assert device is not None
     memmove = ctypes.memmove
     monkeypatch.setattr("ssdtrain.simulated.driver.ctypes.memmove", lambda *what: (time.sleep(0.01), memmove(*what))[1])
     policy = ssdtrain.ActivationPolicy(min_nbytes=0, mode="all", staging_nbytes="8MiB", checksum=checksum)
@@ -298,12 +298,12 @@ def test_copies_are_timed_whatever_comes_after_them(
 
 
 @pytest.mark.accelerator_only
+@pytest.mark.simulated_only
 def test_steps_on_several_streams(
     make_offload: MakeOffload, device: SimulatedDevice | None, every_step_is_timed: None
 ) -> None:
     """One stream is behind when the other is through with the next step: no length is negative."""
-    if device is None:
-        pytest.skip("a real device's stream cannot be held")
+    assert device is not None
     streams = [device.current_stream(), device.new_stream()]
     weights: list[torch.nn.Parameter] = []
     for stream in streams:
@@ -326,12 +326,12 @@ def test_steps_on_several_streams(
 
 
 @pytest.mark.accelerator_only
+@pytest.mark.simulated_only
 def test_waits_for_copies_out_are_not_compute_time(
     make_offload: MakeOffload, device: SimulatedDevice | None, every_step_is_timed: None
 ) -> None:
     """Sources that were let go in stream order make what comes later wait for their copies."""
-    if device is None:
-        pytest.skip("a real device's stream cannot be held")
+    assert device is not None
     with make_offload(**AUTO) as offload:
         device.hold(device.driver.out_stream())
         device.hold(device.current_stream())
@@ -353,12 +353,12 @@ def test_waits_for_copies_out_are_not_compute_time(
 
 
 @pytest.mark.accelerator_only
+@pytest.mark.simulated_only
 def test_an_accelerator_that_must_not_be_asked(
     make_offload: MakeOffload, device: SimulatedDevice | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A graph is captured while another one dies; and one whose moment it does not know is learned nothing from."""
-    if device is None:
-        pytest.skip("shown with the simulated device's own answers")
+    assert device is not None
     with make_offload(**AUTO) as offload:
         alive = torch.ones(512, 512, requires_grad=True).sin().sin().sin()
         step = offload._schedule._step
@@ -383,12 +383,12 @@ def test_an_accelerator_that_must_not_be_asked(
 
 
 @pytest.mark.accelerator_only
+@pytest.mark.simulated_only
 def test_a_graph_that_dies_in_a_forked_child(
     device: SimulatedDevice | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It asks the accelerator nothing, and opens nothing."""
-    if device is None:
-        pytest.skip("a process with a GPU is not forked")
+    assert device is not None
     policy = ssdtrain.ActivationPolicy(**AUTO)
     with ssdtrain.ActivationOffload([str(tmp_path)], policy, None, device) as offload:
         graph = torch.ones(512, 512, requires_grad=True).sin().sin().sin()
@@ -460,11 +460,11 @@ def test_a_probe_takes_one_step(make_offload: MakeOffload, monkeypatch: pytest.M
 
 
 @pytest.mark.accelerator_only
+@pytest.mark.simulated_only
 def test_a_step_on_several_devices_is_not_planned_and_says_so(
     make_offload: MakeOffload, device: SimulatedDevice | None
 ) -> None:
-    if device is None:
-        pytest.skip("shown with two devices of one kind")
+    assert device is not None
     with make_offload(**AUTO) as offload:
         for _ in range(4):
             x = torch.ones(512, 512, requires_grad=True).sin().sin()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,19 @@ def parameter(value: float = 0.0) -> nn.Parameter:
 
 def mean(tensor: torch.Tensor) -> float:
     return round(float(tensor.detach().mean()), 4)
+
+
+@contextlib.contextmanager
+def ctrl_c_soon() -> Iterator[None]:
+    """What is inside waits, and is interrupted."""
+    handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
 
 
 @pytest.mark.parametrize("where", ["drive", "memory"])
@@ -63,15 +78,9 @@ def test_ctrl_c_while_it_waits_loses_nothing(
     gate, stand_in = threading.Event(), optimizer._cpu_updates._stand_in
     monkeypatch.setattr(optimizer._cpu_updates, "_stand_in", lambda *what: (gate.wait(20), stand_in(*what))[1])
     train(model, optimizer, 1)
-    handler = signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
-    try:
-        for _ in range(2):
-            signal.setitimer(signal.ITIMER_REAL, 0.2)
-            with pytest.raises(KeyboardInterrupt):
-                optimizer.flush()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
+    for _ in range(2):
+        with ctrl_c_soon():
+            optimizer.flush()
     gate.set()
     optimizer.flush()
     expected = OnCopies(plain, adamw)
@@ -94,14 +103,8 @@ def test_an_interrupted_abandoning_is_taken_up_again(
     gate, stand_in = threading.Event(), updates._stand_in
     monkeypatch.setattr(updates, "_stand_in", lambda *what: (gate.wait(20), stand_in(*what))[1])
     train(model, optimizer, 1, first=5)
-    handler = signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.2)
-        with pytest.raises(KeyboardInterrupt):
-            updates.abandon()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
+    with ctrl_c_soon():
+        updates.abandon()
     assert updates.is_busy
     threading.Timer(0.2, gate.set).start()
     optimizer.load_state_dict(saved)
@@ -135,9 +138,9 @@ def test_a_second_gradient_before_the_step_counts_too(
     optimizer.close()
 
 
+@pytest.mark.simulated_only
 def test_in_a_forked_child_nothing_waits(device: SimulatedDevice | None, device_kind: str, tmp_path: Path) -> None:
-    if device is None:
-        pytest.skip("a process with a GPU is not forked")
+    assert device is not None
     weight = parameter()
     Gated.gate.clear()
     optimizer = on_cpu(Gated([weight], lr=0.1), tmp_path, device, **LATE)
@@ -201,10 +204,10 @@ def test_gradients_whose_memory_is_used_again(device: SimulatedDevice | None, de
     optimizer.close()
 
 
+@pytest.mark.simulated_only
 def test_backward_in_two_threads(device: SimulatedDevice | None, device_kind: str, tmp_path: Path) -> None:
     """As autograd does for two devices: every parameter is updated once in every step."""
-    if device is None:
-        pytest.skip("one GPU has one thread")
+    assert device is not None
     parts = [[parameter() for _ in range(8)] for _ in range(2)]
     optimizer = on_cpu(torch.optim.SGD(parts[0] + parts[1], lr=1.0), tmp_path, device, chunk_nbytes=1, **IN_BACKWARD)
     errors: list[BaseException] = []
