@@ -18,15 +18,15 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch.profiler import record_function
 from torch.utils._pytree import tree_map_only
 
+from ssdtrain.cpu_jobs import Entry, Job, Wait
 from ssdtrain.device import Accelerator
 from ssdtrain.gradients import Gradients
 from ssdtrain.host_copies import HostCopies, HostCopy
@@ -39,44 +39,6 @@ from ssdtrain.vault import Vault
 
 _MAX_JOBS = 3  # chunks that are copied, updated or written
 _MASTER = "master_param"
-
-Wait = Callable[[], torch.Tensor]  # for a tensor on its way to host memory
-
-
-@dataclass(eq=False)
-class _Entry:
-    """One parameter in a job."""
-
-    parameter: torch.Tensor
-    name: str
-    value: Wait
-    gradient: Wait
-    state: dict[str, Any] | None  # what is not on the drive; None: there is none
-    version: int
-    noted: dict[str, Any]
-    """What users have noted on the parameter."""
-    result: torch.Tensor | None = None
-
-    def check_unchanged(self) -> None:
-        """Raises when somebody has changed the parameter since its copy was begun."""
-        if self.parameter._version != self.version:
-            raise RuntimeError(
-                f"Expected {self.name} unchanged while the CPU updates it, got a change, which would be lost: change "
-                "parameters after optimizer.step(), and with delayed_update after optimizer.flush()"
-            )
-
-
-@dataclass(eq=False)
-class _Job:
-    """The update of one chunk."""
-
-    entries: list[_Entry]
-    twin: torch.optim.Optimizer
-    attributes: dict[str, Any]
-    factor: Wait | None
-    num_threads: int
-    future: Future[None] | None = None
-    following: _Job | None = None
 
 
 class CpuUpdates:
@@ -97,7 +59,7 @@ class CpuUpdates:
         self._has_masters, self._is_delayed = has_masters, is_delayed
         self._devices: dict[torch.Tensor, Accelerator] = {}
         self._copies = HostCopies(vault.note)
-        self._jobs: deque[_Job] = deque()
+        self._jobs: deque[Job] = deque()
         self._pool: ThreadPoolExecutor | None = None
         self._pid = os.getpid()
 
@@ -158,7 +120,7 @@ class CpuUpdates:
         twin = twin_of(self._inner, parts_of(self._inner.param_groups, chosen), {})
         for group in twin.param_groups:
             group.update(self._settings({key: value for key, value in group.items() if key != "params"}, first))
-        job = _Job(
+        job = Job(
             entries,
             twin,
             self._settings({"defaults": self._inner.defaults, **attributes}, first),  # a rate in a tensor is in both
@@ -179,7 +141,7 @@ class CpuUpdates:
         if os.getpid() != self._pid:
             raise RuntimeError("Expected the process that offloaded, got a forked child: offload there, or use spawn")
 
-    def _entry(self, parameter: torch.Tensor, name: str) -> _Entry:
+    def _entry(self, parameter: torch.Tensor, name: str) -> Entry:
         device = self._devices[parameter]
         if why := device.why_not():
             raise RuntimeError(f"Expected to update {name} on the CPU, got {why}: step() outside of it")
@@ -188,7 +150,7 @@ class CpuUpdates:
         value = None
         for home in homes_of([parameter]):
             value = home.read_to_host(parameter)
-        return _Entry(
+        return Entry(
             parameter,
             name,
             value or self._value(parameter, device),
@@ -228,7 +190,7 @@ class CpuUpdates:
 
     # -- in our thread -------------------------------------------------------------------------------------------
 
-    def _run(self, job: _Job) -> None:
+    def _run(self, job: Job) -> None:
         if torch.get_num_threads() != job.num_threads:  # each thread has its own number: sums depend on it
             torch.set_num_threads(job.num_threads)
         twin = job.twin
@@ -248,18 +210,18 @@ class CpuUpdates:
             for entry in job.entries:
                 self._take_result(entry, stand_ins[entry.parameter], values[entry.parameter], twin)
 
-    def _fetch_ahead(self, job: _Job) -> None:
+    def _fetch_ahead(self, job: Job) -> None:
         """Reads what is not being read yet, also for the jobs that follow."""
         for entry in job.entries:
             self._gradients.fetch(entry.parameter, self._vault.host)
-        ahead: _Job | None = job
+        ahead: Job | None = job
         for _ in range(_MAX_JOBS):
             if ahead is not None:
                 for entry in ahead.entries:
                     self._pages.fetch(entry.parameter)
                 ahead = ahead.following
 
-    def _stand_in(self, entry: _Entry, value: torch.Tensor, factor: torch.Tensor | None) -> torch.nn.Parameter:
+    def _stand_in(self, entry: Entry, value: torch.Tensor, factor: torch.Tensor | None) -> torch.nn.Parameter:
         """A parameter in host memory, with a gradient, with what users have noted on the other; its state is there."""
         parameter, state = entry.parameter, dict(entry.state or {})
         gradient = entry.gradient()
@@ -278,7 +240,7 @@ class CpuUpdates:
         return stand_in
 
     def _take_result(
-        self, entry: _Entry, stand_in: torch.nn.Parameter, value: torch.Tensor, twin: torch.optim.Optimizer
+        self, entry: Entry, stand_in: torch.nn.Parameter, value: torch.Tensor, twin: torch.optim.Optimizer
     ) -> None:
         entry.state = twin.state.get(stand_in, entry.state)
         entry.result = stand_in.detach()
@@ -337,7 +299,7 @@ class CpuUpdates:
             for _ in jobs:
                 self._jobs.popleft()
 
-    def _put_back(self, entry: _Entry) -> None:
+    def _put_back(self, entry: Entry) -> None:
         parameter, result = entry.parameter, entry.result
         assert result is not None
         homes = homes_of([parameter])

@@ -71,6 +71,7 @@ ROOMS = [
     "plain_optimizer",
     "optimizer_state",
     "step_progress",
+    "cpu_jobs",
     "cpu_updates",
     "updates",
     "optimizer",

@@ -1,0 +1,48 @@
+"""What is known of one chunk that the CPU updates, from its copies out to the new values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Wait = Callable[[], torch.Tensor]  # for a tensor on its way to host memory
+
+
+@dataclass(eq=False)
+class Entry:
+    """One parameter in a job."""
+
+    parameter: torch.Tensor
+    name: str
+    value: Wait
+    gradient: Wait
+    state: dict[str, Any] | None  # what is not on the drive; None: there is none
+    version: int
+    noted: dict[str, Any]
+    """What users have noted on the parameter."""
+    result: torch.Tensor | None = None
+
+    def check_unchanged(self) -> None:
+        """Raises when somebody has changed the parameter since its copy was begun."""
+        if self.parameter._version != self.version:
+            raise RuntimeError(
+                f"Expected {self.name} unchanged while the CPU updates it, got a change, which would be lost: change "
+                "parameters after optimizer.step(), and with delayed_update after optimizer.flush()"
+            )
+
+
+@dataclass(eq=False)
+class Job:
+    """The update of one chunk."""
+
+    entries: list[Entry]
+    twin: torch.optim.Optimizer
+    attributes: dict[str, Any]
+    factor: Wait | None
+    num_threads: int
+    future: Future[None] | None = None
+    following: Job | None = None
