@@ -17,10 +17,25 @@ from ssdtrain.timing import DeviceTiming, Times
 
 if TYPE_CHECKING:
     from ssdtrain.device import Accelerator, Device, Moment
-    from ssdtrain.record import Record
 
 _MAX_RECORDS = 50_000  # a step that never ends, because something is alive all the time, is not recorded any further
 _UNRECORDED = -1
+
+
+class Traced(Protocol):
+    """What a trace asks of a record: no more, so that whoever traces need not know how bytes are moved."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+
+    @property
+    def device(self) -> Device:
+        """Whose memory its bytes are from."""
+
+    @property
+    def where(self) -> str:
+        """`` of ``, and the module that saved it; or nothing."""
 
 
 class Surroundings(Protocol):
@@ -50,7 +65,7 @@ class StepRecording:
         self.is_mixed = False
         """Whether records are of several devices, which have no common clock."""
         self._num_live = self._num_passes = 0
-        self.records: list[Record | None] = []
+        self.records: list[Traced | None] = []
         self.shape: list[tuple[int, int]] = []
         """By place: size, and number of the pass."""
         self._saved: list[float] = []
@@ -86,7 +101,7 @@ class StepRecording:
         self._num_passes += 1
         return self._num_passes - 1
 
-    def save(self, record: Record, number: int) -> int:
+    def save(self, record: Traced, number: int) -> int:
         """Notes a new record of pass `number`; its place."""
         self._num_live += 1
         if len(self.records) >= _MAX_RECORDS:

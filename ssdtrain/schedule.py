@@ -21,7 +21,7 @@ import random
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ssdtrain.adaptation import Adaptation, Measured
 from ssdtrain.observer import FinishedStep
@@ -310,7 +310,7 @@ class Schedule:
             start, place = route.reloads[num_begun]
             if start > self._horizon:
                 return
-            record = step.records[place] if place < len(step.records) else None
+            record = cast("Record | None", step.records[place]) if place < len(step.records) else None
             if record is not None:
                 yield record
             self._num_begun = max(self._num_begun, num_begun + 1)
@@ -325,7 +325,7 @@ class Schedule:
     def _next_of(self, pass_: Pass) -> Iterator[Record]:
         order = pass_.order
         while (cursor := pass_.cursor) < len(order):  # read once: another thread may walk the same graph
-            record = pass_.records[order[cursor]]
+            record = cast("Record | None", pass_.records[order[cursor]])
             if record is not None:
                 yield record
             pass_.cursor = max(pass_.cursor, cursor + 1)

@@ -13,8 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ssdtrain.record import Record
-    from ssdtrain.recording import StepRecording
+    from ssdtrain.recording import StepRecording, Traced
 
 _NUM_REMEMBERED = 16
 
@@ -69,7 +68,7 @@ class Pass:
         self.number = step.begin_pass()
         self.places: list[int] = []  # of its records in the step
         self.expected = expected
-        self.records: list[Record | None] = []
+        self.records: list[Traced | None] = []
         self.sizes: list[int] = []
         self.unpacked: list[int] = []
         self.num_live = 0
@@ -88,7 +87,7 @@ class Pass:
         """Whether another record of the same forward belongs here."""
         return not self.is_closed and not self.is_abandoned
 
-    def append(self, record: Record) -> int:
+    def append(self, record: Traced) -> int:
         """Adds a record; its position."""
         self.records.append(record)
         self.places.append(self.step.save(record, self.number))

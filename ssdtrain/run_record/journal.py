@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from ssdtrain.engine import Read, Write
-    from ssdtrain.record import Record
     from ssdtrain.recording import StepRecording
+    from ssdtrain.trace import Pass
 
 WriteRow = tuple[int, int, int, int, float, float, float, float, float]
 """Place of the record, bytes, 1 in the host tier, 1 called off, then `Write.moments`."""
@@ -21,6 +21,22 @@ ReadRow = tuple[int, int, int, float, float, float]
 """Place of the record, bytes, 1 from memory alone, then `Read.moments`."""
 StallRow = tuple[str, int, float, float]
 """What was waited for, place of the record (-1: another step's), when it began, seconds."""
+
+
+class Requested(Protocol):
+    """What the journal asks of a record."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+
+    @property
+    def pass_(self) -> Pass:
+        """Whose it is."""
+
+    @property
+    def index(self) -> int:
+        """Its position in the pass."""
 
 
 @dataclass
@@ -44,7 +60,7 @@ class Journal:
         self._reads: list[tuple[StepRecording, int, int, Read]] = []
         self._stalls: list[tuple[StepRecording, StallRow]] = []
 
-    def note_written(self, write: Write, cargo: Sequence[Record], nbytes: int, *, is_in_host: bool) -> None:
+    def note_written(self, write: Write, cargo: Sequence[Requested], nbytes: int, *, is_in_host: bool) -> None:
         """A write of `nbytes` is over; each record of `cargo` has its own row."""
         if len(self._writes) >= _MAX_ROWS:
             return
@@ -54,14 +70,14 @@ class Journal:
             row = (_place(record), own_nbytes, int(is_in_host), int(was_called_off), *write.moments)
             self._writes.append((record.pass_.step, row))
 
-    def note_reads(self, record: Record, reads: Sequence[Read]) -> None:
+    def note_reads(self, record: Requested, reads: Sequence[Read]) -> None:
         """The reads of a record were waited for, or are nobody's any more."""
         if len(self._reads) >= _MAX_ROWS:
             return
         share = record.nbytes // max(1, len(reads))
         self._reads += [(record.pass_.step, _place(record), share, read) for read in reads]
 
-    def note_stall(self, tier: str, begin: float, seconds: float, record: Record) -> None:
+    def note_stall(self, tier: str, begin: float, seconds: float, record: Requested) -> None:
         """Training waited for a record to leave or to come back."""
         if len(self._stalls) < _MAX_ROWS:
             self._stalls.append((record.pass_.step, (tier, _place(record), begin, seconds)))
@@ -83,5 +99,5 @@ class Journal:
         self._writes, self._reads, self._stalls = [], [], []
 
 
-def _place(record: Record) -> int:
+def _place(record: Requested) -> int:
     return record.pass_.places[record.index]
