@@ -40,7 +40,7 @@ from ssdtrain.index import Index
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.record import Record, Residency
 from ssdtrain.reloads import Loan, Reloads, wait_for_reads
-from ssdtrain.run_record import Journal
+from ssdtrain.run_record.journal import Journal
 from ssdtrain.space import NO_SPACE, host_limit_nbytes
 from ssdtrain.stats import Counters
 from ssdtrain.transport import Transport

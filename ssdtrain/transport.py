@@ -30,7 +30,7 @@ from ssdtrain.drive import Drive, DriveTotals
 from ssdtrain.engine import Fence, Read, Write
 from ssdtrain.engines import fence
 from ssdtrain.record import Place, Record
-from ssdtrain.run_record import Journal
+from ssdtrain.run_record.journal import Journal
 from ssdtrain.space import Extent
 
 

@@ -4,8 +4,7 @@ Knows steps, requests and counters, but no tensors, and not how a run is shown. 
 """
 
 from ssdtrain.run_record.format import RecordError
-from ssdtrain.run_record.journal import Journal
 from ssdtrain.run_record.reader import Detail, Run, read_run
 from ssdtrain.run_record.recorder import Recorder
 
-__all__ = ["Detail", "Journal", "RecordError", "Recorder", "Run", "read_run"]
+__all__ = ["Detail", "RecordError", "Recorder", "Run", "read_run"]
