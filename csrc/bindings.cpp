@@ -1,4 +1,4 @@
-// The Python face of the engine; see ssdtrain/_C.pyi for the types and ssdtrain/engine.py for the
+// The Python face of the engine; see ssdtrain/_C.pyi for the types and ssdtrain/io/engine.py for the
 // contract. The only file that knows pybind11.
 
 #include <pybind11/pybind11.h>

@@ -11,8 +11,8 @@ import time
 import torch
 
 import ssdtrain
-from ssdtrain.demo.model import GPT, GPTConfig
-from ssdtrain.demo.text import Text, read_text
+from ssdtrain.tools.demo.model import GPT, GPTConfig
+from ssdtrain.tools.demo.text import Text, read_text
 
 parser = argparse.ArgumentParser(description="Train a byte-level GPT, its saved activations on NVMe.")
 parser.add_argument("--dir", default=".", help="folder on the drive that activations travel to")

@@ -1,4 +1,4 @@
-"""Types of the extension module; `ssdtrain.engine` documents the contract."""
+"""Types of the extension module; `ssdtrain.io.engine` documents the contract."""
 
 from collections.abc import Sequence
 

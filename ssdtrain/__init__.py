@@ -15,16 +15,16 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ssdtrain.activations import ActivationOffload
-    from ssdtrain.offloading import offload_activations, offload_optimizer, offload_parameters, parameter_offload
-    from ssdtrain.optimizer import OffloadedOptimizer
-    from ssdtrain.parameter_files import load_safetensors, save_safetensors
-    from ssdtrain.parameters import ParameterOffload
+    from ssdtrain.activations.offload import ActivationOffload
+    from ssdtrain.api import offload_activations, offload_optimizer, offload_parameters, parameter_offload
+    from ssdtrain.optimizer.optimizer import OffloadedOptimizer
+    from ssdtrain.parameters.offload import ParameterOffload
+    from ssdtrain.parameters.safetensors import load_safetensors, save_safetensors
     from ssdtrain.policy import ActivationPolicy, OptimizerPolicy, ParameterPolicy
-    from ssdtrain.saving import keep_resident
     from ssdtrain.state_stats import StateStats
     from ssdtrain.stats import Skipped, Stats
-    from ssdtrain.vault import StateLostError
+    from ssdtrain.store.saved_tensors import keep_resident
+    from ssdtrain.store.tensor_store import StateLostError
 
 __version__ = "0.1.0"
 
@@ -50,23 +50,23 @@ __all__ = [
 
 _HOMES = MappingProxyType(
     {
-        "ActivationOffload": "activations",
+        "ActivationOffload": "activations.offload",
         "ActivationPolicy": "policy",
-        "OffloadedOptimizer": "optimizer",
+        "OffloadedOptimizer": "optimizer.optimizer",
         "OptimizerPolicy": "policy",
-        "ParameterOffload": "parameters",
+        "ParameterOffload": "parameters.offload",
         "ParameterPolicy": "policy",
         "Skipped": "stats",
-        "StateLostError": "vault",
+        "StateLostError": "store.tensor_store",
         "StateStats": "state_stats",
         "Stats": "stats",
-        "keep_resident": "saving",
-        "load_safetensors": "parameter_files",
-        "offload_activations": "offloading",
-        "offload_optimizer": "offloading",
-        "offload_parameters": "offloading",
-        "parameter_offload": "offloading",
-        "save_safetensors": "parameter_files",
+        "keep_resident": "store.saved_tensors",
+        "load_safetensors": "parameters.safetensors",
+        "offload_activations": "api",
+        "offload_optimizer": "api",
+        "offload_parameters": "api",
+        "parameter_offload": "api",
+        "save_safetensors": "parameters.safetensors",
     }
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ssdtrain.cli import main
+from ssdtrain.tools.cli import main
 
 if __name__ == "__main__":
     main()

@@ -20,8 +20,8 @@ from fault_tools import Lab
 from run_tools import browser
 
 import ssdtrain
+from ssdtrain.devices.simulated import SimulatedDevice
 from ssdtrain.policy import ActivationPolicy
-from ssdtrain.simulated import SimulatedDevice
 
 # The least staging there is: slabs of one page, so that even records of a few bytes leave memory soon.
 STAGING_NBYTES = 64 * 1024

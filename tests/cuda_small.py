@@ -7,7 +7,7 @@ import sys
 import torch
 
 import ssdtrain
-from ssdtrain.demo.model import GPT, GPTConfig
+from ssdtrain.tools.demo.model import GPT, GPTConfig
 
 
 def train(offload: ssdtrain.ActivationOffload | None) -> list[torch.Tensor]:

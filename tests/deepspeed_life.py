@@ -39,7 +39,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import ssdtrain
 import ssdtrain.integrations.deepspeed as integration
-from ssdtrain.saving import innermost_hooks
+from ssdtrain.store.saved_tensors import innermost_hooks
 
 
 def _batch(seed: int = 0, rows: int = ROWS) -> torch.Tensor:

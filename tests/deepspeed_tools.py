@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 import ssdtrain
 import ssdtrain.integrations.deepspeed
-from ssdtrain.saving import innermost_hooks
+from ssdtrain.store.saved_tensors import innermost_hooks
 
 KIB = 1024
 WIDTH, ROWS, NUM_STEPS = 64, 256, 5

@@ -24,10 +24,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ssdtrain
-from ssdtrain._kvikio_engine import GpuDirect, KvikioEngine, SpillFile, prefer
-from ssdtrain._kvikio_engine.files import as_os_error
-from ssdtrain._kvikio_engine.memory import Driver, Memory
-from ssdtrain.engines import gpudirect, open_engine
+from ssdtrain.io.kvikio import GpuDirect, KvikioEngine, SpillFile, prefer
+from ssdtrain.io.kvikio.files import as_os_error
+from ssdtrain.io.kvikio.memory import Driver, Memory
+from ssdtrain.io.open_engine import gpudirect, open_engine
 
 SIZES = [1, 511, 512, 4095, 4096, 4097, SLAB_NBYTES, 3 * SLAB_NBYTES + 1, 40 * SLAB_NBYTES - 5]
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ssdtrain
-from ssdtrain.demo.model import GPT, GPTConfig
 from ssdtrain.planner import Step
+from ssdtrain.tools.demo.model import GPT, GPTConfig
 
 _MOST_RECORDS = 16  # the solver answers in seconds
 _STEP_SECONDS = 10.0

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ssdtrain
-from ssdtrain.demo.model import Block, GPTConfig
+from ssdtrain.tools.demo.model import Block, GPTConfig
 
 WIDTH = 48
 EAGER_STATE = {"min_nbytes": 1024, "staging_nbytes": 64 * 1024}

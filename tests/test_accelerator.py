@@ -19,10 +19,10 @@ from conftest import same_bits
 from torch.nn import functional as F
 
 import ssdtrain
-from ssdtrain.demo.model import GPT, GPTConfig
+from ssdtrain.devices.simulated import SimulatedDevice
 from ssdtrain.policy import ActivationPolicy
-from ssdtrain.record import Residency
-from ssdtrain.simulated import SimulatedDevice
+from ssdtrain.store.record import Residency
+from ssdtrain.tools.demo.model import GPT, GPTConfig
 
 pytest.importorskip("ssdtrain._C", reason="an accelerator needs the extension")
 

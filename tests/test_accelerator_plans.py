@@ -20,11 +20,11 @@ from engine_tools import eventually
 from test_adaptive import AUTO, gpt
 
 import ssdtrain
-from ssdtrain.adaptation import Adaptation, Measured
-from ssdtrain.cuda import _CudaMoment
+from ssdtrain.devices.cuda import _CudaMoment
+from ssdtrain.devices.simulated import SimulatedDevice
 from ssdtrain.planner import Machine, Plan, Tier, Where
-from ssdtrain.simulated import SimulatedDevice
-from ssdtrain.timing import DeviceTiming, _ComputeClock
+from ssdtrain.scheduling.replanner import Adaptation, Measured
+from ssdtrain.tracing.device_trace import DeviceTiming, _ComputeClock
 
 pytest.importorskip("ssdtrain._C", reason="an accelerator needs the extension")
 
@@ -34,7 +34,7 @@ NUM_UNTIL_PLAN = 4  # two that look the same, and one in which the second is kno
 
 @pytest.fixture
 def every_step_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssdtrain.schedule._MOST_UNTIMED", 0)
+    monkeypatch.setattr("ssdtrain.scheduling.schedule._MOST_UNTIMED", 0)
 
 
 def planned(offload: ssdtrain.ActivationOffload, step: Callable[[], Any], num: int = NUM_UNTIL_PLAN) -> Plan | None:
@@ -281,7 +281,9 @@ def test_copies_are_timed_whatever_comes_after_them(
     """Each copy takes ten milliseconds; who looks after each of them late must not think that it took none."""
     assert device is not None
     memmove = ctypes.memmove
-    monkeypatch.setattr("ssdtrain.simulated.driver.ctypes.memmove", lambda *what: (time.sleep(0.01), memmove(*what))[1])
+    monkeypatch.setattr(
+        "ssdtrain.devices.simulated.driver.ctypes.memmove", lambda *what: (time.sleep(0.01), memmove(*what))[1]
+    )
     policy = ssdtrain.ActivationPolicy(min_nbytes=0, mode="all", staging_nbytes="8MiB", checksum=checksum)
     with ssdtrain.ActivationOffload([str(tmp_path)], policy, None, device) as offload:
         x = torch.ones(1024, 256, requires_grad=True)
@@ -412,7 +414,7 @@ def test_a_graph_that_dies_in_a_forked_child(
 def test_a_step_that_never_ends_is_not_timed_for_ever(
     make_offload: MakeOffload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ssdtrain.recording._MAX_RECORDS", 30)
+    monkeypatch.setattr("ssdtrain.tracing.step_trace._MAX_RECORDS", 30)
     _, step = gpt()
     with make_offload(**AUTO) as offload:
         alive = torch.ones(256, 256, requires_grad=True).sin().sin()
@@ -442,7 +444,7 @@ def test_waits_before_a_plan_are_not_held_against_it(make_offload: MakeOffload, 
 @pytest.mark.accelerator_only
 def test_a_probe_takes_one_step(make_offload: MakeOffload, monkeypatch: pytest.MonkeyPatch) -> None:
     """However few steps are timed."""
-    monkeypatch.setattr("ssdtrain.adaptation.FIRST_PATIENCE", 4)
+    monkeypatch.setattr("ssdtrain.scheduling.replanner.FIRST_PATIENCE", 4)
     machine_now = Adaptation._machine_now
     slow = Tier(1e4, 1e4)
     monkeypatch.setattr(Adaptation, "_machine_now", lambda self, **kind: replace(machine_now(self, **kind), disk=slow))

@@ -11,9 +11,9 @@ import torch
 from conftest import MakeOffload, grads_of, same_bits
 
 import ssdtrain
-from ssdtrain.adaptation import Adaptation
-from ssdtrain.demo.model import GPT, GPTConfig
 from ssdtrain.planner import Tier
+from ssdtrain.scheduling.replanner import Adaptation
+from ssdtrain.tools.demo.model import GPT, GPTConfig
 
 pytestmark = pytest.mark.cpu_only  # what an accelerator does when is not known to the host that feeds it
 

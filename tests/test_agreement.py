@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch.distributed
 
-from ssdtrain.adaptation import Adaptation, Measured
-from ssdtrain.agreement import Agreement, agreement_of_job
 from ssdtrain.planner import Goal, Lifetime, Machine, Step, Tier
+from ssdtrain.scheduling.consensus import Agreement, agreement_of_job
+from ssdtrain.scheduling.replanner import Adaptation, Measured
 from ssdtrain.stats import Counters
 
 MIB = 1 << 20
@@ -112,7 +112,7 @@ def test_two_processes(tmp_path: Path) -> None:
     """Over the store of a real job, whose processes end at different times."""
     code = """if True:
         import sys, time, torch.distributed
-        from ssdtrain.agreement import agreement_of_job
+        from ssdtrain.scheduling.consensus import agreement_of_job
         rank = int(sys.argv[2])
         meeting = f"file://{sys.argv[1]}/meeting"
         torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)

@@ -1,137 +1,132 @@
-"""The file list is the architecture: imports go down it only."""
+"""The file list is the architecture: packages import only packages below them, type-only imports included."""
 
 from __future__ import annotations
 
 import ast
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ssdtrain"
+FILES = sorted(PACKAGE.rglob("*.py"))
 
-# From the bottom up: a room may import the rooms before it.
-ROOMS = [
+# From the bottom up: what stands here may import what stands before it.
+LADDER = [
     "policy",
-    "directories",
     "stats",
     "state_stats",
     "planner",
-    "observer",
-    "loggers",
-    "run_record",
-    "report",
-    "extents",
-    "_C",
-    "_python_engine",
-    "_kvikio_engine",
-    "engine",
-    "engines",
-    "space",
-    "drive",
-    "device",
-    "cuda",
-    "devices",
-    "simulated",
-    "books",
-    "identity",
-    "timing",
-    "recording",
-    "trace",
-    "record",
-    "index",
-    "route",
-    "bandwidth",
-    "agreement",
-    "adaptation",
-    "schedule",
-    "transport",
-    "reloads",
-    "store",
-    "watch",
-    "saving",
-    "modules",
     "blocks",
-    "recompute",
+    "_C",
+    "io",
+    "devices",
+    "tracing",
+    "store",
+    "scheduling",
+    "run_log",
+    "report",
+    "loggers",
     "activations",
-    "slots",
-    "vault",
-    "mapped",
-    "order",
-    "residence",
-    "parameter_blocks",
-    "uses",
-    "parameter_hooks",
     "parameters",
-    "parameter_files",
-    "pages",
-    "gradients",
-    "host_copies",
-    "refusals",
-    "plain_optimizer",
-    "optimizer_state",
-    "step_progress",
-    "cpu_jobs",
-    "cpu_updates",
-    "updates",
     "optimizer",
-    "offloading",
+    "api",
     "__init__",
     "integrations",
     "launch",
-    "demo",
-    "doctor",
-    "bench",
-    "estimate",
-    "cli",
+    "tools",
     "__main__",
 ]
+WITHOUT_TORCH = ["policy", "stats", "state_stats", "planner", "io", "scheduling", "run_log", "report"]
+MAY_KNOW_TORCH = ("io/kvikio/", "scheduling/consensus.py", "run_log/environment.py")
 TOP_LEVEL = {"setup.py", "ssdtrain", "csrc", "tests", "recipes", "README.md", "pyproject.toml", "Makefile", "LICENSE"}
 
 
-def room_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py").removesuffix(".pyi")
+def module_of(path: Path) -> str:
+    """``ssdtrain.io.engine``; a package is its ``__init__.py``."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported_rooms(path: Path) -> set[str]:
-    """Rooms a file imports at run time (imports for type checkers only do not count)."""
-    tree = ast.parse(path.read_text())
-    typing_only = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    rooms = set()
-    for node in ast.walk(tree):
-        if id(node) in typing_only:
-            continue
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ssdtrain":
-            parts = (node.module or "").split(".")
-            if len(parts) > 1:
-                rooms.add(parts[1])
-            else:
-                rooms |= {a.name if (a.name in ROOMS) else "__init__" for a in node.names}
+MODULES = frozenset(module_of(path) for path in FILES) | {"ssdtrain._C"}
+
+
+@cache
+def imports_of(path: Path) -> frozenset[str]:
+    """Modules of the package that a file imports, at run time or for type checkers."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            module = _absolute(path, node)
+            names = {f"{module}.{alias.name}" for alias in node.names if module.split(".")[0] == "ssdtrain"}
+            found |= {name if name in MODULES else module for name in names}
         elif isinstance(node, ast.Import):
-            for alias in node.names:
-                parts = alias.name.split(".")
-                if parts[0] == "ssdtrain":
-                    rooms.add(parts[1] if len(parts) > 1 else "__init__")
-    return rooms
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "ssdtrain"}
+    return frozenset(found) - {module_of(path)}
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def _absolute(path: Path, node: ast.ImportFrom) -> str:
+    above = path.relative_to(ROOT).parts[: -node.level] if node.level else ()
+    return ".".join([*above, *([node.module] if node.module else [])])
+
+
+def rung_of(module: str) -> str:
+    """What of the ladder a module belongs to."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_go_down(path: Path) -> None:
-    own = room_of(path)
-    assert own in ROOMS, f"{path.name} is a new room: give it a place in ROOMS"
-    for room in imported_rooms(path) - {own}:
-        assert ROOMS.index(room) < ROOMS.index(own), f"{own} imports {room}, which is above it"
+    own = rung_of(module_of(path))
+    assert own in LADDER, f"{name_of(path)} stands on no rung: give it a place in LADDER, or move it into a package"
+    for module in imports_of(path):
+        other = rung_of(module)
+        assert LADDER.index(other) <= LADDER.index(own), f"{name_of(path)} imports {module}, which is above it"
 
 
-def test_only_engines_touches_the_extension() -> None:
-    hidden = {"_C", "_python_engine", "_kvikio_engine"}
-    users = {room_of(path) for path in PACKAGE.rglob("*.py") if hidden & imported_rooms(path)}
-    assert users - hidden == {"engines"}
+def test_no_circle_of_files() -> None:
+    graph = {module_of(path): imports_of(path) for path in FILES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle: {' -> '.join(error.args[1])}")
+
+
+def test_activations_and_state_do_not_know_each_other() -> None:
+    for path in FILES:
+        own = rung_of(module_of(path))
+        others = {rung_of(module) for module in imports_of(path)}
+        assert own != "activations" or not others & {"parameters", "optimizer"}
+        assert own not in ("parameters", "optimizer") or "activations" not in others, name_of(path)
+
+
+def test_scheduling_decides_and_store_moves() -> None:
+    """Scheduling may name a record's class, which is what it decides about; never what moves it."""
+    for path in (PACKAGE / "scheduling").glob("*.py"):
+        assert {m for m in imports_of(path) if rung_of(m) == "store"} <= {"ssdtrain.store.record"}, path.name
+    for path in (PACKAGE / "store").glob("*.py"):
+        assert "scheduling" not in {rung_of(m) for m in imports_of(path)}, path.name
+
+
+def test_only_io_touches_the_extension() -> None:
+    hidden = ("ssdtrain._C", "ssdtrain.io.python", "ssdtrain.io.kvikio")
+    for path in FILES:
+        if any(module.startswith(hidden) for module in imports_of(path)):
+            assert module_of(path).startswith(("ssdtrain.io.open_engine", *hidden)), name_of(path)
+
+
+@pytest.mark.parametrize("rung", WITHOUT_TORCH)
+def test_these_know_no_tensors(rung: str) -> None:
+    for path in FILES:
+        if rung_of(module_of(path)) == rung and not name_of(path).startswith(MAY_KNOW_TORCH):
+            assert "import torch" not in path.read_text(), name_of(path)
 
 
 def test_cpp_knows_bytes_and_only_the_bindings_know_python() -> None:
@@ -141,32 +136,25 @@ def test_cpp_knows_bytes_and_only_the_bindings_know_python() -> None:
         assert path.name == "bindings.cpp" or ("pybind11" not in text and "Python.h" not in text), path.name
 
 
-def test_schedule_decides_and_store_moves() -> None:
-    assert "store" not in imported_rooms(PACKAGE / "schedule.py")
-    assert "schedule" not in imported_rooms(PACKAGE / "store.py")
-    torch_users = {p.stem for p in PACKAGE.glob("*.py") if "import torch" in p.read_text()}
-    assert not torch_users & {
-        "policy",
-        "directories",
-        "stats",
-        "state_stats",
-        "extents",
-        "space",
-        "trace",
-        "schedule",
-        "engine",
-        "engines",
-    }
-
-
-def test_no_module_level_state() -> None:
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_no_module_level_state(path: Path) -> None:
     """Shared things live in one object that is passed down: no lists, dicts or counters at module level."""
-    for path in PACKAGE.glob("*.py"):
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.Assign) and isinstance(node.value, ast.List | ast.Dict | ast.Set | ast.Call):
-                name = ast.unparse(node.targets[0])
-                is_constant = name.lstrip("_").isupper() or name in {"logger", "__all__", "Nbytes", "_NEXT"}
-                assert is_constant or name[0].isupper() or name == "app", f"{path.name}: {name}"
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.List | ast.Dict | ast.Set | ast.Call):
+            name = ast.unparse(node.targets[0])
+            is_constant = name.lstrip("_").isupper() or name in {"logger", "__all__"}
+            assert is_constant or name[0].isupper() or name == "app", name
+
+
+@pytest.mark.parametrize("package", sorted({p.parent for p in FILES}), ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_package_says_what_it_knows(package: Path) -> None:
+    """A reader draws the architecture from the file list and the first line of each package."""
+    assert ast.get_docstring(ast.parse((package / "__init__.py").read_text())), package.name
+
+
+def test_the_house_is_small_enough_to_draw() -> None:
+    entries = {p.name for p in PACKAGE.iterdir() if p.suffix in (".py", ".pyi") or (p / "__init__.py").exists()}
+    assert len(entries) <= 24, sorted(entries)
 
 
 def test_top_level_is_what_the_readme_says() -> None:

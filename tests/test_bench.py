@@ -10,9 +10,9 @@ import pytest
 from drives import Drive
 from typer.testing import CliRunner
 
-from ssdtrain.bench import Options, Report, Row, advise, bench_drive
-from ssdtrain.cli import app
 from ssdtrain.policy import ActivationPolicy
+from ssdtrain.tools.bench import Options, Report, Row, advise, bench_drive
+from ssdtrain.tools.cli import app
 
 KIB, MIB = 1 << 10, 1 << 20
 TOY = Options(8 * MIB, 16 * MIB, 1.0, (256 * KIB, MIB), (1, 4), 1)

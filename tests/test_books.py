@@ -14,20 +14,20 @@ import pytest
 import torch
 
 import ssdtrain
-from ssdtrain.books import Books, ClosedError
+from ssdtrain.store.poison import Books, ClosedError
 
 MIB = 1 << 20
 POLICY = {"min_nbytes": 0, "staging_nbytes": MIB, "mode": "all", "engine": "threads"}
 OUR_FILES = (
-    "store.py",
-    "transport.py",
-    "drive.py",
-    "reloads.py",
-    "space.py",
-    "extents.py",
-    "schedule.py",
-    "trace.py",
-    "record.py",
+    "activations/writeback.py",
+    "store/transfers.py",
+    "io/client.py",
+    "activations/reload.py",
+    "io/space.py",
+    "io/extents.py",
+    "scheduling/schedule.py",
+    "tracing/pass_trace.py",
+    "store/record.py",
 )
 
 

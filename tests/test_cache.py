@@ -16,7 +16,7 @@ from engine_tools import descriptors, eventually, num_threads
 from torch.nn import functional as F
 
 import ssdtrain
-from ssdtrain.demo.model import GPT, GPTConfig
+from ssdtrain.tools.demo.model import GPT, GPTConfig
 
 ENGINES = ["io_uring", "threads", "python"]
 KIB = 1024

@@ -27,11 +27,11 @@ from test_optimizer import OPTIMIZERS, Failing
 from torch import nn
 
 import ssdtrain
-from ssdtrain.optimizer import OffloadedOptimizer
-from ssdtrain.parameters import ParameterOffload
+from ssdtrain.devices.simulated import SimulatedDevice
+from ssdtrain.optimizer.optimizer import OffloadedOptimizer
+from ssdtrain.parameters.offload import ParameterOffload
 from ssdtrain.policy import OptimizerPolicy, ParameterPolicy
-from ssdtrain.simulated import SimulatedDevice
-from ssdtrain.vault import Vault
+from ssdtrain.store.tensor_store import Vault
 
 ON_CPU = EAGER_STATE | {"chunk_nbytes": 40_000, "update_on": "cpu"}
 

@@ -19,7 +19,7 @@ from test_cpu_updates import Gated, OnCopies, on_cpu
 from test_delayed_update import Late
 from torch import nn
 
-from ssdtrain.simulated import SimulatedDevice
+from ssdtrain.devices.simulated import SimulatedDevice
 
 pytestmark = pytest.mark.accelerator_only
 LATE = {"delayed_update": True}
@@ -270,7 +270,7 @@ def test_close_without_room_on_the_device_closes(
     def refuse(_: torch.optim.Optimizer) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("ssdtrain.cpu_updates.load_own_state", refuse)
+    monkeypatch.setattr("ssdtrain.optimizer.cpu_step.load_own_state", refuse)
     with pytest.raises(torch.OutOfMemoryError):
         optimizer.close()
     assert optimizer.vault.is_closed and inner.state[weight]["exp_avg"].count_nonzero() > 0

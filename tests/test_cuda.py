@@ -15,7 +15,7 @@ import torch
 from conftest import same_bits
 
 import ssdtrain
-from ssdtrain.demo.model import Block, GPTConfig
+from ssdtrain.tools.demo.model import Block, GPTConfig
 
 pytestmark = pytest.mark.needs_cuda
 
@@ -174,7 +174,7 @@ def test_capture_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_fence_knows_when_a_stream_has_come_there() -> None:
-    from ssdtrain.engines import cuda_driver, fence
+    from ssdtrain.io.open_engine import cuda_driver, fence
 
     driver, stream = cuda_driver(0), torch.cuda.current_stream().cuda_stream
     torch.cuda._sleep(int(1e9))

@@ -130,7 +130,7 @@ def test_memory_that_cannot_be_pinned(libcuda_stub: Path, tmp_path: Path) -> Non
 
 def test_no_cuda_here() -> None:
     """The extension imports without CUDA, and says what is missing when asked for it."""
-    program = "from ssdtrain import engines\ntry: engines.cuda_driver(0)\nexcept RuntimeError as e: print(e)"
+    program = "from ssdtrain.io.open_engine import cuda_driver\ntry: cuda_driver(0)\nexcept RuntimeError as e: print(e)"
     environment = {key: value for key, value in os.environ.items() if key != "LD_LIBRARY_PATH"}
     path = os.pathsep.join(part for part in sys.path if part)
     command = [sys.executable, "-c", program]

@@ -13,10 +13,10 @@ from test_cpu_updates import Gated, OnCopies, low_precision, on_cpu, train_low, 
 from test_optimizer import Failing
 from torch import nn
 
-from ssdtrain.optimizer import OffloadedOptimizer
-from ssdtrain.parameters import ParameterOffload
+from ssdtrain.devices.simulated import SimulatedDevice
+from ssdtrain.optimizer.optimizer import OffloadedOptimizer
+from ssdtrain.parameters.offload import ParameterOffload
 from ssdtrain.policy import OptimizerPolicy, ParameterPolicy
-from ssdtrain.simulated import SimulatedDevice
 
 pytestmark = pytest.mark.accelerator_only
 

@@ -19,14 +19,14 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from ssdtrain.cli import app
-from ssdtrain.demo import process
-from ssdtrain.demo.compare import Comparison, RunResult
-from ssdtrain.demo.model import GPT, GPTConfig
-from ssdtrain.demo.process import WorkerError, WorkerProcess, describe_exit
-from ssdtrain.demo.saved import SavedTensorCounter
-from ssdtrain.demo.settings import DemoSettings
-from ssdtrain.demo.text import Text, standard_library
+from ssdtrain.tools.cli import app
+from ssdtrain.tools.demo import process
+from ssdtrain.tools.demo.compare import Comparison, RunResult
+from ssdtrain.tools.demo.model import GPT, GPTConfig
+from ssdtrain.tools.demo.process import WorkerError, WorkerProcess, describe_exit
+from ssdtrain.tools.demo.saved import SavedTensorCounter
+from ssdtrain.tools.demo.settings import DemoSettings
+from ssdtrain.tools.demo.text import Text, standard_library
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "train_gpt.py"
 SECONDS = 120

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ssdtrain.device import Allocation, CpuDevice
+from ssdtrain.devices.base import Allocation, CpuDevice
 
 KIB = 1024
 LARGE = 256 * KIB

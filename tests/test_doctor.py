@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from drives import Drive
 
-from ssdtrain.doctor import Finding, Verdict, examine
-from ssdtrain.doctor.block import drives_below, drives_of
-from ssdtrain.doctor.drive import examine_directory
-from ssdtrain.doctor.endurance import Endurance, parse
-from ssdtrain.doctor.gpu import link_finding
-from ssdtrain.doctor.kernel import examine_kernel
 from ssdtrain.integrations import TESTED_VERSIONS
+from ssdtrain.tools.doctor import Finding, Verdict, examine
+from ssdtrain.tools.doctor.block import drives_below, drives_of
+from ssdtrain.tools.doctor.drive import examine_directory
+from ssdtrain.tools.doctor.endurance import Endurance, parse
+from ssdtrain.tools.doctor.gpu import link_finding
+from ssdtrain.tools.doctor.kernel import examine_kernel
 
 NAMES = {"Python", "PyTorch", "C++ extension", "io_uring", "locked memory", "huge pages", "memory", "CUDA", "kvikio"}
 OF_A_DIRECTORY = {"file system", "free space", "engine", "direct I/O"}
@@ -83,7 +83,7 @@ def test_public_names_are_there_without_waiting_for_pytorch() -> None:
 
 def test_versions_that_were_not_tested(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     versions = {"deepspeed": "9.9.9", "megatron-core": TESTED_VERSIONS["megatron-core"][0], "torch": "1.13.1+cu117"}
-    monkeypatch.setattr("ssdtrain.doctor.software.version", lambda name: versions.get(name, "1.0"))
+    monkeypatch.setattr("ssdtrain.tools.doctor.software.version", lambda name: versions.get(name, "1.0"))
     found = {finding.name: finding for finding in examine([str(tmp_path)])}
     assert found["deepspeed"].verdict is Verdict.UNWISE and TESTED_VERSIONS["deepspeed"][0] in found["deepspeed"].found
     assert found["megatron-core"].verdict is Verdict.GOOD

@@ -13,9 +13,9 @@ from drives import throttled
 from steps import MIB
 from test_adaptive import AUTO, gpt
 
-from ssdtrain.adaptation import Adaptation, Measured
-from ssdtrain.bandwidth import Bandwidth, Rate
 from ssdtrain.planner import Goal, Lifetime, Machine, Step, Tier, make_probe
+from ssdtrain.scheduling.bandwidth import Bandwidth, Rate
+from ssdtrain.scheduling.replanner import Adaptation, Measured
 from ssdtrain.stats import Counters
 
 TOWER = Step(tuple(Lifetime(4 * MIB, float(i), 20.0 - i, 20.5 - i) for i in range(10)), 21.0)
@@ -144,7 +144,7 @@ def test_a_drive_that_slows_down_and_recovers(
 
     Plans may take any part of the time here: these steps are short.
     """
-    monkeypatch.setattr("ssdtrain.adaptation._PLANNING_SHARE", 1.0)
+    monkeypatch.setattr("ssdtrain.scheduling.replanner._PLANNING_SHARE", 1.0)
     _, step = gpt(128)
     expected = step()
 

@@ -20,13 +20,13 @@ from fault_tools import Lab
 from state_tools import EAGER_STATE, adamw, batch, check_same, model_of, trainable, values
 
 import ssdtrain
-from ssdtrain.activations import ActivationOffload
-from ssdtrain.drive import Drive
-from ssdtrain.engines import open_engine
+from ssdtrain.activations.offload import ActivationOffload
+from ssdtrain.devices.simulated import SimulatedDevice
+from ssdtrain.io.client import Drive
+from ssdtrain.io.open_engine import open_engine
+from ssdtrain.io.space import HostShare, HostSpace
 from ssdtrain.policy import ActivationPolicy, OptimizerPolicy
-from ssdtrain.simulated import SimulatedDevice
-from ssdtrain.space import HostShare, HostSpace
-from ssdtrain.vault import Vault
+from ssdtrain.store.tensor_store import Vault
 
 KIB = 1024
 EAGER = {"mode": "all", "min_nbytes": 1, "staging_nbytes": STAGING_NBYTES}

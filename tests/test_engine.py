@@ -18,7 +18,7 @@ from engine_tools import KINDS, SLAB_NBYTES, Io, Memory, descriptors, eventually
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ssdtrain.engines import open_engine
+from ssdtrain.io.open_engine import open_engine
 
 SIZES = [1, 511, 512, 4095, 4096, 4097, SLAB_NBYTES, 3 * SLAB_NBYTES + 1, 40 * SLAB_NBYTES - 5]
 

@@ -18,7 +18,7 @@ PRELUDE = f"""
 import errno, os, signal, stat, sys, time
 sys.path[:0] = [{str(TESTS)!r}]
 from engine_tools import Io, Memory, SLAB_NBYTES, implementation, random_bytes
-from ssdtrain.engines import open_engine
+from ssdtrain.io.open_engine import open_engine
 kind, directory = sys.argv[1:]
 """
 

@@ -12,9 +12,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from typer.testing import CliRunner
 
 import ssdtrain
-from ssdtrain.cli import app
-from ssdtrain.demo.model import GPT, GPTConfig
-from ssdtrain.estimate import GPUS, Drives, Gpu, Shape, estimate, layer_nbytes
+from ssdtrain.tools.cli import app
+from ssdtrain.tools.demo.model import GPT, GPTConfig
+from ssdtrain.tools.estimate import GPUS, Drives, Gpu, Shape, estimate, layer_nbytes
 
 GPT3 = {"layers": 96, "hidden": 12288, "heads": 96, "sequence": 2048, "has_flash": False}
 

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from ssdtrain.extents import ExtentAllocator
+from ssdtrain.io.extents import ExtentAllocator
 
 
 class Extents(RuleBasedStateMachine):

@@ -40,7 +40,7 @@ from fault_tools import (
 )
 
 import ssdtrain
-from ssdtrain.schedule import Schedule
+from ssdtrain.scheduling.schedule import Schedule
 
 PRELOADED = ("threads", "python")  # whose system calls the library sees
 every_engine = pytest.mark.parametrize("engine", ENGINES)

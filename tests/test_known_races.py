@@ -17,7 +17,7 @@ import torch
 from conftest import same_bits
 from torch import nn
 
-from ssdtrain.simulated import SimulatedDevice, UnorderedAccessError
+from ssdtrain.devices.simulated import SimulatedDevice, UnorderedAccessError
 
 SEEDS = range(12)
 FEW_SEEDS = range(4)  # the verdict is found when work is queued: any order will do

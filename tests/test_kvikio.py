@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from ssdtrain import ActivationPolicy
-from ssdtrain._kvikio_engine.probe import GpuDirect, judge, probe
-from ssdtrain.engines import KINDS, gpudirect, open_engine
+from ssdtrain.io.kvikio.probe import GpuDirect, judge, probe
+from ssdtrain.io.open_engine import KINDS, gpudirect, open_engine
 
 TESTS = Path(__file__).parent
 LIMIT_SECONDS = 600
@@ -101,7 +101,7 @@ def test_a_probe_that_crashes_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_no_driver(tmp_path: Path, kvikio_environment: Mapping[str, str]) -> None:
     """The real kvikio where there is no libcuda: cuFile would spin for ever, so nobody asks it."""
     script = f"""
-from ssdtrain.engines import open_engine
+from ssdtrain.io.open_engine import open_engine
 try:
     open_engine("kvikio", [{str(tmp_path)!r}], 1 << 20, 1 << 16)
 except RuntimeError as error:

@@ -36,9 +36,9 @@ from fault_tools import (
 from hypothesis import strategies as st
 
 import ssdtrain
-from ssdtrain.device import Allocation
+from ssdtrain.devices.base import Allocation
 from ssdtrain.policy import MIN_STAGING_NBYTES
-from ssdtrain.record import Record
+from ssdtrain.store.record import Record
 
 every_engine = pytest.mark.parametrize("engine", ENGINES)
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
-from ssdtrain.demo.compare import RunResult, Standing
-from ssdtrain.demo.live import LiveView, picture
-from ssdtrain.demo.settings import DemoSettings
+from ssdtrain.tools.demo.compare import RunResult, Standing
+from ssdtrain.tools.demo.live import LiveView, picture
+from ssdtrain.tools.demo.settings import DemoSettings
 
 
 def standing() -> Standing:

@@ -410,7 +410,7 @@ def test_flush_in_a_forward(tmp_path: Path) -> None:
 
 def test_an_interrupt_in_a_forward(tmp_path: Path) -> None:
     """PyTorch runs no hooks after Ctrl-C: the next forward cleans up, and nothing of ours is left on the thread."""
-    from ssdtrain.saving import innermost_hooks
+    from ssdtrain.store.saved_tensors import innermost_hooks
 
     plain, model = model_of("mlp"), model_of("mlp")
     home = offloaded(model, tmp_path)

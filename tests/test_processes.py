@@ -34,7 +34,7 @@ from fault_tools import (
 )
 
 import ssdtrain
-from ssdtrain.books import ClosedError
+from ssdtrain.store.poison import ClosedError
 
 every_engine = pytest.mark.parametrize("engine", ENGINES)
 kept: list[object] = []  # what lives until the interpreter is gone

@@ -13,9 +13,9 @@ from torch import nn
 
 import ssdtrain
 from ssdtrain.blocks import find_blocks
-from ssdtrain.demo.model import GPT, GPTConfig
 from ssdtrain.planner import Goal, Lifetime, Machine, Step, Tier, choose, make_plan
 from ssdtrain.planner.recompute import recomputed
+from ssdtrain.tools.demo.model import GPT, GPTConfig
 
 pytestmark = pytest.mark.cpu_only  # wraps modules: nothing in it depends on the kind of device
 
@@ -172,7 +172,7 @@ def test_auto_recomputes_what_the_budget_needs(make_offload: MakeOffload, monkey
         return model, step
 
     drive = Machine(Tier(2e6, 2e6), staging_nbytes=MIB, prefetch_nbytes=MIB)
-    monkeypatch.setattr("ssdtrain.adaptation.Adaptation._machine_now", lambda _, **kind: drive)
+    monkeypatch.setattr("ssdtrain.scheduling.replanner.Adaptation._machine_now", lambda _, **kind: drive)
     _, step = gpt()
     expected = [step() for _ in range(8)]
     model, step = gpt()

@@ -34,7 +34,7 @@ from hypothesis.stateful import (
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import ssdtrain
-from ssdtrain.record import Handle, Record, Residency
+from ssdtrain.store.record import Handle, Record, Residency
 
 DTYPES = [torch.float32, torch.int16, torch.uint8, torch.complex64, torch.bfloat16]
 NUM_EXAMPLES = 20

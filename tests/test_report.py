@@ -15,14 +15,14 @@ import pytest
 from run_tools import browser, recorded_run
 from typer.testing import CliRunner
 
-from ssdtrain.cli import app
 from ssdtrain.report import chrome_trace, describe
 from ssdtrain.report.page import render
 from ssdtrain.report.timeline import LANES, RESIDENCIES, Stay, bars, levelled, memory, residency, stays
 from ssdtrain.report.words import daily_text, seconds_text, share_text
-from ssdtrain.run_record import Detail, Run, read_run
-from ssdtrain.run_record.encode import COUNTERS
+from ssdtrain.run_log import Detail, Run, read_run
+from ssdtrain.run_log.encode import COUNTERS
 from ssdtrain.stats import nbytes_text
+from ssdtrain.tools.cli import app
 
 MIB = 1 << 20
 

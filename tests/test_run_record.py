@@ -22,14 +22,14 @@ from engine_tools import KINDS, Io, random_bytes
 from run_tools import POLICY, network, recorded_run, train
 
 import ssdtrain
-from ssdtrain.observer import FinishedStep
 from ssdtrain.planner import Lifetime, Step
-from ssdtrain.recording import StepRecording
 from ssdtrain.report import describe
-from ssdtrain.run_record import Recorder, RecordError, Run, read_run
-from ssdtrain.run_record.format import first_line, pack
-from ssdtrain.run_record.place import record_path
+from ssdtrain.run_log import Recorder, RecordError, Run, read_run
+from ssdtrain.run_log.format import first_line, pack
+from ssdtrain.run_log.place import record_path
 from ssdtrain.stats import Counters
+from ssdtrain.tracing.events import FinishedStep
+from ssdtrain.tracing.step_trace import StepRecording
 
 MIB = 1 << 20
 
@@ -209,7 +209,7 @@ def test_an_error_of_the_writer_is_said_once_and_ends_the_record(
         raise ZeroDivisionError("a bug")
 
     offload = ssdtrain.offload_activations(tmp_path, POLICY, record=tmp_path / "run.ssdtrain")
-    monkeypatch.setattr("ssdtrain.run_record.encode.row", broken)
+    monkeypatch.setattr("ssdtrain.run_log.encode.row", broken)
     losses = train(offload, network(), 30)
     assert len(losses) == 30
     assert sum("ZeroDivisionError" in text for text in offload.stats.fallbacks) == 1
@@ -217,7 +217,7 @@ def test_an_error_of_the_writer_is_said_once_and_ends_the_record(
 
 
 def test_a_step_that_never_ends_does_not_fill_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssdtrain.run_record.journal._MAX_ROWS", 5)
+    monkeypatch.setattr("ssdtrain.tracing.request_log._MAX_ROWS", 5)
     offload = ssdtrain.offload_activations(tmp_path, POLICY, record=tmp_path / "run.ssdtrain")
     model, alive = network(), []
     with offload:

@@ -15,8 +15,8 @@ from torch import nn
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils.checkpoint import checkpoint
 
-from ssdtrain.simulated import SimulatedDevice, SimulationStuckError, UnorderedAccessError
-from ssdtrain.simulated.streams import Item
+from ssdtrain.devices.simulated import SimulatedDevice, SimulationStuckError, UnorderedAccessError
+from ssdtrain.devices.simulated.streams import Item
 
 MakeDevice = Callable[..., SimulatedDevice]
 PAGE = 4096

@@ -12,12 +12,12 @@ import torch
 from state_tools import EAGER_STATE, adamw, check_same, check_same_state, model_of, train, trainable, values
 
 import ssdtrain
-from ssdtrain.optimizer import OffloadedOptimizer
-from ssdtrain.parameters import ParameterOffload
+from ssdtrain.devices.simulated import SimulatedDevice
+from ssdtrain.optimizer.optimizer import OffloadedOptimizer
+from ssdtrain.parameters.offload import ParameterOffload
 from ssdtrain.policy import OptimizerPolicy, ParameterPolicy
-from ssdtrain.simulated import SimulatedDevice
-from ssdtrain.slots import Slot
-from ssdtrain.vault import Vault
+from ssdtrain.store.slots import Slot
+from ssdtrain.store.tensor_store import Vault
 
 
 @pytest.mark.parametrize("engine", ["io_uring", "threads", "python", "host"])

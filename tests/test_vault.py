@@ -15,8 +15,8 @@ from engine_tools import KINDS, eventually
 from fault_tools import KIB, Lab, tell
 
 from ssdtrain.policy import OptimizerPolicy
-from ssdtrain.slots import Slot
-from ssdtrain.vault import StateLostError, Vault
+from ssdtrain.store.slots import Slot
+from ssdtrain.store.tensor_store import StateLostError, Vault
 
 SIZES = [1, 511, 512, 513, 4095, 4096, 4097, 64 * KIB, 300 * KIB + 7]
 every_engine = pytest.mark.parametrize("engine", KINDS)

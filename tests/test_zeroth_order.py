@@ -10,7 +10,7 @@ import torch
 from state_tools import check_same
 
 import ssdtrain
-from ssdtrain.demo.model import GPT, GPTConfig
+from ssdtrain.tools.demo.model import GPT, GPTConfig
 
 SCRIPT = Path(__file__).parents[1] / "recipes" / "zeroth_order" / "mezo.py"
 SIZE = ["--layers", "3", "--width", "128", "--heads", "2", "--batch", "2", "--sequence", "16", "--steps", "4"]

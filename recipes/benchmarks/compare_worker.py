@@ -14,8 +14,8 @@ import torch
 from compare_methods import METHODS, UNHOOKED, Setting, UnavailableError, remark_on
 from compare_models import MODELS, Size, batch_of
 
-from ssdtrain.demo.memory import PeakResident
-from ssdtrain.demo.saved import SavedTensorCounter
+from ssdtrain.tools.demo.memory import PeakResident
+from ssdtrain.tools.demo.saved import SavedTensorCounter
 
 
 class Training:

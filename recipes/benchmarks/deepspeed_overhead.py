@@ -29,7 +29,7 @@ for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_A
 import deepspeed  # noqa: E402  it reads the environment
 
 import ssdtrain.integrations.deepspeed  # noqa: E402
-from ssdtrain.demo.model import GPT, GPTConfig  # noqa: E402
+from ssdtrain.tools.demo.model import GPT, GPTConfig  # noqa: E402
 
 
 def engine_of(args: argparse.Namespace, directory: str | None) -> Any:

@@ -32,8 +32,8 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from ssdtrain.engine import Read
-from ssdtrain.engines import EngineChoice, open_engine
+from ssdtrain.io.engine import Read
+from ssdtrain.io.open_engine import EngineChoice, open_engine
 
 MIB = 1 << 20
 

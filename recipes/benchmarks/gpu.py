@@ -30,7 +30,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 import ssdtrain
-from ssdtrain.demo.model import Block, GPTConfig
+from ssdtrain.tools.demo.model import Block, GPTConfig
 
 GB = 1e9
 LINK_NBYTES = 1 << 30

@@ -34,8 +34,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 
 import ssdtrain  # noqa: E402
-from ssdtrain.demo.text import Text, standard_library  # noqa: E402
 from ssdtrain.integrations.megatron import offload_schedule  # noqa: E402
+from ssdtrain.tools.demo.text import Text, standard_library  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import ssdtrain
-from ssdtrain.demo.model import GPT, GPTConfig
+from ssdtrain.tools.demo.model import GPT, GPTConfig
 
 
 class Trainer:

@@ -37,7 +37,7 @@ from state_figures import bandwidth_of, waiting_seconds
 from throttle import throttled
 
 import ssdtrain
-from ssdtrain.demo.model import GPT, GPTConfig
+from ssdtrain.tools.demo.model import GPT, GPTConfig
 
 MIB = 1 << 20
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 import ssdtrain
-from ssdtrain.demo.model import GPT, GPTConfig
+from ssdtrain.tools.demo.model import GPT, GPTConfig
 
 MIB = 1 << 20
 

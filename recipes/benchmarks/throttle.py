@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 import ssdtrain
-from ssdtrain.demo.model import GPT, GPTConfig
+from ssdtrain.tools.demo.model import GPT, GPTConfig
 
 CGROUPS = Path("/sys/fs/cgroup/blkio")
 SETTLING_STEPS = 10

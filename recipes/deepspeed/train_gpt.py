@@ -20,8 +20,8 @@ if not torch.cuda.is_available():
 import deepspeed
 
 import ssdtrain.integrations.deepspeed  # noqa: F401  from here on `deepspeed.initialize` honours the section
-from ssdtrain.demo.model import GPT, GPTConfig
-from ssdtrain.demo.text import Text, read_text
+from ssdtrain.tools.demo.model import GPT, GPTConfig
+from ssdtrain.tools.demo.text import Text, read_text
 
 parser = argparse.ArgumentParser(description="Train a byte-level GPT under DeepSpeed, activations on NVMe.")
 parser.add_argument("--config", required=True, help="DeepSpeed configuration with a section `ssdtrain`")

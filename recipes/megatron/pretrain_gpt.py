@@ -21,8 +21,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 
-from ssdtrain.demo.text import Text, read_text
 from ssdtrain.integrations.megatron import add_arguments, wrap_forward_step
+from ssdtrain.tools.demo.text import Text, read_text
 
 VOCABULARY = 256  # bytes
 

@@ -16,8 +16,8 @@ import torch
 from torch.nn.functional import cross_entropy, linear
 
 import ssdtrain
-from ssdtrain.demo.model import GPT, GPTConfig
-from ssdtrain.demo.text import Text, read_text
+from ssdtrain.tools.demo.model import GPT, GPTConfig
+from ssdtrain.tools.demo.text import Text, read_text
 
 parser = argparse.ArgumentParser(description="Fine-tune a GPT with MeZO, its parameters on NVMe.")
 parser.add_argument("--dir", default=".", help="folder on the drive that parameters are kept on")

@@ -10,7 +10,8 @@ An engine dropped without `destroy()`, which DeepSpeed itself keeps alive under 
 [Note: ZeRO-3]
 Between forward and backward a parameter has no memory: its `data` is replaced by an empty tensor, and by a fresh one,
 part of a buffer with its neighbours, each time it is gathered. A saved parameter is therefore kept as the parameter
-itself (see `ssdtrain.activations`), and every gathered storage is marked as a weight's when a module is about to run.
+itself (see `ssdtrain.activations.offload`), and every gathered storage is marked as a weight's when a module is
+about to run.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ import torch
 from deepspeed import PipelineEngine
 from deepspeed.utils import log_dist
 
-from ssdtrain.activations import ActivationOffload
-from ssdtrain.saving import innermost_hooks
+from ssdtrain.activations.offload import ActivationOffload
 from ssdtrain.stats import Stats, progress_line
+from ssdtrain.store.saved_tensors import innermost_hooks
 
 Method = Callable[..., Any]
 

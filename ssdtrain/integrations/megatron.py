@@ -29,10 +29,10 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from ssdtrain.activations import ActivationOffload
+from ssdtrain.activations.offload import ActivationOffload
+from ssdtrain.api import offload_activations
 from ssdtrain.integrations import TESTED_VERSIONS, check_version
 from ssdtrain.integrations.arguments import add_arguments, asked_for, fill_in
-from ssdtrain.offloading import offload_activations
 from ssdtrain.policy import ActivationPolicy
 
 __all__ = ["add_arguments", "offload_schedule", "wrap_forward_step"]

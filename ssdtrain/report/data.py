@@ -8,7 +8,7 @@ from typing import Any
 
 from ssdtrain.report.timeline import bars, memory, residency
 from ssdtrain.report.words import headline
-from ssdtrain.run_record import Detail, Run
+from ssdtrain.run_log import Detail, Run
 
 _MAX_ROWS = 1000  # of steps: more share a row
 _MAX_MODULES = 200

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ssdtrain.planner import Where
-from ssdtrain.run_record import Detail
+from ssdtrain.run_log import Detail
 
 RESIDENCIES = ("left alone", "in memory", "leaving", "in host memory", "on the drive", "coming back")
 LANES = ("forward", "backward", "copies", "writes", "reads", "stalls")

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ssdtrain.report.timeline import LANES, RESIDENCIES, Bar, bars, levelled, residency
-from ssdtrain.run_record import Detail, Run
+from ssdtrain.run_log import Detail, Run
 
 _PROCESS = 1
 _STEPS = "steps"

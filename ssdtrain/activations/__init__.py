@@ -1,0 +1,1 @@
+"""Saved activations: the context, the hooks that autograd calls, and where each saved storage is meanwhile."""

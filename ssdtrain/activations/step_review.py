@@ -1,0 +1,87 @@
+"""Has every finished step reviewed, and tells whoever watches: the run record, the log, callbacks.
+
+Knows the schedule, which learns from a step, and the store, which has the totals; moves nothing.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+from ssdtrain.activations.writeback import Store
+from ssdtrain.policy import ActivationPolicy
+from ssdtrain.run_log import Recorder
+from ssdtrain.run_log.place import record_path
+from ssdtrain.scheduling.schedule import Schedule
+from ssdtrain.tracing.events import Callback, CallbackObserver, FinishedStep, Observer, StepLog
+
+
+class Watch:
+    """The watchers of one offload context."""
+
+    def __init__(self, policy: ActivationPolicy, directories: Sequence[str], schedule: Schedule, store: Store) -> None:
+        """Opens the record, if there is to be one.
+
+        Raises:
+            OSError: the record cannot be made.
+            ValueError: its path has an unknown placeholder.
+        """
+        self._schedule, self._store = schedule, store
+        self._observers: list[Observer] = []
+        self._recorder: Recorder | None = None
+        self._num_steps = 0
+        if not policy.enabled:
+            return
+        path = record_path(policy.record) if policy.record is not None else None
+        if path is not None:
+            self._recorder = Recorder(path, policy, directories)
+            store.journal = self._recorder.journal
+            self._add(self._recorder)
+            weakref.finalize(self, self._recorder.close)
+        if policy.log_every:
+            self._add(StepLog(policy.log_every))
+
+    def call(self, callback: Callback) -> None:
+        """Calls `callback` after every step from now on."""
+        self._add(CallbackObserver(callback))
+
+    def review(self) -> None:
+        """A step is over: learns from it and tells of it. Not under the lock."""
+        for remark in self._schedule.take_remarks():
+            self._store.note_fallback(remark)
+        if not self._schedule.has_news:
+            return
+        finished = self._schedule.review(self._store.counters, self._store.engine_totals())
+        if finished is not None:
+            self._tell(finished)
+
+    def leave(self) -> None:
+        """The context is left: if no other step follows, this one was the last."""
+        finished = self._last_step() if self._recorder is not None else None
+        if finished is not None:
+            assert self._recorder is not None
+            self._recorder.offer_last(self._num_steps + 1, finished)
+
+    def _last_step(self) -> FinishedStep | None:
+        return self._schedule.finished(self._store.engine_totals(), is_last=True) if self._schedule.has_news else None
+
+    def close(self) -> None:
+        """No step follows."""
+        finished = self._last_step() if self._observers else None
+        if finished is not None:
+            self._tell(finished)
+            self._observers = []
+        if self._recorder is not None:
+            self._recorder.close()
+            self._store.journal = None
+
+    def _add(self, observer: Observer) -> None:
+        self._observers.append(observer)
+        self._schedule.is_watched = True
+
+    def _tell(self, finished: FinishedStep) -> None:
+        self._num_steps += 1
+        for observer in self._observers:
+            what_failed = observer.note_step(self._num_steps, finished)
+            if what_failed:
+                self._store.note_fallback(what_failed)

@@ -1,0 +1,83 @@
+"""Which storages are known: those with records, those of weights, and those that outlive every graph.
+
+Everything here is filed under the address of a `StorageImpl`, and a weak reference to the impl is kept as long as the
+entry exists: the address cannot become another storage's meanwhile. Guarded by the store's lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ssdtrain.store.identity import shares_version_counter
+from ssdtrain.store.record import Record, Residency
+
+_PURGE_AT = 256
+
+
+class Index:
+    """Finds the record of a saved tensor by storage, version and byte range."""
+
+    def __init__(self) -> None:
+        """Empty."""
+        self._records: dict[int, list[Record]] = {}
+        self._weights: dict[int, StorageWeakRef] = {}
+        self._lasting: dict[int, StorageWeakRef] = {}
+        self._purge_weights_at = _PURGE_AT
+
+    def find(self, key: int, tensor: torch.Tensor, start: int, end: int) -> Record | None:
+        """The record that holds bytes [start, end) of this storage as `tensor` sees them now."""
+        for record in self._records.get(key, ()):
+            is_inside = record.start <= start and end <= record.start + record.nbytes
+            if is_inside and record.version == tensor._version and shares_version_counter(tensor, record.probe):
+                return record
+        return None
+
+    def add(self, record: Record) -> None:
+        """Files a new record."""
+        self._records.setdefault(record.identity.cdata, []).append(record)
+
+    def forget(self, record: Record) -> None:
+        """Takes a released record out. A storage that lives on although its graph is gone is somebody else's."""
+        assert record.residency is Residency.RELEASED
+        key = record.identity.cdata
+        siblings = self._records[key]
+        siblings.remove(record)
+        if not siblings:
+            del self._records[key]
+        if not record.identity.expired():
+            self._lasting[key] = record.identity
+            self._purge()
+
+    def forget_records(self) -> None:
+        """No record is known any more; weights are."""
+        self._records = {}
+
+    def mark_weights(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Marks the storages of a model's parameters and buffers."""
+        for tensor in tensors:
+            if tensor.layout is torch.strided:
+                self.mark_weight(tensor.untyped_storage())
+
+    def mark_weight(self, storage: torch.UntypedStorage) -> None:
+        """Marks a storage that was seen to be a weight's, so that other tensors on it are recognised too."""
+        if storage._cdata not in self._weights:
+            if len(self._weights) >= self._purge_weights_at:
+                self._weights = {key: ref for key, ref in self._weights.items() if not ref.expired()}
+                self._purge_weights_at = max(_PURGE_AT, 2 * len(self._weights))
+            ref = StorageWeakRef(storage)
+            self._weights[ref.cdata] = ref
+
+    def is_weight(self, key: int) -> bool:
+        """Whether the storage at `key` belongs to a marked parameter or buffer."""
+        return key in self._weights
+
+    def outlives_graphs(self, key: int) -> bool:
+        """Whether the storage at `key` was still held by somebody when a graph that saved it was gone."""
+        return key in self._lasting
+
+    def _purge(self) -> None:
+        if len(self._lasting) > _PURGE_AT:
+            self._lasting = {key: ref for key, ref in self._lasting.items() if not ref.expired()}

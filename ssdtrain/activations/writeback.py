@@ -1,0 +1,517 @@
+"""Moves bytes out and keeps the books: which records there are, what the engine has done, who holds what.
+
+It does not know why a record travels or which one is next; `activations` and `schedule` do. The way back is
+`ssdtrain.activations.reload`, driven from here. Everything it owns (engine, counters aside) lives and ends with it.
+
+[Note: the lock]
+One lock guards records, extents and requests; every change is also bracketed, see [Note: torn books]. It is never held
+while bytes move or a thread waits, and nothing that runs in a destructor waits for it: a dying handle leaves a note in
+`_bereaved`, which the next holder works off.
+
+[Note: the queue]
+What a plan sends joins the engine's queue also beyond `staging_nbytes`: a plan knows how fast the drive is, not to the
+millisecond when a write is over. It costs no memory, as slabs bound what is copied, and what waits for a slab would
+else be kept for good; if backward wants it first, its write is called off. The queue has an end too, which only a drive
+gets to see that is much slower than planned. Without a plan what the drive has no time for is kept at once.
+
+[Note: waiting for an accelerator]
+The bytes in flight are bounded. When the bound is reached because the drive is behind, mode "auto" keeps the tensor.
+When it is reached because training runs ahead of an accelerator, which has not even computed what is to be copied, it
+waits until the accelerator is there: the accelerator has work meanwhile, and memory could not fall otherwise.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+from ssdtrain.activations.reload import Loan, Reloads, wait_for_reads
+from ssdtrain.activations.storage_index import Index
+from ssdtrain.devices.base import Device
+from ssdtrain.devices.registry import Devices
+from ssdtrain.io.client import Drive
+from ssdtrain.io.engine import Fence
+from ssdtrain.io.open_engine import open_engine, slab_nbytes_for
+from ssdtrain.io.space import NO_SPACE, host_limit_nbytes
+from ssdtrain.policy import ActivationPolicy
+from ssdtrain.stats import Counters
+from ssdtrain.store.poison import Books
+from ssdtrain.store.record import Record, Residency
+from ssdtrain.store.transfers import Transport
+from ssdtrain.tracing.request_log import Journal
+
+logger = logging.getLogger("ssdtrain")
+
+Join = Callable[[Callable[[str], None], int | None, int | None, Iterable[str]], Drive]
+"""`Drive.join` of another's drive."""
+
+_MAX_QUEUE = 256  # writes that a plan may have under way
+_HELD_SHARE = 4  # of staging: sources that an accelerator is yet to copy, before they are let go in stream order
+
+
+class Store:
+    """The bytes of all records of one offload context."""
+
+    def __init__(
+        self,
+        directories: Sequence[str],
+        policy: ActivationPolicy,
+        counters: Counters,
+        index: Index,
+        devices: Devices,
+        join: Join | None = None,
+    ) -> None:
+        """Remembers what to open; `open` opens it. `join`: joins another's drive instead."""
+        self.lock = threading.Lock()
+        self.books = Books(self)
+        self.when_torn: Callable[[], None] = _nothing  # under the lock, when all that is filed is given up
+        self.when_forked: Callable[[], None] = _nothing  # in the child
+        _leave_to_parent_in_child(self)
+        self.counters = counters
+        self.journal: Journal | None = None  # of whoever records the run
+        self.index = index
+        self.devices = devices
+        self._reloads = Reloads(policy, counters, devices)
+        self._num_entered = 0  # contexts that are active now
+        self._is_patient = policy.is_patient  # waits for the drive rather than keeping
+        self._directories = directories
+        self._join = join
+        self._retired: set[str] = set()  # by engines that are closed
+        self._policy = policy
+        self._slab_nbytes = slab_nbytes_for(policy.staging_nbytes)
+        self._transport: Transport | None = None
+        self._bereaved: deque[tuple[Record, int]] = deque()
+        self._batch: list[Record] = []
+        self._batch_nbytes = 0
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    def why_not(self, device: Device) -> str | None:
+        """Why no engine would move tensors of `device` now, or None."""
+        transport = self._transport
+        if transport is None:
+            return "no engine open in this process"
+        if device.driver is not None and transport.moves_host_memory_only:
+            return "engine python moves host memory only"
+        return None
+
+    def open(self) -> None:
+        """Opens spill files and an engine; nothing to do when they are open.
+
+        Raises:
+            OSError: a directory cannot be used; errno and filename say which and why.
+            RuntimeError: the engine asked for by name is not available.
+        """
+        with self.lock, self.books:
+            self._ensure_open()
+
+    def enter(self) -> None:
+        """A context becomes active: the engine is open from here on, unless the drive has become unusable meanwhile."""
+        with self.lock, self.books:
+            self._open_again()
+            self._num_entered += 1
+
+    def leave(self) -> None:
+        """A context ends; the engine lives on while records do."""
+        with self.lock, self.books:
+            self._num_entered -= 1
+            self._settle()
+            self._close_if_idle()
+        self.tidy()
+
+    def close(self) -> None:
+        """Ends the engine and frees slabs and spill files. Records whose bytes were only there are lost."""
+        with self.lock, self.books:
+            self._close()
+        self.tidy()
+
+    def __del__(self) -> None:
+        """The last handle and the context are gone: nobody is left to close it."""
+        try:  # noqa: SIM105  the interpreter may be shutting down: contextlib may be gone
+            self._close()
+        except Exception:
+            pass
+
+    def engine_totals(self) -> Counters:
+        """A copy of the counters with what the open engine has done so far."""
+        with self.lock, self.books:
+            self._settle()
+            self._reloads.reclaim_lent()
+            totals = self.counters.copy()
+            self._add_totals(totals)
+        self.tidy()
+        return totals
+
+    def _add_totals(self, counters: Counters) -> None:
+        transport = self._transport
+        if transport is not None:
+            counters.add_engine(transport.totals(), transport.space.peak_nbytes)
+            counters.cancelled_write_nbytes += transport.cancelled_nbytes
+            if transport.host is not None:
+                counters.peak_host_nbytes = max(counters.peak_host_nbytes, transport.host.peak_nbytes)
+
+    def _ensure_open(self) -> None:
+        if self._transport is not None:
+            return
+        directories = [directory for directory in self._directories if directory not in self._retired]
+        if self._directories and not directories:
+            return
+        drive = self._open_drive(directories)
+        try:
+            self._transport = self._reloads.transport = Transport(drive, self.note_fallback, self.journal)
+        except BaseException:  # Ctrl-C too: nobody else knows this engine yet
+            drive.close(0.0)
+            raise
+        self._slab_nbytes = drive.engine.slab_nbytes
+        self.counters.engine, self.counters.engine_reason = drive.kind, drive.reason
+        for text in drive.shortcomings():
+            self.note_fallback(text)
+
+    def _open_again(self) -> None:
+        try:
+            self._ensure_open()
+        except (OSError, RuntimeError) as error:
+            self.note_fallback(f"the engine could not be opened again, tensors stay in memory: {error}")
+
+    def _open_drive(self, directories: list[str]) -> Drive:
+        """Another's, or a new one on those of `directories` that are not full; an error when all are."""
+        p = self._policy
+        if self._join is not None:
+            return self._join(self.note_fallback, p.disk_nbytes, p.host_nbytes, self._retired)
+        while True:
+            try:
+                choice = open_engine(
+                    p.engine,
+                    directories,
+                    p.staging_nbytes,
+                    self._slab_nbytes,
+                    p.checksum,
+                    p.disk_nbytes,
+                    host_nbytes=host_limit_nbytes(p.host_nbytes, has_directories=bool(self._directories)),
+                    device_index=self.devices.gpu_index(),
+                )
+                return Drive(choice, self.note_fallback)
+            except OSError as error:
+                if len(directories) == 1 or error.errno not in NO_SPACE or error.filename not in directories:
+                    raise
+                directories.remove(error.filename)
+                self.note_fallback(f"{error.filename} is full ({os.strerror(error.errno)}): not used")
+
+    def _close(self) -> None:
+        transport = self._transport
+        if transport is not None:
+            for record in transport.records_under_way():
+                if record.residency is Residency.OFFLOADING and record.storage is not None:
+                    self._reloads.recall(record)
+            if not transport.close(self._policy.io_timeout_seconds):
+                self.note_fallback("the drive is stuck: memory and threads of its requests stay until the process ends")
+            self._settle()
+            self._add_totals(self.counters)
+            self._retired.update(transport.space.retired)
+        self.forget_engine()
+
+    def start_afresh(self) -> None:
+        """See [Note: torn books]. What is in memory stays with its handles; what only the drive has is lost."""
+        transport = self._transport
+        if transport is not None:
+            transport.close(self._policy.io_timeout_seconds)
+            for record in transport.records_coming_back():
+                self._reloads.give_up(record)
+            self._add_totals(self.counters)
+            self._retired.update(transport.space.retired)
+        self.when_torn()
+        self.index.forget_records()
+        self._reloads.forget_records()
+        self.forget_engine()
+        self.counters.num_live_records, self.counters.held_nbytes = 0, self.counters.resident_nbytes
+        self.note_fallback("interrupted in the middle of its bookkeeping: began anew, without what was on the drive")
+        if self._num_entered:
+            self._open_again()
+
+    def leave_to_parent(self) -> None:
+        """This is a forked child: the engine is the parent's, and so are its reads under way.
+
+        The lock is a new one: a thread that only the parent has may hold the inherited one.
+        """
+        self.lock = threading.Lock()
+        self.when_forked()
+        for record in self._transport.records_coming_back() if self._transport is not None else ():
+            self._reloads.give_up(record)
+        self.forget_engine()
+        self.journal = None
+
+    def forget_engine(self) -> None:
+        """What is in memory stays; the next context opens another engine."""
+        self._batch, self._batch_nbytes, self._transport = [], 0, None
+        self._reloads.forget_engine()
+
+    def _close_if_idle(self) -> None:
+        """Closes when no context is active and no record is left; the next context opens again.
+
+        Not with an accelerator: the process would wait for it, and pinning memory anew costs more than a step. Nor when
+        the drive is another's: its engine would stay open anyway.
+        """
+        transport = self._transport
+        if transport is None or self._num_entered or self.counters.num_live_records:
+            return
+        if not transport.has_accelerators and self._join is None:
+            self._close()
+
+    # -- records come and go ---------------------------------------------------------------------------------------
+
+    def adopt(self, record: Record) -> None:
+        """Takes a new record under management. The caller holds the lock."""
+        if record.index == 0:  # a forward begins: no reload is near
+            self.devices.trim()
+        self.index.add(record)
+        self.counters.num_live_records += 1
+        self.counters.hold(record.nbytes, self._staging_in_use())
+
+    def bereave(self, note: tuple[Record, int]) -> None:
+        """A handle of a record died. Called from destructors, on any thread: see [Note: the lock]."""
+        self._bereaved.append(note)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Works off notes that could not be worked off when they were left: whoever had the lock calls this after."""
+        while self._bereaved and not self.lock.locked():
+            with self.lock, self.books:  # not acquire(): Ctrl-C could come before the `try` that releases
+                self._bury()
+                self._close_if_idle()
+
+    def _bury(self) -> None:
+        while self._bereaved:
+            record, epoch = self._bereaved.popleft()
+            record.num_handles -= 1
+            if epoch != record.epoch:
+                record.num_unseen -= 1
+            if record.num_handles == 0:
+                self._release(record)
+            elif record.num_unseen <= 0:
+                self._reloads.lend(record)
+
+    def _release(self, record: Record) -> None:
+        """The graph let go: everything the record held is free again."""
+        if record.pass_.is_abandoned:
+            record.storage = None
+            return
+        if record.residency is Residency.RELOADING or record.storage is not None:
+            self.counters.hold(-record.nbytes)
+        self._reloads.release(record)
+        record.storage = None
+        record.move(Residency.RELEASED)
+        record.pass_.remove(record.index)
+        self.index.forget(record)
+        self.counters.num_live_records -= 1
+
+    # -- out -----------------------------------------------------------------------------------------------------
+
+    def offload(self, records: list[Record], *, is_planned: bool = False) -> None:
+        """Starts the trip down, small neighbours together; may decide to keep a record instead.
+
+        In mode ``"all"`` it waits for the drive while `staging_nbytes` are in flight. `is_planned`: see
+        [Note: the queue].
+        """
+        with self.lock, self.books:
+            loads = [load for record in records for load in self._load(record)]
+        for cargo in loads:
+            while (wait := self._try_ship(cargo, is_planned=is_planned)) is not None:
+                self._wait_for_room(wait, cargo[0])
+
+    def _load(self, record: Record) -> list[list[Record]]:
+        """What leaves now that this record may: nothing yet while small ones gather."""
+        if not _may_leave(record):
+            return []
+        if record.nbytes * 2 >= self._slab_nbytes:
+            return [[record]]
+        loads = []
+        if self._batch and not _travel_alike(record, self._batch[0]):
+            loads.append(self._take_batch())
+        self._batch.append(record)
+        self._batch_nbytes += record.nbytes
+        if self._batch_nbytes >= self._slab_nbytes:
+            loads.append(self._take_batch())
+        return loads
+
+    def _take_batch(self) -> list[Record]:
+        cargo, self._batch, self._batch_nbytes = self._batch, [], 0
+        return cargo
+
+    def _try_ship(self, cargo: list[Record], *, is_planned: bool) -> int | Fence | None:
+        """Ships or keeps `cargo`; or returns what to wait for before trying again: bytes in flight, or a device."""
+        with self.lock, self.books:
+            self._settle()
+            cargo = [record for record in cargo if _may_leave(record)]
+            transport = self._transport
+            if transport is None or not cargo:
+                return None
+            need = sum(record.nbytes for record in cargo)
+            in_flight = transport.engine.inflight_nbytes
+            if not in_flight or in_flight + need <= self._policy.staging_nbytes:
+                self._ship(transport, cargo)
+                return None
+            if self._is_patient:
+                return max(0, self._policy.staging_nbytes - need)
+            point = transport.next_point()
+            if point is not None:
+                return point
+            if transport.retire_stuck(self._policy.io_timeout_seconds):
+                self._keep(cargo, "drive stuck")
+            elif is_planned and transport.num_shipments < _MAX_QUEUE:
+                self._ship(transport, cargo)
+            else:
+                self._keep(cargo, "drive behind")
+        return None
+
+    def _ship(self, transport: Transport, cargo: list[Record]) -> None:
+        if transport.space.is_exhausted and transport.host is None:
+            self._keep(cargo, "no directory left")
+        elif transport.send(cargo):
+            self._note_departed(cargo)
+        else:
+            self._keep(cargo, "no spill space" if self._directories else "host tier full")
+
+    def _note_departed(self, cargo: list[Record]) -> None:
+        for record in cargo:
+            record.move(Residency.OFFLOADING)
+            self.counters.num_offloaded += 1
+            self.counters.offloaded_nbytes += record.nbytes
+
+    def _wait_for_room(self, wait: int | Fence, record: Record) -> None:
+        """See [Note: waiting for an accelerator]."""
+        begin = time.perf_counter()
+        if not isinstance(wait, int):
+            wait.synchronize()
+            self.counters.ahead_seconds += time.perf_counter() - begin
+            return
+        transport = self._transport
+        if transport is None:
+            return
+        if not transport.wait_inflight(wait, self._policy.io_timeout_seconds):
+            self._is_patient = False
+            self.note_fallback("the drive is stuck: mode 'all' keeps tensors like mode 'auto' from here on")
+        self._stall("write", time.perf_counter() - begin, record)
+
+    def _stall(self, tier: str, seconds: float, record: Record) -> None:
+        self.counters.stall(tier, seconds)
+        if self.journal is not None:
+            self.journal.note_stall(tier, time.monotonic() - seconds, seconds, record)
+
+    def keep(self, records: list[Record], reason: str) -> None:
+        """Keeps records in memory that have not left."""
+        with self.lock, self.books:
+            self._keep([record for record in records if _may_leave(record)], reason)
+
+    def _keep(self, cargo: list[Record], reason: str) -> None:
+        for record in cargo:
+            record.is_wanted = True
+            self.counters.keep(reason, record.nbytes)
+
+    # -- what the engine has done ------------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Takes note of what the engine finished: lets sources go, frees extents."""
+        self._bury()
+        self._reloads.reclaim_many_lent()
+        transport = self._transport
+        news = transport.collect() if transport is not None else ()
+        if news:
+            self.counters.hold(0, self._staging_in_use())
+        for record, has_arrived in news:
+            if record.residency is Residency.OFFLOADING:
+                self._note_copied(record, has_arrived)
+        if transport is not None and transport.has_accelerators:
+            only_if_behind = not self._is_patient
+            for record in transport.let_go(self._policy.staging_nbytes // _HELD_SHARE, only_if_behind=only_if_behind):
+                self._let_go(record)
+
+    def _note_copied(self, record: Record, has_arrived: bool) -> None:
+        if record.storage is not None and any([place.write.is_lost for place in record.places]):
+            self._reloads.recall(record)
+            return
+        self._let_go(record)
+        if has_arrived:
+            assert self._transport is not None
+            is_in_host = self._transport.is_in_host(record)
+            record.move(Residency.HOST if is_in_host else Residency.DISK)
+            self.counters.hosted_nbytes += record.nbytes if is_in_host else 0
+
+    def _let_go(self, record: Record) -> None:
+        if record.storage is not None and record.residency is Residency.OFFLOADING:
+            record.storage = None
+            self.counters.hold(-record.nbytes)
+
+    # -- back ----------------------------------------------------------------------------------------------------
+
+    def request(self, record: Record, epoch: int) -> tuple[Loan | None, bool]:
+        """Backward wants a record: its bytes if they are in memory, else a reload is begun or on its way.
+
+        `epoch` is the reload the asking handle saw last. The second value is whether a reload had to be begun.
+        """
+        with self.lock, self.books:
+            self._settle()
+            return self._reloads.request(record, epoch)
+
+    def wait(self, record: Record, epoch: int) -> Loan:
+        """The bytes of a requested record, when they are there.
+
+        Raises:
+            OSError: the bytes could not be read; errno, file, offset and length are in it.
+            RuntimeError: the context was closed, or this is a forked child.
+        """
+        while True:
+            with self.lock, self.books:
+                loan = self._reloads.take_or_demand(record, epoch)
+                reads = record.reads
+            if loan is not None:
+                return loan
+            seconds, are_there = wait_for_reads(reads, self._policy.io_timeout_seconds)
+            self._stall("read", seconds, record)
+            if not are_there:
+                with self.lock, self.books:
+                    self._reloads.check_stuck(record, reads)
+
+    def prefetch(self, record: Record) -> bool:
+        """Begins a reload ahead of need; False when the budget is used up."""
+        with self.lock, self.books:
+            return self._reloads.prefetch(record)
+
+    # -- accounts ------------------------------------------------------------------------------------------------
+
+    def _staging_in_use(self) -> int:
+        return self._transport.engine.staging_in_use_nbytes if self._transport is not None else 0
+
+    def note_fallback(self, text: str) -> None:
+        """Warns once and remembers why something did not go the best way."""
+        if self.counters.fall_back(text):
+            logger.warning("%s", text)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _leave_to_parent_in_child(store: Store) -> None:
+    weak = weakref.ref(store)
+
+    def leave() -> None:
+        own = weak()
+        if own is not None:
+            own.leave_to_parent()
+
+    os.register_at_fork(after_in_child=leave)
+
+
+def _may_leave(record: Record) -> bool:
+    return record.residency is Residency.DEVICE and not record.is_wanted and record.num_handles > 0
+
+
+def _travel_alike(record: Record, other: Record) -> bool:
+    """Whether two records can be one request."""
+    mine = (record.device, record.stream, record.prefers_host)
+    return mine == (other.device, other.stream, other.prefers_host)

@@ -1,0 +1,107 @@
+"""One CUDA device: current streams, memory from PyTorch's caching allocator, and the driver the engine copies with.
+
+[Note: memory in the order of streams]
+PyTorch hands a freed block out again at once, to the next allocation of the stream it was allocated on. That stream
+must therefore be ordered after whatever else still uses the block. The engine's copies run on streams of their own: a
+source goes only when its copy is over, or after the stream it was saved on waits for the copy; a destination is
+allocated on the current stream, written after that point of it, and used by streams that wait for the copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ssdtrain.devices.base import Allocation, Moment
+from ssdtrain.io.open_engine import cuda_driver
+
+
+def index_in_use() -> int | None:
+    """The current CUDA device, once this process computes on one."""
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+
+class _CudaMoment:
+    """A timed event, which goes back to where it came from."""
+
+    __slots__ = ("_event", "_free", "stream")
+
+    def __init__(self, free: list[torch.cuda.Event], stream: torch.cuda.Stream) -> None:
+        self._free = free
+        self._event = free.pop() if free else torch.cuda.Event(enable_timing=True)
+        self._event.record(stream)
+        self.stream = int(stream.cuda_stream)
+
+    def __del__(self) -> None:
+        self._free.append(self._event)
+
+    @property
+    def is_reached(self) -> bool:
+        return bool(self._event.query())
+
+    def seconds_since(self, earlier: Moment) -> float:
+        assert isinstance(earlier, _CudaMoment)
+        return float(earlier._event.elapsed_time(self._event)) / 1000
+
+
+class CudaDevice:
+    """Tensors in the memory of one CUDA device."""
+
+    kind = "cuda"
+
+    def __init__(self, index: int) -> None:
+        """Opens the driver.
+
+        Raises:
+            RuntimeError: the extension is not built, or the driver cannot be used; the message says why.
+        """
+        self._device = torch.device("cuda", index)
+        self.driver = cuda_driver(index)
+        self._events: list[torch.cuda.Event] = []  # that nobody uses just now
+
+    def why_not(self) -> str | None:
+        """See `Device`. What a graph replays must not depend on what moved when it was captured."""
+        return "CUDA graph capture" if torch.cuda.is_current_stream_capturing() else None
+
+    def current_stream(self) -> int:
+        """See `Device`. 0 is the legacy default stream."""
+        return int(torch.cuda.current_stream(self._device).cuda_stream)
+
+    def moment(self) -> Moment:
+        """See `Accelerator`."""
+        return _CudaMoment(self._events, torch.cuda.current_stream(self._device))
+
+    def allocate(self, nbytes: int, alignment: int, block_nbytes: int) -> Allocation:
+        """See `Device`. Blocks of the caching allocator are aligned to 512 bytes, more than any dtype needs."""
+        memory = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        storage = memory.untyped_storage()
+        return Allocation(storage, memory.data_ptr(), nbytes, StorageWeakRef(storage))
+
+    def share(self, storage: torch.UntypedStorage, stream: int) -> None:
+        """See `Device`."""
+        tensor = torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
+        tensor.record_stream(torch.cuda.ExternalStream(stream, device=self._device))
+
+    def new_stream(self) -> int:
+        """See `Accelerator`. Of PyTorch's pool of streams, which are never destroyed."""
+        return int(torch.cuda.Stream(self._device).cuda_stream)
+
+    @contextmanager
+    def stream(self, handle: int) -> Iterator[None]:
+        """See `Accelerator`."""
+        with torch.cuda.stream(torch.cuda.ExternalStream(handle, device=self._device)):
+            yield
+
+    def allocate_host(self, nbytes: int) -> torch.UntypedStorage:
+        """See `Accelerator`. From PyTorch's caching host allocator, which follows the copies."""
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True).untyped_storage()
+
+    def idle_nbytes(self) -> int:
+        """See `Device`. Idle memory is the caching allocator's."""
+        return 0
+
+    def trim(self) -> None:
+        """See `Device`."""

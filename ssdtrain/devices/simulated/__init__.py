@@ -1,0 +1,8 @@
+"""A simulated accelerator, for proving the logic of streams on any machine."""
+
+from ssdtrain.devices.simulated.device import SimulatedDevice
+from ssdtrain.devices.simulated.driver import SimulatedDriver
+from ssdtrain.devices.simulated.order import UnorderedAccessError
+from ssdtrain.devices.simulated.streams import SimulationStuckError
+
+__all__ = ["SimulatedDevice", "SimulatedDriver", "SimulationStuckError", "UnorderedAccessError"]

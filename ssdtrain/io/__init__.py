@@ -1,0 +1,1 @@
+"""Bytes, files and requests: engines, spill files, room in them, and who has a share of it. Knows no tensors."""

@@ -1,0 +1,281 @@
+"""An open engine as one of its users has it: room in its files and its host tier, and what the drive did for it.
+
+Knows extents and requests, neither records nor parameters. An engine has at most two users: the parameters and the
+optimizer state, and the saved activations. Whoever joins gets files of its own in the same directories, and shares
+slabs, threads, queue and host tier: so what somebody waits for is read before what is only fetched ahead, and that
+before anything is written, whoever asked, and one bound holds for all that is in flight. See `Drive.join`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ssdtrain.io.engine import Direction, SpillFile, Write
+from ssdtrain.io.open_engine import EngineChoice
+from ssdtrain.io.space import Extent, HostShare, HostSpace, SpillSpace
+
+
+@dataclass(frozen=True)
+class DriveTotals:
+    """What an engine has done for one of its users, and for the other."""
+
+    written_nbytes: int
+    """Bytes written to this user's files."""
+    write_busy_seconds: float
+    """Time with a write of this user at the drive."""
+    sustained_written_nbytes: int
+    """What of it was written in long periods without a pause; see `engine.Direction`."""
+    sustained_write_seconds: float
+    """Length of these periods."""
+    read_nbytes: int
+    """Bytes read from this user's files."""
+    read_busy_seconds: float
+    """Time with a read of this user at the drive."""
+    sustained_read_nbytes: int
+    """As for writes."""
+    sustained_read_seconds: float
+    """As for writes."""
+    peak_staging_nbytes: int
+    """Most slab memory in use, by both."""
+    shared_written_nbytes: int
+    """Bytes written for the other user since this one came."""
+    shared_read_nbytes: int
+    """Bytes read for it."""
+    copied_out_nbytes: int
+    """Bytes copied from accelerators to host memory, by both."""
+    copy_out_seconds: float
+    """Time in which the stream of these copies was busy."""
+    copied_in_nbytes: int
+    """Bytes copied from host memory to accelerators, by both."""
+    copy_in_seconds: float
+    """Time in which the stream of these copies was busy."""
+
+
+@dataclass
+class _Users:
+    """What the users of one engine share."""
+
+    lock: threading.RLock  # a destructor may want it while its own thread has it
+    pid: int
+    present: dict[int, weakref.ReferenceType[Drive]]  # nobody whose join was interrupted
+    host: HostSpace | None
+    stuck: set[int] = field(default_factory=set)  # whose requests are not over and never will be
+    drivers: list[Any] = field(default_factory=list)  # that the engine knows
+
+
+class Drive:
+    """One user's share of an open engine. As thread-safe as its `space`: the owner holds a lock."""
+
+    def __init__(
+        self,
+        choice: EngineChoice,
+        note_fallback: Callable[[str], None],
+        *,
+        user: int = 0,
+        disk_nbytes: int | None = None,
+        host_nbytes: int | None = None,
+        users: _Users | None = None,
+    ) -> None:
+        """Takes an open engine over; it is closed when this fails. Who comes later uses `join`.
+
+        Raises:
+            OSError: there is no room in any directory.
+        """
+        self.engine = choice.engine
+        self.kind, self.reason = choice.kind, choice.reason
+        self.user = user
+        self.is_closed = False
+        self._choice = choice
+        mine = [i for i, file in enumerate(choice.files) if file.user == user]
+        self.files: Sequence[SpillFile] = [choice.files[i] for i in mine]
+        try:
+            first = mine[0] if mine else 0
+            slab_nbytes = self.engine.slab_nbytes
+            self.space = SpillSpace(self.files, slab_nbytes, note_fallback, first=first, cap_nbytes=disk_nbytes)
+            self._users = users or self._first(note_fallback)
+        except BaseException:  # Ctrl-C too: nobody else knows this engine yet
+            if users is None:
+                choice.close()
+            raise
+        host = self._users.host
+        self.host = HostShare(host, host_nbytes) if host is not None else None
+        self._before, self._others_before = self.engine.traffic(user), self.engine.traffic(1 - user)
+        self._copies_before = self.engine.copies()
+        self._users.present[user] = weakref.ref(self)
+
+    def _first(self, note_fallback: Callable[[str], None]) -> _Users:
+        host = None
+        if self._choice.host_nbytes:
+            num_files = len(self._choice.files)
+            host = HostSpace(num_files, self._choice.host_nbytes, self.engine.grow_host, note_fallback)
+        return _Users(threading.RLock(), os.getpid(), {}, host)
+
+    def shortcomings(self) -> list[str]:
+        """What works, but not the best way."""
+        return [*self._choice.fallbacks, *self._choice.shortcomings()]
+
+    @property
+    def host_nbytes(self) -> int:
+        """Limit of the host tier; 0 without one."""
+        return self._choice.host_nbytes
+
+    @property
+    def has_checksum(self) -> bool:
+        """Whether what is read is verified."""
+        return self._choice.has_checksum
+
+    # -- users ---------------------------------------------------------------------------------------------------
+
+    def _has(self, user: int) -> bool:
+        found = self._users.present.get(user)
+        drive = found() if found is not None else None
+        return drive is not None and not drive.is_closed
+
+    def join(
+        self,
+        note_fallback: Callable[[str], None],
+        disk_nbytes: int | None = None,
+        host_nbytes: int | None = None,
+        retired: Iterable[str] = (),
+    ) -> Drive:
+        """The other user's share: of at most `disk_nbytes`, and of `host_nbytes` in the host tier.
+
+        `retired`: directories that this user does not use any more.
+
+        Raises:
+            RuntimeError: the engine is closed or another process's, is for one user only, or has two already.
+            OSError: there is no room in any directory, or the drive did not answer that user before.
+        """
+        other = 1 - self.user
+        if os.getpid() != self._users.pid:
+            raise RuntimeError("Expected the process that offloaded, got a forked child: offload there, or use spawn")
+        with self._users.lock:
+            if self.is_closed:
+                text = "Expected an open offload to share a drive with, got one after close(): pass a directory instead"
+                raise RuntimeError(text)
+            if other in self._users.stuck:
+                text = "Expected a drive that answers, got one that did not before: look after it, or pass a directory"
+                raise OSError(errno.EBUSY, text)
+            if self._has(other):
+                text = "Expected a drive that no offload of activations shares yet, got a shared one: close that first"
+                raise RuntimeError(text)
+            if not self._choice.is_shared:
+                raise RuntimeError("Expected an engine for two users, got one for a single user")
+            drive = Drive(
+                self._choice,
+                note_fallback,
+                user=other,
+                disk_nbytes=disk_nbytes,
+                host_nbytes=host_nbytes,
+                users=self._users,
+            )
+            drive.space.leave_out(retired)
+            return drive
+
+    def close(self, timeout_seconds: float) -> bool:
+        """Gives this user's room back; the last one ends the engine. Idempotent.
+
+        After an interrupt there may be requests that nobody has listed: the engine must have come to rest before their
+        room can be another's. False when it does not in time: then nothing is given back.
+        """
+        with self._users.lock:
+            if self.is_closed:
+                return True
+            if not self.engine.is_closed and not self.engine.wait_idle(timeout_seconds):
+                return False
+            if self._has(1 - self.user):
+                self._give_back()
+            else:
+                self._choice.close()
+            self.is_closed = True
+            return True
+
+    def _give_back(self) -> None:
+        if self.host is not None:
+            self.host.give_back()
+        for file in self.files:
+            file.shrink_to_nothing()
+
+    def give_up(self) -> None:
+        """The drive does not answer: what it may still touch stays as it is until the process ends."""
+        self._users.stuck.add(self.user)
+
+    def add_driver(self, driver: Any) -> str:
+        """Gets ready for fences of an accelerator's driver. Empty, or why its copies are slow.
+
+        Raises:
+            RuntimeError: this engine moves host memory only.
+        """
+        with self._users.lock:
+            if any(known is driver for known in self._users.drivers):
+                return ""
+            why = self.engine.add_device(driver)
+            self._users.drivers.append(driver)
+            return why
+
+    # -- room ----------------------------------------------------------------------------------------------------
+
+    def allocate(self, nbytes: int, *, prefers_host: bool, stripe: bool = True) -> list[Extent]:
+        """Extents for `nbytes`, in the host tier where that is preferred and has room. Empty where there is none."""
+        if self.host is not None and prefers_host:
+            extent = self.host.allocate(nbytes)
+            if extent is not None:
+                return [extent]
+        return self.space.allocate(nbytes, stripe=stripe)
+
+    def release(self, extent: Extent) -> None:
+        """Gives an extent, or a block-aligned part of one, back."""
+        if self.host is not None and extent.file == self.host.file:
+            self.host.release(extent)
+        else:
+            self.space.release(extent)
+
+    def is_in_host(self, extent: Extent) -> bool:
+        """Whether an extent is in the host tier."""
+        return self.host is not None and extent.file == self.host.file
+
+    @property
+    def peak_host_nbytes(self) -> int:
+        """Most of the host tier in use, by both users."""
+        return self.host.peak_nbytes if self.host is not None else 0
+
+    # -- traffic -------------------------------------------------------------------------------------------------
+
+    def wait_written(self, writes: Sequence[Write], timeout_seconds: float) -> bool:
+        """Blocks until all of `writes` are over; false when the time is over first."""
+        deadline = time.monotonic() + timeout_seconds
+        while not all([write.is_done for write in writes]):
+            in_flight = self.engine.inflight_nbytes  # with what the other user has under way
+            left = deadline - time.monotonic()
+            if left <= 0 or not self.engine.wait_inflight(max(0, in_flight - 1), left):
+                return all([write.is_done for write in writes])
+        return True
+
+    def totals(self) -> DriveTotals:
+        """What the drive has done since this user came."""
+        written, read = map(_minus, self.engine.traffic(self.user), self._before)
+        others_written, others_read = map(_minus, self.engine.traffic(1 - self.user), self._others_before)
+        (out_nbytes, out_seconds), (in_nbytes, in_seconds) = self.engine.copies()
+        before_out, before_in = self._copies_before
+        return DriveTotals(
+            *written,
+            *read,
+            peak_staging_nbytes=self.engine.peak_staging_nbytes,
+            shared_written_nbytes=others_written[0],
+            shared_read_nbytes=others_read[0],
+            copied_out_nbytes=out_nbytes - before_out[0],
+            copy_out_seconds=out_seconds - before_out[1],
+            copied_in_nbytes=in_nbytes - before_in[0],
+            copy_in_seconds=in_seconds - before_in[1],
+        )
+
+
+def _minus(now: Direction, before: Direction) -> Direction:
+    return now[0] - before[0], now[1] - before[1], now[2] - before[2], now[3] - before[3]

@@ -1,0 +1,271 @@
+"""Which engine this machine can run: io_uring and threads (C++), kvikio, or plain Python.
+
+The only file that imports them, and the extension `ssdtrain._C`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+from ssdtrain.io import kvikio, python
+from ssdtrain.io.engine import Engine, Fence, SpillFile
+from ssdtrain.io.kvikio import GpuDirect
+from ssdtrain.io.kvikio import probe as gpudirect
+
+KINDS = ("auto", "io_uring", "threads", "python", "kvikio")
+_ANYWHERE = ("io_uring", "threads", "python")
+_CPP_KINDS = ("io_uring", "threads")
+_PAGE = 4096
+_NUM_SLABS = 16
+_MAX_SLAB_NBYTES = 4 << 20
+
+__all__ = [
+    "KINDS",
+    "EngineChoice",
+    "GpuDirect",
+    "cuda_driver",
+    "driver_type",
+    "extension_problem",
+    "fence",
+    "gpudirect",
+    "io_uring_problem",
+    "open_engine",
+    "slab_nbytes_for",
+]
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """An open engine, its files and why it is this one."""
+
+    engine: Engine
+    files: Sequence[SpillFile]
+    kind: str
+    reason: str
+    fallbacks: list[str] = field(default_factory=list)
+    host_nbytes: int = 0
+    """Limit of the host tier; 0 where the engine has none."""
+    has_checksum: bool = False
+    """Whether every byte that is read from a file is verified."""
+    is_shared: bool = False
+    """Whether another user may join."""
+
+    def shortcomings(self) -> list[str]:
+        """What works, but not the best way."""
+        texts = list(self.engine.notes)
+        for file in self.files:
+            reasons = [] if file.is_direct else [file.direct_reason]
+            texts += [f"{file.directory}: {why}" for why in (*reasons, file.fallocate_reason) if why]
+        return list(dict.fromkeys(texts))
+
+    def close(self) -> None:
+        """Ends the engine and gives the spill space back."""
+        self.engine.close()
+        for file in self.files:
+            file.close()
+
+
+@dataclass(frozen=True)
+class _Request:
+    places: Sequence[str | SpillFile]
+    staging_nbytes: int
+    slab_nbytes: int
+    checksum: bool
+    disk_nbytes: int | None
+    host_nbytes: int
+    is_shared: bool
+
+    def files(self, make: Callable[[str, int | None, int], SpillFile]) -> list[SpillFile]:
+        """The files as they are, or one new file per directory, which share `disk_nbytes` evenly.
+
+        Another user's files follow; how long they may be is for that one to say.
+        """
+        cap = None if self.disk_nbytes is None else self.disk_nbytes // len(self.places)
+        others = [place for place in self.places if isinstance(place, str)] if self.is_shared else []
+        return [make(place, cap, 0) if isinstance(place, str) else place for place in self.places] + [
+            make(place, None, 1) for place in others
+        ]
+
+
+def slab_nbytes_for(staging_nbytes: int) -> int:
+    """Size of a slab: whole pages, small enough that several are under way, large enough for a fast request."""
+    return max(_PAGE, min(_MAX_SLAB_NBYTES, staging_nbytes // _NUM_SLABS) // _PAGE * _PAGE)
+
+
+def open_engine(
+    kind: str,
+    files_or_directories: Sequence[str | SpillFile],
+    staging_nbytes: int,
+    slab_nbytes: int,
+    checksum: bool = False,
+    disk_nbytes: int | None = None,
+    *,
+    host_nbytes: int = 0,
+    device_index: int | None = None,
+    is_shared: bool = False,
+) -> EngineChoice:
+    """Opens the engine asked for, or with ``"auto"`` the best that works here, on files or on new files.
+
+    Args:
+        kind: one of `KINDS`. ``"auto"`` tries io_uring, then threads, then python; for device memory it takes kvikio
+            instead where GPUDirect is real and measured faster.
+        files_or_directories: open spill files of the engine's own kind, or directories to open them in. None at all
+            with a host tier: then nothing is ever written.
+        staging_nbytes: memory for slabs; allocated now.
+        slab_nbytes: size of a slab, a multiple of 4096.
+        checksum: verify every byte that is read from a file.
+        disk_nbytes: bound on all files together; None for no bound.
+        host_nbytes: limit of the host tier; 0 for none.
+        device_index: the GPU whose memory travels; None for host memory.
+        is_shared: another user may join later: it gets files of its own, in the same directories.
+
+    Raises:
+        ValueError: `kind` is unknown, or the sizes do not fit together.
+        OSError: a directory cannot hold a spill file.
+        RuntimeError: the engine asked for by name does not work here.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"Expected an engine among {', '.join(KINDS)}, got {kind!r}")
+    places = list(files_or_directories)
+    request = _Request(places, staging_nbytes, slab_nbytes, checksum, disk_nbytes, host_nbytes, is_shared)
+    if not request.places:
+        return _open_without_files(request)
+    names, preference = _names(kind, request, device_index)
+    fallbacks: list[str] = []
+    for name in names:
+        try:
+            engine, files = _open(name, request)
+        except _UnavailableError as unavailable:
+            _give_up_if_named(kind, unavailable)
+            fallbacks.append(f"engine {name} is not available: {unavailable}")
+            continue
+        reasons = ["asked for by name"] if kind == name else fallbacks or ["the fastest, and it works here"]
+        if isinstance(engine, kvikio.KvikioEngine) and not preference:
+            preference = engine.gpudirect.sentence
+        reason = "; ".join(filter(None, [*reasons, preference]))
+        host_nbytes = request.host_nbytes if name in _CPP_KINDS else 0
+        if request.host_nbytes and not host_nbytes:
+            fallbacks.append(
+                f"host_nbytes={request.host_nbytes}: engine {name} has no host tier, all goes to the drive"
+            )
+        return EngineChoice(engine, files, name, reason, fallbacks, host_nbytes, checksum, is_shared)
+    raise AssertionError("the python engine is always available")
+
+
+def _names(kind: str, request: _Request, device_index: int | None) -> tuple[tuple[str, ...], str]:
+    """The engines to try in turn, and why kvikio is among the automatic ones or not."""
+    if kind != "auto":
+        return (kind,), ""
+    directories = tuple(place for place in request.places if isinstance(place, str))
+    if device_index is None or len(directories) < len(request.places):
+        return _ANYWHERE, ""
+    is_better, why = kvikio.pays(directories, device_index, open_engine)
+    return (("kvikio", *_ANYWHERE), why) if is_better else (_ANYWHERE, f"kvikio is not preferred: {why}")
+
+
+def _open_without_files(request: _Request) -> EngineChoice:
+    """Threads that copy, and no file: which kind the user asked for does not matter."""
+    try:
+        engine, files = _open("threads", request)
+    except _UnavailableError as error:
+        raise RuntimeError(f"Expected the C++ engine for a host tier, got: {error}; or pass a directory") from error
+    reason = "no directory: pinned host memory only"
+    return EngineChoice(
+        engine, files, "host", reason, host_nbytes=request.host_nbytes, has_checksum=True, is_shared=request.is_shared
+    )
+
+
+class _UnavailableError(Exception):
+    """The engine cannot run here; the message says why."""
+
+
+def _give_up_if_named(kind: str, unavailable: _UnavailableError) -> None:
+    if kind == "auto":
+        return
+    others = " or ".join(f"engine={name!r}" for name in KINDS[1:] if name != kind)
+    raise RuntimeError(
+        f"Expected engine {kind!r} to be available, got: {unavailable}; use engine='auto' or {others}"
+    ) from unavailable
+
+
+def _open(name: str, request: _Request) -> tuple[Engine, list[SpillFile]]:
+    make_file: Any
+    make: Any
+    if name == "python":
+        files = request.files(python.SpillFile)
+        return python.PythonEngine(files, request.staging_nbytes, request.slab_nbytes, request.checksum), files
+    if name == "kvikio":
+        make_file, make = kvikio.SpillFile, kvikio.KvikioEngine
+    else:
+        extension = _extension()
+        make_file = extension.SpillFile
+        make = partial(extension.Engine, name, host_nbytes=request.host_nbytes)
+    files = request.files(make_file)
+    try:
+        return make(files, request.staging_nbytes, request.slab_nbytes, request.checksum), files
+    except (OSError, RuntimeError, TypeError) as error:
+        for file in files:
+            if file not in request.places:
+                file.close()
+        raise _UnavailableError(str(error)) from error
+
+
+def cuda_driver(index: int) -> Any:
+    """What engine threads copy with on CUDA device `index`.
+
+    Raises:
+        RuntimeError: the extension is not built, or there is no CUDA driver.
+    """
+    try:
+        return _extension().CudaDriver(index)
+    except _UnavailableError as error:
+        raise RuntimeError(str(error)) from error
+
+
+def driver_type() -> Any:
+    """What a driver written in Python derives from; `object` without the extension, which alone calls drivers."""
+    try:
+        return _extension().DeviceDriver
+    except _UnavailableError:
+        return object
+
+
+def fence(driver: Any, stream: int) -> Fence | None:
+    """The point that `stream` has come to: a `Fence`, or None where there is no driver, for host memory."""
+    made: Fence | None = None if driver is None else _extension().Fence(driver, stream)
+    return made
+
+
+def extension_problem() -> str | None:
+    """Why the C++ engines cannot run here; None when they can."""
+    try:
+        _extension()
+    except _UnavailableError as error:
+        return str(error)
+    return None
+
+
+def io_uring_problem(directory: str) -> str | None:
+    """Why this process cannot use io_uring on `directory`; None when it can."""
+    try:
+        open_engine("io_uring", [directory], 1 << 20, 1 << 16).close()
+    except (OSError, RuntimeError) as error:
+        return str(error.__cause__ or error)
+    return None
+
+
+def _extension() -> ModuleType:
+    if os.environ.get("SSDTRAIN_NO_CPP", "0") not in ("", "0"):
+        raise _UnavailableError("SSDTRAIN_NO_CPP is set")
+    try:
+        from ssdtrain import _C
+    except ImportError as error:
+        raise _UnavailableError(
+            f"the extension ssdtrain._C does not import ({error}); reinstall ssdtrain without SSDTRAIN_NO_CPP"
+        ) from error
+    return _C

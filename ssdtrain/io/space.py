@@ -1,0 +1,333 @@
+"""Room on the spill files and in the host tier: which file, which extent, and when to make it longer.
+
+Knows extents and directories, no records and no requests. Not thread-safe: the store calls it under its lock.
+"""
+
+from __future__ import annotations
+
+import bisect
+import errno
+import logging
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ssdtrain.io.engine import SpillFile
+from ssdtrain.io.extents import ExtentAllocator
+from ssdtrain.stats import nbytes_text
+
+logger = logging.getLogger("ssdtrain")
+
+_PAGE = 4096
+_FIRST_NBYTES = 64 << 20
+_GROW_NBYTES = 256 << 20
+_MAX_WRITE_ERRORS = 3
+_BLOCK_NBYTES = 512  # where no file asks for more
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_RETRY_GROW_SECONDS = 5.0
+
+
+class Extent(NamedTuple):
+    """Room for `nbytes` (whole blocks) at `offset` of one spill file."""
+
+    file: int
+    offset: int
+    nbytes: int
+
+
+def available_nbytes() -> int:
+    """Host memory that can be had without swapping, as the kernel estimates it."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def host_limit_nbytes(asked_nbytes: int | None, *, has_directories: bool) -> int:
+    """The limit of a host tier in whole pages: what was asked, or nothing beside a drive, or half of what is free."""
+    if asked_nbytes is None:
+        asked_nbytes = 0 if has_directories else available_nbytes() // 2
+    return -(-asked_nbytes // _PAGE) * _PAGE
+
+
+class HostSpace:
+    """Room in the host tier: one range of pinned memory, which grows in steps up to its limit. Thread-safe.
+
+    It outlives whoever was interrupted in the middle of a change. What is half changed could give one place to two, so
+    it is then left as it is: what is there can be read, and nothing more goes in.
+    """
+
+    def __init__(
+        self, file: int, limit_nbytes: int, grow: Callable[[int], str], note_fallback: Callable[[str], None]
+    ) -> None:
+        """`file`: the index of its extents. `grow(nbytes)` makes it so long, and says why it is not pinned."""
+        self.file = file
+        self._limit_nbytes = limit_nbytes
+        self._grow = grow
+        self._note_fallback = note_fallback
+        self._extents = ExtentAllocator(_BLOCK_NBYTES)
+        self._lock = threading.RLock()  # a destructor may want it while its own thread has it
+        self._is_torn = False
+
+    @property
+    def peak_nbytes(self) -> int:
+        """The most in use so far."""
+        return self._extents.peak_nbytes
+
+    def allocate(self, nbytes: int) -> Extent | None:
+        """Room for `nbytes`, or None when the tier is full."""
+        nbytes = self._extents.rounded(nbytes)
+        with self._lock:
+            if self._is_torn:
+                self._note_fallback("interrupted in its bookkeeping: the host tier takes no more")
+                return None
+            self._is_torn = True
+            try:
+                offset = self._extents.allocate(nbytes)
+                if offset is None and self._extend(self._extents.missing_nbytes(nbytes)):
+                    offset = self._extents.allocate(nbytes)
+            except Exception:  # no memory: nothing has changed
+                self._is_torn = False
+                raise
+            self._is_torn = False
+        return None if offset is None else Extent(self.file, offset, nbytes)
+
+    def release(self, extent: Extent) -> None:
+        """Gives an extent, or a block-aligned part of one, back."""
+        with self._lock:
+            if self._is_torn:
+                return
+            self._is_torn = True
+            self._extents.release(extent.offset, extent.nbytes)
+            self._is_torn = False
+
+    def _extend(self, missing_nbytes: int) -> bool:
+        needed = self._extents.capacity + missing_nbytes
+        if needed > self._limit_nbytes:
+            return False
+        generous = min(self._limit_nbytes, max(needed, self._extents.capacity + _GROW_NBYTES))
+        why = self._grow(generous)
+        if why:
+            self._note_fallback(why)
+        self._extents.extend(generous)
+        return True
+
+
+class HostShare:
+    """What one user of a host tier holds of it."""
+
+    def __init__(self, space: HostSpace, cap_nbytes: int | None = None) -> None:
+        """Holds nothing, and never more than `cap_nbytes`."""
+        self.file = space.file
+        self._left_nbytes = math.inf if cap_nbytes is None else cap_nbytes
+        self._space = space
+        self._held: list[tuple[int, int]] = []  # (offset, nbytes), sorted
+
+    @property
+    def peak_nbytes(self) -> int:
+        """The most in use so far, by all users."""
+        return self._space.peak_nbytes
+
+    def allocate(self, nbytes: int) -> Extent | None:
+        """Room for `nbytes`, or None when the tier is full."""
+        extent = self._space.allocate(nbytes) if nbytes <= self._left_nbytes else None
+        if extent is not None:
+            self._left_nbytes -= extent.nbytes
+            bisect.insort(self._held, (extent.offset, extent.nbytes))
+        return extent
+
+    def release(self, extent: Extent) -> None:
+        """Gives an extent, or a block-aligned part of one, back."""
+        i = bisect.bisect_right(self._held, (extent.offset, sys.maxsize)) - 1
+        start, nbytes = self._held[i]
+        end, extent_end = start + nbytes, extent.offset + extent.nbytes
+        rest = [(start, extent.offset - start), (extent_end, end - extent_end)]
+        self._held[i : i + 1] = [(offset, size) for offset, size in rest if size]
+        self._left_nbytes += extent.nbytes
+        self._space.release(extent)
+
+    def give_back(self) -> None:
+        """Gives everything back."""
+        held, self._held = self._held, []
+        for offset, nbytes in held:
+            self._space.release(Extent(self.file, offset, nbytes))
+
+
+class SpillSpace:
+    """Extents over one spill file per directory; large requests are striped, small ones take turns."""
+
+    def __init__(
+        self,
+        files: Sequence[SpillFile],
+        stripe_nbytes: int,
+        note_fallback: Callable[[str], None],
+        *,
+        first: int = 0,
+        cap_nbytes: int | None = None,
+    ) -> None:
+        """`stripe_nbytes`: what a file must at least get of a request for striping to pay.
+
+        `first`: the index by which the engine knows the first file. `cap_nbytes`: a bound on all files together, beside
+        their own.
+        """
+        self.block_nbytes = max((file.block_nbytes for file in files), default=_BLOCK_NBYTES)
+        self.memory_alignment = max((file.memory_alignment for file in files), default=_BLOCK_NBYTES)
+        self.in_use_nbytes = 0
+        self.peak_nbytes = 0
+        self._files = files
+        self._first = first
+        self._cap_nbytes = None if cap_nbytes is None or not files else cap_nbytes // len(files)
+        self._stripe_nbytes = stripe_nbytes
+        self._note_fallback = note_fallback
+        self._extents = [ExtentAllocator(self.block_nbytes) for _ in files]
+        self._num_errors = [0] * len(files)
+        self._is_retired = [False] * len(files)
+        self._no_growth_before = [0.0] * len(files)
+        self._next = 0
+        for i, file in enumerate(files):
+            self._preallocate(i, stripe_nbytes)
+            self._extents[i].extend(file.nbytes)
+        if files and not any(extents.capacity for extents in self._extents):
+            names = ", ".join(file.directory for file in files)
+            raise OSError(
+                errno.ENOSPC,
+                f"Expected room for at least {nbytes_text(stripe_nbytes)} of spill space, got a full file system: "
+                "free some space or pass another directory",
+                names,
+            )
+
+    def rounded(self, nbytes: int) -> int:
+        """Whole blocks."""
+        return -(-nbytes // self.block_nbytes) * self.block_nbytes
+
+    @property
+    def free_nbytes(self) -> int:
+        """Room in the files as long as they are."""
+        return sum(extents.capacity for extents in self._extents) - self.in_use_nbytes
+
+    def allocate(self, nbytes: int, *, stripe: bool = True) -> list[Extent]:
+        """Extents for `nbytes`: several, each of whole blocks, when it is striped. Empty when there is no room."""
+        if not self._files:
+            return []
+        need, num = self.rounded(nbytes), len(self._files)
+        first, self._next = self._next, (self._next + 1) % num
+        if stripe and num > 1 and need >= num * self._stripe_nbytes:
+            per_file = self.rounded(-(-need // num))
+            sizes = [min(per_file, need - start) for start in range(0, need, per_file)]
+            parts = [self._allocate(file, size) for file, size in enumerate(sizes)]
+            found = [part for part in parts if part is not None]
+            if len(found) == len(parts):
+                return found
+            for part in found:
+                self.release(part)
+        for file in (*range(first, num), *range(first)):
+            extent = self._allocate(file, need)
+            if extent is not None:
+                return [extent]
+        return []
+
+    def release(self, extent: Extent) -> None:
+        """Gives an extent, or a block-aligned part of one, back."""
+        self._extents[extent.file - self._first].release(extent.offset, extent.nbytes)
+        self.in_use_nbytes -= extent.nbytes
+
+    def note_write_error(self, file: int, error: tuple[int, int, int]) -> None:
+        """Remembers a failed write; after a few of them the directory is not used any more."""
+        number, offset, nbytes = error
+        directory = self.directory(file)
+        logger.debug("%s: write of %d bytes at offset %d failed: errno %d", directory, nbytes, offset, number)
+        self._note_fallback(f"{directory}: write failed: {os.strerror(number)} (errno {number}); bytes kept in memory")
+        self._num_errors[file - self._first] += 1
+        if self._num_errors[file - self._first] == _MAX_WRITE_ERRORS:
+            self.retire(file, f"after {_MAX_WRITE_ERRORS} failed writes")
+
+    def note_read_error(self, file: int, error: tuple[int, int, int, str]) -> None:
+        """A read failed although it was tried again: the directory is not used any more."""
+        number, offset, nbytes, message = error
+        self.retire(file, f"after a failed read of {nbytes} bytes at offset {offset}: {message} (errno {number})")
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether every directory is retired."""
+        return all(self._is_retired)
+
+    @property
+    def retired(self) -> list[str]:
+        """Directories that are not used any more."""
+        return [file.directory for file, is_retired in zip(self._files, self._is_retired, strict=True) if is_retired]
+
+    def directory(self, file: int) -> str:
+        """Where a spill file is."""
+        return self._files[file - self._first].directory
+
+    def leave_out(self, directories: Iterable[str]) -> None:
+        """Retires directories without a word: it was said before."""
+        names = set(directories)
+        self._is_retired = [r or file.directory in names for r, file in zip(self._is_retired, self._files, strict=True)]
+
+    def retire(self, file: int, why: str) -> None:
+        """Puts nothing more into a directory; what is there can still be read."""
+        if not self._is_retired[file - self._first]:
+            self._is_retired[file - self._first] = True
+            self._note_fallback(f"{self.directory(file)}: not used any more {why}")
+
+    def _allocate(self, file: int, nbytes: int) -> Extent | None:
+        if self._is_retired[file]:
+            return None
+        extents = self._extents[file]
+        offset = extents.allocate(nbytes)
+        if offset is None and self._grow(file, extents.missing_nbytes(nbytes)):
+            offset = extents.allocate(nbytes)
+        if offset is None:
+            return None
+        self.in_use_nbytes += nbytes
+        self.peak_nbytes = max(self.peak_nbytes, self.in_use_nbytes)
+        return Extent(self._first + file, offset, nbytes)
+
+    def _cap(self, file: int) -> float:
+        caps = (self._files[file].cap_nbytes, self._cap_nbytes)
+        return min((cap for cap in caps if cap is not None), default=math.inf)
+
+    def _preallocate(self, file: int, least_nbytes: int) -> None:
+        spill = self._files[file]
+        cap = int(min(self._cap(file), _FIRST_NBYTES))
+        for target in (min(_FIRST_NBYTES, cap), min(least_nbytes, cap)):
+            try:
+                spill.grow(target)
+                return
+            except OSError as error:
+                failure = error
+        if failure.errno not in NO_SPACE:
+            raise failure
+        self._note_fallback(f"{spill.directory} is full ({failure.strerror}): not used")
+
+    def _grow(self, file: int, missing_nbytes: int) -> bool:
+        """Makes the file longer by at least `missing_nbytes`, by more when there is room."""
+        extents, spill = self._extents[file], self._files[file]
+        if time.monotonic() < self._no_growth_before[file]:
+            return False
+        needed = extents.capacity + missing_nbytes
+        generous = extents.capacity + max(missing_nbytes, _GROW_NBYTES)
+        cap = int(min(self._cap(file), generous))
+        if needed > cap:
+            return False
+        for target in (min(generous, cap), needed):
+            try:
+                spill.grow(target)
+            except OSError as error:
+                failure = error
+                continue
+            extents.extend(target)
+            return True
+        self._no_growth_before[file] = time.monotonic() + _RETRY_GROW_SECONDS
+        self._note_fallback(
+            f"{spill.directory}: no room for more spill space ({failure.strerror} after"
+            f" {nbytes_text(extents.capacity)}); tensors stay in memory"
+        )
+        return False

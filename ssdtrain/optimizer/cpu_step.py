@@ -1,0 +1,378 @@
+"""The optimizer's step for parameters of an accelerator, taken by the CPU in a thread of its own.
+
+Gradients and parameters are copied to pinned host memory, the optimizer updates the copies there, with state that never
+leaves host memory and the drive, and the new values are copied back. A parameter that is off the device itself is
+updated where it is: read to host memory and written from there.
+
+Knows pages, gradients, homes of parameters and the optimizer that does the arithmetic; not when a step is due.
+
+[Note: three threads]
+The thread that trains (or autograd's) queues the copies out and hands the rest to ours: it waits for the copies and for
+the state, computes, and sends the state away. `finish`, in the thread that trains again, gives the parameters their new
+values, in the order of its current stream. So a parameter changes between two operators of that thread and at no other
+time, and nothing but copies of the groups, as they were in `begin`, is used in between.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from typing import Any, cast
+
+import torch
+from torch.profiler import record_function
+from torch.utils._pytree import tree_map_only
+
+from ssdtrain.devices.base import Accelerator
+from ssdtrain.optimizer.cpu_jobs import Entry, Job, Wait
+from ssdtrain.optimizer.gradients import Gradients
+from ssdtrain.optimizer.inner import LOW_PRECISION, checked_step, load_own_state, parts_of, twin_of
+from ssdtrain.optimizer.pinned import HostCopies, HostCopy
+from ssdtrain.optimizer.state import Pages
+from ssdtrain.optimizer.validation import check_apart
+from ssdtrain.parameters.offload import homes_of
+from ssdtrain.store.identity import why_not
+from ssdtrain.store.tensor_store import Vault
+
+_MAX_JOBS = 3  # chunks that are copied, updated or written
+_MASTER = "master_param"
+
+
+class CpuUpdates:
+    """Updates those parameters of one optimizer that are on an accelerator."""
+
+    def __init__(
+        self,
+        inner: torch.optim.Optimizer,
+        vault: Vault,
+        pages: Pages,
+        gradients: Gradients,
+        *,
+        has_masters: bool,
+        is_delayed: bool,
+    ) -> None:
+        """No parameter is met yet. For `has_masters` and `is_delayed` see `OptimizerPolicy`."""
+        self._inner, self._vault, self._pages, self._gradients = inner, vault, pages, gradients
+        self._has_masters, self._is_delayed = has_masters, is_delayed
+        self._devices: dict[torch.Tensor, Accelerator] = {}
+        self._copies = HostCopies(vault.note)
+        self._jobs: deque[Job] = deque()
+        self._pool: ThreadPoolExecutor | None = None
+        self._pid = os.getpid()
+
+    def __contains__(self, parameter: torch.Tensor) -> bool:
+        """Whether a parameter is on an accelerator."""
+        return parameter in self._devices
+
+    def meet(self, names: Mapping[torch.Tensor, str]) -> None:
+        """Learns where these parameters are; all that there are.
+
+        Raises:
+            ValueError: the CPU cannot update one of them.
+        """
+        for parameter, name in names.items():
+            self._meet(parameter, name)
+        check_apart({parameter: name for parameter, name in names.items() if parameter in self._devices})
+
+    def _meet(self, parameter: torch.Tensor, name: str) -> None:
+        device = self._vault.devices().of(parameter)
+        if isinstance(device, str) or device.driver is None:
+            if self._is_delayed:
+                raise ValueError(
+                    f"Expected parameters of an accelerator with delayed_update, got {name} in host memory"
+                )
+            return
+        if why := why_not(parameter):
+            raise ValueError(f"Expected plain parameters with update_on='cpu', got {name}: {why}")
+        self._devices[parameter] = cast(Accelerator, device)
+
+    # -- one chunk -----------------------------------------------------------------------------------------------
+
+    def fetch(self, parameter: torch.Tensor) -> int:
+        """Begins to read a parameter's state to host memory; how many reads."""
+        return self._pages.fetch(parameter)
+
+    def begin(
+        self,
+        chunk: dict[torch.Tensor, tuple[str, int]],
+        attributes: Mapping[str, Any],
+        when_changing: Callable[[], None],
+    ) -> None:
+        """Begins to update these parameters, whose names and groups are given; waits while too many are under way.
+
+        `when_changing` is called when everything is ready, before anything of theirs changes.
+        """
+        self._check_process()
+        if not self._is_delayed:
+            is_again = any([entry.parameter in chunk for job in self._jobs for entry in job.entries])
+            self.finish(0 if is_again else _MAX_JOBS - 1)
+            for parameter in chunk:
+                self.fetch(parameter)
+        entries = [self._entry(parameter, name) for parameter, (name, _) in chunk.items()]
+        first = entries[0].parameter
+        chosen: dict[int, list[torch.Tensor]] = {}
+        for parameter, (_, index) in chunk.items():
+            chosen.setdefault(index, []).append(parameter)
+        factor = self._gradients.factor
+        twin = twin_of(self._inner, parts_of(self._inner.param_groups, chosen), {})
+        for group in twin.param_groups:
+            group.update(self._settings({key: value for key, value in group.items() if key != "params"}, first))
+        job = Job(
+            entries,
+            twin,
+            self._settings({"defaults": self._inner.defaults, **attributes}, first),  # a rate in a tensor is in both
+            None if factor is None else self._setting(factor, first).wait,
+            torch.get_num_threads(),
+        )
+        if self._is_delayed:  # the gradients' memory may be somebody's who uses it again
+            self._copies.hold_back(self._devices[first])
+        when_changing()
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, "ssdtrain-update")
+        if self._jobs:
+            self._jobs[-1].following = job
+        self._jobs.append(job)
+        job.future = self._pool.submit(self._run, job)
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise RuntimeError("Expected the process that offloaded, got a forked child: offload there, or use spawn")
+
+    def _entry(self, parameter: torch.Tensor, name: str) -> Entry:
+        device = self._devices[parameter]
+        if why := device.why_not():
+            raise RuntimeError(f"Expected to update {name} on the CPU, got {why}: step() outside of it")
+        if not self._gradients.is_away(parameter):
+            self._gradients.restore(parameter)
+        value = None
+        for home in homes_of([parameter]):
+            value = home.read_to_host(parameter)
+        return Entry(
+            parameter,
+            name,
+            value or self._value(parameter, device),
+            self._gradient(parameter, device),
+            self._inner.state.get(parameter),
+            parameter._version,
+            {key: value for key, value in vars(parameter).items() if not key.startswith("_ssdtrain")},
+        )
+
+    def _value(self, parameter: torch.Tensor, device: Accelerator) -> Wait:
+        found = self._copies.begin(parameter.detach(), device)
+        if self._is_delayed:  # somebody may load a checkpoint before anything of ours waits for the copy
+            found.hold_back(device.current_stream())
+        return found.wait
+
+    def _gradient(self, parameter: torch.Tensor, device: Accelerator) -> Wait:
+        grad = parameter.grad
+        if grad is None:
+            return lambda: self._gradients.bring(parameter, self._vault.host)
+        if grad.layout is not torch.strided:  # small
+            there = grad.detach().cpu()
+            return lambda: there
+        return self._copies.begin(grad.detach(), device).wait
+
+    def _settings(self, values: Mapping[str, Any], parameter: torch.Tensor) -> dict[str, Any]:
+        """As they are now, whatever becomes of tensors among them."""
+        found: dict[str, Any] = tree_map_only(torch.Tensor, lambda t: self._setting(t, parameter), dict(values))
+        return found
+
+    def _setting(self, tensor: torch.Tensor, parameter: torch.Tensor) -> HostCopy:
+        if tensor.device != parameter.device:
+            return HostCopy(tensor.detach().cpu().clone(), None)
+        device = self._devices[parameter]
+        copy = self._copies.begin(tensor.detach(), device)
+        copy.hold_back(device.current_stream())
+        return copy
+
+    # -- in our thread -------------------------------------------------------------------------------------------
+
+    def _run(self, job: Job) -> None:
+        if torch.get_num_threads() != job.num_threads:  # each thread has its own number: sums depend on it
+            torch.set_num_threads(job.num_threads)
+        twin = job.twin
+        with torch.no_grad(), record_function("ssdtrain::cpu_update"):
+            self._fetch_ahead(job)
+            vars(twin).update(_arrived(job.attributes))
+            factor = job.factor() if job.factor is not None else None
+            values = {entry.parameter: entry.value() for entry in job.entries}
+            stand_ins = {e.parameter: self._stand_in(e, values[e.parameter], factor) for e in job.entries}
+            for group in twin.param_groups:
+                group.update(_arrived({key: value for key, value in group.items() if key != "params"}))
+                group["params"] = [stand_ins[parameter] for parameter in group["params"]]
+            for entry in job.entries:
+                if entry.state:
+                    twin.state[stand_ins[entry.parameter]] = entry.state
+            checked_step(twin)
+            for entry in job.entries:
+                self._take_result(entry, stand_ins[entry.parameter], values[entry.parameter], twin)
+
+    def _fetch_ahead(self, job: Job) -> None:
+        """Reads what is not being read yet, also for the jobs that follow."""
+        for entry in job.entries:
+            self._gradients.fetch(entry.parameter, self._vault.host)
+        ahead: Job | None = job
+        for _ in range(_MAX_JOBS):
+            if ahead is not None:
+                for entry in ahead.entries:
+                    self._pages.fetch(entry.parameter)
+                ahead = ahead.following
+
+    def _stand_in(self, entry: Entry, value: torch.Tensor, factor: torch.Tensor | None) -> torch.nn.Parameter:
+        """A parameter in host memory, with a gradient, with what users have noted on the other; its state is there."""
+        parameter, state = entry.parameter, dict(entry.state or {})
+        gradient = entry.gradient()
+        if factor is not None:
+            gradient.mul_(factor)
+        self._pages.bring(parameter, state)
+        master: torch.Tensor | None = state.pop(_MASTER, None)
+        if self._has_masters and value.dtype in LOW_PRECISION:
+            if master is None or not torch.equal(master.to(value.dtype), value):  # somebody else has changed it
+                master = value.float()
+            value, gradient = master, gradient.float()
+        stand_in = torch.nn.Parameter(value, requires_grad=parameter.requires_grad)
+        vars(stand_in).update(entry.noted)
+        stand_in.grad = gradient
+        entry.state = state if state or entry.state is not None else None
+        return stand_in
+
+    def _take_result(
+        self, entry: Entry, stand_in: torch.nn.Parameter, value: torch.Tensor, twin: torch.optim.Optimizer
+    ) -> None:
+        entry.state = twin.state.get(stand_in, entry.state)
+        entry.result = stand_in.detach()
+        if stand_in.dtype is not value.dtype:
+            entry.state = {**(entry.state or {}), _MASTER: entry.result}
+            entry.result = value.copy_(entry.result)
+        self._write(entry.parameter, entry.name, entry.state)
+
+    def _write(self, parameter: torch.Tensor, name: str, state: dict[str, Any] | None) -> None:
+        """Begins to write state that is in host memory; without a drive it stays there."""
+        if self._vault.directory is not None and (state or parameter in self._pages):
+            self._pages.send_away(parameter, name, state if state is not None else {}, self._vault.host)
+
+    # -- after it ------------------------------------------------------------------------------------------------
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether some parameters do not have their new values yet."""
+        return bool(self._jobs)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether `finish` would raise what our thread did."""
+        futures = [job.future for job in self._jobs if job.future is not None and job.future.done()]
+        return any(future.exception() is not None for future in futures)
+
+    def wait(self) -> None:
+        """Blocks until our thread is through; nothing has changed then, whatever interrupts."""
+        self._check_process()
+        wait_for([job.future for job in self._jobs if job.future is not None])
+
+    def finish(self, num_left: int = 0) -> None:
+        """Waits until no more than `num_left` chunks are under way; the parameters of others have their new values.
+
+        Those of an update that was delayed have them all at once, or none has.
+
+        Raises:
+            StateLostError: the drive does not have a parameter's state any more.
+            RuntimeError: somebody has changed a parameter meanwhile.
+        """
+        if self._jobs:
+            self._check_process()
+        while len(self._jobs) > num_left:
+            jobs = list(self._jobs) if self._is_delayed else [self._jobs[0]]
+            for job in jobs:
+                assert job.future is not None
+                job.future.result()
+            pending = [entry for job in self._jobs for entry in job.entries]
+            for entry in pending:
+                entry.check_unchanged()
+            with torch.no_grad():
+                for entry in [entry for job in jobs for entry in job.entries]:
+                    self._put_back(entry)
+            for entry in pending:  # which may share a version counter with those that have just changed
+                entry.version = entry.parameter._version
+            for _ in jobs:
+                self._jobs.popleft()
+
+    def _put_back(self, entry: Entry) -> None:
+        parameter, result = entry.parameter, entry.result
+        assert result is not None
+        homes = homes_of([parameter])
+        for home in homes:
+            home.replace(parameter, result)
+        if not homes:
+            parameter.copy_(result, non_blocking=True)
+        if entry.state is not None:
+            self._inner.state[parameter] = entry.state
+        self._gradients.forget([parameter])
+
+    def abandon(self) -> None:
+        """Waits for what is under way and forgets it: the parameters keep their old values, their state may not.
+
+        Interrupted, it goes on where it was when it is called again.
+        """
+        if os.getpid() != self._pid:
+            self._jobs.clear()
+        if not self._jobs:
+            return
+        self._copies.wait()
+        for job in self._jobs:
+            if job.future is not None:
+                job.future.cancel()
+        if self._pool is not None:
+            self._pool.submit(_nothing).result()  # after all that was begun, known to us or not
+        while self._jobs:
+            job = self._jobs[0]
+            if job.future is None or not job.future.cancelled():
+                self._inner.state.update({e.parameter: e.state for e in job.entries if e.state is not None})
+            self._jobs.popleft()
+
+    def forget(self, parameter: torch.Tensor) -> None:
+        """One that is not to be updated any more."""
+        self._devices.pop(parameter, None)
+
+    def settle(self) -> None:
+        """Ends the thread, and takes state to where the optimizer looks for it without us."""
+        self.abandon()
+        if self._pool is not None:
+            self._pool.shutdown(wait=os.getpid() == self._pid)
+            self._pool = None
+        if self._devices:
+            settings = [dict(group) for group in self._inner.param_groups]
+            load_own_state(self._inner)
+            for group, own in zip(self._inner.param_groups, settings, strict=True):  # the same objects as before
+                group.update({key: value for key, value in own.items() if key != "params"})
+        for parameter in self._devices:
+            self._inner.state.get(parameter, {}).pop(_MASTER, None)
+
+    # -- state that others have made -----------------------------------------------------------------------------
+
+    def send_away(self, parameter: torch.Tensor, name: str) -> None:
+        """Takes a parameter's state to host memory, wherever it is, and begins to write it."""
+        state, device = self._inner.state.get(parameter, {}), self._devices[parameter]
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.layout is torch.strided:
+                is_there = value.device != parameter.device
+                state[key] = value.cpu() if is_there else self._copies.begin(value.detach(), device).wait()
+        self._write(parameter, name, state)
+
+    def places(self) -> dict[torch.Tensor, torch.Tensor]:
+        """For each parameter an empty tensor of the device and dtype that its state is of."""
+        return {p: torch.empty(0, dtype=self._dtype(p), device="cpu") for p in self._devices}
+
+    def _dtype(self, parameter: torch.Tensor) -> torch.dtype:
+        return torch.float32 if self._has_masters and parameter.dtype in LOW_PRECISION else parameter.dtype
+
+
+def _nothing() -> None:
+    pass
+
+
+def _arrived(values: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = tree_map_only(HostCopy, HostCopy.wait, dict(values))
+    return found

@@ -1,0 +1,437 @@
+"""`offload_optimizer`: optimizer state lives on the drive and is paged through the step, a few parameters at a time.
+
+The optimizer itself does the arithmetic: it is shown the parameters of one chunk, with their state in memory, and
+takes its step for those; meanwhile the state of the next chunk is read and that of the last one written. So the result
+is the same to the bit, for every optimizer whose update of a parameter depends on that parameter alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch.profiler import record_function
+
+from ssdtrain.optimizer.cpu_step import CpuUpdates
+from ssdtrain.optimizer.gradients import Gradients
+from ssdtrain.optimizer.inner import load_part, predict_state_nbytes, take_over
+from ssdtrain.optimizer.progress import StepProgress
+from ssdtrain.optimizer.state import Pages
+from ssdtrain.optimizer.state_dict import StateView, load_chunks, parameters_with_entries, whole_state_dict
+from ssdtrain.optimizer.step import Updates
+from ssdtrain.optimizer.validation import check_alone, check_devices, check_optimizer, check_settings
+from ssdtrain.parameters.offload import homes_of
+from ssdtrain.policy import OptimizerPolicy
+from ssdtrain.state_stats import StateCounters, StateStats
+from ssdtrain.store.tensor_store import StateLostError, Vault
+
+_AHEAD = 2  # chunks whose state is read before their turn
+
+
+class OffloadedOptimizer(torch.optim.Optimizer):
+    """An optimizer whose state is on the drive; see `offload_optimizer`, which makes it."""
+
+    pages_parameters = True  # for `offload_parameters`: no need to bring all parameters for a step
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, open_vault: Callable[[], Vault], policy: OptimizerPolicy
+    ) -> None:
+        """Takes over the groups, the hooks and the state of `optimizer`, and moves the state to the drive."""
+        check_optimizer(optimizer)
+        self.policy = policy
+        self._inner = optimizer
+        self._counters = StateCounters("optimizer state")
+        self._names: dict[torch.Tensor, str] = {}
+        self._progress = StepProgress()
+        self._is_closed = False
+        self._hooked: set[torch.Tensor] = set()
+        self._is_accumulating = False
+        self._lock = threading.RLock()  # of what happens in backward
+        self._handles: list[Any] = []
+        hooks = {name: value for name, value in vars(optimizer).items() if name.endswith("_hooks")}
+        self.__setstate__({"defaults": optimizer.defaults, **hooks})
+        check_alone(self.policy)
+        check_settings(self.policy, self.param_groups)
+        state_nbytes = predict_state_nbytes(optimizer, policy.min_nbytes, has_masters=policy.master_weights)
+        self._vault = open_vault()
+        self._pages = Pages(self._vault, self._counters, policy.min_nbytes)
+        self._gradients = Gradients(Pages(self._vault, StateCounters("gradients"), 1), self._name)
+        self._cpu_updates = CpuUpdates(
+            optimizer,
+            self._vault,
+            self._pages,
+            self._gradients,
+            has_masters=policy.master_weights,
+            is_delayed=policy.delayed_update,
+        )
+        self._updates = Updates(optimizer, self._pages, self._gradients, self._cpu_updates, self._name)
+        try:
+            check_devices(self._vault, self.param_groups)
+            if policy.update_on == "device" or self._vault.directory is not None:  # else it stays in host memory
+                self._vault.reserve(state_nbytes, "optimizer state")
+            self._regroup()
+            for parameter in self._group_of:
+                self._updates.send_away(parameter)
+        except BaseException:
+            for parameter in self._pages:
+                self._pages.bring(parameter, optimizer.state[parameter])
+            self._cpu_updates.settle()
+            self._unhook()
+            self._vault.close()
+            raise
+        self._release = take_over(optimizer)
+
+    # -- what an optimizer has ------------------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Those of the optimizer."""
+        return self._inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._inner.param_groups = groups
+
+    @property
+    def state(self) -> Mapping[torch.Tensor, dict[str, Any]]:  # type: ignore[override]
+        """State by parameter, read from the drive when it is looked at. What is changed in it is not kept."""
+        self._check_open()
+        self._finish()
+        return StateView(self._inner, self._pages)
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else the optimizer has."""
+        if name.startswith("__") or name == "_inner":
+            raise AttributeError(name)
+        return getattr(self._inner, name)
+
+    def __repr__(self) -> str:
+        return f"Offloaded{self._inner!r}"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("Expected to save optimizer.state_dict(), got the optimizer itself: its state is on a drive")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """See `torch.optim.Optimizer.add_param_group`."""
+        self._inner.add_param_group(param_group)
+        self._regroup()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates every parameter that has a gradient, see `torch.optim.Optimizer.step`.
+
+        Raises:
+            StateLostError: the drive does not have a parameter's state any more.
+            RuntimeError: an earlier step was interrupted.
+        """
+        if closure is not None and self.policy.step_in_backward:
+            raise ValueError("Expected no closure with step_in_backward, which updates during the closure's backward")
+        if closure is not None and self.policy.delayed_update:
+            raise ValueError("Expected no closure with delayed_update, which computes beside the update before it")
+        self._check_open()
+        self._regroup()
+        self._progress.end_backwards()
+        self._check_whole(in_step=True)
+        if self.policy.delayed_update:
+            self._finish()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad(), record_function("ssdtrain::optimizer_step"):
+            with self._noting_errors():
+                self._update_all([p for p in self._group_of if p in self._gradients])
+                if not self.policy.delayed_update:
+                    self._cpu_updates.finish()
+        self._finish_step()
+        return loss
+
+    def _update_all(self, parameters: Iterable[torch.Tensor]) -> None:
+        chunks = self._updates.chunks(parameters, self.policy.chunk_nbytes)
+        for i, chunk in enumerate(chunks):
+            for parameter in [p for ahead in chunks[i : i + 1 + _AHEAD] for p in ahead if p not in self._cpu_updates]:
+                self._fetch(parameter)
+            self._update(chunk)
+
+    def _fetch(self, parameter: torch.Tensor) -> None:
+        self._counters.num_prefetched += self._updates.fetch(parameter)
+
+    def _update(self, chunk: list[torch.Tensor]) -> None:
+        """Updates these, and frees their gradients where gradients do not stay until the step is over.
+
+        Those that the CPU updates have their new values after `finish`.
+        """
+        begin = partial(self._progress.begin_update, self._name(chunk[0]), self._group_of)
+        self._updates.update(chunk, self._scaler(), begin)
+        if self.policy.step_in_backward or self.policy.offload_gradients or self.policy.delayed_update:
+            self._progress.updated.update(chunk)
+            self._gradients.forget(p for p in chunk if p not in self._cpu_updates)
+            for parameter in chunk:
+                parameter.grad = None
+
+    @contextlib.contextmanager
+    def _noting_errors(self) -> Iterator[None]:
+        """What is raised inside leaves a step that is not whole, and nothing that goes on."""
+        try:
+            yield
+        except BaseException:
+            self._progress.note_error()
+            self._cpu_updates.abandon()
+            raise
+
+    def _finish(self) -> None:
+        """All that the CPU updates has its new values."""
+        is_late = self.policy.delayed_update and self._cpu_updates.is_busy
+        if is_late:
+            self._cpu_updates.wait()
+        with self._noting_errors():
+            if is_late:
+                late = f"step {self._progress.num_steps}, whose update was delayed"
+                self._progress.note_torn(late, self._group_of)
+            self._cpu_updates.finish()
+        if is_late:
+            self._progress.note_torn("", self._group_of)
+
+    def _finish_step(self) -> None:
+        self._progress.finish_step(self._group_of)
+        self._gradients.finish_step()
+        self._counters.num_steps = self._progress.num_steps
+        self._inner._opt_called = True  # type: ignore[attr-defined]  # for schedulers that were made with it
+
+    def _scaler(self) -> dict[str, Any]:
+        """What a GradScaler told this optimizer: fused ones unscale by themselves."""
+        found = {name: value for name, value in vars(self).items() if name in ("grad_scale", "found_inf")}
+        if found and (self.policy.step_in_backward or self.policy.offload_gradients):
+            raise RuntimeError(
+                "Expected no GradScaler with step_in_backward or offload_gradients, got its scale: use neither with it"
+            )
+        return found
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """See `torch.optim.Optimizer.zero_grad`; gradients on the drive are dropped."""
+        self._check_open()
+        self._regroup()
+        self._progress.end_backwards()
+        self._gradients.forget(self._group_of)
+        if not self._progress.updated:
+            self._progress.begin_anew()
+            self._gradients.finish_step()
+        super().zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        """`torch.nn.utils.clip_grad_norm_` over all parameters, for gradients that are on the drive.
+
+        The gradients are scaled when the step uses them; to the same bits. With `step_in_backward` it is an error.
+
+        Args:
+            max_norm: the largest 2-norm of all gradients together.
+
+        Returns:
+            The norm before, a scalar.
+
+        Raises:
+            RuntimeError: the parameters are updated already.
+        """
+        if self.policy.step_in_backward:
+            raise RuntimeError("Expected offload_gradients to clip, got step_in_backward, which has updated already")
+        return self._gradients.clip_grad_norm_(self._group_of, max_norm)
+
+    # -- in backward ----------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Inside, backward only adds to the gradients: for all but the last backward of a step, in any mode.
+
+        Example:
+            >>> with optimizer.accumulate():
+            ...     model(first).backward()
+            >>> model(second).backward(); optimizer.step()
+        """
+        before, self._is_accumulating = self._is_accumulating, True
+        try:
+            yield
+        finally:
+            self._is_accumulating = before
+
+    def _on_gradient(self, parameter: torch.Tensor) -> None:
+        """A gradient is complete: it leaves, or, with enough of them, their parameters are updated."""
+        if parameter not in self._group_of:  # its group is gone
+            return
+        if self.policy.offload_gradients:
+            with torch.no_grad():
+                check_alone(self.policy)
+                self._gradients.take(parameter)
+            return
+        if not self._is_accumulating:
+            with self._lock:  # autograd has a thread for each device
+                self._update_in_backward(parameter)
+
+    def _update_in_backward(self, parameter: torch.Tensor) -> None:
+        self._check_whole(in_step=True)
+        progress = self._progress
+        progress.arrive(parameter, self._name(parameter))
+        if progress.follow_backward():
+            check_alone(self.policy)
+        with torch.no_grad():
+            for following in progress.following(parameter, self._pages.nbytes, _AHEAD * self.policy.chunk_nbytes):
+                self._fetch(following)
+            if sum(self._pages.nbytes(p) for p in progress.arrived) >= self.policy.chunk_nbytes:
+                arrived, progress.arrived = list(progress.arrived), {}
+                with self._noting_errors():
+                    self._update(arrived)
+
+    # -- all of it ------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As without offload. State that is on the drive comes in files that are mapped to memory, freed with it.
+
+        Raises:
+            RuntimeError: a step was interrupted, or its update was delayed and is not over: call `flush()` first.
+        """
+        self._check_open()
+        if self._cpu_updates.has_failed:
+            self._finish()
+        self._check_whole()
+        if self._cpu_updates.is_busy:
+            raise RuntimeError(
+                f"Expected flush() before a checkpoint, got the update of step {self._progress.num_steps}, which was "
+                "delayed: call optimizer.flush(), then model.state_dict() and optimizer.state_dict()"
+            )
+        found = whole_state_dict(self._inner, self._pages)
+        self._vault.checkpoint = f"the last state_dict() was taken after step {self._counters.num_steps}"
+        return found
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """As without offload, a few parameters at a time.
+
+        Raises:
+            ValueError: it has other groups.
+        """
+        self._check_open()
+        self._regroup()
+        inner = self._inner
+        loaded: dict[str, Any] = dict(state_dict)
+        for hook in inner._optimizer_load_state_dict_pre_hooks.values():
+            loaded = hook(self, loaded) or loaded
+        entries, groups = loaded["state"], loaded["param_groups"]
+        own = {i for group in groups for i in group["params"]}
+        places = self._cpu_updates.places()
+        if self._cpu_updates.is_busy:  # from here on only this makes it whole
+            self._progress.begin_load()
+            self._cpu_updates.abandon()
+        load_part(inner, {key: value for key, value in entries.items() if key not in own}, groups, places)
+        self._progress.begin_load()
+        self._pages.forget()
+        keys = parameters_with_entries(self._group_of, entries, groups)
+        chunks = [
+            {parameter: keys[parameter] for parameter in chunk}
+            for chunk in self._updates.chunks(keys, self.policy.chunk_nbytes)
+        ]
+        load_chunks(inner, entries, groups, chunks, self._updates.send_away, places)
+        self._gradients.forget(self._group_of)
+        self._gradients.finish_step()
+        self._progress.finish_load()
+        for post_hook in inner._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    @property
+    def stats(self) -> StateStats:
+        """What it did and what it cost so far."""
+        return StateStats.of(self._vault.totals(self._counters))
+
+    @property
+    def vault(self) -> Vault:
+        """Its drive, for others to share."""
+        return self._vault
+
+    def flush(self) -> None:
+        """Blocks until the drive has all state, and parameters have the values of an update that was delayed.
+
+        Raises:
+            OSError: it could not take some of it, which is in memory.
+        """
+        self._check_open()
+        self._finish()
+        self._vault.flush()
+
+    def note_checkpoint(self, text: str) -> None:
+        """Says which checkpoint to go back to, for messages of lost bytes."""
+        self._vault.checkpoint = text
+
+    def close(self) -> None:
+        """Brings the state back to the optimizer it came from, and gives the drive's space back. Idempotent."""
+        if self._is_closed:
+            return
+        lost: BaseException | None = None
+        try:
+            self._finish()
+        except Exception as error:
+            lost = error
+        for parameter in self._pages:
+            try:
+                self._pages.bring(parameter, self._inner.state[parameter])
+            except StateLostError as error:
+                lost = lost or error
+        try:
+            self._cpu_updates.settle()
+        except RuntimeError as error:  # no memory for the state on the device: it stays where it is
+            lost = lost or error
+        self._gradients.close()
+        self._pages.forget()
+        self._unhook()
+        self._release()
+        self._is_closed = True
+        self._vault.close()
+        if lost is not None:
+            raise lost
+
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._hooked = [], set()
+
+    def _regroup(self) -> None:
+        """Learns which parameters there are, and in which groups: users may change the groups."""
+        groups = self.param_groups
+        found = {parameter: i for i, group in enumerate(groups) for parameter in group["params"]}
+        if list(map(id, found)) == list(map(id, self._group_of)) and found == self._group_of:
+            return
+        self._finish()
+        for parameter in set(self._group_of) - set(found):
+            self._pages.drop(parameter)
+            self._cpu_updates.forget(parameter)
+        check_settings(self.policy, self.param_groups)
+        for i, group in enumerate(groups):
+            names = group.get("param_names") or [f"parameter {k} of group {i}" for k in range(len(group["params"]))]
+            for name, parameter in zip(names, group["params"], strict=False):
+                self._watch(name, parameter)
+        if self.policy.update_on == "cpu":
+            self._cpu_updates.meet({parameter: self._names[parameter] for parameter in found})
+        self._updates.group_of = found
+
+    def _watch(self, name: str, parameter: torch.Tensor) -> None:
+        if parameter.is_meta:
+            raise ValueError(f"Expected parameters with values, got {name} on the meta device: load them first")
+        self._names[parameter] = name
+        acts_in_backward = self.policy.step_in_backward or self.policy.offload_gradients
+        if acts_in_backward and parameter.requires_grad and parameter not in self._hooked:
+            self._hooked.add(parameter)
+            self._handles.append(parameter.register_post_accumulate_grad_hook(self._on_gradient))
+
+    @property
+    def _group_of(self) -> dict[torch.Tensor, int]:
+        return self._updates.group_of
+
+    def _name(self, parameter: torch.Tensor) -> str:
+        return next((home.name_of(parameter) for home in homes_of([parameter])), None) or self._names[parameter]
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("Expected an open offload, got one after close(): use the optimizer it was made of")
+
+    def _check_whole(self, *, in_step: bool = False) -> None:
+        self._progress.check_whole(self._vault.checkpoint, may_go_on=in_step and self.policy.step_in_backward)

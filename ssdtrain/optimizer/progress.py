@@ -1,0 +1,125 @@
+"""What has happened since the last whole step: which parameters are updated, and whether the rest may follow.
+
+Knows parameters as keys, and neither state nor drives.
+
+[Note: a step that was interrupted]
+An exception in the middle of a step leaves some parameters updated and others not. Nothing can undo that; but nothing
+may take it for a whole step either: until a checkpoint is loaded, further steps and state dicts raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+from ssdtrain.parameters.offload import homes_of
+
+_MAX_AHEAD = 64  # parameters
+
+
+class StepProgress:
+    """The step of one optimizer that is under way, if one is."""
+
+    def __init__(self) -> None:
+        """None is."""
+        self.num_steps = 0
+        self.updated: set[torch.Tensor] = set()  # in backward, since the last step
+        self.arrived: dict[torch.Tensor, None] = {}  # with a gradient, in backward, not updated yet
+        self._torn = ""  # what was interrupted
+        self._is_aborted = False  # that step will never be whole
+        self._backwards: set[int] = set()  # that began and are not over
+        self._last_order: list[torch.Tensor] = []
+        self._order: list[torch.Tensor] = []  # of gradients, in this step; before: in the last
+        self._position: dict[torch.Tensor, int] = {}
+
+    # -- whole or not ---------------------------------------------------------------------------------------
+
+    def begin_update(self, first: str, parameters: Iterable[torch.Tensor]) -> None:
+        """Of `parameters` the one named `first`, and perhaps others, are about to change."""
+        if not self._torn:
+            self.note_torn(f"step {self.num_steps + 1}, which began with {first}", parameters)
+
+    def note_torn(self, what: str, parameters: Iterable[torch.Tensor]) -> None:
+        """From here on the step is not whole; empty: it is."""
+        self._torn = what
+        for home in homes_of(parameters):
+            home.note_torn(what)
+
+    def note_error(self) -> None:
+        """What was raised keeps the rest from being updated."""
+        self._is_aborted = bool(self._torn)
+
+    def check_whole(self, checkpoint: str, *, may_go_on: bool = False) -> None:
+        """Raises when a step was interrupted, or, unless it may go on, is under way."""
+        is_going_on = may_go_on and bool(self.updated)
+        if self._is_aborted or (self._torn and not is_going_on):
+            raise RuntimeError(
+                f"Expected whole steps, got one that was interrupted: {self._torn}. Some parameters are updated and "
+                f"others are not: load a checkpoint of the model and of the optimizer ({checkpoint})"
+            )
+
+    def begin_load(self) -> None:
+        """State is about to change, not that of the parameters."""
+        self._torn = "load_state_dict()"
+
+    def finish_load(self) -> None:
+        """All state is loaded: nothing is left of what was interrupted."""
+        self._torn, self._is_aborted = "", False
+        self.begin_anew()
+
+    def finish_step(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Every parameter is updated."""
+        self.num_steps += 1
+        self.note_torn("", parameters)
+        if self._order:
+            self._last_order, self._order = self._order, []
+            self._position = {p: i + 1 for i, p in enumerate(self._last_order)}
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Nothing of a step has happened."""
+        self.updated, self.arrived, self._order, self._backwards = set(), {}, [], set()
+
+    # -- in backward ----------------------------------------------------------------------------------------
+
+    def arrive(self, parameter: torch.Tensor, name: str) -> None:
+        """Its gradient is complete.
+
+        Raises:
+            RuntimeError: it was before.
+        """
+        if parameter in self.updated or parameter in self.arrived:
+            raise RuntimeError(
+                f"Expected one backward per step with step_in_backward, got another one for {name}: "
+                "wrap all but the last in optimizer.accumulate(), and call step() after it"
+            )
+        self.arrived[parameter] = None
+        self._order.append(parameter)
+
+    def follow_backward(self) -> bool:
+        """Learns whether this backward ends or raises; whether it is a new one."""
+        task = torch._C._current_graph_task_id()
+        if task in self._backwards:
+            return False
+        self._backwards.add(task)
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._backwards.discard(task))
+        return True
+
+    def end_backwards(self) -> None:
+        """What began and is not over by now has raised."""
+        if self._backwards and self.updated:
+            self._is_aborted = True
+        self._backwards = set()
+
+    def following(
+        self, parameter: torch.Tensor, nbytes_of: Callable[[torch.Tensor], int], room: int
+    ) -> Iterator[torch.Tensor]:
+        """What came after this parameter in the last step and is not updated yet, within so many bytes."""
+        start = self._position.get(parameter, len(self._last_order))
+        for following in self._last_order[start : start + _MAX_AHEAD]:
+            room -= nbytes_of(following)
+            if room < 0:
+                break
+            if following not in self.updated:
+                yield following

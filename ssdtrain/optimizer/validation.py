@@ -1,0 +1,80 @@
+"""What cannot be offloaded of an optimizer, and why: raised before anything is written.
+
+Knows optimizers, their parameters and policies; moves nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ssdtrain.parameters.offload import homes_of
+from ssdtrain.policy import OptimizerPolicy
+from ssdtrain.store.identity import byte_range
+from ssdtrain.store.tensor_store import Vault
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raises when the optimizer cannot update a few parameters at a time."""
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"Expected a torch.optim.Optimizer, got {name}: DeepSpeed and Megatron offload their own")
+    if getattr(optimizer, "pages_parameters", False):
+        raise ValueError("Expected an optimizer that is not offloaded yet, got one that is: call close() first")
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"Expected an optimizer whose step needs no closure, got {name}, which evaluates it repeatedly"
+        )
+    if optimizer.defaults.get("differentiable"):
+        raise ValueError(f"Expected differentiable=False, got {name} whose step autograd is to follow")
+
+
+def check_apart(names: Mapping[torch.Tensor, str]) -> None:
+    """Raises when two parameters share memory: copies of each would be updated apart, and one update lost.
+
+    Those that are offloaded have no memory while they are not used.
+    """
+    spans: dict[int, list[tuple[int, int, str]]] = {}
+    for parameter, name in names.items():
+        if parameter.numel() == 0 or any(True for _ in homes_of([parameter])):
+            continue
+        start, end = byte_range(parameter, parameter.nbytes)
+        known = spans.setdefault(parameter.untyped_storage()._cdata, [])
+        other = next((other for first, last, other in known if start < last and first < end), None)
+        if other is not None:
+            raise ValueError(
+                f"Expected parameters with memory of their own with update_on='cpu', got {name} in that of {other}: "
+                "tie them by using one parameter twice, or use update_on='device'"
+            )
+        known.append((start, end, name))
+
+
+def check_alone(policy: OptimizerPolicy) -> None:
+    """Replicas add up gradients after backward has computed them: too late for what happens in backward."""
+    mode = next((m for m in ("step_in_backward", "offload_gradients") if getattr(policy, m)), None)
+    if mode and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise ValueError(
+            f"Expected {mode}=False in a job of several processes, got True: gradients are averaged after it has "
+            "taken them, and replicas would drift apart"
+        )
+
+
+def check_settings(policy: OptimizerPolicy, groups: Iterable[Mapping[str, Any]]) -> None:
+    """What groups say may not go with the policy."""
+    if policy.update_on == "cpu" and any(group.get("capturable") for group in groups):
+        raise ValueError("Expected capturable=False with update_on='cpu', got True: the CPU captures no graph")
+
+
+def check_devices(vault: Vault, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Parameters may be where nothing travels from."""
+    devices = vault.devices()
+    for parameter in [p for group in groups for p in group["params"] if not p.is_meta]:
+        reason = devices.of(parameter)
+        if isinstance(reason, str):
+            where = "memory of the CPU or of CUDA" if vault.directory else "memory of an accelerator"
+            raise ValueError(f"Expected parameters in {where}, got {reason}: pass another directory or device")

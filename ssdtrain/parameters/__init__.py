@@ -1,0 +1,1 @@
+"""Parameters on the drive, in memory only while their block is used. Knows modules; not optimizers."""

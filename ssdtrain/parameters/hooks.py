@@ -1,0 +1,258 @@
+"""The hooks that find an offloaded parameter missing, and those of state dicts.
+
+[Note: how a parameter is found missing]
+Forward: every block has a hook before its forward. Whatever takes a parameter out of a module of a block without that
+(`functional.linear(x, block.fc.weight)`) finds `_Register` in the place of the module's dictionary of parameters, which
+brings it. Backward: while the module or a block runs forward, what autograd saves of an offloaded parameter becomes a
+`_Saved`, which brings it when it is unpacked. Everything else that is saved goes to whoever would have had it. A
+block's outputs bring it a little earlier, for custom functions that keep a parameter without autograd.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.graph import register_multi_grad_hook, saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
+
+from ssdtrain.parameters.blocks import Block
+from ssdtrain.parameters.parameter import Residence
+from ssdtrain.parameters.working_set import Uses, is_in_backward
+from ssdtrain.stats import Counters
+from ssdtrain.store.identity import ViewSpec, view_spec
+from ssdtrain.store.mapped import mapped_copy
+from ssdtrain.store.record import Resident
+from ssdtrain.store.saved_tensors import innermost_hooks, modified, unpack_resident
+
+_LOW_PRECISION = (torch.float16, torch.bfloat16)
+_RESHAPES = ("ToCopyBackward0", "TBackward0", "TransposeBackward0", "ViewBackward0", "PermuteBackward0")
+_MAX_RESHAPES = 3
+
+
+class _Saved(NamedTuple):
+    """What autograd saved of an offloaded parameter."""
+
+    residence: Residence
+    spec: ViewSpec
+    version: int
+    cast: torch.dtype | None  # of autocast's copy: made again rather than held
+
+
+class _Register(dict[str, Any]):
+    """A module's dictionary of parameters, which brings what is taken out of it."""
+
+    def __init__(self, parameters: Mapping[str, Any], uses: Uses) -> None:
+        super().__init__(parameters)
+        self._uses = uses
+
+    def __getitem__(self, name: str) -> Any:
+        parameter = super().__getitem__(name)
+        if parameter is not None:
+            self._uses.visit(parameter)
+        return parameter
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "Expected a module whose parameters are in memory, got one whose parameters are offloaded: save its "
+            "state_dict(), or copy the module before offload_parameters()"
+        )
+
+
+class _Running(threading.local):
+    """Forwards that run in this thread, of the module (None) and of blocks, with what takes what autograd saves."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[Block | None, saved_tensors_hooks | None]] = []
+
+
+class Hooks:
+    """All hooks of one offloaded module, but those of optimizers."""
+
+    def __init__(
+        self, module: torch.nn.Module, uses: Uses, directory: str | None, check_whole: Callable[[], None]
+    ) -> None:
+        """Follows the forwards of `module`; `install` follows a block. State dicts go to files in `directory`."""
+        self.when_loaded: Callable[[list[Residence]], None] = lambda _: None
+        self._uses, self._directory, self._check_whole = uses, directory, check_whole
+        self._running = _Running()
+        self._loading: dict[torch.nn.Module, list[Residence]] = {}
+        self._idle_counters = Counters()
+        self._handles: list[Any] = [
+            module.register_forward_pre_hook(self._before_module, prepend=True),
+            module.register_forward_hook(self._after_module, always_call=True),
+        ]
+
+    def install(self, block: Block, owners: Iterable[torch.nn.Module]) -> None:
+        """Follows a block, whose parameters are those of `owners`."""
+        for owner in owners:
+            owner.__dict__["_parameters"] = _Register(owner._parameters, self._uses)
+            self._handles += [
+                owner.register_state_dict_post_hook(partial(self._fill_state_dict)),
+                owner.register_load_state_dict_pre_hook(self._before_load),
+                owner.register_load_state_dict_post_hook(self._after_load),
+            ]
+        block.remember()
+        self._handles += [
+            block.module.register_forward_pre_hook(partial(self._before_block, block), prepend=True),
+            block.module.register_forward_hook(partial(self._after_block, block), always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Follows nothing any more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for block in self._uses.blocks:
+            for module in block.module.modules():
+                if isinstance(module._parameters, _Register):
+                    module.__dict__["_parameters"] = dict(module._parameters)
+
+    # -- forward -------------------------------------------------------------------------------------------------------
+
+    def _before_module(self, module: torch.nn.Module, args: Any) -> None:
+        if not is_in_backward():
+            self._leave_until(None)  # Ctrl-C in an earlier forward: PyTorch runs no hooks after it
+        self._uses.begin_forward()
+        self._running.entries.append((None, self._enter()))
+
+    def _after_module(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        if self._running.entries:
+            self._leave_until(None)
+
+    def _before_block(self, block: Block, module: torch.nn.Module, args: Any) -> None:
+        block.check()
+        self._uses.use(block)
+        block.num_running += 1
+        self._running.entries.append((block, self._enter()))
+
+    def _after_block(self, block: Block, module: torch.nn.Module, args: Any, output: Any) -> None:
+        if not any(entry[0] is block for entry in self._running.entries):  # its forward never began
+            return
+        self._leave_until(block)
+        if block.num_running or is_in_backward():
+            return
+        if torch.is_grad_enabled():
+            needing = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.grad_fn is not None]
+            if needing:
+                register_multi_grad_hook(needing, lambda _: self._uses.use(block), mode="any")
+        self._uses.leave(block)
+
+    def _leave_until(self, last: Block | None) -> None:
+        """Ends forwards of this thread, the latest first, up to one of `last`, or of the module."""
+        entries = self._running.entries
+        while entries:
+            block, hooks = entries.pop()
+            if hooks is not None and (top := innermost_hooks()) is not None and top[0] is hooks.pack_hook:
+                hooks.__exit__()
+            if block is None:
+                self._uses.end_forward()
+            else:
+                block.num_running -= 1
+            if block is last:
+                break
+
+    def _enter(self) -> saved_tensors_hooks | None:
+        """Takes what autograd saves of our parameters from here on, unless we do already."""
+        outer = innermost_hooks() if torch.is_grad_enabled() else None
+        if not torch.is_grad_enabled() or (outer is not None and getattr(outer[0], "func", None) == self._pack):
+            return None
+        pack, unpack = outer if outer is not None else (self._hold, unpack_resident)
+        hooks = saved_tensors_hooks(partial(self._pack, pack), partial(self._unpack, unpack))
+        hooks.__enter__()
+        return hooks
+
+    # -- what autograd saves -------------------------------------------------------------------------------------------
+
+    def _pack(self, outer: Callable[[torch.Tensor], Any], tensor: torch.Tensor) -> Any:
+        found = self._uses.residences.by_storage.get(_storage_address(tensor))
+        if found is not None:
+            return _Saved(found, view_spec(tensor), found.parameter._version, None)
+        original = _autocast_source(tensor)
+        for residence in self._uses.find([original]) if original is not None else ():
+            return _Saved(residence, view_spec(tensor), residence.parameter._version, tensor.dtype)
+        return outer(tensor)
+
+    def _unpack(self, outer: Callable[[Any], torch.Tensor], saved: Any) -> torch.Tensor:
+        if type(saved) is not _Saved:
+            return outer(saved)
+        residence, spec, version, cast = saved
+        self._uses.use_parameter(residence)
+        if residence.parameter._version != version:
+            raise modified(residence.spec, residence.parameter._version, version)
+        if cast is not None:
+            copy = residence.view(residence.spec).to(cast)
+            return copy.as_strided(spec.size, spec.stride, spec.storage_offset)
+        return residence.view(spec)  # not the parameter, which might leave while the operator runs
+
+    def _hold(self, tensor: torch.Tensor) -> Resident:
+        return Resident(tensor, 0, self._idle_counters)
+
+    # -- state dicts ---------------------------------------------------------------------------------------------------
+
+    def _mine(self, module: torch.nn.Module) -> dict[str, Residence]:
+        named = {name: p for name, p in module._parameters.items() if p is not None}
+        return {name: r for name, p in named.items() for r in self._uses.find([p])}
+
+    def _fill_state_dict(self, module: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        """Copies in files in the place of parameters that come and go."""
+        self._check_whole()
+        for name, r in self._mine(module).items():
+            if prefix + name in state:
+                with self._uses.lock, torch.no_grad():
+                    self._uses.residences.bring([r])
+                    state[prefix + name] = mapped_copy(r.view(r.spec), r.spec, self._directory)
+                    self._uses.let_go([r])
+
+    def _before_load(
+        self, module: torch.nn.Module, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], *_: Any
+    ) -> None:
+        mine = [r for name, r in self._mine(module).items() if _fits(r, state.get(prefix + name))]
+        if mine and metadata.get("assign_to_params_buffers"):
+            raise RuntimeError(
+                f"Expected load_state_dict(assign=False) where parameters are offloaded, got assign=True for "
+                f"{mine[0].name}, which has to stay the same object"
+            )
+        with self._uses.lock:
+            for r in mine:
+                if not r.is_valid:
+                    self._uses.residences.accept(r)
+            self._uses.residences.bring(mine)
+            self._loading[module] = mine
+
+    def _after_load(self, module: torch.nn.Module, incompatible: Any) -> None:
+        with self._uses.lock:
+            mine = self._loading.pop(module, [])
+            self._uses.residences.note_changed(mine)
+            self._uses.let_go(mine)
+            self.when_loaded(mine)
+
+
+def _fits(r: Residence, value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.shape == r.spec.size
+
+
+def _storage_address(tensor: torch.Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError):
+        return 0
+
+
+def _autocast_source(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The weight that autocast made `tensor` of, if `tensor` is that whole copy or a view of it."""
+    node = tensor.grad_fn if tensor.dtype in _LOW_PRECISION else None
+    for _ in range(_MAX_RESHAPES):
+        if node is None or node.name() not in _RESHAPES:
+            return None
+        following = node.next_functions[0][0]
+        if node.name() == "ToCopyBackward0":
+            source = getattr(following, "variable", None)
+            copy = tensor if tensor._base is None else tensor._base
+            is_whole = source is not None and copy.size() == source.size() and copy.stride() == source.stride()
+            return source if is_whole and copy._version == 0 else None
+        node = following
+    return None

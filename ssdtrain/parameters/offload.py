@@ -1,0 +1,298 @@
+"""`ParameterOffload`: a module's blocks live on the drive, and are in memory only while they are used.
+
+What the user, the optimizer and checkpoints ask of offloaded parameters. Which block is in memory is `uses`', how a
+missing one is found out is `parameter_hooks`', where a parameter is `residence`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from ssdtrain.parameters.blocks import Block, choose_blocks, choose_parameters
+from ssdtrain.parameters.hooks import Hooks
+from ssdtrain.parameters.parameter import Residence, Residences
+from ssdtrain.parameters.working_set import Uses
+from ssdtrain.policy import ParameterPolicy
+from ssdtrain.state_stats import StateCounters, StateStats
+from ssdtrain.store.identity import spec_nbytes, view_spec
+from ssdtrain.store.tensor_store import StateLostError, Vault
+
+_ATTRIBUTE = "_ssdtrain_parameters"
+
+
+class ParameterOffload:
+    """The offloaded parameters of one module; see `offload_parameters`, which makes it."""
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        open_vault: Callable[[], Vault],
+        policy: ParameterPolicy,
+        names: Sequence[str] | None,
+    ) -> None:
+        """Writes the parameters of the blocks and frees their memory."""
+        self.policy = policy
+        self._module = module
+        self._counters = StateCounters("parameters")
+        self._torn = ""  # what was interrupted
+        self._stale: set[Residence] = set()  # since then not loaded
+        self._stepping: list[Residence] = []  # pinned for a plain optimizer
+        self._is_closed = False
+        chosen = choose_blocks(module, names)
+        leaving = choose_parameters(module, chosen, policy.min_nbytes, self._counters)
+        self._vault = open_vault()
+        self._residences = Residences(self._vault, self._counters)
+        self._uses = Uses(self._residences, self._counters, policy.prefetch_nbytes, len(chosen))
+        self._lock = self._uses.lock
+        self._hooks = Hooks(module, self._uses, self._vault.directory, self.check_whole)
+        self._hooks.when_loaded = self._note_loaded
+        self._optimizer_hooks = self._watch_optimizers()
+        try:
+            self._vault.reserve(sum(spec_nbytes(view_spec(p)) for p in leaving.values()), "parameters")
+            self._settle_in(chosen, leaving)
+        except BaseException:
+            self.close()
+            raise
+        module.__dict__[_ATTRIBUTE] = self
+
+    @classmethod
+    def of(cls, module: torch.nn.Module) -> ParameterOffload:
+        """See `ssdtrain.parameter_offload`."""
+        found: ParameterOffload | None = vars(module).get(_ATTRIBUTE)
+        if found is None:
+            raise ValueError(
+                f"Expected a module whose parameters are offloaded, got {type(module).__name__}, which is not"
+            )
+        return found
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    def _settle_in(self, chosen: Mapping[str, torch.nn.Module], leaving: Mapping[str, torch.nn.Parameter]) -> None:
+        devices = self._vault.devices()
+        names = {id(parameter): name for name, parameter in leaving.items()}
+        for name, module in chosen.items():
+            owners = [m for m in module.modules() if any(id(p) in names for p in m._parameters.values())]
+            residences = []
+            for p in {id(p): p for m in owners for p in m._parameters.values() if id(p) in names}.values():
+                assert p is not None
+                device = devices.cpu if p.is_meta else devices.of(p)
+                if isinstance(device, str):
+                    raise ValueError(
+                        f"Expected parameters in memory of the CPU, given a directory, or of CUDA, got {device}: "
+                        f"{names[id(p)]}"
+                    )
+                residences.append(Residence(names[id(p)], p, device))
+            block = Block(len(self._uses.blocks), name, module, residences)
+            for r in residences:
+                r.parameter._ssdtrain_home = self  # type: ignore[attr-defined]
+                self._counters.go(r.nbytes)
+            self._uses.add(block)
+            self._hooks.install(block, owners)
+
+    def close(self) -> None:
+        """Brings everything back into memory and takes all hooks away: the module is as it was. Idempotent.
+
+        Raises:
+            StateLostError: the drive does not have a parameter any more.
+        """
+        with self._lock:
+            if self._is_closed:
+                return
+            lost: StateLostError | None = None
+            for r in self._uses:
+                try:
+                    if r.is_valid:
+                        self._residences.bring([r])
+                except StateLostError as error:
+                    lost = lost or error
+            for handle in self._optimizer_hooks:
+                handle.remove()
+            self._hooks.remove()
+            for r in self._uses:
+                del r.parameter._ssdtrain_home  # type: ignore[attr-defined]
+                self._vault.free(r.slot)
+            self._uses.clear()
+            if vars(self._module).get(_ATTRIBUTE) is self:
+                del self._module.__dict__[_ATTRIBUTE]
+            self._is_closed = True
+            self._vault.close()
+        if lost is not None:
+            raise lost
+
+    @property
+    def stats(self) -> StateStats:
+        """What it did and what it cost so far."""
+        return StateStats.of(self._vault.totals(self._counters))
+
+    @property
+    def vault(self) -> Vault:
+        """Its drive, for others to share."""
+        return self._vault
+
+    def flush(self) -> None:
+        """Blocks until the drive has all that has changed.
+
+        Raises:
+            OSError: it could not take some of it, which is in memory.
+        """
+        with self._lock:
+            self._residences.write(self._uses)
+            self._vault.flush()
+            self._uses.dismiss_idle()
+
+    def note_checkpoint(self, text: str) -> None:
+        """Says which checkpoint to go back to, for messages of lost bytes."""
+        self._vault.checkpoint = text
+
+    def note_torn(self, what: str) -> None:
+        """Says that some parameters were updated and others not: until all are loaded, none is saved. Empty: not so."""
+        self._torn = what
+        self._stale = set(self._uses) if what else set()
+
+    def _note_loaded(self, residences: Iterable[Residence]) -> None:
+        self._stale.difference_update(residences)
+        if not self._stale:
+            self._torn = ""
+
+    def check_whole(self) -> None:
+        """Raises when a step was interrupted."""
+        if self._torn:
+            raise RuntimeError(
+                f"Expected whole steps, got one that was interrupted: {self._torn}. Some parameters are updated and "
+                f"others are not: load a checkpoint ({self._vault.checkpoint})"
+            )
+
+    def __reduce__(self) -> Any:
+        raise TypeError("Expected parameters in memory, got one that is offloaded: save the module's state_dict()")
+
+    # -- what the optimizer and the user need -------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def gathered(self, *patterns: str) -> Iterator[None]:
+        """Inside, the parameters whose names match a pattern (all without any) are in memory and may be changed.
+
+        Example:
+            >>> with offload.gathered("blocks.0.*"):
+            ...     print(model.blocks[0].fc.weight.norm())
+        """
+        chosen = [r for r in self._uses if not patterns or _matches(r.name, patterns)]
+        if patterns and not chosen:
+            raise ValueError(f"Expected names of offloaded parameters, got {', '.join(patterns)}, which match none")
+        with self.in_memory([r.parameter for r in chosen]):
+            yield
+
+    @contextlib.contextmanager
+    def in_memory(self, parameters: Iterable[torch.Tensor], *, to_change: bool = True) -> Iterator[None]:
+        """Inside, these are in memory; those that are not its own do not matter."""
+        chosen = self._uses.find(parameters)
+        with self._lock:
+            for r in chosen:
+                r.num_pins += 1
+            try:
+                self._residences.bring(chosen)
+            except BaseException:
+                self._unpin(chosen)
+                raise
+        try:
+            yield
+        finally:
+            with self._lock:
+                if to_change:
+                    self._residences.note_changed(chosen)
+                self._unpin(chosen)
+                self._uses.let_go(chosen)
+
+    def name_of(self, parameter: torch.Tensor) -> str | None:
+        """The parameter's name in the module; None for one that is not its own."""
+        return next((r.name for r in self._uses.find([parameter])), None)
+
+    def prefetch(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Begins to read those of these that are away."""
+        with self._lock:
+            self._counters.num_prefetched += self._residences.fetch(self._uses.find(parameters))
+
+    def read_to_host(self, parameter: torch.Tensor) -> Callable[[], torch.Tensor] | None:
+        """Begins to read one that is away to host memory; what is returned waits for it. None: it is in memory."""
+        with self._lock:
+            (r,) = self._uses.find([parameter])
+            return self._residences.read_to_host(r)
+
+    def replace(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
+        """Gives a parameter a new value of its dtype, which is in host memory: on the drive if that is where it is."""
+        with self._lock, torch.no_grad():
+            (r,) = self._uses.find([parameter])
+            if not self._residences.replace(r, value):
+                r.parameter.copy_(value, non_blocking=True)
+                self._residences.note_changed([r])
+                self._uses.let_go([r])
+
+    def fill(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
+        """Gives a parameter a new value without reading the old one; it is cast to the parameter's dtype."""
+        with self._lock, torch.no_grad():
+            (r,) = self._uses.find([parameter])
+            self._residences.accept(r)
+            r.parameter.copy_(value)  # not its memory alone: a graph that has saved it learns of the change
+            self._residences.note_changed([r])
+            self._note_loaded([r])
+            self._uses.let_go([r])
+
+    def _unpin(self, residences: Iterable[Residence]) -> None:
+        for r in residences:
+            r.num_pins -= 1
+
+    def _watch_optimizers(self) -> list[Any]:
+        """A plain optimizer updates all its parameters at once: they are in memory meanwhile."""
+        me = weakref.ref(self)
+
+        def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            offload = me()
+            if offload is not None and not getattr(optimizer, "pages_parameters", False):
+                offload._before_step(optimizer)
+
+        def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            offload = me()
+            if offload is not None and not getattr(optimizer, "pages_parameters", False):
+                offload._after_step()
+
+        handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+        for handle in handles:
+            weakref.finalize(self, handle.remove)
+        return handles
+
+    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        with self._lock:
+            self._after_step()  # of a step that raised
+            mine = self._uses.find(p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
+            if mine:
+                self._vault.note(
+                    f"{type(optimizer).__name__} updates all parameters at once: they are in memory during its step; "
+                    "ssdtrain.offload_optimizer() pages through them"
+                )
+                for r in mine:  # with or without a gradient yet: its closure may compute them
+                    r.num_pins += 1
+                self._stepping = mine
+                self._residences.bring(mine)
+
+    def _after_step(self) -> None:
+        with self._lock:
+            self._residences.note_changed(self._stepping)
+            self._unpin(self._stepping)
+            self._uses.let_go(self._stepping)
+            self._stepping = []
+
+
+def homes_of(parameters: Iterable[torch.Tensor]) -> list[ParameterOffload]:
+    """Whose these parameters are, each once; of those that are not offloaded, nobody's."""
+    found = (getattr(parameter, "_ssdtrain_home", None) for parameter in parameters)
+    return list({id(home): home for home in found if home is not None}.values())
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,220 @@
+"""Where each offloaded parameter is, and how it comes and goes.
+
+Knows parameters and the vault, neither modules nor the order in which they are needed.
+
+[Note: what a parameter is while it is away]
+A parameter that comes back gets the memory it was read to; one that leaves lets go of its memory, which lives on for as
+long as anything else uses it: an operator that has just unpacked it, a write. In between it shows NaN through a single
+element expanded to its shape: zeros would pass unnoticed, and an empty storage would crash the process when read.
+Autograd sees nothing of this: setting `.data` does not touch version counters.
+
+[Note: changed or not]
+What comes back clean goes without a write. Changed is what has another version than at its last write, or what
+somebody says has changed: `.data` bypasses version counters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from ssdtrain.devices.base import Device
+from ssdtrain.state_stats import StateCounters
+from ssdtrain.store.identity import ViewSpec, spec_nbytes, view_of, view_spec, whole
+from ssdtrain.store.slots import Arrival, Slot
+from ssdtrain.store.tensor_store import Vault
+
+_PAGE = 4096
+
+
+class Residence:
+    """One offloaded parameter: in memory with a `storage`, coming with an `arrival`, or away."""
+
+    def __init__(self, name: str, parameter: torch.nn.Parameter, device: Device) -> None:
+        """It is in memory and has never been written.
+
+        A parameter on the meta device becomes one on the CPU, away, without a value yet.
+        """
+        self.name, self.parameter, self.device = name, parameter, device
+        data = parameter.data if parameter.is_meta else whole(parameter.data)
+        self.spec: ViewSpec = view_spec(data)._replace(storage_offset=0)
+        self.nbytes = spec_nbytes(self.spec)
+        self.slot = Slot(name, self.nbytes)
+        self.version = -1  # at the last write
+        self.arrival: Arrival | None = None
+        self.storage: torch.UntypedStorage | None = None
+        self.num_pins = 0  # it does not leave while somebody holds it
+        self.is_valid = not parameter.is_meta  # false: without bytes until a checkpoint is loaded
+        self._shown: torch.UntypedStorage | None = None  # what the parameter was last given
+        self.torch_device = torch.device("cpu") if parameter.is_meta else parameter.device
+        if self.is_valid:
+            self.show(data.untyped_storage())
+        else:
+            empty = torch.nn.Parameter(self._poison(), requires_grad=parameter.requires_grad)
+            torch.utils.swap_tensors(parameter, empty)
+            self._shown = parameter.untyped_storage()
+
+    def view(self, spec: ViewSpec) -> torch.Tensor:
+        """A view of its memory, with a version counter of its own."""
+        assert self.storage is not None, f"{self.name} is away"
+        return view_of(self.storage, spec)
+
+    def show(self, storage: torch.UntypedStorage) -> None:
+        """The parameter has this memory."""
+        self.storage = self._shown = storage
+        self.parameter.data = self.view(self.spec)
+
+    def hide(self) -> None:
+        """The parameter has no memory, see [Note: what a parameter is while it is away]."""
+        poison = self._poison()
+        self.parameter.data = poison
+        self.storage, self._shown = None, poison.untyped_storage()
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether somebody has given the parameter other data (`parameter.data = ...`)."""
+        return self._shown is not None and self.parameter.untyped_storage()._cdata != self._shown._cdata
+
+    def take_over(self) -> None:
+        """Makes the data that somebody gave it its own."""
+        data = whole(self.parameter.data)
+        self.spec = view_spec(data)
+        self.nbytes, self.version, self.arrival, self.is_valid = spec_nbytes(self.spec), -1, None, True
+        self.show(data.untyped_storage())
+
+    def _poison(self) -> torch.Tensor:
+        """All bits set: NaN in every floating point format, -1 or the largest number in integers."""
+        dtype = self.spec.dtype
+        if dtype is torch.bool:
+            return torch.ones((), dtype=dtype, device=self.torch_device).expand(self.spec.size)
+        bits = torch.full((dtype.itemsize,), 255, dtype=torch.uint8, device=self.torch_device)
+        return bits.view(dtype)[0].expand(self.spec.size)
+
+
+class Residences:
+    """The offloaded parameters of one module."""
+
+    def __init__(self, vault: Vault, counters: StateCounters) -> None:
+        """None yet. `by_storage` finds those in memory by the address of their storage object."""
+        self.vault = vault
+        self.by_storage: dict[int, Residence] = {}
+        self._counters = counters
+
+    def fetch(self, residences: Iterable[Residence]) -> int:
+        """Begins to read what is away; how many those are."""
+        num_begun = 0
+        for r in residences:
+            if r.storage is None and r.arrival is None and r.is_valid and not r.is_replaced:
+                r.arrival = self.vault.read(r.slot, r.device)
+                num_begun += 1
+        return num_begun
+
+    def forget(self, residences: Iterable[Residence]) -> None:
+        """Those that are coming are not needed after all."""
+        for r in residences:
+            r.arrival = None
+
+    def bring(self, residences: Iterable[Residence]) -> None:
+        """Has all of them in memory, waiting for those that are not.
+
+        Raises:
+            StateLostError: the drive does not have the bytes any more.
+            RuntimeError: one has never been given any.
+        """
+        residences = list(residences)
+        for r in residences:
+            if r.is_replaced:
+                self._adopt_replaced(r)
+        missing = [r for r in residences if r.storage is None]
+        if not missing:
+            return
+        self._counters.num_demand_reads += self.fetch(missing)
+        for r in missing:
+            if r.arrival is None:
+                raise RuntimeError(
+                    f"Expected parameter {r.name} to have a value, got one that was built on the meta device: load a "
+                    "checkpoint first, with load_safetensors() or load_state_dict()"
+                )
+            storage, r.arrival = self.vault.take(r.arrival), None
+            self._show(r, storage)
+
+    def adopt(self, r: Residence) -> None:
+        """Takes one that is new, and in memory or without a value."""
+        if r.storage is not None:
+            self.by_storage[r.storage._cdata] = r
+
+    def accept(self, r: Residence) -> None:
+        """Has it in memory with any bytes: all of them are about to be written over."""
+        if r.storage is None:
+            self._show(r, r.device.allocate(r.nbytes, _PAGE, _PAGE).storage)
+        r.arrival, r.is_valid = None, True
+
+    def _show(self, r: Residence, storage: torch.UntypedStorage) -> None:
+        self.by_storage[storage._cdata] = r  # before it is shown: an entry too many does no harm
+        r.show(storage)
+
+    def note_changed(self, residences: Iterable[Residence]) -> None:
+        """Says that they were changed, perhaps behind the version counter."""
+        for r in residences:
+            r.version = -1
+
+    def _adopt_replaced(self, r: Residence) -> None:
+        if r.storage is not None:
+            self.by_storage.pop(r.storage._cdata, None)
+        r.take_over()
+        self.adopt(r)
+
+    def read_to_host(self, r: Residence) -> Callable[[], torch.Tensor] | None:
+        """Begins to read one that is away to host memory; what is returned waits for it, in any thread.
+
+        None: it is in memory of its device now.
+
+        Raises:
+            RuntimeError: it has never been given any bytes.
+        """
+        arrival = None
+        if r.storage is None and r.is_valid and not r.is_replaced:
+            arrival = self.vault.read(r.slot, self.vault.host)
+        if arrival is None or arrival.memory is None:  # the drive had no room for it
+            self.bring([r])
+            return None
+        return lambda: view_of(self.vault.take(arrival), r.spec)
+
+    def replace(self, r: Residence, value: torch.Tensor) -> bool:
+        """Writes the new value of one that is away, from host memory; false: it is in memory of its device.
+
+        The value's memory is the vault's from here on.
+        """
+        is_whole = view_spec(value) == r.spec and value.untyped_storage().nbytes() == r.nbytes
+        if r.storage is not None or r.is_replaced or not is_whole:
+            self.bring([r])
+            return False
+        self.vault.write(r.slot, value.untyped_storage(), self.vault.host, prefers_host=True)
+        r.arrival = None  # of the old value
+        torch.autograd.graph.increment_version(r.parameter)  # a graph that has saved it learns of the change
+        r.version = r.parameter._version
+        return True
+
+    def write(self, residences: Iterable[Residence]) -> None:
+        """Writes what has changed; it stays in memory, and may not change before it is copied."""
+        for r in residences:
+            if r.is_replaced:
+                self._adopt_replaced(r)
+            if r.storage is None:
+                continue
+            version = r.parameter._version
+            if version != r.version or not r.slot.is_filled:
+                self.vault.write(r.slot, r.storage, r.device)
+                r.version = version
+
+    def leave(self, residences: Iterable[Residence]) -> None:
+        """Sends them away; what has changed is written, and its memory lives until that is copied."""
+        for r in residences:
+            if r.num_pins:
+                continue
+            self.write([r])
+            if r.storage is None:
+                continue
+            self.by_storage.pop(r.storage._cdata, None)  # first: the address may be another storage's then
+            r.hide()

@@ -1,0 +1,194 @@
+"""One object per offloaded storage range: where its bytes are, and who still needs them.
+
+A record is created when autograd saves a tensor of a storage range nobody filed yet, is shared by all saved tensors of
+that range, and is released when the last of their handles is gone. Only the store changes its residency.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+
+from ssdtrain.store.identity import ViewSpec
+
+if TYPE_CHECKING:
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    from ssdtrain.devices.base import Allocation, Device
+    from ssdtrain.io.engine import Read, Write
+    from ssdtrain.io.space import Extent, SpillSpace
+    from ssdtrain.stats import Counters
+    from ssdtrain.tracing.pass_trace import Pass
+
+
+class Residency(enum.IntEnum):
+    """Where a record's bytes are: one at a time."""
+
+    DEVICE = 1
+    """In memory, held by the record: not sent yet, kept, or back."""
+    OFFLOADING = 2
+    """With the engine: the source is held until it is copied, after that the bytes are in slabs or in the file."""
+    DISK = 4
+    """In the spill file (or, after a failed write, rescued by the engine)."""
+    HOST = 8
+    """In the host tier: pinned memory that holds it until backward wants it."""
+    RELOADING = 16
+    """A read into fresh memory is under way."""
+    RELEASED = 32
+    """Nobody needs the bytes any more."""
+
+
+_NEXT: dict[int, int] = {
+    Residency.DEVICE: Residency.OFFLOADING | Residency.DISK | Residency.HOST | Residency.RELEASED,
+    Residency.OFFLOADING: Residency.DEVICE | Residency.DISK | Residency.HOST | Residency.RELOADING | Residency.RELEASED,
+    Residency.DISK: Residency.DEVICE | Residency.RELOADING | Residency.RELEASED,
+    Residency.HOST: Residency.DEVICE | Residency.RELOADING | Residency.RELEASED,
+    Residency.RELOADING: Residency.DEVICE | Residency.DISK | Residency.HOST | Residency.RELEASED,
+    Residency.RELEASED: 0,
+}
+
+
+class Carrier(Protocol):
+    """Who has the bytes of a place, as far as a record is concerned: what exists while one engine is open."""
+
+    @property
+    def space(self) -> SpillSpace:
+        """Its files, and what is wrong with them."""
+
+    def is_in_host(self, record: Record) -> bool:
+        """Whether the bytes of a record are in the host tier."""
+
+    def forget_reads(self, record: Record, *, is_handed_over: bool) -> None:
+        """The reads of a record are over or of no use any more."""
+
+
+class Place(NamedTuple):
+    """Where one part of a record lies: its bytes from `start` on are piece `piece` of `write`, in `extent`."""
+
+    transport: Carrier
+    write: Write
+    piece: int
+    extent: Extent
+    start: int
+
+
+class Record:
+    """One offloaded storage range. Attributes belong to the store, which guards them with its lock."""
+
+    __slots__ = (
+        "arrivals",
+        "device",
+        "epoch",
+        "identity",
+        "index",
+        "is_lent",
+        "is_prefetched",
+        "is_unpacked",
+        "is_wanted",
+        "landing",
+        "nbytes",
+        "num_handles",
+        "num_unseen",
+        "pass_",
+        "places",
+        "prefers_host",
+        "probe",
+        "reads",
+        "residency",
+        "spec",
+        "start",
+        "storage",
+        "storage_nbytes",
+        "stream",
+        "version",
+        "weak",
+        "where",
+    )
+
+    def __init__(
+        self,
+        storage: torch.UntypedStorage,
+        identity: StorageWeakRef,
+        span: tuple[int, int],
+        device: Device,
+        pass_: Pass,
+    ) -> None:
+        """A record of bytes `span` of `storage`, which it holds until they are safe elsewhere."""
+        self.device = device
+        self.stream = device.current_stream()  # that last allocated, or used first, the memory that holds the bytes
+        self.storage: torch.UntypedStorage | None = storage
+        self.storage_nbytes: int = storage.nbytes()
+        self.identity = identity  # of the source, for as long as the record is filed under its address
+        self.weak = identity  # of the memory that last held the bytes: the source, or the latest reload
+        self.start, end = span
+        self.nbytes = end - self.start
+        self.version: int  # at the save, and
+        self.probe: torch.Tensor  # a tensor that shares the counter
+        self.residency = Residency.DEVICE
+        self.places: tuple[Place, ...] = ()
+        self.reads: tuple[Read, ...] = ()
+        self.landing: Allocation | None = None  # where reads under way put the bytes
+        self.arrivals: tuple[Read, ...] = ()  # reads of memory handed out, whose copies a stream may still run
+        self.pass_ = pass_
+        self.index = pass_.append(self)
+        self.spec: ViewSpec | None = None  # of the tensor it was made for, and where in the model: for messages
+        self.where = ""
+        self.num_handles = 0
+        self.epoch = 0  # grows with every reload
+        self.num_unseen = 0  # handles not unpacked since then
+        self.prefers_host = False  # goes to the host tier while there is room
+        self.is_wanted = False  # in memory or soon, and does not travel any more
+        self.is_unpacked = False  # backward has asked for it
+        self.is_prefetched = False
+        self.is_lent = False  # storage given to autograd and no longer held here
+
+    def move(self, residency: Residency) -> None:
+        """Changes the residency; an impossible change is a bug here, never the user's."""
+        assert residency & _NEXT[self.residency], f"{self}: {self.residency} -> {residency}"
+        self.residency = residency
+
+    def __repr__(self) -> str:
+        """``record 3 (float32[8, 512] of h.0.mlp), 16384 bytes``."""
+        return f"record {self.index} ({self.spec}{self.where}), {self.nbytes} bytes"
+
+
+class Resident:
+    """Handle of a saved tensor that stays in memory: keeps it, its version, and the account of held bytes."""
+
+    __slots__ = ("counters", "nbytes", "tensor", "version")
+
+    def __init__(self, tensor: torch.Tensor, nbytes: int, counters: Counters) -> None:
+        """Holds the tensor's memory, `nbytes` of which were added to `counters`."""
+        self.nbytes = nbytes  # first what `__del__` needs, should the rest raise
+        self.counters = counters
+        # A weight itself, as without hooks: ZeRO-3 frees a parameter's memory by giving it other data, and an alias
+        # would hold that memory. Of other tensors an alias: an operator's own output would keep its node alive.
+        is_plain_weight = type(tensor) is torch.nn.Parameter and tensor.is_leaf
+        self.tensor = tensor if is_plain_weight else tensor.detach()
+        self.version = tensor._version
+
+    def __del__(self) -> None:
+        """Takes the bytes off the account."""
+        self.counters.held_nbytes -= self.nbytes
+        self.counters.resident_nbytes -= self.nbytes
+
+
+class Handle:
+    """What autograd holds for one saved tensor that may travel. When it dies, the record learns of it."""
+
+    __slots__ = ("bereaved", "epoch", "probe", "record", "spec", "version")
+
+    def __init__(self, record: Record, spec: ViewSpec, probe: torch.Tensor, version: int, bereaved: Any) -> None:
+        """`bereaved(record, epoch)` is called when autograd lets go; it must not block."""
+        self.record = record
+        self.spec = spec
+        self.probe = probe
+        self.version = version
+        self.epoch = -1
+        self.bereaved = bereaved
+
+    def __del__(self) -> None:
+        """Runs on any thread, in the middle of anything: only leaves a note."""
+        self.bereaved((self.record, self.epoch))

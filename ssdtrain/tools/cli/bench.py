@@ -1,0 +1,117 @@
+"""`ssdtrain bench`: what can this drive do?"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from ssdtrain.io.directories import check_directories
+from ssdtrain.policy import parse_nbytes
+from ssdtrain.stats import nbytes_text
+from ssdtrain.tools.bench import Advice, Options, Report, advise, bench_drive
+from ssdtrain.tools.cli.ending import end, one_line
+
+_QUICK = Options(64 << 20, 1 << 30, 1.0, (1 << 20, 4 << 20), (1, 8), 1)
+_PIN_NBYTES = 256 << 20
+
+
+def bench(
+    directory: Annotated[Path, typer.Argument(help="Folder on the drive.")],
+    *,
+    size: Annotated[str, typer.Option(help="Size of the file.")] = "512MiB",
+    total: Annotated[str, typer.Option(help="Most that the sustained pass writes.")] = "16GiB",
+    seconds: Annotated[float, typer.Option(min=0.1, help="Most time that the sustained pass takes.")] = 20.0,
+    quick: Annotated[bool, typer.Option("--quick", help="A few seconds; rough numbers.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON and nothing else.")] = False,
+) -> None:
+    """Measure a drive through the engines that training uses, beside its own ceiling.
+
+    Writes up to --size and --total; leaves nothing behind. Exit code 1: the drive failed.
+    """
+    try:
+        options = _QUICK if quick else Options(_nbytes("--size", size), _nbytes("--total", total), seconds)
+        warnings = check_directories([str(directory)])
+    except (ValueError, OSError) as error:
+        end("bench", 2, one_line(error))
+    try:
+        report = _measure(str(directory), options)
+    except OSError as error:
+        end("bench", 1, str(error))
+    except KeyboardInterrupt:
+        end("bench", 130, "interrupted; nothing is left behind")
+    advice = advise(report)
+    copies = _copy_gbs()
+    if as_json:
+        speeds = {"steady_gbs": report.steady_gbs, "pinned_copy_gbs": copies, "warnings": warnings}
+        print(json.dumps(asdict(report) | asdict(advice) | speeds))
+    else:
+        _print(report, advice, copies, warnings)
+
+
+def _nbytes(option: str, text: str) -> int:
+    nbytes = parse_nbytes(text)
+    if not isinstance(nbytes, int) or nbytes < 8 << 20:
+        raise ValueError(f"Expected {option} of at least 8MiB, got {text!r}")
+    return nbytes
+
+
+def _measure(directory: str, options: Options) -> Report:
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+        return bench_drive(directory, options, lambda text, done: bar.update(task, description=text, completed=done))
+
+
+def _copy_gbs() -> dict[str, float]:
+    """GB/s between GPU and pinned memory; empty without a GPU."""
+    import torch  # seconds, which the other commands need not wait
+
+    if not torch.cuda.is_available():
+        return {}
+    host = torch.empty(_PIN_NBYTES, dtype=torch.uint8, pin_memory=True)
+    gpu = torch.empty(_PIN_NBYTES, dtype=torch.uint8, device="cuda")
+    speeds = {}
+    for name, target, source in (("out", host, gpu), ("in", gpu, host)):
+        target.copy_(source, non_blocking=True)
+        begin, finish = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(4):
+            target.copy_(source, non_blocking=True)
+        finish.record()
+        finish.synchronize()
+        speeds[name] = 4 * _PIN_NBYTES / 1e6 / begin.elapsed_time(finish)
+    return speeds
+
+
+def _print(report: Report, advice: Advice, copies: dict[str, float], warnings: list[str]) -> None:
+    console = Console(highlight=False)
+    for warning in warnings:
+        console.print(f"Warning: {warning}")
+    console.print(f"{report.directory}: engine {report.engine} ({report.engine_reason}); ceiling by {report.ceiling}")
+    table = Table("request", "depth", "write GB/s", "of ceiling", "read GB/s", "of ceiling", "write ms", "read ms")
+    for row in report.rows:
+        cells = (nbytes_text(row.request_nbytes), str(row.depth))
+        write = f"{row.write_gbs:.2f}", f"{row.write_gbs / row.write_ceiling_gbs:.0%}"
+        read = f"{row.read_gbs:.2f}", f"{row.read_gbs / row.read_ceiling_gbs:.0%}"
+        table.add_row(*cells, *write, *read, f"{1e3 * row.write_seconds:.2f}", f"{1e3 * row.read_seconds:.2f}")
+    console.print(table)
+    first = report.sustained_gbs[0] if report.sustained_gbs else 0.0
+    console.print(
+        f"written on and on, {nbytes_text(report.sustained_written_nbytes)}: {first:.2f} GB/s at first,"
+        f" {report.steady_gbs:.2f} GB/s in the long run; both ways at once {report.mixed_gbs:.2f} GB/s each"
+    )
+    for way, speed in copies.items():
+        console.print(f"copies {way} of GPU memory, pinned: {speed:.1f} GB/s")
+    console.print(
+        f"This drive hides {advice.hidden_gb_per_forward_second:.2f} GB of activations per second of forward:"
+        f" {advice.explanation}."
+    )
+    console.print(f"Settings: {json.dumps(advice.policy)}")

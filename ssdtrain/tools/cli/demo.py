@@ -1,0 +1,124 @@
+"""`ssdtrain demo`: the comparison that shows what it is about."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+
+from ssdtrain.io.directories import check_directories
+from ssdtrain.policy import ActivationPolicy, parse_nbytes
+from ssdtrain.tools.cli.ending import end, one_line
+from ssdtrain.tools.demo.compare import Comparison, LimitError, compare
+from ssdtrain.tools.demo.process import WorkerError
+from ssdtrain.tools.demo.report import ProgressLines, print_json, print_table
+from ssdtrain.tools.demo.settings import DEFAULT_POLICY, DemoSettings
+
+_FIELDS = ", ".join(ActivationPolicy.model_fields)
+_POLICY_HELP = f"One field of the policy, as FIELD=VALUE; repeatable. Fields: {_FIELDS}."
+_LIMIT_HELP = (
+    "Cap on the private memory each run may add for training, such as 1GiB; `auto` measures both runs first "
+    "and takes the middle. The plain run is expected to run out of memory, the other one to finish."
+)
+
+
+def demo(
+    *,
+    layers: Annotated[int, typer.Option(min=1, help="Transformer blocks.")] = DemoSettings.layers,
+    width: Annotated[int, typer.Option(min=1, help="Size of the residual stream.")] = DemoSettings.width,
+    heads: Annotated[int, typer.Option(min=1, help="Attention heads per block.")] = DemoSettings.heads,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = DemoSettings.batch,
+    sequence: Annotated[int, typer.Option(min=1, help="Bytes of text per sequence.")] = DemoSettings.sequence,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps, after 1 warm-up step.")] = DemoSettings.steps,
+    seed: Annotated[int, typer.Option(help="Seed of the weights and batches.")] = DemoSettings.seed,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of each run.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Text to train on.", show_default="Python's own sources")] = None,
+    directory: Annotated[
+        Path | None, typer.Option(help="Folder on the drive.", show_default="the current one, if writable")
+    ] = None,
+    policy: Annotated[list[str] | None, typer.Option(metavar="FIELD=VALUE", help=_POLICY_HELP)] = None,
+    memory_limit: Annotated[str | None, typer.Option(metavar="SIZE|auto", help=_LIMIT_HELP)] = None,
+    json_line: Annotated[bool, typer.Option("--json", help="End stdout with one line of JSON.")] = False,
+) -> None:
+    """Train a GPT without and with ssdtrain, step by step in turn, and compare memory, time and losses."""
+    try:
+        settings = DemoSettings(
+            directory=str(directory or _default_directory()),
+            layers=layers,
+            width=width,
+            heads=heads,
+            batch=batch,
+            sequence=sequence,
+            steps=steps,
+            seed=seed,
+            threads=threads,
+            data=str(data) if data else None,
+            policy=DEFAULT_POLICY | _parse_policy(policy or []),
+        )
+        limit = _parse_limit(memory_limit)
+        warnings = check_directories([settings.directory])
+    except (ValueError, OSError) as error:
+        _end(2, one_line(error))
+    comparison = _run(settings, limit, warnings)
+    print_table(comparison)
+    if json_line:
+        print_json(comparison)
+    if comparison.problem is not None:
+        _end(1, comparison.problem)
+
+
+def _run(settings: DemoSettings, memory_limit: int | Literal["auto"] | None, warnings: list[str]) -> Comparison:
+    """Runs the comparison and turns what goes wrong into a message and an exit code."""
+    try:
+        with ProgressLines() as progress:
+            for warning in warnings:
+                progress(f"Warning: {warning}")
+            return compare(settings, memory_limit=memory_limit, progress=progress, watcher=progress.show)
+    except WorkerError as failure:
+        if failure.kind == "usage":
+            _end(2, str(failure))
+        kind = failure.kind.replace("_", " ")
+        _end(1, f"the {failure.role} run failed ({kind}): {failure}\n{failure.detail}")
+    except LimitError as error:
+        _end(2, str(error))
+    except KeyboardInterrupt:
+        _end(130, "interrupted; both runs were ended.")
+
+
+def _parse_policy(pairs: list[str]) -> dict[str, Any]:
+    policy = dict(_parse_field(pair) for pair in pairs)
+    ActivationPolicy.of(policy)
+    return policy
+
+
+def _parse_field(pair: str) -> tuple[str, Any]:
+    name, equals, text = pair.partition("=")
+    if not equals:
+        raise ValueError(f"Expected --policy FIELD=VALUE, got {pair!r}. Fields: {_FIELDS}.")
+    try:
+        return name, json.loads(text.lower())
+    except json.JSONDecodeError:
+        return name, text
+
+
+def _parse_limit(text: str | None) -> int | Literal["auto"] | None:
+    if text is None:
+        return None
+    if text == "auto":
+        return "auto"
+    nbytes = parse_nbytes(text)
+    if not isinstance(nbytes, int) or nbytes < 1:
+        raise ValueError(f"Expected --memory-limit to be `auto` or a size such as 1GiB, got {text!r}.")
+    return nbytes
+
+
+def _default_directory() -> str:
+    return str(Path.cwd()) if os.access(Path.cwd(), os.W_OK) else tempfile.gettempdir()
+
+
+def _end(code: int, message: str) -> NoReturn:
+    end("demo", code, message)

@@ -1,0 +1,57 @@
+"""`ssdtrain doctor`: is this machine fit?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ssdtrain.tools.doctor import Finding, Verdict, examine
+
+_STYLES = {
+    Verdict.GOOD: "green",
+    Verdict.UNWISE: "yellow",
+    Verdict.BROKEN: "bold red",
+    Verdict.UNKNOWN: "dim",
+}
+
+
+def doctor(
+    directories: Annotated[
+        list[Path] | None, typer.Argument(help="Folders for spill files.", show_default="the current one")
+    ] = None,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON and nothing else.")] = False,
+) -> None:
+    """Tell whether this machine is fit, and what to do about what is not.
+
+    Exit code 0: fit, perhaps with remarks; 1: something is broken.
+    """
+    findings = examine([str(path) for path in directories or [Path.cwd()]])
+    verdicts = {verdict.value: sum(f.verdict is verdict for f in findings) for verdict in Verdict}
+    if as_json:
+        print(json.dumps({"verdicts": verdicts, "findings": [finding.as_dict() for finding in findings]}))
+    else:
+        _print(findings, verdicts)
+    raise typer.Exit(1 if verdicts["broken"] else 0)
+
+
+def _print(findings: list[Finding], verdicts: dict[str, int]) -> None:
+    console = Console(highlight=False)
+    area = ""
+    table = Table.grid(padding=(0, 2))
+    for finding in findings:
+        if finding.area != area:
+            area = finding.area
+            table.add_row(Text(area, style="bold"))
+        verdict = Text(finding.verdict.value, style=_STYLES[finding.verdict])
+        table.add_row(Text(f"  {finding.name}"), verdict, Text(finding.found))
+        if finding.remedy and finding.verdict is not Verdict.GOOD:
+            table.add_row("", "", Text(f"-> {finding.remedy}"))
+    console.print(table)
+    console.print(", ".join(f"{count} {name}" for name, count in verdicts.items() if count))

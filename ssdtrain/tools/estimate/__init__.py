@@ -1,0 +1,24 @@
+"""What a training run needs, before it runs: activation bytes, bandwidth to hide them, memory, drive life.
+
+Arithmetic only: no torch, no I/O. Sources: Korthikanti et al. 2022 (arXiv 2205.05198) for activation bytes, the
+SSDTrain paper (arXiv 2408.10013) for bandwidth and life.
+"""
+
+from ssdtrain.tools.estimate.drives import Drives
+from ssdtrain.tools.estimate.gpu import GPUS, Gpu
+from ssdtrain.tools.estimate.layer import layer_flops, layer_nbytes, layer_parameters
+from ssdtrain.tools.estimate.run import Estimate, estimate
+from ssdtrain.tools.estimate.shape import KINDS, Shape
+
+__all__ = [
+    "GPUS",
+    "KINDS",
+    "Drives",
+    "Estimate",
+    "Gpu",
+    "Shape",
+    "estimate",
+    "layer_flops",
+    "layer_nbytes",
+    "layer_parameters",
+]

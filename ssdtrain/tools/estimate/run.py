@@ -1,0 +1,117 @@
+"""A whole step on one GPU of the job, the one of the first pipeline stage, which holds most.
+
+[Note: the model of a step]
+A step computes forward once and backward twice as long. 1F1B keeps as many micro-batches alive on the first stage as
+there are stages. Offloading leaves two consecutive blocks in memory; what is written in a step is written while half of
+it passes (the paper's bandwidth), and read in the other half. Recomputing keeps the inputs of blocks and one block, and
+costs another forward. The mix sends what the drives take, and keeps the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ssdtrain.tools.estimate.drives import Drives
+from ssdtrain.tools.estimate.gpu import Gpu
+from ssdtrain.tools.estimate.layer import layer_flops, layer_nbytes, layer_parameters
+from ssdtrain.tools.estimate.shape import Shape
+
+_STATE_NBYTES = 12  # of Adam in mixed precision: master copy and two moments
+_GRADIENT_NBYTES = 4
+_RESIDENT_BLOCKS = 2
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Numbers per GPU; bytes and seconds."""
+
+    parameters: float
+    """Of the whole model."""
+    layer_nbytes: float
+    """Activations of one block and micro-batch, mean over blocks."""
+    step_nbytes: float
+    """Activations saved per step."""
+    forward_seconds: float
+    """Of one micro-batch."""
+    step_seconds: float
+    """Bubbles of the pipeline included."""
+    needed_bandwidth: float
+    """Bytes per second to write all activations in half of a step."""
+    hidden_share: float
+    """Of the activations: what the drives take without a wait."""
+    keep_nbytes: float
+    """Peak of activations when all stay,"""
+    recompute_nbytes: float
+    """when every block is recomputed,"""
+    offload_nbytes: float
+    """when all go to the drives, waiting where they must,"""
+    mix_nbytes: float
+    """and when as much goes as the drives take."""
+    recompute_cost: float
+    """Share of the step time that recomputing adds."""
+    offload_cost: float
+    """Share that waiting for the drives adds when all go."""
+    state_nbytes: float
+    """Parameters, gradients and optimizer state, the latter divided over data parallel ranks."""
+    written_bytes_per_second: float
+    """To the drives, with the mix, averaged over steps."""
+    life_days: float | None
+    price_per_day: float | None
+
+
+def estimate(shape: Shape, gpu: Gpu, drives: Drives, mfu: float = 0.4) -> Estimate:
+    """What a run needs.
+
+    Args:
+        shape: model and job.
+        gpu: each of its GPUs.
+        drives: those of one GPU.
+        mfu: share of the GPU's peak rate that training reaches.
+
+    Raises:
+        ValueError: `mfu` is not above 0 and at most 1.
+    """
+    if not 0 < mfu <= 1:
+        raise ValueError(f"Expected mfu above 0 and at most 1, got {mfu}")
+    blocks = shape.num_blocks / shape.pp
+    block_nbytes, block_flops, parameters = _mean_block(shape)
+    forward = blocks * block_flops / shape.tp / (gpu.flops * mfu)
+    bubble = (shape.micro_batches + shape.pp - 1) / shape.micro_batches
+    step = 3 * forward * shape.micro_batches * bubble
+    alive = min(shape.pp, shape.micro_batches)
+    saved = block_nbytes * blocks * shape.micro_batches
+    needed = saved / (step / 2)
+    share = min(1.0, drives.write_bandwidth / needed)
+    keep = block_nbytes * blocks * alive
+    resident = _RESIDENT_BLOCKS * block_nbytes
+    inputs = float(shape.element_nbytes * shape.sequence * shape.batch * shape.hidden)
+    inputs /= shape.tp if shape.is_sequence_parallel else 1
+    rate = saved * share / step
+    return Estimate(
+        parameters=parameters,
+        layer_nbytes=block_nbytes,
+        step_nbytes=saved,
+        forward_seconds=forward,
+        step_seconds=step,
+        needed_bandwidth=needed,
+        hidden_share=share,
+        keep_nbytes=keep,
+        recompute_nbytes=inputs * blocks * alive + block_nbytes,
+        offload_nbytes=min(keep, resident),
+        mix_nbytes=min(keep, keep * (1 - share) + resident),
+        recompute_cost=1 / 3,
+        offload_cost=max(0.0, needed / drives.write_bandwidth - 1),
+        state_nbytes=parameters / shape.tp / shape.pp * (2 + _GRADIENT_NBYTES + _STATE_NBYTES / shape.dp),
+        written_bytes_per_second=rate,
+        life_days=drives.life_days(rate),
+        price_per_day=drives.price_per_day(rate),
+    )
+
+
+def _mean_block(shape: Shape) -> tuple[float, float, float]:
+    """Bytes and operations of a block, mean over those of the model, and the model's parameters."""
+    kinds = (False, True) if shape.kind == "t5" else (False,)
+    nbytes = sum(layer_nbytes(shape, is_decoder=kind) for kind in kinds) / len(kinds)
+    flops = sum(layer_flops(shape, is_decoder=kind) for kind in kinds) / len(kinds)
+    weights = sum(layer_parameters(shape, is_decoder=kind) for kind in kinds) * shape.layers
+    return nbytes, flops, float(weights + shape.vocabulary * shape.hidden)

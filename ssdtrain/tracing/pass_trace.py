@@ -1,0 +1,140 @@
+"""The recorded forward pass: what was saved, in which order, and in which order backward asked for it.
+
+A pass is a run of saves not interrupted by backward. Two passes that saved the same sizes in the same order look the
+same; the order in which the earlier one was unpacked is then the best guess for the later one.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ssdtrain.tracing.step_trace import StepRecording, Traced
+
+_NUM_REMEMBERED = 16
+
+Signature = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A finished pass: sizes by position, and the positions in the order backward first asked for them."""
+
+    sizes: Signature
+    order: list[int]
+
+    @cached_property
+    def needed_nbytes(self) -> dict[int, int]:
+        """By position: bytes backward had asked for, this one included; what it never asked for comes last."""
+        total, needed = 0, dict.fromkeys(range(len(self.sizes)), sum(self.sizes))
+        for index in self.order:
+            total += self.sizes[index]
+            needed[index] = total
+        return needed
+
+
+class Pass:
+    """Records of one forward pass by position, and the positions in the order backward first asked for them."""
+
+    __slots__ = (
+        "_finished",
+        "cursor",
+        "expected",
+        "is_closed",
+        "num_live",
+        "number",
+        "order",
+        "places",
+        "rank",
+        "records",
+        "sizes",
+        "step",
+        "unpacked",
+    )
+
+    def __init__(
+        self, finished: Callable[[Pass], None], step: StepRecording, expected: Recording | None = None
+    ) -> None:
+        """An open pass of `step`; the first unpack closes it. `finished` is called when its last record is released.
+
+        `expected`: the pass this one may be like; forgotten when it turns out not to be.
+        """
+        self._finished = finished
+        self.step = step
+        self.number = step.begin_pass()
+        self.places: list[int] = []  # of its records in the step
+        self.expected = expected
+        self.records: list[Traced | None] = []
+        self.sizes: list[int] = []
+        self.unpacked: list[int] = []
+        self.num_live = 0
+        self.is_closed = False
+        self.order: list[int] = []  # predicted, set by the schedule when the pass is closed
+        self.rank: dict[int, int] = {}
+        self.cursor = 0  # first place in `order` whose reload was not begun
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether nothing that is noted here can be relied on."""
+        return self.step.is_abandoned
+
+    @property
+    def is_open(self) -> bool:
+        """Whether another record of the same forward belongs here."""
+        return not self.is_closed and not self.is_abandoned
+
+    def append(self, record: Traced) -> int:
+        """Adds a record; its position."""
+        self.records.append(record)
+        self.places.append(self.step.save(record, self.number))
+        self.sizes.append(record.nbytes)
+        self.num_live += 1
+        index = len(self.records) - 1
+        if self.expected is not None and self.expected.sizes[index : index + 1] != (record.nbytes,):
+            self.expected = None
+        return index
+
+    def remove(self, index: int) -> None:
+        """Forgets a released record."""
+        self.records[index] = None
+        self.num_live -= 1
+        if self.num_live == 0:
+            self.is_closed = True
+            self._finished(self)
+        self.step.release(self.places[index])
+
+    @property
+    def signature(self) -> Signature:
+        """What makes two passes look the same."""
+        return tuple(self.sizes)
+
+
+class History:
+    """Unpack orders of the latest passes, by signature."""
+
+    def __init__(self) -> None:
+        """Empty."""
+        self._recordings: OrderedDict[Signature, Recording] = OrderedDict()
+
+    @property
+    def latest(self) -> Recording | None:
+        """The pass that finished last."""
+        return next(reversed(self._recordings.values()), None)
+
+    def learn(self, finished: Pass) -> None:
+        """Remembers how a pass was unpacked; one that backward never used teaches nothing."""
+        if finished.unpacked:
+            key = finished.signature
+            self._recordings[key] = Recording(key, finished.unpacked)
+            self._recordings.move_to_end(key)
+            if len(self._recordings) > _NUM_REMEMBERED:
+                self._recordings.popitem(last=False)
+
+    def order_of(self, signature: Signature) -> list[int] | None:
+        """The order in which the last pass of this signature was unpacked."""
+        found = self._recordings.get(signature)
+        return found.order if found is not None else None
