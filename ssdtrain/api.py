@@ -11,6 +11,7 @@ import torch
 
 from ssdtrain.activations.offload import ActivationOffload
 from ssdtrain.io.directories import check_directories
+from ssdtrain.io.paths import absolute_directories, absolute_path
 from ssdtrain.optimizer.optimizer import OffloadedOptimizer
 from ssdtrain.parameters.offload import ParameterOffload
 from ssdtrain.policy import ActivationPolicy, OptimizerPolicy, ParameterPolicy, StatePolicy
@@ -63,10 +64,10 @@ def offload_activations(
     """
     chosen = ActivationPolicy.of(policy)
     if record is not None:
-        chosen = chosen.model_copy(update={"record": os.fspath(record)})
+        chosen = chosen.model_copy(update={"record": absolute_path(record, "a file for the record")})
     if isinstance(directory, ParameterOffload | OffloadedOptimizer):
         return _join(directory.vault, chosen, model)
-    return ActivationOffload(None if directory is None else _paths(directory), chosen, model)
+    return ActivationOffload(None if directory is None else absolute_directories(directory), chosen, model)
 
 
 def _join(vault: Vault, policy: ActivationPolicy, model: torch.nn.Module | None) -> ActivationOffload:
@@ -179,14 +180,9 @@ def _vault(directory: Directories | ParameterOffload | OffloadedOptimizer | None
     """A new one on a drive, or that of another offload."""
     if isinstance(directory, ParameterOffload | OffloadedOptimizer):
         return directory.vault.share()
-    paths = _paths(directory) if directory is not None else []
+    paths = absolute_directories(directory) if directory is not None else []
     unwise = check_directories(paths) if paths else []
     vault = Vault(paths, policy)
     for text in unwise:
         vault.note(text)
     return vault
-
-
-def _paths(directory: Directories) -> list[str]:
-    several = [directory] if isinstance(directory, str | os.PathLike) else directory
-    return [os.fspath(path) for path in several]

@@ -14,6 +14,7 @@ import difflib
 import os
 import re
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -24,23 +25,40 @@ for _power, _letter in enumerate("kmgt", start=1):
     _UNITS |= {f"{_letter}b": 1000**_power, f"{_letter}ib": 1024**_power, _letter: 1024**_power}
 
 MIN_STAGING_NBYTES = 64 * 1024
+MAX_NBYTES = 1 << 63
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*")
+_MAX_DIGITS = 19  # of a number below `MAX_NBYTES`
+_MAX_SHOWN = 80
+_MAX_SECONDS = 1e9  # 31 years; clocks overflow beyond
 
 
 def parse_nbytes(value: object) -> object:
     """Turns ``"16MiB"``, ``"1.5 GB"`` or a whole number into bytes; anything else goes on to pydantic.
 
     Raises:
-        ValueError: a text that is not a size.
+        ValueError: a text that is not a size, or a size that no file or memory can have.
     """
-    if isinstance(value, bool):
+    if isinstance(value, bool | bytes | bytearray):
         raise ValueError(f"Expected a size such as 1048576 or '16MiB', got {value!r}")
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value)
+    if isinstance(value, str):
+        value = _nbytes_of(value)
+    if isinstance(value, int | float) and abs(value) >= MAX_NBYTES:
+        got = f"{value:.3g} bytes" if isinstance(value, float) else f"a number of {value.bit_length()} bits"
+        raise ValueError(f"Expected a size below 8EiB (2**63 bytes), got {got}")
+    return value
+
+
+def _nbytes_of(text: str) -> int:
+    """Exactly, rounded down to whole bytes."""
+    match = _SIZE.fullmatch(text)
     factor = _UNITS.get(match[2].lower()) if match else None
     if match is None or factor is None:
-        raise ValueError(f"Expected a size such as 1048576, '64KiB', '16MiB' or '1.5GB', got {value!r}")
-    return int(float(match[1]) * factor)
+        shown = text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+        raise ValueError(f"Expected a size such as 1048576, '64KiB', '16MiB' or '1.5GB', got {shown!r}")
+    whole, _, fraction = match[1].partition(".")
+    if len(whole.lstrip("0")) > _MAX_DIGITS:
+        raise ValueError(f"Expected a size below 8EiB (2**63 bytes), got one of {len(whole)} digits")
+    return int(Decimal(f"{whole}.{fraction[:_MAX_DIGITS]}") * factor)
 
 
 Nbytes = Annotated[int, BeforeValidator(parse_nbytes)]
@@ -134,7 +152,7 @@ class ActivationPolicy(_Policy):
     """Who executes the file requests. ``"auto"`` takes the first that works on this machine and says why. ``"kvikio"``
     (``pip install "ssdtrain[gds]"``) moves GPU memory past the host where GPUDirect Storage is real."""
 
-    io_timeout_seconds: float = Field(default=60.0, gt=0)
+    io_timeout_seconds: float = Field(default=60.0, gt=0, le=_MAX_SECONDS, allow_inf_nan=False)
     """A request the drive has not answered for so long is reported, its directory not used any more, and nobody waits
     for it any longer: tensors stay in memory, and backward raises an error for bytes that are nowhere else."""
 
@@ -208,7 +226,7 @@ class StatePolicy(_Policy):
     engine: Literal["auto", "io_uring", "threads", "python", "kvikio"] = "auto"
     """Who executes the file requests; see `ActivationPolicy.engine`."""
 
-    io_timeout_seconds: float = Field(default=60.0, gt=0)
+    io_timeout_seconds: float = Field(default=60.0, gt=0, le=_MAX_SECONDS, allow_inf_nan=False)
     """A request the drive has not answered for so long raises an error that names the tensor."""
 
     checksum: bool = True

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Sequence
 
 from ssdtrain.activations.writeback import Store
+from ssdtrain.io.paths import absolute_path
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.run_log import Recorder
 from ssdtrain.run_log.place import record_path
@@ -34,7 +35,7 @@ class Watch:
             return
         path = record_path(policy.record) if policy.record is not None else None
         if path is not None:
-            self._recorder = Recorder(path, policy, directories)
+            self._recorder = Recorder(absolute_path(path, "a file for the record"), policy, directories)
             store.journal = self._recorder.journal
             self._add(self._recorder)
             weakref.finalize(self, self._recorder.close)

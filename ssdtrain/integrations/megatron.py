@@ -33,6 +33,7 @@ from ssdtrain.activations.offload import ActivationOffload
 from ssdtrain.api import offload_activations
 from ssdtrain.integrations import TESTED_VERSIONS, check_version
 from ssdtrain.integrations.arguments import add_arguments, asked_for, fill_in
+from ssdtrain.io.paths import absolute_directories
 from ssdtrain.policy import ActivationPolicy
 
 __all__ = ["add_arguments", "offload_schedule", "wrap_forward_step"]
@@ -323,10 +324,9 @@ def offload_schedule(
     """
     _require_megatron()
     rank = _Rank()
-    several = [directory] if isinstance(directory, str | os.PathLike) else directory
     with rank.noting_errors():
         _check_schedule(schedule)
-        rank.open(several, ActivationPolicy.of(policy))
+        rank.open(absolute_directories(directory), ActivationPolicy.of(policy))
     rank.agree()
     return _Schedule(schedule, rank)
 

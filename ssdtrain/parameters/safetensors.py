@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ssdtrain.io.paths import absolute_path
 from ssdtrain.parameters.offload import homes_of
 
 _INDEX = "model.safetensors.index.json"
@@ -47,7 +48,7 @@ def load_safetensors(module: torch.nn.Module, path: str | os.PathLike[str], *, s
         >>> ssdtrain.offload_parameters(model, "/mnt/nvme")
         >>> ssdtrain.load_safetensors(model, "model.safetensors")
     """
-    files = _files(Path(path))
+    files = _files(Path(absolute_path(path, "a safetensors checkpoint")))
     wanted = _tensors(module)
     names = _aliases(wanted)
     missing = [name for name, others in names.items() if not any(other in files for other in others)]
@@ -94,6 +95,7 @@ def save_safetensors(
     Example:
         >>> ssdtrain.save_safetensors(model, "model.safetensors", {"step": "1000"})
     """
+    path = absolute_path(path, "a safetensors file")
     every = _tensors(module)
     for home in homes_of(every.values()):
         home.check_whole()
@@ -108,7 +110,7 @@ def save_safetensors(
         start = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    partial = Path(f"{os.fspath(path)}.partial")
+    partial = Path(f"{path}.partial")
     try:
         with partial.open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)

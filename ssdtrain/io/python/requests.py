@@ -5,6 +5,7 @@ Public methods are the owner's; those with an underscore are the engine's and ne
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import threading
@@ -51,8 +52,13 @@ class Pool:
         self.slab_nbytes = slab_nbytes
         self.num_slabs = num_slabs
         self.peak_nbytes = 0
+        nbytes = num_slabs * slab_nbytes
+        try:
+            memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, MemoryError) as error:
+            text = f"Expected {nbytes} bytes of memory for staging, got {os.strerror(errno.ENOMEM)}; lower the size"
+            raise OSError(errno.ENOMEM, text) from error
         self.free = list(range(num_slabs))
-        memory = mmap.mmap(-1, num_slabs * slab_nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with suppress(OSError):
             memory.madvise(mmap.MADV_DONTFORK)
         self._view = memoryview(memory)

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from ssdtrain.io.directories import check_directories
+from ssdtrain.io.paths import absolute_directories
 from ssdtrain.policy import parse_nbytes
 from ssdtrain.stats import nbytes_text
 from ssdtrain.tools.bench import Advice, Options, Report, advise, bench_drive
@@ -37,11 +38,12 @@ def bench(
     """
     try:
         options = _QUICK if quick else Options(_nbytes("--size", size), _nbytes("--total", total), seconds)
-        warnings = check_directories([str(directory)])
+        (path,) = absolute_directories(directory)
+        warnings = check_directories([path])
     except (ValueError, OSError) as error:
         end("bench", 2, one_line(error))
     try:
-        report = _measure(str(directory), options)
+        report = _measure(path, options)
     except OSError as error:
         end("bench", 1, str(error))
     except KeyboardInterrupt:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from ssdtrain.io.directories import check_directories
+from ssdtrain.io.paths import absolute_path
 from ssdtrain.policy import ActivationPolicy, parse_nbytes
 from ssdtrain.tools.cli.ending import end, one_line
 from ssdtrain.tools.demo.compare import Comparison, LimitError, compare
@@ -47,7 +48,7 @@ def demo(
     """Train a GPT without and with ssdtrain, step by step in turn, and compare memory, time and losses."""
     try:
         settings = DemoSettings(
-            directory=str(directory or _default_directory()),
+            directory=absolute_path(directory or _default_directory(), "a directory"),
             layers=layers,
             width=width,
             heads=heads,

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ssdtrain.io.paths import absolute_directories
+from ssdtrain.tools.cli.ending import end
 from ssdtrain.tools.doctor import Finding, Verdict, examine
 
 _STYLES = {
@@ -30,9 +32,13 @@ def doctor(
 ) -> None:
     """Tell whether this machine is fit, and what to do about what is not.
 
-    Exit code 0: fit, perhaps with remarks; 1: something is broken.
+    Exit code 0: fit, perhaps with remarks; 1: something is broken; 2: a path that cannot be used.
     """
-    findings = examine([str(path) for path in directories or [Path.cwd()]])
+    try:
+        paths = absolute_directories(directories or Path.cwd())
+    except ValueError as error:
+        end("doctor", 2, str(error))
+    findings = examine(paths)
     verdicts = {verdict.value: sum(f.verdict is verdict for f in findings) for verdict in Verdict}
     if as_json:
         print(json.dumps({"verdicts": verdicts, "findings": [finding.as_dict() for finding in findings]}))
