@@ -1,29 +1,22 @@
 """Safetensors in and out, one tensor after the other: the whole is never in memory.
 
-The package `safetensors` reads; it cannot write without holding everything, so the few bytes of its format are written
-here: the length of a JSON header, the header, the tensors (https://huggingface.co/docs/safetensors).
+Knows modules and offloaded parameters; what the files look like is known to `safetensors_format`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ssdtrain.io.paths import absolute_path
+from ssdtrain.io.replacing import replacing
 from ssdtrain.parameters.offload import homes_of
-
-_INDEX = "model.safetensors.index.json"
-_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+from ssdtrain.parameters.safetensors_format import check_entry, files_of, header_of, opened
 
 
 def load_safetensors(module: torch.nn.Module, path: str | os.PathLike[str], *, strict: bool = True) -> None:
@@ -40,7 +33,8 @@ def load_safetensors(module: torch.nn.Module, path: str | os.PathLike[str], *, s
     Raises:
         ImportError: the package safetensors is not installed.
         FileNotFoundError: there is no such checkpoint.
-        ValueError: names or shapes do not fit, or a buffer on the meta device is not in the checkpoint.
+        ValueError: a file or the index of several is malformed, names or shapes do not fit, or a buffer on the meta
+            device is not in the checkpoint; the module is as it was.
 
     Example:
         >>> with torch.device("meta"):
@@ -48,7 +42,7 @@ def load_safetensors(module: torch.nn.Module, path: str | os.PathLike[str], *, s
         >>> ssdtrain.offload_parameters(model, "/mnt/nvme")
         >>> ssdtrain.load_safetensors(model, "model.safetensors")
     """
-    files = _files(Path(absolute_path(path, "a safetensors checkpoint")))
+    files = files_of(Path(absolute_path(path, "a safetensors checkpoint")))
     wanted = _tensors(module)
     names = _aliases(wanted)
     missing = [name for name, others in names.items() if not any(other in files for other in others)]
@@ -67,13 +61,13 @@ def load_safetensors(module: torch.nn.Module, path: str | os.PathLike[str], *, s
         )
     found = {name: next((other for other in others if other in files), None) for name, others in names.items()}
     with contextlib.ExitStack() as stack:
-        opened = {file: stack.enter_context(_open(file)) for file in set(files.values())}
+        readers = {file: stack.enter_context(opened(file)) for file in set(files.values())}
         for name, other in found.items():
             if other is not None:
-                _check_shape(name, wanted[name], opened[files[other]].get_slice(other).get_shape())
+                check_entry(readers[files[other]], files[other], other, list(wanted[name].shape), name)
         for name, other in found.items():
             if other is not None:
-                _fill(module, name, wanted[name], opened[files[other]].get_tensor(other))
+                _fill(module, name, wanted[name], readers[files[other]].get_tensor(other))
 
 
 def save_safetensors(
@@ -81,15 +75,19 @@ def save_safetensors(
 ) -> None:
     """Writes a module's state dict to a safetensors file, one tensor at a time.
 
-    The file appears when it is complete. A tensor with several names is written once, under the first.
+    The file takes the place of an older one when it is complete and flushed: whenever the process is killed, one of the
+    two is there. Of several processes that save to one path, each writes a whole file; the last one's stays, and those
+    that met say so in a warning: save on one rank. A tensor with several names is written once, under the first.
 
     Args:
         module: offloaded or not.
-        path: the file; an older one is replaced.
+        path: the file; an older one is replaced, a link is followed.
         metadata: texts for the header.
 
     Raises:
-        ValueError: a dtype that safetensors does not have.
+        ValueError: it could not be read back: a dtype or a kind of tensor that safetensors does not have, metadata that
+            is no text, extra state of a module; nothing was written.
+        FileExistsError: what is at the path is no regular file.
         OSError: the file cannot be written.
 
     Example:
@@ -99,33 +97,41 @@ def save_safetensors(
     every = _tensors(module)
     for home in homes_of(every.values()):
         home.check_whole()
+    _check_complete(module, every)
     tensors = {name: every[name] for name in _aliases(every)}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    start = 0
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _NAMES:
-            raise ValueError(f"Expected dtypes that safetensors has, got {tensor.dtype} of {name}")
-        end = start + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    partial = Path(f"{path}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for tensor in tensors.values():
-                with _in_memory(module, tensor):
-                    file.write(_bytes_of(tensor))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    header = header_of(tensors, metadata or {})
+    with replacing(path) as file:
+        file.write(header)
+        for tensor in tensors.values():
+            with _in_memory(module, tensor):
+                file.write(_bytes_of(tensor))
+
+
+def _check_complete(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """What has no bytes, or has state beside its tensors, would be lost without a word."""
+    empty = [name for name, tensor in tensors.items() if tensor.is_meta and not homes_of([tensor])]
+    if empty:
+        raise ValueError(
+            f"Expected tensors with values, got {_some(empty)} on the meta device: load a checkpoint first"
+        )
+    extra = [
+        name or type(owner).__name__
+        for name, owner in module.named_modules()
+        if type(owner).get_extra_state is not torch.nn.Module.get_extra_state and not _is_empty(owner.get_extra_state())
+    ]
+    if extra:
+        raise ValueError(
+            f"Expected modules with tensors only, got extra state of {_some(extra)}, for which safetensors has no "
+            "place: save state_dict() with torch.save"
+        )
+
+
+def _is_empty(extra: Any) -> bool:
+    return not extra.numel() if isinstance(extra, torch.Tensor) else extra is None
 
 
 def _bytes_of(tensor: torch.Tensor) -> Any:
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    flat = tensor.detach().cpu().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
     return flat.numpy().data
 
 
@@ -147,11 +153,6 @@ def _aliases(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
     return {names[0]: names for names in by_id.values()}
 
 
-def _check_shape(name: str, tensor: torch.Tensor, shape: list[int]) -> None:
-    if list(tensor.shape) != list(shape):
-        raise ValueError(f"Expected {name} of shape {list(tensor.shape)}, got {list(shape)} in the checkpoint")
-
-
 def _fill(module: torch.nn.Module, name: str, tensor: torch.Tensor, value: torch.Tensor) -> None:
     homes = homes_of([tensor])
     if homes:
@@ -170,28 +171,6 @@ def _fill(module: torch.nn.Module, name: str, tensor: torch.Tensor, value: torch
 def _in_memory(module: torch.nn.Module, tensor: torch.Tensor) -> contextlib.AbstractContextManager[None]:
     homes = homes_of([tensor])
     return homes[0].in_memory([tensor], to_change=False) if homes else contextlib.nullcontext()
-
-
-def _files(path: Path) -> dict[str, Path]:
-    """Which file has each name."""
-    if path.is_dir():
-        path = next((p for p in (path / _INDEX, path / "model.safetensors") if p.exists()), path / "model.safetensors")
-    if not path.exists():
-        raise FileNotFoundError(f"Expected a safetensors checkpoint, got nothing at {path}")
-    if path.suffix == ".json":
-        return {name: path.parent / file for name, file in json.loads(path.read_text())["weight_map"].items()}
-    with _open(path) as file:
-        return dict.fromkeys(file.keys(), path)
-
-
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    try:
-        from safetensors import safe_open
-    except ImportError as error:
-        raise ImportError('Expected the package safetensors: pip install "ssdtrain[safetensors]"') from error
-    with safe_open(path, framework="pt") as file:
-        yield file
 
 
 def _some(names: list[str]) -> str:
