@@ -24,7 +24,7 @@ from ssdtrain.devices.cuda import _CudaMoment
 from ssdtrain.devices.simulated import SimulatedDevice
 from ssdtrain.planner import Machine, Plan, Tier, Where
 from ssdtrain.scheduling.replanner import Adaptation, Measured
-from ssdtrain.tracing.device_trace import DeviceTiming, _ComputeClock
+from ssdtrain.tracing.device_trace import DeviceTrace, _ComputeClock
 
 pytest.importorskip("ssdtrain._C", reason="an accelerator needs the extension")
 
@@ -178,9 +178,9 @@ def test_the_device_says_when_it_waited(
 def test_once_there_is_a_plan_few_steps_are_timed(
     make_offload: MakeOffload, device: SimulatedDevice | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    timings: list[DeviceTiming] = []
-    init = DeviceTiming.__init__
-    monkeypatch.setattr(DeviceTiming, "__init__", lambda self, of: (timings.append(self), init(self, of))[1])
+    timings: list[DeviceTrace] = []
+    init = DeviceTrace.__init__
+    monkeypatch.setattr(DeviceTrace, "__init__", lambda self, of: (timings.append(self), init(self, of))[1])
     _, step = gpt()
     with make_offload(**AUTO) as offload:
         assert planned(offload, step) is not None
@@ -224,7 +224,7 @@ def test_nobody_waits_for_a_device_that_is_behind(
 @pytest.mark.simulated_only
 def test_waits_are_not_compute_time(device: SimulatedDevice | None) -> None:
     assert device is not None
-    timing = DeviceTiming(device)
+    timing = DeviceTrace(device)
     timing.save()
     began = timing.mark()
     device.synchronize()
@@ -372,12 +372,12 @@ def test_an_accelerator_that_must_not_be_asked(
         assert step.timing is None and moments
         monkeypatch.undo()
 
-        def refuse(_: DeviceTiming) -> bool:
+        def refuse(_: DeviceTrace) -> bool:
             raise RuntimeError("operation not permitted on an event last recorded in a capturing stream")
 
         _, step_of_gpt = gpt()
         with monkeypatch.context() as patch:
-            patch.setattr(DeviceTiming, "is_over", property(refuse))
+            patch.setattr(DeviceTrace, "is_over", property(refuse))
             for _ in range(3):
                 step_of_gpt()[0].item()
         assert any("not permitted" in text for text in offload.stats.fallbacks)

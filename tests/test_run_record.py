@@ -29,7 +29,7 @@ from ssdtrain.run_log.format import first_line, pack
 from ssdtrain.run_log.place import record_path
 from ssdtrain.stats import Counters
 from ssdtrain.tracing.events import FinishedStep
-from ssdtrain.tracing.step_trace import StepRecording
+from ssdtrain.tracing.step_trace import StepTrace
 
 MIB = 1 << 20
 
@@ -237,7 +237,7 @@ def test_a_step_that_never_ends_does_not_fill_memory(tmp_path: Path, monkeypatch
 def made_up_run(path: Path, num_steps: int, *, limit: int, num_records: int = 50) -> Run:
     """A record of steps that nobody trained."""
     recorder = Recorder(str(path), ssdtrain.ActivationPolicy(record_nbytes=limit), [])
-    recording = StepRecording(Counters(), lambda step: None)
+    recording = StepTrace(Counters(), lambda step: None)
     lives = tuple(
         Lifetime(MIB + i * 4096, i * 1e-3, 0.1 - i * 1e-3, 0.101 - i * 1e-3, 0, f"blocks.{i}")
         for i in range(num_records)

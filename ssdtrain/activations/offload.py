@@ -49,7 +49,7 @@ from ssdtrain.store.identity import (
 from ssdtrain.store.record import Handle, Record, Resident
 from ssdtrain.store.saved_tensors import innermost_hooks, is_resized, modified, widen
 from ssdtrain.tracing.events import Callback
-from ssdtrain.tracing.pass_trace import Pass
+from ssdtrain.tracing.pass_trace import PassTrace
 
 _sequence_number = torch._C._autograd._get_sequence_nr
 _graph_task = torch._C._current_graph_task_id
@@ -63,7 +63,7 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.pending: list[Record] = []  # saved by an operator that may not be over
         self.sequence_number = -1
-        self.pass_: Pass | None = None
+        self.pass_: PassTrace | None = None
         self.entered: list[saved_tensors_hooks] = []
 
 

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, cast
 
 from ssdtrain.scheduling.replanner import Adaptation, Measured
 from ssdtrain.tracing.events import FinishedStep
-from ssdtrain.tracing.pass_trace import History, Pass
-from ssdtrain.tracing.step_trace import StepRecording, Surroundings
+from ssdtrain.tracing.pass_trace import History, PassTrace
+from ssdtrain.tracing.step_trace import StepTrace, Surroundings
 
 if TYPE_CHECKING:
     from ssdtrain.devices.base import Moment
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ssdtrain.scheduling.plan_cursor import Route
     from ssdtrain.stats import Counters
     from ssdtrain.store.record import Record
-    from ssdtrain.tracing.device_trace import DeviceTiming, Times
+    from ssdtrain.tracing.device_trace import DeviceTrace, Times
 
 _MOST_UNTIMED = 6  # steps in a row of an accelerator, once there is a plan
 _MAX_UNDER_WAY = 4  # steps that an accelerator may be behind; of more nothing is learned
@@ -44,8 +44,8 @@ _MAX_UNDER_WAY = 4  # steps that an accelerator may be behind; of more nothing i
 class _UnderWay:
     """A step that the host is done with and an accelerator perhaps not."""
 
-    recording: StepRecording
-    timing: DeviceTiming
+    recording: StepTrace
+    timing: DeviceTrace
     end: Moment
     measured: Measured
     totals: Counters
@@ -68,9 +68,9 @@ class Schedule:
         self._num_since_told = 0  # steps, since the adaptation was told of one
         self._remarks: list[str] = []
         self._step = self._new_step()
-        self._passes: list[Pass] = []  # of the step
+        self._passes: list[PassTrace] = []  # of the step
         self._under_way: deque[_UnderWay] = deque()
-        self._finished: StepRecording | None = None  # and not reviewed
+        self._finished: StepTrace | None = None  # and not reviewed
         self._followed: Plan | None = None  # to its end
         self._stalled_before = 0.0  # seconds, until the running step began
         self._route: Route | None = None
@@ -82,23 +82,23 @@ class Schedule:
 
     # -- steps and passes ------------------------------------------------------------------------------------------
 
-    def new_pass(self) -> Pass:
+    def new_pass(self) -> PassTrace:
         """A pass that will teach its order when its last record is released."""
         if self._step.is_over:
             self._step, self._passes = self._new_step(), []
         if not self._passes:
             self._take(self._adaptation.latest if self._adaptation is not None else None)
-        self._passes.append(Pass(self._history.learn, self._step, self._history.latest))
+        self._passes.append(PassTrace(self._history.learn, self._step, self._history.latest))
         return self._passes[-1]
 
-    def _new_step(self) -> StepRecording:
+    def _new_step(self) -> StepTrace:
         """See [Note: steps of an accelerator]."""
         adaptation = self._adaptation
         self._num_untimed -= 1
         is_timed = adaptation is not None and (adaptation.latest is None or self._num_untimed < 0)
         if is_timed:
             self._num_untimed = self._lot.randint(0, _MOST_UNTIMED)
-        return StepRecording(self._surroundings, self._end_step, is_timed=is_timed)
+        return StepTrace(self._surroundings, self._end_step, is_timed=is_timed)
 
     def start_afresh(self) -> None:
         """Gives the running step up; what is being saved from here on belongs to another."""
@@ -111,7 +111,7 @@ class Schedule:
         self._step.timing = None
         self._under_way.clear()
 
-    def _end_step(self, step: StepRecording) -> None:
+    def _end_step(self, step: StepTrace) -> None:
         adaptation, route = self._adaptation, self._route
         if self.is_watched or (adaptation is not None and step.is_complete):
             self._finished = step
@@ -190,7 +190,7 @@ class Schedule:
             counters.measured_peak_nbytes, counters.measured_step_seconds = measured.peak_nbytes, measured.seconds
         return finished
 
-    def _review_later(self, recording: StepRecording, measured: Measured, totals: Counters) -> None:
+    def _review_later(self, recording: StepTrace, measured: Measured, totals: Counters) -> None:
         """See [Note: steps of an accelerator]."""
         self._num_since_told += 1
         end, timing = recording.mark(), recording.timing
@@ -263,7 +263,7 @@ class Schedule:
 
     # -- what comes back -------------------------------------------------------------------------------------------
 
-    def begin_backward(self, pass_: Pass) -> None:
+    def begin_backward(self, pass_: PassTrace) -> None:
         """Closes a pass at its first unpack and predicts its order."""
         pass_.is_closed = True
         pass_.order = self._history.order_of(pass_.signature) or list(range(len(pass_.records) - 1, -1, -1))
@@ -296,7 +296,7 @@ class Schedule:
         if route is not None and pass_.step is self._step and place < len(route.shape):
             self._horizon = max(self._horizon, route.next_after_need(place))
 
-    def upcoming(self, pass_: Pass) -> Iterator[Record]:
+    def upcoming(self, pass_: PassTrace) -> Iterator[Record]:
         """Records to reload next, soonest first. The caller asks for one more only after it began the last one."""
         if self._route is not None and pass_.step is self._step and not self._is_lost:
             return self.due()
@@ -322,7 +322,7 @@ class Schedule:
                 self.begin_backward(pass_)
             yield from self._next_of(pass_)
 
-    def _next_of(self, pass_: Pass) -> Iterator[Record]:
+    def _next_of(self, pass_: PassTrace) -> Iterator[Record]:
         order = pass_.order
         while (cursor := pass_.cursor) < len(order):  # read once: another thread may walk the same graph
             record = cast("Record | None", pass_.records[order[cursor]])

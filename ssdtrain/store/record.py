@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ssdtrain.io.engine import Read, Write
     from ssdtrain.io.space import Extent, SpillSpace
     from ssdtrain.stats import Counters
-    from ssdtrain.tracing.pass_trace import Pass
+    from ssdtrain.tracing.pass_trace import PassTrace
 
 
 class Residency(enum.IntEnum):
@@ -113,7 +113,7 @@ class Record:
         identity: StorageWeakRef,
         span: tuple[int, int],
         device: Device,
-        pass_: Pass,
+        pass_: PassTrace,
     ) -> None:
         """A record of bytes `span` of `storage`, which it holds until they are safe elsewhere."""
         self.device = device

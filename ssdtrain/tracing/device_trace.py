@@ -27,7 +27,7 @@ from ssdtrain.devices.base import Accelerator, Moment
 _INSTANT = 2e-5  # seconds
 
 
-class DeviceTiming:
+class DeviceTrace:
     """Moments of one step on one accelerator, by place.
 
     Threads may mark at once; those that use one stream may make `is_over` say yes too early, and `times` raise.

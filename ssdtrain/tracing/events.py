@@ -14,7 +14,7 @@ from ssdtrain.stats import Counters, Stats, progress_line
 
 if TYPE_CHECKING:
     from ssdtrain.planner import Plan, Step
-    from ssdtrain.tracing.step_trace import StepRecording
+    from ssdtrain.tracing.step_trace import StepTrace
 
 logger = logging.getLogger("ssdtrain")
 
@@ -26,7 +26,7 @@ Callback = Callable[[int, Stats], None]
 class FinishedStep:
     """One step that is over."""
 
-    recording: StepRecording
+    recording: StepTrace
     """Whose step it is."""
     step: Step
     """Its records; seconds of computation, counted from its beginning."""

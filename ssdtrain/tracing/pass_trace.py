@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ssdtrain.tracing.step_trace import StepRecording, Traced
+    from ssdtrain.tracing.step_trace import StepTrace, Traced
 
 _NUM_REMEMBERED = 16
 
@@ -21,7 +21,7 @@ Signature = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Recording:
+class FinishedPass:
     """A finished pass: sizes by position, and the positions in the order backward first asked for them."""
 
     sizes: Signature
@@ -37,7 +37,7 @@ class Recording:
         return needed
 
 
-class Pass:
+class PassTrace:
     """Records of one forward pass by position, and the positions in the order backward first asked for them."""
 
     __slots__ = (
@@ -57,7 +57,7 @@ class Pass:
     )
 
     def __init__(
-        self, finished: Callable[[Pass], None], step: StepRecording, expected: Recording | None = None
+        self, finished: Callable[[PassTrace], None], step: StepTrace, expected: FinishedPass | None = None
     ) -> None:
         """An open pass of `step`; the first unpack closes it. `finished` is called when its last record is released.
 
@@ -118,18 +118,18 @@ class History:
 
     def __init__(self) -> None:
         """Empty."""
-        self._recordings: OrderedDict[Signature, Recording] = OrderedDict()
+        self._recordings: OrderedDict[Signature, FinishedPass] = OrderedDict()
 
     @property
-    def latest(self) -> Recording | None:
+    def latest(self) -> FinishedPass | None:
         """The pass that finished last."""
         return next(reversed(self._recordings.values()), None)
 
-    def learn(self, finished: Pass) -> None:
+    def learn(self, finished: PassTrace) -> None:
         """Remembers how a pass was unpacked; one that backward never used teaches nothing."""
         if finished.unpacked:
             key = finished.signature
-            self._recordings[key] = Recording(key, finished.unpacked)
+            self._recordings[key] = FinishedPass(key, finished.unpacked)
             self._recordings.move_to_end(key)
             if len(self._recordings) > _NUM_REMEMBERED:
                 self._recordings.popitem(last=False)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from ssdtrain.io.engine import Read, Write
-    from ssdtrain.tracing.pass_trace import Pass
-    from ssdtrain.tracing.step_trace import StepRecording
+    from ssdtrain.tracing.pass_trace import PassTrace
+    from ssdtrain.tracing.step_trace import StepTrace
 
 WriteRow = tuple[int, int, int, int, float, float, float, float, float]
 """Place of the record, bytes, 1 in the host tier, 1 called off, then `Write.moments`."""
@@ -31,7 +31,7 @@ class Requested(Protocol):
         """Its size."""
 
     @property
-    def pass_(self) -> Pass:
+    def pass_(self) -> PassTrace:
         """Whose it is."""
 
     @property
@@ -56,9 +56,9 @@ class Journal:
 
     def __init__(self) -> None:
         """Empty."""
-        self._writes: list[tuple[StepRecording, WriteRow]] = []
-        self._reads: list[tuple[StepRecording, int, int, Read]] = []
-        self._stalls: list[tuple[StepRecording, StallRow]] = []
+        self._writes: list[tuple[StepTrace, WriteRow]] = []
+        self._reads: list[tuple[StepTrace, int, int, Read]] = []
+        self._stalls: list[tuple[StepTrace, StallRow]] = []
 
     def note_written(self, write: Write, cargo: Sequence[Requested], nbytes: int, *, is_in_host: bool) -> None:
         """A write of `nbytes` is over; each record of `cargo` has its own row."""
@@ -82,7 +82,7 @@ class Journal:
         if len(self._stalls) < _MAX_ROWS:
             self._stalls.append((record.pass_.step, (tier, _place(record), begin, seconds)))
 
-    def of(self, step: StepRecording) -> Requests:
+    def of(self, step: StepTrace) -> Requests:
         """What belongs to a step; waits of others, which it had all the same, have no place in it."""
         return Requests(
             [row for owner, row in self._writes if owner is step],

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, cast
 
 from ssdtrain.planner import Lifetime, Step
-from ssdtrain.tracing.device_trace import DeviceTiming, Times
+from ssdtrain.tracing.device_trace import DeviceTrace, Times
 
 if TYPE_CHECKING:
     from ssdtrain.devices.base import Accelerator, Device, Moment
@@ -48,11 +48,11 @@ class Surroundings(Protocol):
         """A clock that stands still while the training thread waits for a drive."""
 
 
-class StepRecording:
+class StepTrace:
     """One step. Records have a *place*: their number among all saves of the step. Guarded by the store's lock."""
 
     def __init__(
-        self, surroundings: Surroundings, ended: Callable[[StepRecording], None], *, is_timed: bool = True
+        self, surroundings: Surroundings, ended: Callable[[StepTrace], None], *, is_timed: bool = True
     ) -> None:
         """An empty step. `ended` is called when its last record is released.
 
@@ -60,7 +60,7 @@ class StepRecording:
         """
         self._surroundings, self._ended, self._is_timed = surroundings, ended, is_timed
         self._device: Device | None = None  # of the records; None: the host's, or several
-        self.timing: DeviceTiming | None = None
+        self.timing: DeviceTrace | None = None
         """What an accelerator says, if it was asked."""
         self.is_mixed = False
         """Whether records are of several devices, which have no common clock."""
@@ -125,14 +125,14 @@ class StepRecording:
     def _save_on_device(self, device: Device, place: int) -> None:
         if place == 0:
             self.is_wall_time, self._device = False, device
-            self.timing = DeviceTiming(cast("Accelerator", device)) if self._is_timed else None
+            self.timing = DeviceTrace(cast("Accelerator", device)) if self._is_timed else None
         elif device is not self._device:
             self.is_wall_time, self._device, self.timing, self.is_mixed = False, None, None, True
         timing = self._timing_now()
         if timing is not None:
             timing.save()
 
-    def _timing_now(self) -> DeviceTiming | None:
+    def _timing_now(self) -> DeviceTrace | None:
         """None while nothing is timed, and from where the accelerator must not be asked, as in a graph capture."""
         timing = self.timing
         if timing is not None and timing.device.why_not() is not None:
