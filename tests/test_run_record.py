@@ -152,7 +152,7 @@ def test_results_are_the_same_to_the_bit(tmp_path: Path) -> None:
 def test_nothing_is_there_without_a_record(tmp_path: Path) -> None:
     offload = ssdtrain.offload_activations(tmp_path, POLICY)
     train(offload, network(), 3)
-    assert offload._store.journal is None and offload._schedule.is_watched is False
+    assert offload._store.request_log is None and offload._schedule.is_watched is False
     assert list(tmp_path.iterdir()) == []
 
 
@@ -224,8 +224,8 @@ def test_a_step_that_never_ends_does_not_fill_memory(tmp_path: Path, monkeypatch
         for _ in range(4):
             alive.append(model(torch.randn(256, 64)))
             model(torch.randn(256, 64)).sum().backward()
-    journal = offload._store.journal
-    assert journal is not None and 0 < len(journal._writes) <= 5 and len(journal._reads) <= 6
+    request_log = offload._store.request_log
+    assert request_log is not None and 0 < len(request_log._writes) <= 5 and len(request_log._reads) <= 6
     alive.clear()
     offload.close()
     assert read_run(tmp_path / "run.ssdtrain").num_steps == 1

@@ -36,7 +36,7 @@ class Watch:
         path = record_path(policy.record) if policy.record is not None else None
         if path is not None:
             self._recorder = Recorder(absolute_path(path, "a file for the record"), policy, directories)
-            store.journal = self._recorder.journal
+            store.request_log = self._recorder.request_log
             self._add(self._recorder)
             weakref.finalize(self, self._recorder.close)
         if policy.log_every:
@@ -74,7 +74,7 @@ class Watch:
             self._observers = []
         if self._recorder is not None:
             self._recorder.close()
-            self._store.journal = None
+            self._store.request_log = None
 
     def _add(self, observer: Observer) -> None:
         self._observers.append(observer)

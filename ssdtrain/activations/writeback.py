@@ -43,7 +43,7 @@ from ssdtrain.stats import Counters
 from ssdtrain.store.poison import Books
 from ssdtrain.store.record import Record, Residency
 from ssdtrain.store.transfers import Transport
-from ssdtrain.tracing.request_log import Journal
+from ssdtrain.tracing.request_log import RequestLog
 
 logger = logging.getLogger("ssdtrain")
 
@@ -73,7 +73,7 @@ class Store:
         self.when_forked: Callable[[], None] = _nothing  # in the child
         _leave_to_parent_in_child(self)
         self.counters = counters
-        self.journal: Journal | None = None  # of whoever records the run
+        self.request_log: RequestLog | None = None  # of whoever records the run
         self.index = index
         self.devices = devices
         self._reloads = Reloads(policy, counters, devices)
@@ -163,7 +163,7 @@ class Store:
             return
         drive = self._open_drive(directories)
         try:
-            self._transport = self._reloads.transport = Transport(drive, self.note_fallback, self.journal)
+            self._transport = self._reloads.transport = Transport(drive, self.note_fallback, self.request_log)
         except BaseException:  # Ctrl-C too: nobody else knows this engine yet
             drive.close(0.0)
             raise
@@ -243,7 +243,7 @@ class Store:
         for record in self._transport.records_coming_back() if self._transport is not None else ():
             self._reloads.give_up(record)
         self.forget_engine()
-        self.journal = None
+        self.request_log = None
 
     def forget_engine(self) -> None:
         """What is in memory stays; the next context opens another engine."""
@@ -399,8 +399,8 @@ class Store:
 
     def _stall(self, tier: str, seconds: float, record: Record) -> None:
         self.counters.stall(tier, seconds)
-        if self.journal is not None:
-            self.journal.note_stall(tier, time.monotonic() - seconds, seconds, record)
+        if self.request_log is not None:
+            self.request_log.note_stall(tier, time.monotonic() - seconds, seconds, record)
 
     def keep(self, records: list[Record], reason: str) -> None:
         """Keeps records in memory that have not left."""

@@ -18,7 +18,7 @@ from ssdtrain.run_log.format import first_line, pack
 from ssdtrain.run_log.place import open_record
 from ssdtrain.run_log.thinning import Rows, States, Timelines
 from ssdtrain.stats import Stats
-from ssdtrain.tracing.request_log import Journal, Requests
+from ssdtrain.tracing.request_log import RequestLog, Requests
 
 if TYPE_CHECKING:
     from ssdtrain.policy import ActivationPolicy
@@ -43,7 +43,7 @@ class Recorder:
         # Here, because it needs PyTorch, which reading a record does not.
         from ssdtrain.run_log.environment import describe_environment
 
-        self.journal = Journal()
+        self.request_log = RequestLog()
         self._pid = os.getpid()
         self._sink = _Sink(path, policy.record_nbytes)
         self._sink.append(
@@ -64,8 +64,8 @@ class Recorder:
         """Hands a step over. Returns what went wrong since the last one."""
         if os.getpid() != self._pid:
             return ""
-        requests, self._last = self.journal.of(finished.recording), None
-        self.journal.clear()
+        requests, self._last = self.request_log.of(finished.recording), None
+        self.request_log.clear()
         if self._sink.error:
             return self._say(self._sink.error)
         try:
@@ -83,7 +83,7 @@ class Recorder:
     def offer_last(self, number: int, finished: FinishedStep) -> None:
         """A step that is the last one unless another follows."""
         if os.getpid() == self._pid:
-            self._last = number, finished, self.journal.of(finished.recording)
+            self._last = number, finished, self.request_log.of(finished.recording)
 
     def close(self) -> None:
         """Writes what was handed over, and the last step."""

@@ -31,7 +31,7 @@ from ssdtrain.io.engine import Fence, Read, Write
 from ssdtrain.io.open_engine import fence
 from ssdtrain.io.space import Extent
 from ssdtrain.store.record import Place, Record
-from ssdtrain.tracing.request_log import Journal
+from ssdtrain.tracing.request_log import RequestLog
 
 
 @dataclass
@@ -60,10 +60,12 @@ class _Shipment:
 class Transport:
     """What exists between the opening and the closing of an engine."""
 
-    def __init__(self, drive: Drive, note_fallback: Callable[[str], None], journal: Journal | None = None) -> None:
-        """Takes a drive over. `journal` is told of every request that is over."""
+    def __init__(
+        self, drive: Drive, note_fallback: Callable[[str], None], request_log: RequestLog | None = None
+    ) -> None:
+        """Takes a drive over. `request_log` is told of every request that is over."""
         self.engine, self.space, self.host = drive.engine, drive.space, drive.host
-        self._journal = journal
+        self._request_log = request_log
         self.cancelled_nbytes = 0
         self.moves_host_memory_only = drive.kind == "python"
         self._note_fallback = note_fallback
@@ -227,9 +229,9 @@ class Transport:
                     news.append((record, all([place.write.is_done for place in record.places])))
         if is_done:
             self.cancelled_nbytes += write.cancelled_nbytes
-            if self._journal is not None:
+            if self._request_log is not None:
                 is_in_host = self._drive.is_in_host(shipment.extent)
-                self._journal.note_written(write, shipment.cargo, shipment.extent.nbytes, is_in_host=is_in_host)
+                self._request_log.note_written(write, shipment.cargo, shipment.extent.nbytes, is_in_host=is_in_host)
             if write.is_lost:
                 self._note_fallback("an accelerator could not copy saved tensors out; they stay where they are")
             elif write.error is not None:
@@ -256,8 +258,8 @@ class Transport:
         `is_handed_over`: whoever uses the memory next waits for the copies, in stream order.
         """
         reads, memory = self._landings.pop(record)
-        if self._journal is not None:
-            self._journal.note_reads(record, reads)
+        if self._request_log is not None:
+            self._request_log.note_reads(record, reads)
         if not is_handed_over and not all([read.is_done for read in reads]):
             self._orphans.append((reads, memory))
 

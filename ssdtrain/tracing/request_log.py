@@ -24,7 +24,7 @@ StallRow = tuple[str, int, float, float]
 
 
 class Requested(Protocol):
-    """What the journal asks of a record."""
+    """What the request_log asks of a record."""
 
     @property
     def nbytes(self) -> int:
@@ -51,7 +51,7 @@ class Requests:
 _MAX_ROWS = 100_000  # of each kind: a step that never ends must not fill memory
 
 
-class Journal:
+class RequestLog:
     """Requests since the last step."""
 
     def __init__(self) -> None:
