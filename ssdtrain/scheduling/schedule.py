@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, cast
 from ssdtrain.scheduling.replanner import Adaptation, Measured
 from ssdtrain.tracing.events import FinishedStep
 from ssdtrain.tracing.pass_trace import History, PassTrace
-from ssdtrain.tracing.step_trace import StepTrace, Surroundings
+from ssdtrain.tracing.step_trace import StepClock, StepTrace
 
 if TYPE_CHECKING:
     from ssdtrain.devices.base import Moment
@@ -58,10 +58,10 @@ class Schedule:
     the one unpacked last", which also fits each micro-batch of a pipeline.
     """
 
-    def __init__(self, surroundings: Surroundings, adaptation: Adaptation | None) -> None:
+    def __init__(self, clock: StepClock, adaptation: Adaptation | None) -> None:
         """Knows nothing yet: the first step goes by the rule. Without `adaptation`, all do."""
         self._history = History()
-        self._surroundings = surroundings
+        self._clock = clock
         self._adaptation = adaptation
         self._lot = random.Random(0)
         self._num_untimed = 0  # steps to come
@@ -98,7 +98,7 @@ class Schedule:
         is_timed = adaptation is not None and (adaptation.latest is None or self._num_untimed < 0)
         if is_timed:
             self._num_untimed = self._lot.randint(0, _MOST_UNTIMED)
-        return StepTrace(self._surroundings, self._end_step, is_timed=is_timed)
+        return StepTrace(self._clock, self._end_step, is_timed=is_timed)
 
     def start_afresh(self) -> None:
         """Gives the running step up; what is being saved from here on belongs to another."""
@@ -149,7 +149,7 @@ class Schedule:
         recording = self._finished
         if recording is None:
             return None
-        step = recording.as_step(recording.ended_at if is_last else self._surroundings.compute_seconds())
+        step = recording.as_step(recording.ended_at if is_last else self._clock.compute_seconds())
         stalled = totals.stalled_seconds - self._stalled_before
         return FinishedStep(
             recording=recording,

@@ -38,7 +38,7 @@ class Traced(Protocol):
         """`` of ``, and the module that saved it; or nothing."""
 
 
-class Surroundings(Protocol):
+class StepClock(Protocol):
     """What a recording asks of the world."""
 
     resident_nbytes: int
@@ -51,14 +51,12 @@ class Surroundings(Protocol):
 class StepTrace:
     """One step. Records have a *place*: their number among all saves of the step. Guarded by the store's lock."""
 
-    def __init__(
-        self, surroundings: Surroundings, ended: Callable[[StepTrace], None], *, is_timed: bool = True
-    ) -> None:
+    def __init__(self, clock: StepClock, ended: Callable[[StepTrace], None], *, is_timed: bool = True) -> None:
         """An empty step. `ended` is called when its last record is released.
 
         `is_timed`: an accelerator is to say when it got where, too.
         """
-        self._surroundings, self._ended, self._is_timed = surroundings, ended, is_timed
+        self._clock, self._ended, self._is_timed = clock, ended, is_timed
         self._device: Device | None = None  # of the records; None: the host's, or several
         self.timing: DeviceTrace | None = None
         """What an accelerator says, if it was asked."""
@@ -107,7 +105,7 @@ class StepTrace:
         if len(self.records) >= _MAX_RECORDS:
             self.timing = None
             return _UNRECORDED
-        now, other_nbytes = self._surroundings.compute_seconds(), self._surroundings.resident_nbytes
+        now, other_nbytes = self._clock.compute_seconds(), self._clock.resident_nbytes
         self.records.append(record)
         self.shape.append((record.nbytes, number))
         self._saved.append(now)
@@ -153,7 +151,7 @@ class StepTrace:
     def need(self, place: int, num_aliases: int, moment: Moment | None = None) -> None:
         """Notes that backward asks for a record; the first time counts. `moment`: when an accelerator does."""
         if place != _UNRECORDED and self._needed[place] == math.inf:
-            self._needed[place] = self._surroundings.compute_seconds()
+            self._needed[place] = self._clock.compute_seconds()
             self._aliases[place] = num_aliases
             timing = self._timing_now()
             if timing is not None:
@@ -166,7 +164,7 @@ class StepTrace:
             assert record is not None
             self.records[place] = None
             self._modules[place] = record.where.removeprefix(" of ")
-            self._released[place] = self._surroundings.compute_seconds()
+            self._released[place] = self._clock.compute_seconds()
             timing = self._timing_now()
             if timing is not None:
                 timing.release(place)
