@@ -23,7 +23,7 @@ import ssdtrain
 from ssdtrain.devices.cuda import _CudaMoment
 from ssdtrain.devices.simulated import SimulatedDevice
 from ssdtrain.planner import Machine, Plan, Tier, Where
-from ssdtrain.scheduling.replanner import Adaptation, Measured
+from ssdtrain.scheduling.replanner import Measured, Replanner
 from ssdtrain.tracing.device_trace import DeviceTrace, _ComputeClock
 
 pytest.importorskip("ssdtrain._C", reason="an accelerator needs the extension")
@@ -88,14 +88,14 @@ def test_the_host_tier_takes_what_the_drive_is_too_slow_for(
     make_offload: MakeOffload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And what is sent there is there, until there is no room: then it is for the drive."""
-    machine_now = Adaptation._machine_now
+    machine_now = Replanner._machine_now
     seen: list[Machine] = []
 
-    def with_a_slow_drive(self: Adaptation, **kind: bool) -> Machine:
+    def with_a_slow_drive(self: Replanner, **kind: bool) -> Machine:
         seen.append(machine_now(self, **kind))
         return replace(seen[-1], disk=Tier(1e7, 1e7), host=Tier(5e9, 5e9, 2 * MIB))
 
-    monkeypatch.setattr(Adaptation, "_machine_now", with_a_slow_drive)
+    monkeypatch.setattr(Replanner, "_machine_now", with_a_slow_drive)
     _, step = gpt()
     with make_offload(**AUTO | {"host_nbytes": 2 * MIB}) as offload:
         plan = planned(offload, step)
@@ -150,9 +150,9 @@ def test_the_device_says_when_it_waited(
     with make_offload(**AUTO) as offload:
         planned(offload, step)
         waits: list[float] = []
-        review = Adaptation.review
+        review = Replanner.review
         monkeypatch.setattr(
-            Adaptation, "review", lambda self, *what: (waits.append(what[1].stall_seconds), review(self, *what))[1]
+            Replanner, "review", lambda self, *what: (waits.append(what[1].stall_seconds), review(self, *what))[1]
         )
         device.hold(device.driver.in_stream())
         schedule, before = offload._schedule, offload._schedule._step
@@ -200,9 +200,9 @@ def test_nobody_waits_for_a_device_that_is_behind(
     """Steps it is not through with are learned from later; of too many nothing is kept."""
     assert device is not None
     reviewed: list[bool] = []
-    review = Adaptation.review
+    review = Replanner.review
     monkeypatch.setattr(
-        Adaptation, "review", lambda self, *what: (reviewed.append(what[1].is_accelerated), review(self, *what))[1]
+        Replanner, "review", lambda self, *what: (reviewed.append(what[1].is_accelerated), review(self, *what))[1]
     )
     with make_offload(**AUTO | {"staging_nbytes": "64MiB", "prefetch_nbytes": "64MiB"}) as offload:
         weight = torch.nn.Parameter(torch.ones(512, 512))
@@ -431,23 +431,23 @@ def test_waits_before_a_plan_are_not_held_against_it(make_offload: MakeOffload, 
     _, step = gpt()
     with make_offload(**AUTO) as offload:
         assert planned(offload, step) is not None
-        adaptation = offload._schedule._adaptation
-        assert adaptation is not None and adaptation.latest is not None
-        route, caution = adaptation.latest, adaptation._caution
+        replanner = offload._schedule._replanner
+        assert replanner is not None and replanner.latest is not None
+        route, caution = replanner.latest, replanner._caution
         waited = Measured(1, route.step.seconds, 0.9 * route.step.seconds, None, is_accelerated=True)
-        adaptation.review(route.step, waited, offload._store.engine_totals())
-        assert adaptation._caution >= caution
-        adaptation.review(route.step, replace(waited, followed=route.plan), offload._store.engine_totals())
-        assert adaptation._caution < caution
+        replanner.review(route.step, waited, offload._store.engine_totals())
+        assert replanner._caution >= caution
+        replanner.review(route.step, replace(waited, followed=route.plan), offload._store.engine_totals())
+        assert replanner._caution < caution
 
 
 @pytest.mark.accelerator_only
 def test_a_probe_takes_one_step(make_offload: MakeOffload, monkeypatch: pytest.MonkeyPatch) -> None:
     """However few steps are timed."""
     monkeypatch.setattr("ssdtrain.scheduling.replanner.FIRST_PATIENCE", 4)
-    machine_now = Adaptation._machine_now
+    machine_now = Replanner._machine_now
     slow = Tier(1e4, 1e4)
-    monkeypatch.setattr(Adaptation, "_machine_now", lambda self, **kind: replace(machine_now(self, **kind), disk=slow))
+    monkeypatch.setattr(Replanner, "_machine_now", lambda self, **kind: replace(machine_now(self, **kind), disk=slow))
     _, step = gpt()
     with make_offload(**AUTO) as offload:
         plan = planned(offload, step)

@@ -12,7 +12,7 @@ from conftest import MakeOffload, grads_of, same_bits
 
 import ssdtrain
 from ssdtrain.planner import Tier
-from ssdtrain.scheduling.replanner import Adaptation
+from ssdtrain.scheduling.replanner import Replanner
 from ssdtrain.tools.demo.model import GPT, GPTConfig
 
 pytestmark = pytest.mark.cpu_only  # what an accelerator does when is not known to the host that feeds it
@@ -100,7 +100,7 @@ def test_a_changed_step_falls_back_at_once(make_offload: MakeOffload) -> None:
         before = offload.stats.skipped.get("planned to stay")
         step(4)
         assert offload.stats.skipped.get("planned to stay") == before
-        offload._schedule._adaptation._no_plan_before = 0.0  # type: ignore[union-attr]
+        offload._schedule._replanner._no_plan_before = 0.0  # type: ignore[union-attr]
         for _ in range(3):
             step(4)
         half = offload.plan
@@ -145,9 +145,9 @@ def test_reloads_wait_for_their_time(make_offload: MakeOffload, monkeypatch: pyt
 
     It plans for a drive that is fast whatever else this machine does: a slow one has to begin early.
     """
-    machine_now = Adaptation._machine_now
+    machine_now = Replanner._machine_now
     fast = Tier(4e9, 4e9)
-    monkeypatch.setattr(Adaptation, "_machine_now", lambda self, **kind: replace(machine_now(self, **kind), disk=fast))
+    monkeypatch.setattr(Replanner, "_machine_now", lambda self, **kind: replace(machine_now(self, **kind), disk=fast))
     _, step = gpt()
     seen: list[int] = []
     with make_offload(**AUTO | {"prefetch_nbytes": "64MiB"}) as offload:

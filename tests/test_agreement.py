@@ -13,8 +13,8 @@ import pytest
 import torch.distributed
 
 from ssdtrain.planner import Goal, Lifetime, Machine, Step, Tier
-from ssdtrain.scheduling.consensus import Agreement, agreement_of_job
-from ssdtrain.scheduling.replanner import Adaptation, Measured
+from ssdtrain.scheduling.consensus import Consensus, consensus_of_job
+from ssdtrain.scheduling.replanner import Measured, Replanner
 from ssdtrain.stats import Counters
 
 MIB = 1 << 20
@@ -27,7 +27,7 @@ def store() -> torch.distributed.HashStore:
 
 
 def test_the_lowest_counts(store: torch.distributed.HashStore) -> None:
-    ranks = [Agreement(store, rank, 3) for rank in range(3)]
+    ranks = [Consensus(store, rank, 3) for rank in range(3)]
     assert ranks[0].lowest((3e9, 6e9, *NO_HOST)) == (3e9, 6e9, *NO_HOST), "nobody else has measured: nobody waits"
     assert ranks[1].lowest((1e9, 8e9, *NO_HOST)) == (1e9, 6e9, *NO_HOST)
     assert ranks[2].lowest((2e9, 5e9, *NO_HOST)) == (1e9, 5e9, *NO_HOST)
@@ -35,7 +35,7 @@ def test_the_lowest_counts(store: torch.distributed.HashStore) -> None:
 
 
 def test_only_changes_travel(store: torch.distributed.HashStore) -> None:
-    one, other = (Agreement(store, rank, 2) for rank in range(2))
+    one, other = (Consensus(store, rank, 2) for rank in range(2))
     one.lowest((1e9, 1e9, *NO_HOST))
     assert other.lowest((2e9, 2e9, *NO_HOST)) == (1e9, 1e9, *NO_HOST)
     one.lowest((1.05e9, 0.95e9, *NO_HOST))
@@ -46,8 +46,8 @@ def test_only_changes_travel(store: torch.distributed.HashStore) -> None:
 
 def test_contexts_do_not_mix(store: torch.distributed.HashStore) -> None:
     """The second one of a rank belongs to the second one of the others."""
-    first = [Agreement(store, rank, 2) for rank in range(2)]
-    second = [Agreement(store, rank, 2) for rank in range(2)]
+    first = [Consensus(store, rank, 2) for rank in range(2)]
+    second = [Consensus(store, rank, 2) for rank in range(2)]
     first[0].lowest((1e9, 1e9, *NO_HOST))
     assert second[1].lowest((2e9, 2e9, *NO_HOST)) == (2e9, 2e9, *NO_HOST)
     assert first[1].lowest((2e9, 2e9, *NO_HOST)) == (1e9, 1e9, *NO_HOST)
@@ -59,7 +59,7 @@ class Broken(torch.distributed.HashStore):
 
 
 def test_a_store_that_is_gone_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
-    rank = Agreement(torch.distributed.HashStore(), 0, 2)
+    rank = Consensus(torch.distributed.HashStore(), 0, 2)
     rank._store = Broken()
     assert rank.lowest((1e9, 2e9, *NO_HOST)) == (1e9, 2e9, *NO_HOST)
     assert len(caplog.records) == 1 and "connection reset" in caplog.text
@@ -75,9 +75,9 @@ def job(folder: Path) -> Iterator[None]:
 
 
 def test_nobody_to_agree_with(tmp_path: Path) -> None:
-    assert agreement_of_job() is None
+    assert consensus_of_job() is None
     with job(tmp_path):
-        assert agreement_of_job() is None
+        assert consensus_of_job() is None
 
 
 def step() -> Step:
@@ -85,25 +85,25 @@ def step() -> Step:
     return Step(tuple(Lifetime(10 * MIB, at, 2.4 - 2 * at - 0.1, 2.4 - 2 * at) for at in saved), 2.5)
 
 
-def review(adaptation: Adaptation, bandwidth: float, number: int) -> None:
+def review(replanner: Replanner, bandwidth: float, number: int) -> None:
     totals = Counters()
     totals.written_nbytes = totals.read_nbytes = number * 100 * MIB
     totals.write_busy_seconds = totals.read_busy_seconds = number * 100 * MIB / bandwidth
-    adaptation.review(step(), Measured(80 * MIB, 2.5, 0.0), totals)
+    replanner.review(step(), Measured(80 * MIB, 2.5, 0.0), totals)
 
 
 def test_replicas_make_one_plan(store: torch.distributed.HashStore) -> None:
     """One drive is a hundred times slower: both ranks plan for that one."""
     machine = Machine(Tier(1.0, 1.0, math.inf))
-    alone = Adaptation(machine, Goal(), join=lambda: None)
-    ranks = [Adaptation(machine, Goal(), join=lambda rank=rank: Agreement(store, rank, 2)) for rank in range(2)]
+    alone = Replanner(machine, Goal(), join=lambda: None)
+    ranks = [Replanner(machine, Goal(), join=lambda rank=rank: Consensus(store, rank, 2)) for rank in range(2)]
     for number in range(1, 9):
         review(alone, 5e9, number)
         review(ranks[0], 5e9, number)
         review(ranks[1], 5e7, number)
-        for adaptation in (alone, *ranks):
-            adaptation._no_plan_before = 0.0  # steps of a test follow each other faster than any training's
-    plans = [adaptation.latest.plan for adaptation in (alone, *ranks) if adaptation.latest is not None]
+        for replanner in (alone, *ranks):
+            replanner._no_plan_before = 0.0  # steps of a test follow each other faster than any training's
+    plans = [replanner.latest.plan for replanner in (alone, *ranks) if replanner.latest is not None]
     assert plans[1] == plans[2]
     assert plans[0].disk_nbytes > plans[1].disk_nbytes
 
@@ -112,14 +112,14 @@ def test_two_processes(tmp_path: Path) -> None:
     """Over the store of a real job, whose processes end at different times."""
     code = """if True:
         import sys, time, torch.distributed
-        from ssdtrain.scheduling.consensus import agreement_of_job
+        from ssdtrain.scheduling.consensus import consensus_of_job
         rank = int(sys.argv[2])
         meeting = f"file://{sys.argv[1]}/meeting"
         torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
-        agreement = agreement_of_job()
+        consensus = consensus_of_job()
         own = (1e9, 4e9, 0.0, 7e9) if rank == 0 else (2e9, 3e9, 5e9, 0.0)
         deadline = time.monotonic() + 60
-        while agreement.lowest(own) != (1e9, 3e9, 5e9, 7e9):
+        while consensus.lowest(own) != (1e9, 3e9, 5e9, 7e9):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         print("agreed")

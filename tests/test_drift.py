@@ -15,7 +15,7 @@ from test_adaptive import AUTO, gpt
 
 from ssdtrain.planner import Goal, Lifetime, Machine, Step, Tier, make_probe
 from ssdtrain.scheduling.bandwidth import Bandwidth, Rate
-from ssdtrain.scheduling.replanner import Adaptation, Measured
+from ssdtrain.scheduling.replanner import Measured, Replanner
 from ssdtrain.stats import Counters
 
 TOWER = Step(tuple(Lifetime(4 * MIB, float(i), 20.0 - i, 20.5 - i) for i in range(10)), 21.0)
@@ -23,24 +23,24 @@ KEPT = Measured(40 * MIB, TOWER.seconds, 0.0)
 
 
 class Run:
-    """Steps of one kind, told to an adaptation, on a drive of a bandwidth that is ours to choose."""
+    """Steps of one kind, told to an replanner, on a drive of a bandwidth that is ours to choose."""
 
     def __init__(self) -> None:
-        self.adaptation = Adaptation(Machine(Tier(1.0, 1.0)), Goal(), join=lambda: None)
+        self.replanner = Replanner(Machine(Tier(1.0, 1.0)), Goal(), join=lambda: None)
         self._totals = Counters()
 
     def step(self, bandwidth: float, measured: Measured = KEPT) -> int:
         """Writes and reads what the latest plan sends; how many bytes."""
-        route = self.adaptation.latest
+        route = self.replanner.latest
         nbytes = TOWER.nbytes if route is None else route.plan.disk_nbytes
         self._totals.written_nbytes += nbytes
         self._totals.read_nbytes += nbytes
         self._totals.write_busy_seconds += nbytes / bandwidth
         self._totals.read_busy_seconds += nbytes / bandwidth
         if route is not None:
-            self.adaptation.note_followed(route.plan)
+            self.replanner.note_followed(route.plan)
             measured = replace(measured, followed=route.plan)
-        self.adaptation.review(TOWER, measured, self._totals)
+        self.replanner.review(TOWER, measured, self._totals)
         return nbytes
 
     def until_probe(self, bandwidth: float, limit: int = 3000) -> int:
@@ -56,12 +56,12 @@ def test_a_declined_plan_asks_again() -> None:
     run = Run()
     for _ in range(2):
         run.step(SLOW)
-    assert run.adaptation.latest is not None and run.adaptation.latest.plan.is_declined
+    assert run.replanner.latest is not None and run.replanner.latest.plan.is_declined
     waits = [run.until_probe(SLOW) for _ in range(7)]
     assert waits[:3] == sorted(waits[:3]) and 16 <= waits[0] <= 64 and max(waits) <= 1024, waits
-    assert run.adaptation.latest.plan.is_declined, "the drive is as slow as before"
+    assert run.replanner.latest.plan.is_declined, "the drive is as slow as before"
     run.until_probe(FAST)
-    assert not run.adaptation.latest.plan.is_declined
+    assert not run.replanner.latest.plan.is_declined
     assert run.step(FAST) > TOWER.nbytes // 2
 
 
@@ -70,28 +70,28 @@ def test_a_probe_that_waits_is_not_held_against_the_plan() -> None:
     run = Run()
     for _ in range(2):
         run.step(SLOW)
-    declined = run.adaptation.latest
+    declined = run.replanner.latest
     for _ in range(100):
-        if (latest := run.adaptation.latest) is not declined:
+        if (latest := run.replanner.latest) is not declined:
             break
         run.step(SLOW)
     assert latest is not None and "probe" in latest.plan.statement
     run.step(SLOW, Measured(KEPT.peak_nbytes, KEPT.seconds + 5, 5.0))
-    assert run.adaptation.latest is declined
+    assert run.replanner.latest is declined
 
 
 def test_a_probe_whose_plan_is_replaced_does_not_end_all_probes() -> None:
     run = Run()
     for _ in range(2):
         run.step(SLOW)
-    declined = run.adaptation.latest
-    while run.adaptation.latest is declined:
+    declined = run.replanner.latest
+    while run.replanner.latest is declined:
         run.step(SLOW)
-    run.adaptation._no_plan_before = 0.0
+    run.replanner._no_plan_before = 0.0
     slower = replace(TOWER, seconds=2 * TOWER.seconds)
     for _ in range(4):
-        run.adaptation.review(slower, KEPT, run._totals)
-    assert run.adaptation.latest is not declined and "probe" not in str(run.adaptation.latest)
+        run.replanner.review(slower, KEPT, run._totals)
+    assert run.replanner.latest is not declined and "probe" not in str(run.replanner.latest)
     assert run.until_probe(SLOW) < 200
 
 

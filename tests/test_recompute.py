@@ -172,7 +172,7 @@ def test_auto_recomputes_what_the_budget_needs(make_offload: MakeOffload, monkey
         return model, step
 
     drive = Machine(Tier(2e6, 2e6), staging_nbytes=MIB, prefetch_nbytes=MIB)
-    monkeypatch.setattr("ssdtrain.scheduling.replanner.Adaptation._machine_now", lambda _, **kind: drive)
+    monkeypatch.setattr("ssdtrain.scheduling.replanner.Replanner._machine_now", lambda _, **kind: drive)
     _, step = gpt()
     expected = [step() for _ in range(8)]
     model, step = gpt()

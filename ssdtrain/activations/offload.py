@@ -33,7 +33,7 @@ from ssdtrain.devices.registry import Devices
 from ssdtrain.io.directories import check_directories
 from ssdtrain.planner import Plan
 from ssdtrain.policy import ActivationPolicy
-from ssdtrain.scheduling.replanner import adaptation_for
+from ssdtrain.scheduling.replanner import replanner_for
 from ssdtrain.scheduling.schedule import Schedule
 from ssdtrain.stats import Counters, Stats
 from ssdtrain.store.identity import (
@@ -90,10 +90,10 @@ class ActivationOffload:
         self._index = Index()
         self._recompute = recompute_for(policy, model, self._counters)
         blocks = self._recompute.names if self._recompute is not None else None
-        adaptation = adaptation_for(policy, directories or (), blocks)
-        if self._recompute is not None and adaptation is not None and policy.recompute == "auto":
-            self._recompute.chosen = lambda: adaptation.recomputed
-        self._schedule = Schedule(self._counters, adaptation)
+        replanner = replanner_for(policy, directories or (), blocks)
+        if self._recompute is not None and replanner is not None and policy.recompute == "auto":
+            self._recompute.chosen = lambda: replanner.recomputed
+        self._schedule = Schedule(self._counters, replanner)
         self._names = ModuleNames(model)
         self._model = model
         self._thread = _Thread()

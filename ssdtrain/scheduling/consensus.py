@@ -40,7 +40,7 @@ class Store(Protocol):
         """Reads; waits for those that were not written."""
 
 
-class Agreement:
+class Consensus:
     """One offload context on every rank: those made first, second, ... in each process belong together."""
 
     def __init__(self, store: Store, rank: int, num_ranks: int) -> None:
@@ -85,11 +85,11 @@ class Agreement:
         return f"{self._prefix} rank {rank}"
 
 
-def agreement_of_job() -> Agreement | None:
+def consensus_of_job() -> Consensus | None:
     """Joins the ranks of the running job; None where there are none."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return None
     if torch.distributed.get_world_size() == 1:
         return None
     store = torch.distributed.distributed_c10d._get_default_store()
-    return Agreement(store, torch.distributed.get_rank(), torch.distributed.get_world_size())
+    return Consensus(store, torch.distributed.get_rank(), torch.distributed.get_world_size())

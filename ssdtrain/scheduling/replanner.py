@@ -32,7 +32,7 @@ from ssdtrain.io.space import host_limit_nbytes
 from ssdtrain.planner import Goal, Machine, Plan, Step, Tier, choose, make_plan, make_probe
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.scheduling.bandwidth import DRIFT, FIRST_PATIENCE, MAX_PATIENCE, Meter, Others, Speeds, differs
-from ssdtrain.scheduling.consensus import Agreement, agreement_of_job
+from ssdtrain.scheduling.consensus import Consensus, consensus_of_job
 from ssdtrain.scheduling.plan_cursor import Route, Shape
 from ssdtrain.stats import Counters
 
@@ -69,7 +69,7 @@ class Measured:
     """Blocks that were recomputed in it; None: those that are now."""
 
 
-class Adaptation:
+class Replanner:
     """The plans of one offload context, one per kind of step."""
 
     def __init__(
@@ -77,7 +77,7 @@ class Adaptation:
         machine: Machine,
         goal: Goal,
         blocks: Callable[[], Sequence[str]] | None = None,
-        join: Callable[[], Agreement | None] = agreement_of_job,
+        join: Callable[[], Consensus | None] = consensus_of_job,
     ) -> None:
         """`machine` has the tiers and their bounds; how fast they are is measured.
 
@@ -87,8 +87,8 @@ class Adaptation:
         self._meter = Meter()
         self._speeds: Speeds = (0.0, 0.0, 0.0, 0.0)
         self._others = Others(time.perf_counter())
-        self._join: Callable[[], Agreement | None] | None = join
-        self._agreement = join()  # or with the first step, when the job is set up later
+        self._join: Callable[[], Consensus | None] | None = join
+        self._consensus = join()  # or with the first step, when the job is set up later
         self.recomputed: frozenset[str] = frozenset()
         """Blocks to recompute from now on, by the plan with the latest measurements."""
         self._whole: Step | None = None  # a step in which nothing was recomputed
@@ -161,10 +161,10 @@ class Adaptation:
 
     def _agreed(self, own: Speeds) -> Speeds:
         """The lowest of all ranks."""
-        if self._join is not None and self._agreement is None:
-            self._agreement = self._join()
+        if self._join is not None and self._consensus is None:
+            self._consensus = self._join()
         self._join = None
-        return self._agreement.lowest(own) if self._agreement is not None else own
+        return self._consensus.lowest(own) if self._consensus is not None else own
 
     def _plan(self, step: Step, machine: Machine) -> Route:
         begin = time.perf_counter()
@@ -232,9 +232,9 @@ def _has_other_tiers(now: Machine, then: Machine) -> bool:
     )
 
 
-def adaptation_for(
+def replanner_for(
     policy: ActivationPolicy, directories: Sequence[str], blocks: Callable[[], Sequence[str]] | None = None
-) -> Adaptation | None:
+) -> Replanner | None:
     """What mode ``"auto"`` adapts with; None where nothing is to be decided.
 
     `blocks`: names the model's blocks that may be recomputed.
@@ -250,7 +250,7 @@ def adaptation_for(
         prefetch_nbytes=policy.prefetch_nbytes,
         idle_nbytes=policy.idle_nbytes,
     )
-    return Adaptation(machine, _goal(policy, directories), blocks if policy.recompute == "auto" else None)
+    return Replanner(machine, _goal(policy, directories), blocks if policy.recompute == "auto" else None)
 
 
 def _goal(policy: ActivationPolicy, directories: Sequence[str]) -> Goal:

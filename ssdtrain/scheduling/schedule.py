@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
-from ssdtrain.scheduling.replanner import Adaptation, Measured
+from ssdtrain.scheduling.replanner import Measured, Replanner
 from ssdtrain.tracing.events import FinishedStep
 from ssdtrain.tracing.pass_trace import History, PassTrace
 from ssdtrain.tracing.step_trace import StepClock, StepTrace
@@ -58,14 +58,14 @@ class Schedule:
     the one unpacked last", which also fits each micro-batch of a pipeline.
     """
 
-    def __init__(self, clock: StepClock, adaptation: Adaptation | None) -> None:
-        """Knows nothing yet: the first step goes by the rule. Without `adaptation`, all do."""
+    def __init__(self, clock: StepClock, replanner: Replanner | None) -> None:
+        """Knows nothing yet: the first step goes by the rule. Without `replanner`, all do."""
         self._history = History()
         self._clock = clock
-        self._adaptation = adaptation
+        self._replanner = replanner
         self._lot = random.Random(0)
         self._num_untimed = 0  # steps to come
-        self._num_since_told = 0  # steps, since the adaptation was told of one
+        self._num_since_told = 0  # steps, since the replanner was told of one
         self._remarks: list[str] = []
         self._step = self._new_step()
         self._passes: list[PassTrace] = []  # of the step
@@ -87,15 +87,15 @@ class Schedule:
         if self._step.is_over:
             self._step, self._passes = self._new_step(), []
         if not self._passes:
-            self._take(self._adaptation.latest if self._adaptation is not None else None)
+            self._take(self._replanner.latest if self._replanner is not None else None)
         self._passes.append(PassTrace(self._history.learn, self._step, self._history.latest))
         return self._passes[-1]
 
     def _new_step(self) -> StepTrace:
         """See [Note: steps of an accelerator]."""
-        adaptation = self._adaptation
+        replanner = self._replanner
         self._num_untimed -= 1
-        is_timed = adaptation is not None and (adaptation.latest is None or self._num_untimed < 0)
+        is_timed = replanner is not None and (replanner.latest is None or self._num_untimed < 0)
         if is_timed:
             self._num_untimed = self._lot.randint(0, _MOST_UNTIMED)
         return StepTrace(self._clock, self._end_step, is_timed=is_timed)
@@ -112,13 +112,13 @@ class Schedule:
         self._under_way.clear()
 
     def _end_step(self, step: StepTrace) -> None:
-        adaptation, route = self._adaptation, self._route
-        if self.is_watched or (adaptation is not None and step.is_complete):
+        replanner, route = self._replanner, self._route
+        if self.is_watched or (replanner is not None and step.is_complete):
             self._finished = step
             self._followed = route.plan if route is not None and len(route.shape) == len(step.shape) else None
-            if adaptation is not None:
-                adaptation.note_followed(self._followed)
-        if adaptation is not None and step.is_mixed:
+            if replanner is not None:
+                replanner.note_followed(self._followed)
+        if replanner is not None and step.is_mixed:
             self._remarks.append("steps whose saved tensors are on several devices are not planned: they have no clock")
         self._passes = []
 
@@ -133,7 +133,7 @@ class Schedule:
     @property
     def plan(self) -> Plan | None:
         """The plan of the running or next step."""
-        route = self._route or (self._adaptation.latest if self._adaptation is not None else None)
+        route = self._route or (self._replanner.latest if self._replanner is not None else None)
         return route.plan if route is not None else None
 
     @property
@@ -171,14 +171,14 @@ class Schedule:
         if finished is None:
             return None
         self._stalled_before = totals.stalled_seconds
-        recomputed = self._adaptation.recomputed if self._adaptation is not None else None
+        recomputed = self._replanner.recomputed if self._replanner is not None else None
         self._review_what_arrived(counters)
         measured = Measured(
             finished.peak_nbytes, finished.seconds, finished.stall_seconds, self._followed, recomputed=recomputed
         )
-        if self._adaptation is not None and finished.recording.is_complete:
+        if self._replanner is not None and finished.recording.is_complete:
             if finished.recording.is_wall_time:
-                self._adaptation.review(finished.step, measured, totals)
+                self._replanner.review(finished.step, measured, totals)
             else:
                 self._review_later(finished.recording, measured, totals)
         self._review_what_arrived(counters)
@@ -218,9 +218,9 @@ class Schedule:
     def _learn_from(self, step: _UnderWay, times: Times, counters: Counters) -> None:
         seconds = times.seconds + times.waited
         counters.device_step_seconds, counters.device_wait_seconds = seconds, times.waited
-        if self._adaptation is not None and times.seconds > 0:
+        if self._replanner is not None and times.seconds > 0:
             measured = replace(step.measured, seconds=seconds, stall_seconds=times.waited_for_reloads)
-            self._adaptation.review(step.recording.as_device_step(times), measured, step.totals)
+            self._replanner.review(step.recording.as_device_step(times), measured, step.totals)
 
     # -- what stays ------------------------------------------------------------------------------------------------
 
@@ -230,8 +230,8 @@ class Schedule:
         if route is None:
             return
         if not route.expects(place, record.nbytes, record.pass_.number):
-            assert self._adaptation is not None
-            self._take(self._adaptation.route_of(self._step.shape))
+            assert self._replanner is not None
+            self._take(self._replanner.route_of(self._step.shape))
             route = self._route
         if route is not None:
             self._horizon = max(self._horizon, route.next_after_save(place))
