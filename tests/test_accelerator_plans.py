@@ -433,11 +433,11 @@ def test_waits_before_a_plan_are_not_held_against_it(make_offload: MakeOffload, 
         assert planned(offload, step) is not None
         replanner = offload._schedule._replanner
         assert replanner is not None and replanner.latest is not None
-        route, caution = replanner.latest, replanner._caution
-        waited = Measured(1, route.step.seconds, 0.9 * route.step.seconds, None, is_accelerated=True)
-        replanner.review(route.step, waited, offload._store.engine_totals())
+        prepared, caution = replanner.latest, replanner._caution
+        waited = Measured(1, prepared.step.seconds, 0.9 * prepared.step.seconds, None, is_accelerated=True)
+        replanner.review(prepared.step, waited, offload._store.engine_totals())
         assert replanner._caution >= caution
-        replanner.review(route.step, replace(waited, followed=route.plan), offload._store.engine_totals())
+        replanner.review(prepared.step, replace(waited, followed=prepared.plan), offload._store.engine_totals())
         assert replanner._caution < caution
 
 

@@ -31,15 +31,15 @@ class Run:
 
     def step(self, bandwidth: float, measured: Measured = KEPT) -> int:
         """Writes and reads what the latest plan sends; how many bytes."""
-        route = self.replanner.latest
-        nbytes = TOWER.nbytes if route is None else route.plan.disk_nbytes
+        prepared = self.replanner.latest
+        nbytes = TOWER.nbytes if prepared is None else prepared.plan.disk_nbytes
         self._totals.written_nbytes += nbytes
         self._totals.read_nbytes += nbytes
         self._totals.write_busy_seconds += nbytes / bandwidth
         self._totals.read_busy_seconds += nbytes / bandwidth
-        if route is not None:
-            self.replanner.note_followed(route.plan)
-            measured = replace(measured, followed=route.plan)
+        if prepared is not None:
+            self.replanner.note_followed(prepared.plan)
+            measured = replace(measured, followed=prepared.plan)
         self.replanner.review(TOWER, measured, self._totals)
         return nbytes
 

@@ -14,7 +14,7 @@ Shape = list[tuple[int, int]]
 """By place in a step: size of the record, and number of its pass."""
 
 
-class Route:
+class PreparedPlan:
     """One step that was recorded, and the plan for those that look like it."""
 
     def __init__(self, step: Step, plan: Plan) -> None:

@@ -33,7 +33,7 @@ from ssdtrain.planner import Goal, Machine, Plan, Step, Tier, choose, make_plan,
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.scheduling.bandwidth import DRIFT, FIRST_PATIENCE, MAX_PATIENCE, Meter, Others, Speeds, differs
 from ssdtrain.scheduling.consensus import Consensus, consensus_of_job
-from ssdtrain.scheduling.plan_cursor import Route, Shape
+from ssdtrain.scheduling.plan_cursor import PreparedPlan, Shape
 from ssdtrain.stats import Counters
 
 _NUM_REMEMBERED = 16
@@ -94,26 +94,28 @@ class Replanner:
         self._whole: Step | None = None  # a step in which nothing was recomputed
         self._statement = ""
         self._caution = _CAUTION
-        self._routes: OrderedDict[Key, Route] = OrderedDict()  # the latest last
+        self._routes: OrderedDict[Key, PreparedPlan] = OrderedDict()  # the latest last
         self._seen: OrderedDict[Key, None] = OrderedDict()
         self._planned_for: Machine = machine
         self._num_since_plan = self._num_plans = self._num_differing = 0
-        self._probe: Route | None = None  # for one step,
-        self._probed: Route | None = None  # in place of this one
+        self._probe: PreparedPlan | None = None  # for one step,
+        self._probed: PreparedPlan | None = None  # in place of this one
         self._num_idle, self._num_busy, self._probe_after = 0, 0, FIRST_PATIENCE
         self._no_plan_before = 0.0  # time.perf_counter()
 
     @property
-    def latest(self) -> Route | None:
+    def latest(self) -> PreparedPlan | None:
         """The plan that was made or confirmed last, or a probe in its place."""
         return self._or_probe(next(reversed(self._routes.values()), None))
 
-    def route_of(self, shape: Shape) -> Route | None:
+    def prepared_of(self, shape: Shape) -> PreparedPlan | None:
         """A plan for a step that began like this."""
-        return self._or_probe(next((route for route in reversed(self._routes.values()) if route.fits(shape)), None))
+        return self._or_probe(
+            next((prepared for prepared in reversed(self._routes.values()) if prepared.fits(shape)), None)
+        )
 
-    def _or_probe(self, route: Route | None) -> Route | None:
-        return self._probe if self._probe is not None and route is self._probed else route
+    def _or_probe(self, prepared: PreparedPlan | None) -> PreparedPlan | None:
+        return self._probe if self._probe is not None and prepared is self._probed else prepared
 
     def note_followed(self, plan: Plan | None) -> None:
         """A step has followed this plan to its end: a probe then has served."""
@@ -132,22 +134,22 @@ class Replanner:
         if is_stale or (now.disk is None and now.host is None):
             return
         key = tuple((record.nbytes, record.micro_batch) for record in step.records)
-        route = self._routes.pop(key, None)
+        prepared = self._routes.pop(key, None)
         self._num_since_plan += 1
-        is_due = key in self._seen if route is None else self._has_drifted(route, step, measured, now)
+        is_due = key in self._seen if prepared is None else self._has_drifted(prepared, step, measured, now)
         self._seen[key] = None
         if is_due and time.perf_counter() >= self._no_plan_before:
-            route = self._plan(step, self._machine_now(is_accelerated=measured.is_accelerated))
-        if route is not None:
-            self._routes[key] = route
-            self._probe_if_due(route, measured.num_steps)
+            prepared = self._plan(step, self._machine_now(is_accelerated=measured.is_accelerated))
+        if prepared is not None:
+            self._routes[key] = prepared
+            self._probe_if_due(prepared, measured.num_steps)
         for known in (self._routes, self._seen):
             if len(known) > _NUM_REMEMBERED:
                 known.popitem(last=False)
 
-    def _probe_if_due(self, route: Route, num_steps: int) -> None:
+    def _probe_if_due(self, prepared: PreparedPlan, num_steps: int) -> None:
         """See [Note: probes]."""
-        is_idle = route.plan.is_declined
+        is_idle = prepared.plan.is_declined
         self._num_idle, self._num_busy = (self._num_idle + num_steps, 0) if is_idle else (0, self._num_busy + num_steps)
         if self._num_busy >= self._probe_after:  # the drive kept what it promised
             self._num_busy, self._probe_after = 0, FIRST_PATIENCE
@@ -155,9 +157,9 @@ class Replanner:
         if self._num_idle < self._probe_after or is_pending or self._machine.disk is None:
             return
         self._num_idle, self._probe_after = 0, min(MAX_PATIENCE, 2 * self._probe_after)
-        probe = make_probe(route.step, self._goal, _PROBE_NBYTES)
+        probe = make_probe(prepared.step, self._goal, _PROBE_NBYTES)
         if probe is not None:
-            self._probe, self._probed = Route(route.step, probe), route
+            self._probe, self._probed = PreparedPlan(prepared.step, probe), prepared
 
     def _agreed(self, own: Speeds) -> Speeds:
         """The lowest of all ranks."""
@@ -166,17 +168,17 @@ class Replanner:
         self._join = None
         return self._consensus.lowest(own) if self._consensus is not None else own
 
-    def _plan(self, step: Step, machine: Machine) -> Route:
+    def _plan(self, step: Step, machine: Machine) -> PreparedPlan:
         begin = time.perf_counter()
         self._planned_for, self._num_since_plan = machine, 0
         self._goal = replace(self._goal, others_daily_nbytes=self._others.daily_nbytes)
-        route = Route(step, self._make_plan(step))
+        prepared = PreparedPlan(step, self._make_plan(step))
         end = time.perf_counter()
-        is_final = self.recomputed == frozenset(route.plan.recomputed)  # else the steps to come look different
+        is_final = self.recomputed == frozenset(prepared.plan.recomputed)  # else the steps to come look different
         self._num_plans += 1
         share = _FIRST_SHARE if self._num_plans <= _NUM_FIRST else _PLANNING_SHARE
         self._no_plan_before = end + (end - begin) / share if is_final else end
-        return route
+        return prepared
 
     def _make_plan(self, step: Step) -> Plan:
         """See [Note: recomputation]."""
@@ -192,15 +194,15 @@ class Replanner:
         self.recomputed, self._statement = chosen, plan.statement.rpartition("; ")[2]
         return make_plan(step, self._planned_for, self._goal)
 
-    def _has_drifted(self, route: Route, step: Step, measured: Measured, now: Machine) -> bool:
+    def _has_drifted(self, prepared: PreparedPlan, step: Step, measured: Measured, now: Machine) -> bool:
         """Whether the plan holds no more. A wait under another plan, a probe perhaps, says nothing of this one."""
-        is_own = measured.followed is route.plan
-        waited = is_own and measured.stall_seconds - route.plan.stall_seconds > _WAIT * measured.seconds
+        is_own = measured.followed is prepared.plan
+        waited = is_own and measured.stall_seconds - prepared.plan.stall_seconds > _WAIT * measured.seconds
         self._caution = max(_LEAST_CAUTION, self._caution * _LESS_CAUTION) if waited else self._caution
         self._caution = self._caution if waited else min(_CAUTION, self._caution * _RECOVERY)
         is_different = (
             _has_other_tiers(now, self._planned_for)
-            or differs(step.seconds, route.step.seconds)
+            or differs(step.seconds, prepared.step.seconds)
             or abs(self._others.daily_nbytes - self._goal.others_daily_nbytes) > DRIFT * self._goal.daily_nbytes
         )
         self._num_differing = self._num_differing + 1 if is_different else 0

@@ -31,7 +31,7 @@ from ssdtrain.tracing.step_trace import StepClock, StepTrace
 if TYPE_CHECKING:
     from ssdtrain.devices.base import Moment
     from ssdtrain.planner import Plan
-    from ssdtrain.scheduling.plan_cursor import Route
+    from ssdtrain.scheduling.plan_cursor import PreparedPlan
     from ssdtrain.stats import Counters
     from ssdtrain.store.record import Record
     from ssdtrain.tracing.device_trace import DeviceTrace, Times
@@ -73,8 +73,8 @@ class Schedule:
         self._finished: StepTrace | None = None  # and not reviewed
         self._followed: Plan | None = None  # to its end
         self._stalled_before = 0.0  # seconds, until the running step began
-        self._route: Route | None = None
-        self._num_begun = 0  # reloads of the route
+        self._prepared: PreparedPlan | None = None
+        self._num_begun = 0  # reloads of the prepared
         self._horizon = -math.inf  # until when reloads are due
         self._is_lost = False  # after a miss
         self.is_watched = False
@@ -112,10 +112,10 @@ class Schedule:
         self._under_way.clear()
 
     def _end_step(self, step: StepTrace) -> None:
-        replanner, route = self._replanner, self._route
+        replanner, prepared = self._replanner, self._prepared
         if self.is_watched or (replanner is not None and step.is_complete):
             self._finished = step
-            self._followed = route.plan if route is not None and len(route.shape) == len(step.shape) else None
+            self._followed = prepared.plan if prepared is not None and len(prepared.shape) == len(step.shape) else None
             if replanner is not None:
                 replanner.note_followed(self._followed)
         if replanner is not None and step.is_mixed:
@@ -127,14 +127,14 @@ class Schedule:
         remarks, self._remarks = self._remarks, []
         return remarks
 
-    def _take(self, route: Route | None) -> None:
-        self._route, self._num_begun, self._horizon, self._is_lost = route, 0, -math.inf, False
+    def _take(self, prepared: PreparedPlan | None) -> None:
+        self._prepared, self._num_begun, self._horizon, self._is_lost = prepared, 0, -math.inf, False
 
     @property
     def plan(self) -> Plan | None:
         """The plan of the running or next step."""
-        route = self._route or (self._replanner.latest if self._replanner is not None else None)
-        return route.plan if route is not None else None
+        prepared = self._prepared or (self._replanner.latest if self._replanner is not None else None)
+        return prepared.plan if prepared is not None else None
 
     @property
     def has_news(self) -> bool:
@@ -226,31 +226,35 @@ class Schedule:
 
     def note_saved(self, record: Record) -> None:
         """Follows the plan past a new record, or leaves it."""
-        place, route = record.pass_.places[record.index], self._route
-        if route is None:
+        place, prepared = record.pass_.places[record.index], self._prepared
+        if prepared is None:
             return
-        if not route.expects(place, record.nbytes, record.pass_.number):
+        if not prepared.expects(place, record.nbytes, record.pass_.number):
             assert self._replanner is not None
-            self._take(self._replanner.route_of(self._step.shape))
-            route = self._route
-        if route is not None:
-            self._horizon = max(self._horizon, route.next_after_save(place))
+            self._take(self._replanner.prepared_of(self._step.shape))
+            prepared = self._prepared
+        if prepared is not None:
+            self._horizon = max(self._horizon, prepared.next_after_save(place))
 
     @property
     def is_planned(self) -> bool:
         """Whether a plan is followed."""
-        return self._route is not None
+        return self._prepared is not None
 
     def keeps(self, record: Record) -> bool:
         """Whether the plan, if one is followed, has a record stay in memory."""
         step = record.pass_.step
-        return self._route is not None and step is self._step and self._route.keeps(record.pass_.places[record.index])
+        return (
+            self._prepared is not None
+            and step is self._step
+            and self._prepared.keeps(record.pass_.places[record.index])
+        )
 
     def goes_to_host(self, record: Record, nbytes: int | None) -> bool:
         """Whether a record is for the host tier, where there is room: by plan, else the `nbytes` needed first."""
-        route = self._route
-        if route is not None and record.pass_.step is self._step:
-            return route.is_for_host(record.pass_.places[record.index])
+        prepared = self._prepared
+        if prepared is not None and record.pass_.step is self._step:
+            return prepared.is_for_host(record.pass_.places[record.index])
         return self._is_needed_soon(record, nbytes)
 
     def _is_needed_soon(self, record: Record, nbytes: int | None) -> bool:
@@ -291,23 +295,23 @@ class Schedule:
 
     def _note_needed(self, record: Record, moment: Moment | None) -> None:
         pass_ = record.pass_
-        place, route = pass_.places[record.index], self._route
+        place, prepared = pass_.places[record.index], self._prepared
         pass_.step.need(place, record.num_handles, moment)
-        if route is not None and pass_.step is self._step and place < len(route.shape):
-            self._horizon = max(self._horizon, route.next_after_need(place))
+        if prepared is not None and pass_.step is self._step and place < len(prepared.shape):
+            self._horizon = max(self._horizon, prepared.next_after_need(place))
 
     def upcoming(self, pass_: PassTrace) -> Iterator[Record]:
         """Records to reload next, soonest first. The caller asks for one more only after it began the last one."""
-        if self._route is not None and pass_.step is self._step and not self._is_lost:
+        if self._prepared is not None and pass_.step is self._step and not self._is_lost:
             return self.due()
         return self._next_of(pass_) if not pass_.is_abandoned else iter(())
 
     def due(self) -> Iterator[Record]:
         """Records whose reloads the plan wants begun by now, the earliest deadline first; none without a plan."""
-        route, step = self._route, self._step
-        while route is not None and route is self._route and self._num_begun < len(route.reloads):
+        prepared, step = self._prepared, self._step
+        while prepared is not None and prepared is self._prepared and self._num_begun < len(prepared.reloads):
             num_begun = self._num_begun  # read once: another thread may walk the same graph
-            start, place = route.reloads[num_begun]
+            start, place = prepared.reloads[num_begun]
             if start > self._horizon:
                 return
             record = cast("Record | None", step.records[place]) if place < len(step.records) else None
