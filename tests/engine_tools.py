@@ -20,7 +20,7 @@ SLAB_NBYTES = 64 * 1024
 
 def implementation(kind: str) -> Any:
     """The module that has `kind`'s spill file."""
-    return importlib.import_module(f"ssdtrain._{kind}_engine" if kind in ("python", "kvikio") else "ssdtrain._C")
+    return importlib.import_module(f"ssdtrain.io.{kind}" if kind in ("python", "kvikio") else "ssdtrain._C")
 
 
 def round_up(nbytes: int, step: int) -> int:

@@ -209,14 +209,14 @@ def test_nobody_waits_for_a_device_that_is_behind(
         device.hold(device.current_stream())
         for _ in range(8):
             (torch.sin(weight * weight.sin()).sum()).backward()
-        assert len(offload._schedule._under_way) == 4
+        assert len(offload._schedule.review._under_way) == 4
         assert offload.plan is None
         device.release(device.current_stream())
         weight.grad.sum().item()  # type: ignore[union-attr]
         for _ in range(3):
             (torch.sin(weight * weight.sin()).sum()).backward()
             weight.grad.sum().item()  # type: ignore[union-attr]
-        assert len(offload._schedule._under_way) <= 1
+        assert len(offload._schedule.review._under_way) <= 1
     assert reviewed >= 6 * [True]
 
 

@@ -152,7 +152,7 @@ def test_results_are_the_same_to_the_bit(tmp_path: Path) -> None:
 def test_nothing_is_there_without_a_record(tmp_path: Path) -> None:
     offload = ssdtrain.offload_activations(tmp_path, POLICY)
     train(offload, network(), 3)
-    assert offload._store.request_log is None and offload._schedule.is_watched is False
+    assert offload._store.request_log is None and not offload._schedule.review._is_watched
     assert list(tmp_path.iterdir()) == []
 
 

@@ -24,8 +24,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ssdtrain.activations.module_names import ModuleNames
+from ssdtrain.activations.observers import StepObservers
 from ssdtrain.activations.recompute import recompute_for
-from ssdtrain.activations.step_review import Watch
 from ssdtrain.activations.storage_index import Index
 from ssdtrain.activations.writeback import Join, Store
 from ssdtrain.devices.base import CpuDevice, Device
@@ -106,7 +106,7 @@ class ActivationOffload:
         self._store = Store(directories or (), policy, self._counters, self._index, self._devices, join)
         self._store.when_torn = self._schedule.start_afresh
         self._store.when_forked = self._schedule.forget_accelerators
-        self._watch = Watch(policy, directories or (), self._schedule, self._store)
+        self._observers = StepObservers(policy, directories or (), self._schedule, self._store)
         if policy.enabled:
             for text in check_directories(directories) if directories is not None else ():
                 self._store.note_fallback(text)
@@ -152,7 +152,7 @@ class ActivationOffload:
             self._recompute.leave()
         self._names.unwatch()
         self._thread.entered.pop().__exit__(kind, error, trace)
-        self._watch.leave()
+        self._observers.leave()
         self._store.leave()
 
     @property
@@ -190,7 +190,7 @@ class ActivationOffload:
     def close(self) -> None:
         """Frees slabs, threads and spill files at once. A later backward through records on disk raises an error."""
         self._is_closed = True
-        self._watch.close()
+        self._observers.close()
         self._store.close()
 
     @property
@@ -216,7 +216,7 @@ class ActivationOffload:
 
         A step is over when the next one begins. A callback that raises is noted and not called again.
         """
-        self._watch.call(callback)
+        self._observers.call(callback)
 
     @property
     def stats(self) -> Stats:
@@ -340,7 +340,7 @@ class ActivationOffload:
         if number != thread.sequence_number:
             thread.sequence_number = number
             if self._schedule.has_news:
-                self._watch.review()
+                self._observers.review()
             if thread.pending:
                 due, thread.pending = thread.pending, []
                 self._send([record for record in due if not is_resized(record)])

@@ -104,7 +104,7 @@ def detail(number: int, finished: FinishedStep, requests: Requests, why: str) ->
         "began": finished.began_at,
         "seconds": finished.seconds,
         "num_omitted": len(records) - len(kept),
-        "is_wall_time": finished.recording.is_wall_time,
+        "is_wall_time": finished.trace.is_wall_time,
         "modules": modules,
         "records": {
             "nbytes": [record.nbytes for record in kept],

@@ -64,7 +64,7 @@ class Recorder:
         """Hands a step over. Returns what went wrong since the last one."""
         if os.getpid() != self._pid:
             return ""
-        requests, self._last = self.request_log.of(finished.recording), None
+        requests, self._last = self.request_log.of(finished.trace), None
         self.request_log.clear()
         if self._sink.error:
             return self._say(self._sink.error)
@@ -83,7 +83,7 @@ class Recorder:
     def offer_last(self, number: int, finished: FinishedStep) -> None:
         """A step that is the last one unless another follows."""
         if os.getpid() == self._pid:
-            self._last = number, finished, self.request_log.of(finished.recording)
+            self._last = number, finished, self.request_log.of(finished.trace)
 
     def close(self) -> None:
         """Writes what was handed over, and the last step."""

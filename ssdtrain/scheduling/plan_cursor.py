@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Iterator
 
 from ssdtrain.planner import Plan, Step, Where
 
@@ -54,3 +55,47 @@ class PreparedPlan:
     def next_after_need(self, place: int) -> float:
         """When the next thing happens after this first use."""
         return self._after_need[place]
+
+
+class PlanCursor:
+    """How far a running step has come in the plan it follows, and which reloads that makes due.
+
+    Guarded by the store's lock, but for `due`, which several threads may walk at once.
+    """
+
+    def __init__(self) -> None:
+        """Follows none."""
+        self.prepared: PreparedPlan | None = None
+        """The plan that is followed, if one is."""
+        self.is_lost = False
+        """Whether backward went elsewhere than planned: reloads then go by the order of the last pass."""
+        self._num_begun = 0  # reloads
+        self._horizon = -math.inf  # until when reloads are due
+
+    def follow(self, prepared: PreparedPlan | None) -> None:
+        """From its beginning."""
+        self.prepared, self.is_lost, self._num_begun, self._horizon = prepared, False, 0, -math.inf
+
+    def note_saved(self, position: int) -> None:
+        """The record at this position of the step was saved, as planned."""
+        if self.prepared is not None:
+            self._horizon = max(self._horizon, self.prepared.next_after_save(position))
+
+    def note_needed(self, position: int) -> None:
+        """Backward asked for the record at this position."""
+        if self.prepared is not None and position < len(self.prepared.shape):
+            self._horizon = max(self._horizon, self.prepared.next_after_need(position))
+
+    def due(self) -> Iterator[int]:
+        """Positions whose reloads the plan wants begun by now, the earliest deadline first.
+
+        The caller asks for one more only after it began the last one.
+        """
+        prepared = self.prepared
+        while prepared is not None and prepared is self.prepared and self._num_begun < len(prepared.reloads):
+            num_begun = self._num_begun  # read once: another thread may walk the same graph
+            start, position = prepared.reloads[num_begun]
+            if start > self._horizon:
+                return
+            yield position
+            self._num_begun = max(self._num_begun, num_begun + 1)

@@ -94,7 +94,7 @@ class Replanner:
         self._whole: Step | None = None  # a step in which nothing was recomputed
         self._statement = ""
         self._caution = _CAUTION
-        self._routes: OrderedDict[Key, PreparedPlan] = OrderedDict()  # the latest last
+        self._prepared_plans: OrderedDict[Key, PreparedPlan] = OrderedDict()  # the latest last
         self._seen: OrderedDict[Key, None] = OrderedDict()
         self._planned_for: Machine = machine
         self._num_since_plan = self._num_plans = self._num_differing = 0
@@ -106,12 +106,12 @@ class Replanner:
     @property
     def latest(self) -> PreparedPlan | None:
         """The plan that was made or confirmed last, or a probe in its place."""
-        return self._or_probe(next(reversed(self._routes.values()), None))
+        return self._or_probe(next(reversed(self._prepared_plans.values()), None))
 
     def prepared_of(self, shape: Shape) -> PreparedPlan | None:
         """A plan for a step that began like this."""
         return self._or_probe(
-            next((prepared for prepared in reversed(self._routes.values()) if prepared.fits(shape)), None)
+            next((prepared for prepared in reversed(self._prepared_plans.values()) if prepared.fits(shape)), None)
         )
 
     def _or_probe(self, prepared: PreparedPlan | None) -> PreparedPlan | None:
@@ -134,16 +134,16 @@ class Replanner:
         if is_stale or (now.disk is None and now.host is None):
             return
         key = tuple((record.nbytes, record.micro_batch) for record in step.records)
-        prepared = self._routes.pop(key, None)
+        prepared = self._prepared_plans.pop(key, None)
         self._num_since_plan += 1
         is_due = key in self._seen if prepared is None else self._has_drifted(prepared, step, measured, now)
         self._seen[key] = None
         if is_due and time.perf_counter() >= self._no_plan_before:
             prepared = self._plan(step, self._machine_now(is_accelerated=measured.is_accelerated))
         if prepared is not None:
-            self._routes[key] = prepared
+            self._prepared_plans[key] = prepared
             self._probe_if_due(prepared, measured.num_steps)
-        for known in (self._routes, self._seen):
+        for known in (self._prepared_plans, self._seen):
             if len(known) > _NUM_REMEMBERED:
                 known.popitem(last=False)
 
@@ -153,7 +153,7 @@ class Replanner:
         self._num_idle, self._num_busy = (self._num_idle + num_steps, 0) if is_idle else (0, self._num_busy + num_steps)
         if self._num_busy >= self._probe_after:  # the drive kept what it promised
             self._num_busy, self._probe_after = 0, FIRST_PATIENCE
-        is_pending = self._probe is not None and any([known is self._probed for known in self._routes.values()])
+        is_pending = self._probe is not None and any([known is self._probed for known in self._prepared_plans.values()])
         if self._num_idle < self._probe_after or is_pending or self._machine.disk is None:
             return
         self._num_idle, self._probe_after = 0, min(MAX_PATIENCE, 2 * self._probe_after)

@@ -26,7 +26,7 @@ Callback = Callable[[int, Stats], None]
 class FinishedStep:
     """One step that is over."""
 
-    recording: StepTrace
+    trace: StepTrace
     """Whose step it is."""
     step: Step
     """Its records; seconds of computation, counted from its beginning."""

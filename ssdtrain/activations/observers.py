@@ -17,7 +17,7 @@ from ssdtrain.scheduling.schedule import Schedule
 from ssdtrain.tracing.events import Callback, CallbackObserver, FinishedStep, Observer, StepLog
 
 
-class Watch:
+class StepObservers:
     """The watchers of one offload context."""
 
     def __init__(self, policy: ActivationPolicy, directories: Sequence[str], schedule: Schedule, store: Store) -> None:
@@ -48,11 +48,11 @@ class Watch:
 
     def review(self) -> None:
         """A step is over: learns from it and tells of it. Not under the lock."""
-        for remark in self._schedule.take_remarks():
+        for remark in self._schedule.review.take_remarks():
             self._store.note_fallback(remark)
         if not self._schedule.has_news:
             return
-        finished = self._schedule.review(self._store.counters, self._store.engine_totals())
+        finished = self._schedule.review_step(self._store.counters, self._store.engine_totals())
         if finished is not None:
             self._tell(finished)
 
@@ -64,7 +64,11 @@ class Watch:
             self._recorder.offer_last(self._num_steps + 1, finished)
 
     def _last_step(self) -> FinishedStep | None:
-        return self._schedule.finished(self._store.engine_totals(), is_last=True) if self._schedule.has_news else None
+        return (
+            self._schedule.review.finished(self._store.engine_totals(), is_last=True)
+            if self._schedule.has_news
+            else None
+        )
 
     def close(self) -> None:
         """No step follows."""
@@ -78,7 +82,7 @@ class Watch:
 
     def _add(self, observer: Observer) -> None:
         self._observers.append(observer)
-        self._schedule.is_watched = True
+        self._schedule.review.watch()
 
     def _tell(self, finished: FinishedStep) -> None:
         self._num_steps += 1
