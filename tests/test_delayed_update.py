@@ -129,8 +129,8 @@ def test_reads_do_not_run_far_ahead(device: SimulatedDevice | None, device_kind:
             weight.grad = torch.ones(64, 64)
         optimizer.step()
     assert Gated.entered.wait(20)
-    pages = [page for own in optimizer._pages._pages.values() for page in own.values()]
-    num_coming = sum(page.arrival is not None for page in pages)
+    pages = [leaf for parameter in optimizer._pages for leaf in optimizer._pages._leaves(parameter)]
+    num_coming = sum(leaf.arrival is not None for leaf in pages)
     Gated.gate.set()
     optimizer.close()
     assert len(pages) == 2 * 12 and num_coming <= 2 * 2

@@ -5,28 +5,37 @@ Knows parameters as keys and the vault; not when an optimizer steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ssdtrain.devices.base import Device
 from ssdtrain.state_stats import StateCounters
-from ssdtrain.store.identity import ViewSpec, view_of, view_spec, whole
+from ssdtrain.store.frames import has_gaps, nbytes_of, put_together, take_apart
+from ssdtrain.store.identity import ViewSpec, view_of, view_spec, whole, why_not
 from ssdtrain.store.mapped import mapped_copy
 from ssdtrain.store.slots import Arrival, Slot
 from ssdtrain.store.tensor_store import StateLostError, Vault
 
 
 @dataclass(eq=False)
-class _Page:
-    """One tensor of a parameter's state."""
+class _Leaf:
+    """One tensor of a page."""
 
     slot: Slot
     spec: ViewSpec
     device: Device
     arrival: Arrival | None = None
+
+
+@dataclass(eq=False)
+class _Page:
+    """One value of a parameter's state: a tensor, or what has tensors inside."""
+
+    frame: Any = None
+    leaves: list[_Leaf] = field(default_factory=list)
 
 
 class Pages:
@@ -46,25 +55,28 @@ class Pages:
         """Whether a parameter has state on the drive."""
         return parameter in self._pages
 
+    def _leaves(self, parameter: torch.Tensor) -> list[_Leaf]:
+        return [leaf for page in self._pages.get(parameter, {}).values() for leaf in page.leaves]
+
     def nbytes(self, parameter: torch.Tensor) -> int:
         """Bytes of a parameter's pages; a guess, twice the parameter, while there are none."""
-        return sum(page.slot.nbytes for page in self._pages.get(parameter, {}).values()) or 2 * parameter.nbytes
+        return sum([leaf.slot.nbytes for leaf in self._leaves(parameter)]) or 2 * nbytes_of(parameter)
 
     def fetch(self, parameter: torch.Tensor, device: Device | None = None) -> int:
         """Begins to read a parameter's pages, to where they came from or to another device; how many."""
         num_begun = 0
-        for page in self._pages.get(parameter, {}).values():
-            to = device or page.device
-            if page.arrival is not None and page.arrival.device is not to:
-                page.arrival = None
-            if page.arrival is None and page.slot.is_filled:
-                page.arrival = self._vault.read(page.slot, to)
+        for leaf in self._leaves(parameter):
+            to = device or leaf.device
+            if leaf.arrival is not None and leaf.arrival.device is not to:
+                leaf.arrival = None
+            if leaf.arrival is None and leaf.slot.is_filled:
+                leaf.arrival = self._vault.read(leaf.slot, to)
                 num_begun += 1
         return num_begun
 
     def is_kept(self, parameter: torch.Tensor) -> bool:
         """Whether the drive had no room for some of it, which is where it came from."""
-        return any(page.slot.kept is not None for page in self._pages.get(parameter, {}).values())
+        return any(leaf.slot.kept is not None for leaf in self._leaves(parameter))
 
     def bring(self, parameter: torch.Tensor, state: dict[str, Any], device: Device | None = None) -> None:
         """Puts a parameter's pages where the optimizer looks for its state, in memory as `fetch` says.
@@ -75,64 +87,120 @@ class Pages:
         self._counters.num_demand_reads += self.fetch(parameter, device)
         lost: StateLostError | None = None
         for key, page in self._pages.get(parameter, {}).items():
-            arrival, page.arrival = page.arrival, None
-            if arrival is not None:
-                try:
-                    state[key] = view_of(self._vault.take(arrival), page.spec)
-                except StateLostError as error:
-                    lost = lost or error
+            arrivals = [leaf.arrival for leaf in page.leaves]
+            for leaf in page.leaves:
+                leaf.arrival = None
+            try:
+                storages = [self._vault.take(arrival) for arrival in arrivals if arrival is not None]
+            except StateLostError as error:
+                lost = lost or error
+                continue
+            if len(storages) == len(arrivals):
+                tensors = [view_of(s, leaf.spec) for s, leaf in zip(storages, page.leaves, strict=True)]
+                state[key] = put_together(page.frame, tensors)
         if lost is not None:
             raise lost
 
-    def send_away(self, parameter: torch.Tensor, name: str, state: dict[str, Any], host: Device | None = None) -> None:
+    def send_away(
+        self,
+        parameter: torch.Tensor,
+        name: str,
+        state: dict[str, Any],
+        host: Device | None = None,
+        may_leave: Callable[[Any], bool] = lambda _: True,
+    ) -> None:
         """Begins to write a parameter's state, which is all in `state`, and takes it out of there.
 
-        `host`: the device of host memory, where all of it is by then, whatever the parameter's own is.
+        Args:
+            parameter: whose state.
+            name: its name.
+            state: where the optimizer looks for it.
+            host: the device of host memory, where all of it is by then, whatever the parameter's own is.
+            may_leave: whether a value may; the others stay.
         """
-        for key in [key for key in self._pages.get(parameter, {}) if not _may_leave(state.get(key), self._min_nbytes)]:
-            self._drop(self._pages[parameter].pop(key))  # the optimizer has done away with it
-        for key, value in list(state.items()):
-            device = (host or self._devices.of(value)) if _may_leave(value, self._min_nbytes) else ""
-            if isinstance(device, str):
-                continue
-            source = whole(value)
-            pages = self._pages.setdefault(parameter, {})
-            if key not in pages:
-                pages[key] = _Page(Slot(f"{key} of {name}"), view_spec(source), device)
-                self._counters.go(source.nbytes)
-            pages[key].spec, pages[key].device = view_spec(source), device
-            self._vault.write(pages[key].slot, source.untyped_storage(), device, prefers_host=host is not None)
-            del state[key]
+        for key in [key for key in self._pages.get(parameter, {}) if key not in state]:
+            self._discard(parameter, key)  # the optimizer has done away with it
+        for key in list(state):
+            if not may_leave(state[key]) or not self._send(parameter, key, name, state[key], host):
+                self._discard(parameter, key)
+            else:
+                del state[key]
 
-    def copies(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _send(self, parameter: torch.Tensor, key: str, name: str, value: Any, host: Device | None) -> bool:
+        sources: list[tuple[torch.Tensor, Device, str]] = []
+
+        def leave(tensor: torch.Tensor, where: str) -> int | None:
+            device = self._device_of(tensor, f"{key}{where}", host)
+            if device is None:
+                return None
+            sources.append((whole(tensor), device, f"{key}{where} of {name}"))
+            return len(sources) - 1
+
+        frame = take_apart(value, leave)
+        if not has_gaps(frame):
+            return False
+        page = self._pages.setdefault(parameter, {}).setdefault(key, _Page())
+        page.frame = frame
+        while len(page.leaves) > len(sources):
+            self._drop(page.leaves.pop())
+        for i, (source, device, slot_name) in enumerate(sources):
+            if i == len(page.leaves):
+                page.leaves.append(_Leaf(Slot(slot_name), view_spec(source), device))
+                self._counters.go(0)
+            leaf = page.leaves[i]
+            self._counters.go(source.untyped_storage().nbytes() - leaf.slot.nbytes, 0)
+            leaf.spec, leaf.device = view_spec(source), device
+            self._vault.write(leaf.slot, source.untyped_storage(), device, prefers_host=host is not None)
+        return True
+
+    def _device_of(self, tensor: torch.Tensor, what: str, host: Device | None) -> Device | None:
+        """Where a tensor leaves from; None when it stays, which is said unless it is small."""
+        if tensor.layout is torch.strided and tensor.nbytes < max(1, self._min_nbytes):
+            return None
+        is_special = tensor.requires_grad or isinstance(tensor, torch.nn.Parameter)
+        reason = why_not(tensor) or ("a parameter or part of a graph" if is_special else None)
+        device = reason or host or self._devices.of(tensor)
+        if isinstance(device, str):
+            self._vault.note(f"{what} of a parameter stays in memory: {device}")
+            return None
+        return device
+
+    def copies(self, parameter: torch.Tensor) -> dict[str, Any]:
         """A parameter's pages, in memory of their own."""
-        vault = self._vault
-        return {
-            key: view_of(vault.take(vault.read(page.slot, page.device)), page.spec).clone()
-            for key, page in self._pages.get(parameter, {}).items()
-        }
+        return self._read(parameter, lambda tensor, _: tensor.clone())
 
-    def mapped(self, parameter: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    def mapped(self, parameter: torch.Tensor) -> dict[str, Any]:
         """A parameter's pages in files that are mapped to memory, for state dicts."""
+        return self._read(parameter, lambda tensor, spec: mapped_copy(tensor, spec, self._vault.directory))
+
+    def _read(
+        self, parameter: torch.Tensor, copied: Callable[[torch.Tensor, ViewSpec], torch.Tensor]
+    ) -> dict[str, Any]:
+        vault, found = self._vault, {}
         for key, page in self._pages.get(parameter, {}).items():
-            tensor = view_of(self._vault.take(self._vault.read(page.slot, page.device)), page.spec)
-            yield key, mapped_copy(tensor, page.spec, self._vault.directory)
+            tensors = [
+                copied(view_of(vault.take(vault.read(leaf.slot, leaf.device)), leaf.spec), leaf.spec)
+                for leaf in page.leaves
+            ]
+            found[key] = put_together(page.frame, tensors)
+        return found
 
     def drop(self, parameter: torch.Tensor) -> None:
         """Frees a parameter's pages."""
-        for page in self._pages.pop(parameter, {}).values():
-            self._drop(page)
+        for key in list(self._pages.get(parameter, {})):
+            self._discard(parameter, key)
+        self._pages.pop(parameter, None)
 
-    def _drop(self, page: _Page) -> None:
-        self._vault.free(page.slot)
-        self._counters.go(-page.slot.nbytes, -1)
+    def _discard(self, parameter: torch.Tensor, key: str) -> None:
+        page = self._pages.get(parameter, {}).pop(key, None)
+        for leaf in page.leaves if page is not None else ():
+            self._drop(leaf)
+
+    def _drop(self, leaf: _Leaf) -> None:
+        self._vault.free(leaf.slot)
+        self._counters.go(-leaf.slot.nbytes, -1)
 
     def forget(self) -> None:
         """Frees all of them."""
         for parameter in self:
             self.drop(parameter)
-
-
-def _may_leave(value: Any, min_nbytes: int) -> bool:
-    is_plain = type(value) is torch.Tensor and value.layout is torch.strided and not value.is_quantized
-    return is_plain and value.nbytes >= max(1, min_nbytes)

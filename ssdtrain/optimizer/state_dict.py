@@ -39,7 +39,7 @@ class StateView(Mapping[torch.Tensor, dict[str, Any]]):
 def whole_state_dict(optimizer: torch.optim.Optimizer, pages: Pages) -> dict[str, Any]:
     """The optimizer's own `state_dict`, with its pages in files that are mapped to memory."""
     resident = optimizer.state
-    whole = {parameter: {**state, **dict(pages.mapped(parameter))} for parameter, state in resident.items()}
+    whole = {parameter: {**state, **pages.mapped(parameter)} for parameter, state in resident.items()}
     try:
         optimizer.state = defaultdict(dict, whole)
         found: dict[str, Any] = optimizer.state_dict()
