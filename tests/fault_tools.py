@@ -29,6 +29,7 @@ from engine_tools import eventually
 import ssdtrain
 
 TESTS = Path(__file__).parent
+FOLDERS = [str(TESTS), str(TESTS / "laws")]
 ENGINES = ("io_uring", "threads", "python")
 KIB, MIB = 1024, 1024 * 1024
 LIMIT_SECONDS = 60
@@ -76,7 +77,7 @@ class Lab:
         command = [
             sys.executable,
             "-c",
-            f"import sys; sys.path[:0] = [{str(TESTS)!r}]; import fault_tools as f; f.serve()",
+            f"import sys; sys.path[:0] = {[str(TESTS), str(TESTS / 'laws')]!r}; import fault_tools as f; f.serve()",
         ]
         self._server = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment

@@ -4,8 +4,13 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <stdarg.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -15,7 +20,31 @@ static int refuse(int number) {
   return -1;
 }
 
+// FAKE_STUCK is a row of letters: what is not answered while the variable holds it: o = making a file, g = growing one,
+// t = shortening one, c = closing one, a = asking for access to a directory, v = asking for free space, m = writing a
+// mapping out. FAKE_STUCK_UNDER: only under this path.
+static int is_stuck(char what, const char* path) {
+  const char* row = getenv("FAKE_STUCK");
+  const char* under = getenv("FAKE_STUCK_UNDER");
+  return row && strchr(row, what) && (!under || !path || strncmp(path, under, strlen(under)) == 0);
+}
+
+static void stick(char what, const char* path) {
+  while (is_stuck(what, path)) usleep(2000);
+}
+
+static void stick_file(char what, int fd) {
+  if (!getenv("FAKE_STUCK")) return;
+  char link[64], path[PATH_MAX] = "";
+  struct stat status;
+  snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+  if (fstat(fd, &status) || !S_ISREG(status.st_mode)) return;
+  if (status.st_nlink && !getenv("FAKE_STUCK_UNDER")) return;
+  if (readlink(link, path, sizeof path - 1) > 0) stick(what, path);
+}
+
 static int fake_open(const char* path, int flags, mode_t mode) {
+  if ((flags & O_TMPFILE) == O_TMPFILE) stick('o', path);
   if ((flags & O_TMPFILE) == O_TMPFILE && getenv("FAKE_NO_TMPFILE")) return refuse(EOPNOTSUPP);
   if ((flags & O_DIRECT) && getenv("FAKE_NO_DIRECT")) return refuse(EINVAL);
   return openat(AT_FDCWD, path, flags, mode);
@@ -61,9 +90,50 @@ int fcntl64(int fd, int command, ...) {
 }
 
 int fallocate(int fd, int mode, off_t offset, off_t nbytes) {
+  stick_file('g', fd);
   if (getenv("FAKE_NO_FALLOCATE")) return refuse(EOPNOTSUPP);
   int (*real)(int, int, off_t, off_t) = dlsym(RTLD_NEXT, "fallocate");
   return real(fd, mode, offset, nbytes);
+}
+
+int posix_fallocate(int fd, off_t offset, off_t nbytes) {
+  stick_file('g', fd);
+  int (*real)(int, off_t, off_t) = dlsym(RTLD_NEXT, "posix_fallocate");
+  return real(fd, offset, nbytes);
+}
+int posix_fallocate64(int fd, off_t offset, off_t nbytes) { return posix_fallocate(fd, offset, nbytes); }
+
+static int fake_ftruncate(int fd, off_t nbytes) {
+  stick_file('t', fd);
+  int (*real)(int, off_t) = dlsym(RTLD_NEXT, "ftruncate");
+  return real(fd, nbytes);
+}
+int ftruncate(int fd, off_t nbytes) { return fake_ftruncate(fd, nbytes); }
+int ftruncate64(int fd, off_t nbytes) { return fake_ftruncate(fd, nbytes); }
+
+int close(int fd) {
+  stick_file('c', fd);
+  int (*real)(int) = dlsym(RTLD_NEXT, "close");
+  return real(fd);
+}
+
+int access(const char* path, int mode) {
+  stick('a', path);
+  int (*real)(const char*, int) = dlsym(RTLD_NEXT, "access");
+  return real(path, mode);
+}
+
+int fstatvfs(int fd, struct statvfs* status) {
+  stick_file('v', fd);
+  int (*real)(int, struct statvfs*) = dlsym(RTLD_NEXT, "fstatvfs");
+  return real(fd, status);
+}
+int fstatvfs64(int fd, struct statvfs64* status) { return fstatvfs(fd, (struct statvfs*)status); }
+
+int msync(void* address, size_t nbytes, int flags) {
+  stick('m', NULL);
+  int (*real)(void*, size_t, int) = dlsym(RTLD_NEXT, "msync");
+  return real(address, nbytes, flags);
 }
 
 long syscall(long number, ...) {

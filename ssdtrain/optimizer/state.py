@@ -15,7 +15,6 @@ from ssdtrain.devices.base import Device
 from ssdtrain.state_stats import StateCounters
 from ssdtrain.store.frames import has_gaps, nbytes_of, put_together, take_apart
 from ssdtrain.store.identity import ViewSpec, view_of, view_spec, whole, why_not
-from ssdtrain.store.mapped import mapped_copy
 from ssdtrain.store.slots import Arrival, Slot
 from ssdtrain.store.tensor_store import StateLostError, Vault
 
@@ -171,7 +170,7 @@ class Pages:
 
     def mapped(self, parameter: torch.Tensor) -> dict[str, Any]:
         """A parameter's pages in files that are mapped to memory, for state dicts."""
-        return self._read(parameter, lambda tensor, spec: mapped_copy(tensor, spec, self._vault.directory))
+        return self._read(parameter, self._vault.mapped_copy)
 
     def _read(
         self, parameter: torch.Tensor, copied: Callable[[torch.Tensor, ViewSpec], torch.Tensor]

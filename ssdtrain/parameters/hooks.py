@@ -24,7 +24,6 @@ from ssdtrain.parameters.parameter import Residence
 from ssdtrain.parameters.working_set import Uses, is_in_backward
 from ssdtrain.stats import Counters
 from ssdtrain.store.identity import ViewSpec, view_spec
-from ssdtrain.store.mapped import mapped_copy
 from ssdtrain.store.record import Resident
 from ssdtrain.store.saved_tensors import innermost_hooks, modified, unpack_resident
 
@@ -73,11 +72,15 @@ class Hooks:
     """All hooks of one offloaded module, but those of optimizers."""
 
     def __init__(
-        self, module: torch.nn.Module, uses: Uses, directory: str | None, check_whole: Callable[[], None]
+        self,
+        module: torch.nn.Module,
+        uses: Uses,
+        mapped_copy: Callable[[torch.Tensor, ViewSpec], torch.Tensor],
+        check_whole: Callable[[], None],
     ) -> None:
-        """Follows the forwards of `module`; `install` follows a block. State dicts go to files in `directory`."""
+        """Follows the forwards of `module`; `install` follows a block. `mapped_copy` makes values of state dicts."""
         self.when_loaded: Callable[[list[Residence]], None] = lambda _: None
-        self._uses, self._directory, self._check_whole = uses, directory, check_whole
+        self._uses, self._mapped_copy, self._check_whole = uses, mapped_copy, check_whole
         self._running = _Running()
         self._loading: dict[torch.nn.Module, list[Residence]] = {}
         self._idle_counters = Counters()
@@ -204,7 +207,7 @@ class Hooks:
             if prefix + name in state:
                 with self._uses.lock, torch.no_grad():
                     self._uses.residences.bring([r])
-                    state[prefix + name] = mapped_copy(r.view(r.spec), r.spec, self._directory)
+                    state[prefix + name] = self._mapped_copy(r.view(r.spec), r.spec)
                     self._uses.let_go([r])
 
     def _before_load(

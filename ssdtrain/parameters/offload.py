@@ -51,7 +51,7 @@ class ParameterOffload:
         self._residences = Residences(self._vault, self._counters)
         self._uses = Uses(self._residences, self._counters, policy.prefetch_nbytes, len(chosen))
         self._lock = self._uses.lock
-        self._hooks = Hooks(module, self._uses, self._vault.directory, self.check_whole)
+        self._hooks = Hooks(module, self._uses, self._vault.mapped_copy, self.check_whole)
         self._hooks.when_loaded = self._note_loaded
         self._optimizer_hooks = self._watch_optimizers()
         try:

@@ -42,6 +42,8 @@ from ssdtrain.io.space import Extent, host_limit_nbytes
 from ssdtrain.policy import StatePolicy
 from ssdtrain.state_stats import StateCounters
 from ssdtrain.stats import nbytes_text
+from ssdtrain.store.identity import ViewSpec
+from ssdtrain.store.mapped import mapped_copy
 from ssdtrain.store.slots import Arrival, Departure, Part, Slot
 
 logger = logging.getLogger("ssdtrain")
@@ -93,6 +95,14 @@ class Vault:
         counters.engine, counters.engine_reason = self.drive.kind, self.drive.reason
         for text in self.drive.shortcomings():
             self.note(text)
+
+    def mapped_copy(self, tensor: torch.Tensor, spec: ViewSpec) -> torch.Tensor:
+        """A copy for a state dict: in a file in the first directory, or with a host tier only in plain memory.
+
+        Raises:
+            OSError: there is no room, or no answer from the drive.
+        """
+        return mapped_copy(tensor, spec, self.directory, self.policy.io_timeout_seconds)
 
     @property
     def directory(self) -> str | None:

@@ -7,15 +7,15 @@ import errno
 import fcntl
 import mmap
 import os
-import secrets
 import threading
 import weakref
 from contextlib import suppress
 from typing import Protocol
 
+from ssdtrain.io.unlinked import open_unlinked
+
 MAX_USERS = 2  # who share an engine, each with files of its own
 _PAGE_NBYTES = 4096
-_NO_TMPFILE = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.ENOSYS})
 _NO_FALLOCATE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS})
 _NOT_DIRECT = frozenset({errno.EINVAL, errno.EOPNOTSUPP})
 
@@ -37,22 +37,6 @@ class Owned:
                 f"Expected {name} to be used in the process that opened it, got a forked child; "
                 "open another one in the child"
             )
-
-
-def _open_unlinked(directory: str) -> int:
-    flags = os.O_RDWR | os.O_EXCL | os.O_CLOEXEC
-    try:
-        return os.open(directory, flags | os.O_TMPFILE, 0o600)
-    except OSError as error:
-        if error.errno not in _NO_TMPFILE:
-            raise
-    path = os.path.join(directory, f".ssdtrain-{secrets.token_hex(8)}.spill")
-    try:
-        fd = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, directory) from error
-    os.unlink(path)
-    return fd
 
 
 def _logical_block_nbytes(fd: int) -> int:
@@ -120,8 +104,9 @@ class SpillFile(Owned):
         self.cap_nbytes = cap_nbytes
         self.nbytes = 0
         self.fallocate_reason = ""
-        fd = _open_unlinked(directory)
+        fd = open_unlinked(directory)
         self._closer = weakref.finalize(self, _close_in, self._pid, fd)
+        self._closer.atexit = False  # the end of the process closes it, and waits for no drive here
         self._fd: int | None = fd
         self._users = 0
         self._is_closing = False

@@ -1,0 +1,114 @@
+"""Calls that a drive may never answer, each in a thread of its own, and nobody waits longer than allowed.
+
+Knows neither files nor directories. Opening, growing, shortening and closing a file are single system calls that
+nothing can call off: whoever made one waits for as long as the drive does.
+
+    errand = Errand(lambda: SpillFile(directory), undo=SpillFile.close)
+    file = errand.take() if errand.wait(60.0) else errand.abandon()
+
+[Note: what comes late]
+The thread of a call that nobody waits for any more stays until the drive answers, and then undoes what it did. It never
+keeps the process from ending.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Errand(Generic[T]):
+    """One call under way."""
+
+    def __init__(self, call: Callable[[], T], undo: Callable[[T], object] | None = None) -> None:
+        """Begins `call()`. `undo` gets what it returns after `abandon`, in its own thread."""
+        self._call: Callable[[], T] | None = call
+        self._undo = undo
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._is_abandoned = False
+        self._results: list[T] = []
+        self._error: BaseException | None = None
+        threading.Thread(target=self._run, name="ssdtrain-errand", daemon=True).start()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether the call is over, after at most `seconds`."""
+        return self._ended.wait(max(0.0, seconds))
+
+    def take(self) -> T:
+        """What an ended call returned, or raises what it raised."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        return self._results.pop()
+
+    def abandon(self) -> None:
+        """Nobody waits any more. See [Note: what comes late]."""
+        with self._lock:
+            self._is_abandoned = True
+            is_over = self._ended.is_set()
+        if is_over:
+            self._clean_up()
+
+    def _run(self) -> None:
+        assert self._call is not None
+        try:
+            self._results.append(self._call())
+        except BaseException as error:  # whoever takes the result raises it
+            self._error = error
+        self._call = None
+        with self._lock:
+            self._ended.set()
+            is_abandoned = self._is_abandoned
+        if is_abandoned:
+            self._clean_up()
+
+    def _clean_up(self) -> None:
+        if self._undo is not None and self._results:
+            Errand(lambda: self._undo(self._results.pop()))  # type: ignore[misc]  # which may get no answer either
+
+
+def run(
+    call: Callable[[], T], seconds: float, directory: str, what: str, undo: Callable[[T], object] | None = None
+) -> T:
+    """What `call()` returns.
+
+    Args:
+        call: system calls on a file in `directory`.
+        seconds: how long to wait for it.
+        directory: the `filename` of the error.
+        what: what is expected, such as ``"a spill file"``.
+        undo: gets what comes later.
+
+    Raises:
+        TimeoutError: there was no answer (ETIMEDOUT).
+    """
+    errand = Errand(call, undo)
+    try:
+        if errand.wait(seconds):
+            return errand.take()
+    except BaseException:  # Ctrl-C too: nobody waits any more
+        errand.abandon()
+        raise
+    errand.abandon()
+    raise no_answer(what, seconds, directory)
+
+
+def run_all(calls: Sequence[Callable[[], T]], seconds: float) -> list[Errand[T]]:
+    """All of `calls` at once, when they are over or the time is; those that are not are told by `wait(0)`."""
+    deadline = time.monotonic() + seconds
+    errands = [Errand(call) for call in calls]
+    for errand in errands:
+        errand.wait(deadline - time.monotonic())
+    return errands
+
+
+def no_answer(what: str, seconds: float, directory: str) -> OSError:
+    """The error of a directory whose drive does not answer."""
+    text = f"Expected {what}, got no answer from the drive for {seconds:g} s: look after it, or pass another directory"
+    return OSError(errno.ETIMEDOUT, text, directory)
