@@ -34,7 +34,7 @@ NUM_UNTIL_PLAN = 4  # two that look the same, and one in which the second is kno
 
 @pytest.fixture
 def every_step_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssdtrain.scheduling.schedule._MOST_UNTIMED", 0)
+    monkeypatch.setattr("ssdtrain.scheduling.step_review._MOST_UNTIMED", 0)
 
 
 def planned(offload: ssdtrain.ActivationOffload, step: Callable[[], Any], num: int = NUM_UNTIL_PLAN) -> Plan | None:
