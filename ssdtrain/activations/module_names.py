@@ -24,10 +24,10 @@ class ModuleNames(threading.local):
     def watch(self) -> None:
         """Installs a pair of hooks on every module."""
         handles: list[Any] = []
+        self._removable.append(handles)  # first: an interrupt may come between any two of them
         for name, module in self._model.named_modules() if self._model is not None else ():
             handles.append(module.register_forward_pre_hook(self._entering(name or type(module).__name__)))
             handles.append(module.register_forward_hook(self._leaving, always_call=True))
-        self._removable.append(handles)
 
     def unwatch(self) -> None:
         """Removes what the latest `watch` installed."""

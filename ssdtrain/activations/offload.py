@@ -15,12 +15,12 @@ at save time and shares the counter, so that unpack can raise what autograd woul
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ssdtrain.activations.module_names import ModuleNames
@@ -47,7 +47,7 @@ from ssdtrain.store.identity import (
     why_not,
 )
 from ssdtrain.store.record import Handle, Record, Resident
-from ssdtrain.store.saved_tensors import innermost_hooks, is_resized, modified, widen
+from ssdtrain.store.saved_tensors import HookScope, innermost_hooks, is_resized, modified, not_entered, widen
 from ssdtrain.tracing.events import Callback
 from ssdtrain.tracing.pass_trace import PassTrace
 
@@ -64,7 +64,7 @@ class _Thread(threading.local):
         self.pending: list[Record] = []  # saved by an operator that may not be over
         self.sequence_number = -1
         self.pass_: PassTrace | None = None
-        self.entered: list[saved_tensors_hooks] = []
+        self.entered: list[contextlib.ExitStack] = []  # what undoes each `__enter__`, the latest last
 
 
 class ActivationOffload:
@@ -97,6 +97,7 @@ class ActivationOffload:
         self._names = ModuleNames(model)
         self._model = model
         self._thread = _Thread()
+        self._threads: list[threading.Thread] = []  # in which it is entered, as often as it is
         self._left_alone: frozenset[str] = frozenset()
         self._is_closed = False
         if directories is None and policy.host_nbytes == 0:
@@ -120,40 +121,43 @@ class ActivationOffload:
         Raises:
             RuntimeError: the context was closed.
         """
-        if self._is_closed:
-            raise RuntimeError("Expected an open offload, got one after close(); make a new one")
+        self._check_open()
         if not self.policy.enabled:
             return self
-        self._store.enter()
-        try:
-            self._enter_hooks()
-        except BaseException:  # Ctrl-C too: no `__exit__` will follow
-            self._store.leave()
-            raise
+        with contextlib.ExitStack() as stack:  # what raises, Ctrl-C too, undoes what was done: no `__exit__` follows
+            self._store.enter()
+            stack.callback(self._store.leave)
+            stack.callback(self._observers.leave)
+            if self._model is not None:
+                self.mark_weights([*self._model.parameters(), *self._model.buffers()])
+            stack.enter_context(HookScope(self._pack, self._unpack))
+            stack.callback(self._names.unwatch)
+            self._names.watch()
+            if self._recompute is not None:
+                stack.callback(self._recompute.leave)
+                self._recompute.enter()
+            self._threads.append(threading.current_thread())
+            self._thread.entered.append(stack.pop_all())
         return self
-
-    def _enter_hooks(self) -> None:
-        if self._model is not None:
-            self.mark_weights([*self._model.parameters(), *self._model.buffers()])
-        hooks = saved_tensors_hooks(self._pack, self._unpack)
-        hooks.__enter__()
-        self._thread.entered.append(hooks)
-        self._names.watch()
-        if self._recompute is not None:
-            self._recompute.enter()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Takes the hooks away; what was saved stays available for backward."""
+        """Takes the hooks away; what was saved stays available for backward.
+
+        Raises:
+            RuntimeError: this thread did not enter, and nothing was changed; or somebody has taken the hooks off.
+        """
         if not self.policy.enabled:
             return
-        if self._recompute is not None:
-            self._recompute.leave()
-        self._names.unwatch()
-        self._thread.entered.pop().__exit__(kind, error, trace)
-        self._observers.leave()
-        self._store.leave()
+        if not self._thread.entered:
+            raise not_entered("offload contexts", self._threads)
+        self._threads.remove(threading.current_thread())
+        self._thread.entered.pop().close()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("Expected an open offload, got one after close(); make a new one")
 
     @property
     def is_innermost(self) -> bool:
@@ -170,7 +174,11 @@ class ActivationOffload:
         """Keeps engine, slabs and spill files until `close()`, also while the context is left and no graph is alive.
 
         For those who enter and leave it many times a second: opening them takes milliseconds.
+
+        Raises:
+            RuntimeError: the context was closed.
         """
+        self._check_open()
         if self.policy.enabled:
             self._store.enter()
 
@@ -215,7 +223,11 @@ class ActivationOffload:
         """Calls `callback(number, stats)` after every step, counted from 1: for loggers, see `ssdtrain.loggers`.
 
         A step is over when the next one begins. A callback that raises is noted and not called again.
+
+        Raises:
+            RuntimeError: the context was closed.
         """
+        self._check_open()
         self._observers.call(callback)
 
     @property

@@ -60,7 +60,7 @@ class Recompute:
 
     def leave(self) -> None:
         """The forwards are what they were."""
-        self._num_entered -= 1
+        self._num_entered = max(0, self._num_entered - 1)  # an interrupt may come before `enter` has counted
         while self._num_entered == 0 and self._replaced:
             block, own = self._replaced.pop()
             if own is _MISSING:

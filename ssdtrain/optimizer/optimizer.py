@@ -49,7 +49,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._progress = StepProgress()
         self._is_closed = False
         self._hooked: set[torch.Tensor] = set()
-        self._is_accumulating = False
+        self._num_accumulating = 0  # `accumulate` that are entered
         self._lock = threading.RLock()  # of what happens in backward
         self._handles: list[Any] = []
         hooks = {name: value for name, value in vars(optimizer).items() if name.endswith("_hooks")}
@@ -117,6 +117,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """See `torch.optim.Optimizer.add_param_group`."""
+        self._check_open()
         self._inner.add_param_group(param_group)
         self._regroup()
 
@@ -236,6 +237,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: the parameters are updated already.
         """
+        self._check_open()
         if self.policy.step_in_backward:
             raise RuntimeError("Expected offload_gradients to clip, got step_in_backward, which has updated already")
         return self._gradients.clip_grad_norm_(self._group_of, max_norm)
@@ -251,11 +253,12 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             ...     model(first).backward()
             >>> model(second).backward(); optimizer.step()
         """
-        before, self._is_accumulating = self._is_accumulating, True
+        self._check_open()
+        self._num_accumulating += 1
         try:
             yield
         finally:
-            self._is_accumulating = before
+            self._num_accumulating -= 1
 
     def _on_gradient(self, parameter: torch.Tensor) -> None:
         """A gradient is complete: it leaves, or, with enough of them, their parameters are updated."""
@@ -266,7 +269,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 check_alone(self.policy)
                 self._gradients.take(parameter)
             return
-        if not self._is_accumulating:
+        if not self._num_accumulating:
             with self._lock:  # autograd has a thread for each device
                 self._update_in_backward(parameter)
 

@@ -25,7 +25,7 @@ from ssdtrain.parameters.working_set import Uses, is_in_backward
 from ssdtrain.stats import Counters
 from ssdtrain.store.identity import ViewSpec, view_spec
 from ssdtrain.store.record import Resident
-from ssdtrain.store.saved_tensors import innermost_hooks, modified, unpack_resident
+from ssdtrain.store.saved_tensors import innermost_hooks, modified, take_off, unpack_resident
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 _RESHAPES = ("ToCopyBackward0", "TBackward0", "TransposeBackward0", "ViewBackward0", "PermuteBackward0")
@@ -149,8 +149,8 @@ class Hooks:
         entries = self._running.entries
         while entries:
             block, hooks = entries.pop()
-            if hooks is not None and (top := innermost_hooks()) is not None and top[0] is hooks.pack_hook:
-                hooks.__exit__()
+            if hooks is not None:
+                take_off(hooks.pack_hook)
             if block is None:
                 self._uses.end_forward()
             else:

@@ -178,12 +178,14 @@ class ParameterOffload:
     def gathered(self, *patterns: str) -> Iterator[None]:
         """Inside, the parameters whose names match a pattern (all without any) are in memory and may be changed.
 
+        After `close()` all of them are in any case.
+
         Example:
             >>> with offload.gathered("blocks.0.*"):
             ...     print(model.blocks[0].fc.weight.norm())
         """
         chosen = [r for r in self._uses if not patterns or _matches(r.name, patterns)]
-        if patterns and not chosen:
+        if patterns and not chosen and not self._is_closed:
             raise ValueError(f"Expected names of offloaded parameters, got {', '.join(patterns)}, which match none")
         with self.in_memory([r.parameter for r in chosen]):
             yield

@@ -5,12 +5,12 @@ Knows records and handles; moves nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable
+from contextlib import ContextDecorator
 from typing import Any
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 
 from ssdtrain.stats import Counters
 from ssdtrain.store.record import Record, Resident
@@ -53,9 +53,75 @@ def innermost_hooks() -> tuple[Any, Any] | None:
     return hooks
 
 
-@contextmanager
-def keep_resident() -> Iterator[None]:
+class HookScope(ContextDecorator):
+    """A pair of saved-tensor hooks, on in the thread that entered until that thread leaves, whatever others do.
+
+    PyTorch takes off the innermost pair, whoever leaves. Here it is the own pair, also from under hooks that were
+    entered later and are left later.
+    """
+
+    def __init__(self, pack: Callable[[torch.Tensor], Any], unpack: Callable[[Any], torch.Tensor]) -> None:
+        """Installs nothing yet."""
+        self._hooks = pack, unpack
+        self._threads: list[threading.Thread] = []  # that entered; one may do so several times
+
+    def __enter__(self) -> None:
+        """The hooks are on in this thread."""
+        torch._C._autograd._push_saved_tensors_default_hooks(*self._hooks)
+        self._threads.append(threading.current_thread())
+
+    def __exit__(self, *error: object) -> None:
+        """They are off; hooks of others are as they were.
+
+        Raises:
+            RuntimeError: this thread did not enter, and nothing was changed; or the hooks are off already.
+        """
+        if threading.current_thread() not in self._threads:
+            raise not_entered("saved-tensor hooks", self._threads)
+        self._threads.remove(threading.current_thread())
+        if not take_off(self._hooks[0]):
+            if innermost_hooks() is not None:  # left on by whoever took these off: one pair for every exit
+                torch._C._autograd._pop_saved_tensors_default_hooks()
+            raise RuntimeError(
+                "Expected saved-tensor hooks to be on until their context is left, got them taken off by a context "
+                "that was entered earlier and left earlier: what was saved since went to its hooks. Leave contexts in "
+                "the reverse order"
+            )
+
+
+def not_entered(what: str, threads: list[threading.Thread]) -> RuntimeError:
+    """The error of whoever leaves what this thread did not enter; `threads` did, and it stays on there."""
+    own = threading.current_thread().name
+    if not threads:
+        return RuntimeError(
+            f"Expected {what} that were entered, got a second __exit__, or one without __enter__, in thread {own!r}: "
+            "leave once for every time you enter"
+        )
+    names = ", ".join(sorted({repr(thread.name) for thread in threads}))
+    return RuntimeError(
+        f"Expected {what} to be left in the thread that entered, {names}, got __exit__ in thread {own!r}: autograd's "
+        "hooks belong to a thread. They are still on there: leave them there"
+    )
+
+
+def take_off(pack: Callable[[torch.Tensor], Any]) -> bool:
+    """Takes one pair of hooks off in this thread, also from under others; whether it was on."""
+    above: list[tuple[Any, Any]] = []
+    while (top := innermost_hooks()) is not None and pack != top[0]:
+        above.append(top)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    if top is not None:
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    for hooks in reversed(above):
+        torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
+    return top is not None
+
+
+def keep_resident() -> HookScope:
     """Inside, saved tensors are left alone: they stay in memory, also in a surrounding `offload_activations`.
+
+    Raises:
+        RuntimeError: it is left in a thread that did not enter.
 
     Example:
         >>> with offload_activations("/mnt/nvme"):
@@ -64,8 +130,7 @@ def keep_resident() -> Iterator[None]:
         ...         loss = head(hidden)  # needed first by backward
     """
     counters = Counters()
-    with saved_tensors_hooks(lambda tensor: Resident(tensor, 0, counters), unpack_resident):
-        yield
+    return HookScope(lambda tensor: Resident(tensor, 0, counters), unpack_resident)
 
 
 def unpack_resident(handle: Resident) -> torch.Tensor:
