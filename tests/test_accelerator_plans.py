@@ -399,7 +399,7 @@ def test_a_graph_that_dies_in_a_forked_child(
         if child == 0:
             code = 1
             try:
-                device.moment = None  # type: ignore[assignment, method-assign]  # a call would raise
+                device.timed_event = None  # type: ignore[assignment, method-assign]  # a call would raise
                 del graph
                 offload._store.tidy()
                 code = 0 if offload._store._transport is None and not offload._counters.fallbacks else 2
@@ -509,7 +509,7 @@ class FakeEvent:
         return end.at - self.at
 
 
-def test_moments_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timed_events_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Events go back to where they came from, and are timed once both are reached."""
     monkeypatch.setattr("torch.cuda.Event", FakeEvent)
     free: list[Any] = []

@@ -31,7 +31,7 @@ class Allocation(NamedTuple):
     """Of the storage."""
 
 
-class Moment(Protocol):
+class TimedEvent(Protocol):
     """A point in the work of a stream of an accelerator, whose time is known once it is reached."""
 
     @property
@@ -42,7 +42,7 @@ class Moment(Protocol):
     def is_reached(self) -> bool:
         """Whether the accelerator has got there."""
 
-    def seconds_since(self, earlier: Moment) -> float:
+    def seconds_since(self, earlier: TimedEvent) -> float:
         """Between two moments of one accelerator that are both reached."""
 
 
@@ -88,7 +88,7 @@ class Accelerator(Device, Protocol):
     def stream(self, handle: int) -> AbstractContextManager[None]:
         """What the calling thread queues inside goes to that stream."""
 
-    def moment(self) -> Moment:
+    def timed_event(self) -> TimedEvent:
         """The point that the calling thread's current stream is at."""
 
     def allocate_host(self, nbytes: int) -> torch.UntypedStorage:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ssdtrain.devices.base import Allocation, Moment
+from ssdtrain.devices.base import Allocation, TimedEvent
 from ssdtrain.io.open_engine import cuda_driver
 
 
@@ -42,7 +42,7 @@ class _CudaMoment:
     def is_reached(self) -> bool:
         return bool(self._event.query())
 
-    def seconds_since(self, earlier: Moment) -> float:
+    def seconds_since(self, earlier: TimedEvent) -> float:
         assert isinstance(earlier, _CudaMoment)
         return float(earlier._event.elapsed_time(self._event)) / 1000
 
@@ -70,7 +70,7 @@ class CudaDevice:
         """See `Device`. 0 is the legacy default stream."""
         return int(torch.cuda.current_stream(self._device).cuda_stream)
 
-    def moment(self) -> Moment:
+    def timed_event(self) -> TimedEvent:
         """See `Accelerator`."""
         return _CudaMoment(self._events, torch.cuda.current_stream(self._device))
 

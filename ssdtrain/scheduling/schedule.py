@@ -23,7 +23,7 @@ from ssdtrain.tracing.pass_trace import History, PassTrace
 from ssdtrain.tracing.step_trace import StepClock, StepTrace
 
 if TYPE_CHECKING:
-    from ssdtrain.devices.base import Moment
+    from ssdtrain.devices.base import TimedEvent
     from ssdtrain.planner import Plan
     from ssdtrain.stats import Counters
     from ssdtrain.store.record import Record
@@ -142,7 +142,7 @@ class Schedule:
         pass_.order = self._history.order_of(pass_.signature) or list(range(len(pass_.records) - 1, -1, -1))
         pass_.rank = {index: rank for rank, index in enumerate(pass_.order)}
 
-    def note_unpacked(self, record: Record, *, is_first: bool, is_miss: bool, moment: Moment | None = None) -> None:
+    def note_unpacked(self, record: Record, *, is_first: bool, is_miss: bool, moment: TimedEvent | None = None) -> None:
         """Adds a backward event. `moment`: when an accelerator gets there, if that was marked already.
 
         A miss (bytes neither in memory nor on their way) means that backward went elsewhere than predicted, to another
@@ -162,7 +162,7 @@ class Schedule:
         if rank is not None and (is_miss or rank >= pass_.cursor):
             pass_.cursor = rank + 1
 
-    def _note_needed(self, record: Record, moment: Moment | None) -> None:
+    def _note_needed(self, record: Record, moment: TimedEvent | None) -> None:
         pass_ = record.pass_
         position = pass_.places[record.index]
         pass_.step.need(position, record.num_handles, moment)

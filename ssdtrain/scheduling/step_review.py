@@ -21,7 +21,7 @@ from ssdtrain.tracing.events import FinishedStep
 from ssdtrain.tracing.step_trace import StepClock, StepTrace
 
 if TYPE_CHECKING:
-    from ssdtrain.devices.base import Moment
+    from ssdtrain.devices.base import TimedEvent
     from ssdtrain.planner import Plan
     from ssdtrain.stats import Counters
     from ssdtrain.tracing.device_trace import DeviceTrace, Times
@@ -36,7 +36,7 @@ class _UnderWay:
 
     trace: StepTrace
     timing: DeviceTrace
-    end: Moment
+    end: TimedEvent
     measured: Measured
     totals: Counters
 

@@ -22,7 +22,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
-from ssdtrain.devices.base import Accelerator, Moment
+from ssdtrain.devices.base import Accelerator, TimedEvent
 
 _INSTANT = 2e-5  # seconds
 
@@ -36,16 +36,16 @@ class DeviceTrace:
     def __init__(self, device: Accelerator) -> None:
         """Nothing has happened."""
         self.device = device
-        self._latest: dict[int, Moment] = {}  # by stream
-        self._saved: list[Moment] = []
-        self._needed: list[Moment | None] = []
-        self._released: list[Moment | None] = []
-        self._waits: list[tuple[Moment, Moment]] = []
-        self._reload_waits: list[tuple[Moment, Moment]] = []
+        self._latest: dict[int, TimedEvent] = {}  # by stream
+        self._saved: list[TimedEvent] = []
+        self._needed: list[TimedEvent | None] = []
+        self._released: list[TimedEvent | None] = []
+        self._waits: list[tuple[TimedEvent, TimedEvent]] = []
+        self._reload_waits: list[tuple[TimedEvent, TimedEvent]] = []
 
-    def mark(self) -> Moment:
+    def mark(self) -> TimedEvent:
         """The point that the current stream is at."""
-        moment = self.device.moment()
+        moment = self.device.timed_event()
         self._latest[moment.stream] = moment
         return moment
 
@@ -55,7 +55,7 @@ class DeviceTrace:
         self._needed.append(None)
         self._released.append(None)
 
-    def need(self, place: int, moment: Moment | None) -> None:
+    def need(self, place: int, moment: TimedEvent | None) -> None:
         """Backward asked for it: at `moment`, or now."""
         self._needed[place] = moment or self.mark()
 
@@ -63,7 +63,7 @@ class DeviceTrace:
         """The graph let it go."""
         self._released[place] = self.mark()
 
-    def note_wait(self, began: Moment, *, is_for_reload: bool) -> None:
+    def note_wait(self, began: TimedEvent, *, is_for_reload: bool) -> None:
         """From `began` until now the current stream waited for copies, or the host for bytes on their way back."""
         (self._reload_waits if is_for_reload else self._waits).append((began, self.mark()))
 
@@ -72,7 +72,7 @@ class DeviceTrace:
         """Whether the accelerator has passed everything that was marked."""
         return all([moment.is_reached for moment in self._latest.values()])
 
-    def times(self, end: Moment) -> Times:
+    def times(self, end: TimedEvent) -> Times:
         """What was marked, in compute seconds since the first save; only when it is over. The step ended at `end`.
 
         Raises:

@@ -16,7 +16,7 @@ from ssdtrain.planner import Lifetime, Step
 from ssdtrain.tracing.device_trace import DeviceTrace, Times
 
 if TYPE_CHECKING:
-    from ssdtrain.devices.base import Accelerator, Device, Moment
+    from ssdtrain.devices.base import Accelerator, Device, TimedEvent
 
 _MAX_RECORDS = 50_000  # a step that never ends, because something is alive all the time, is not recorded any further
 _UNRECORDED = -1
@@ -137,18 +137,18 @@ class StepTrace:
             timing = self.timing = None
         return timing
 
-    def mark(self) -> Moment | None:
+    def mark(self) -> TimedEvent | None:
         """A moment before a wait of an accelerator, if it is timed."""
         timing = self._timing_now()
         return timing.mark() if timing is not None else None
 
-    def note_wait(self, began: Moment, *, is_for_reload: bool) -> None:
+    def note_wait(self, began: TimedEvent, *, is_for_reload: bool) -> None:
         """The wait is over, or queued."""
         timing = self._timing_now()
         if timing is not None:
             timing.note_wait(began, is_for_reload=is_for_reload)
 
-    def need(self, place: int, num_aliases: int, moment: Moment | None = None) -> None:
+    def need(self, place: int, num_aliases: int, moment: TimedEvent | None = None) -> None:
         """Notes that backward asks for a record; the first time counts. `moment`: when an accelerator does."""
         if place != _UNRECORDED and self._needed[place] == math.inf:
             self._needed[place] = self._clock.compute_seconds()

@@ -20,7 +20,7 @@ from types import TracebackType
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ssdtrain.devices.base import Allocation, Moment
+from ssdtrain.devices.base import Allocation, TimedEvent
 from ssdtrain.devices.simulated.driver import SimulatedDriver
 from ssdtrain.devices.simulated.machine import RAW_POISON, Machine
 from ssdtrain.devices.simulated.mode import HostReaderMode, LaterMode
@@ -128,7 +128,7 @@ class SimulatedDevice:
         """What is queued."""
         return self._machine.executor.describe()
 
-    def moment(self) -> Moment:
+    def timed_event(self) -> TimedEvent:
         """The point that the calling thread's compute stream is at; it has the time at which that point was reached."""
         return self._machine.mark()
 
