@@ -38,10 +38,13 @@ from ssdtrain.scheduling.schedule import Schedule
 from ssdtrain.stats import Counters, Stats
 from ssdtrain.store.identity import (
     byte_range,
+    has_bytes,
     is_made_by,
     is_parameter,
     is_weight,
+    living,
     rebuild,
+    source_of,
     version_probe,
     view_spec,
     why_not,
@@ -291,6 +294,10 @@ class ActivationOffload:
             return self._stay(tensor, reason, nbytes)
         self._start_due()
         span = byte_range(tensor, nbytes)
+        if not has_bytes(storage, span[1]):
+            return self._stay(tensor, "no memory of its own", 0)
+        if not tensor.requires_grad and tensor.__dict__:  # what backward may ask for, of this very object
+            return self._stay(tensor, "carries attributes", nbytes)
         if device.driver is not None and span[1] - span[0] > nbytes and tensor._base is None:
             # Rows of other tensors lie between its own, with version counters of their own (see `widen`): a device
             # would copy what another stream may be changing.
@@ -317,7 +324,7 @@ class ActivationOffload:
             handle = None
             if record is not None:
                 record.num_handles += 1
-                handle = Handle(record, spec, probe, version, self._store.bereave)
+                handle = Handle(record, spec, probe, version, source_of(tensor), self._store.bereave)
         self._store.tidy()
         self._prefetch(self._schedule.due())
         if handle is None:
@@ -405,4 +412,5 @@ class ActivationOffload:
                 record.pass_.step.note_wait(moment, is_for_reload=True)
         storage, shift, handle.epoch = loan
         store.tidy()
-        return rebuild(storage, handle.spec, shift, handle.probe)
+        tensor = living(handle.source, storage, handle.spec) if handle.source is not None else None
+        return rebuild(storage, handle.spec, shift, handle.probe) if tensor is None else tensor

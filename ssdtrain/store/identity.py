@@ -6,6 +6,7 @@ reference for as long as anything is filed under its address, so that an address
 
 from __future__ import annotations
 
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -82,6 +83,32 @@ def rebuild(storage: torch.UntypedStorage, spec: ViewSpec, shift_nbytes: int, pr
     else:  # whose version counter all would share, is not seen through `data`
         tensor.data = empty.detach().set_(storage, offset, spec.size, spec.stride)
     return tensor
+
+
+def source_of(tensor: torch.Tensor) -> weakref.ref[torch.Tensor] | None:
+    """A saved object that autograd gives back as it is; of what requires grad it makes a new one."""
+    return None if tensor.requires_grad else weakref.ref(tensor)
+
+
+def living(source: weakref.ref[torch.Tensor], storage: torch.UntypedStorage, spec: ViewSpec) -> torch.Tensor | None:
+    """The saved object, if somebody holds it; ``.data = ...`` may have made it another view, or of other memory."""
+    tensor = source()
+    if tensor is None or tensor.untyped_storage()._cdata != storage._cdata or view_spec(tensor) != spec:
+        return None
+    tensor._fix_weakref()  # type: ignore[attr-defined]  # PyTorch's own word for a reference that came out of a weak one
+    return tensor
+
+
+def has_bytes(storage: torch.UntypedStorage, end: int) -> bool:
+    """Whether there is memory behind the first `end` bytes of a storage.
+
+    Forward-mode AD has zeros that are nothing but a mark, functional tensors are wrappers, and whoever frees memory
+    behind PyTorch's back leaves a storage that is too short.
+    """
+    try:
+        return storage.data_ptr() != 0 and end <= storage.nbytes()
+    except RuntimeError:  # no memory, and yet a size
+        return False
 
 
 def byte_range(tensor: torch.Tensor, nbytes: int) -> tuple[int, int]:

@@ -14,6 +14,8 @@ import torch
 from ssdtrain.store.identity import ViewSpec
 
 if TYPE_CHECKING:
+    import weakref
+
     from torch.multiprocessing.reductions import StorageWeakRef
 
     from ssdtrain.devices.base import Allocation, Device
@@ -163,10 +165,10 @@ class Resident:
         """Holds the tensor's memory, `nbytes` of which were added to `counters`."""
         self.nbytes = nbytes  # first what `__del__` needs, should the rest raise
         self.counters = counters
-        # A weight itself, as without hooks: ZeRO-3 frees a parameter's memory by giving it other data, and an alias
-        # would hold that memory. Of other tensors an alias: an operator's own output would keep its node alive.
-        is_plain_weight = type(tensor) is torch.nn.Parameter and tensor.is_leaf
-        self.tensor = tensor if is_plain_weight else tensor.detach()
+        # The object itself, as without hooks: it may carry attributes, and ZeRO-3 frees a parameter's memory by giving
+        # it other data, which an alias would hold. Of what has a node an alias: an operator's own output would keep
+        # that node alive, and autograd makes a new object of it anyway.
+        self.tensor = tensor if tensor.is_leaf else tensor.detach()
         self.version = tensor._version
 
     def __del__(self) -> None:
@@ -178,11 +180,23 @@ class Resident:
 class Handle:
     """What autograd holds for one saved tensor that may travel. When it dies, the record learns of it."""
 
-    __slots__ = ("bereaved", "epoch", "probe", "record", "spec", "version")
+    __slots__ = ("bereaved", "epoch", "probe", "record", "source", "spec", "version")
 
-    def __init__(self, record: Record, spec: ViewSpec, probe: torch.Tensor, version: int, bereaved: Any) -> None:
-        """`bereaved(record, epoch)` is called when autograd lets go; it must not block."""
+    def __init__(
+        self,
+        record: Record,
+        spec: ViewSpec,
+        probe: torch.Tensor,
+        version: int,
+        source: weakref.ref[torch.Tensor] | None,
+        bereaved: Any,
+    ) -> None:
+        """`source`: the saved object, where autograd would give it back while somebody holds it.
+
+        `bereaved(record, epoch)` is called when autograd lets go; it must not block.
+        """
         self.record = record
+        self.source = source
         self.spec = spec
         self.probe = probe
         self.version = version

@@ -39,7 +39,8 @@ def widen(span: tuple[int, int], base_nbytes: int) -> tuple[int, int]:
 def modified(what: object, version: int, expected: int) -> RuntimeError:
     """What autograd itself would have raised; `what` is the tensor, or its view spec."""
     if isinstance(what, torch.Tensor):
-        what = f"{str(what.dtype).removeprefix('torch.')}{list(what.shape)}"
+        shape = "[nested]" if what.is_nested and what.layout is torch.strided else list(what.shape)
+        what = f"{str(what.dtype).removeprefix('torch.')}{shape}"
     return RuntimeError(
         "one of the variables needed for gradient computation has been modified by an inplace operation: "
         f"{what} is at version {version}; expected version {expected} instead. Hint: find the in-place operation on a "
