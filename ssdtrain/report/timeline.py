@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import Any
 
 from ssdtrain.planner import Where
@@ -202,11 +203,14 @@ def _reads(detail: Detail) -> Iterable[Bar]:
 
 def levelled(found: Iterable[Bar]) -> list[tuple[Bar, int]]:
     """Bars with a level each, so that those of one lane and level never overlap: requests run side by side."""
-    ends: dict[str, list[int]] = {}
+    busy: dict[str, list[tuple[int, int]]] = {}  # by lane, a heap: when a level ends, and its number
+    free: dict[str, list[int]] = {}
     placed = []
     for bar in sorted(found, key=lambda bar: (bar.begin, -bar.end)):
-        levels = ends.setdefault(bar.lane, [])
-        level = next((i for i, end in enumerate(levels) if end <= bar.begin), len(levels))
-        levels[level : level + 1] = [bar.end]
+        ends, levels = busy.setdefault(bar.lane, []), free.setdefault(bar.lane, [])
+        while ends and ends[0][0] <= bar.begin:
+            heappush(levels, heappop(ends)[1])
+        level = heappop(levels) if levels else len(ends)
+        heappush(ends, (bar.end, level))
         placed.append((bar, level))
     return placed

@@ -6,7 +6,14 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from ssdtrain.run_log.encode import COUNTERS
 from ssdtrain.run_log.format import RecordError, read_blocks
+from ssdtrain.run_log.schema import parse
+
+_NO_ENVIRONMENT: dict[str, Any] = {
+    "python": "unknown", "packages": {}, "system": "unknown", "processor": "unknown", "num_cpus": 0, "memory_nbytes": 0,
+    "num_threads": 0, "accelerators": [], "rank": 0, "world_size": 1, "directories": [],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,10 +81,11 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     """Reads a record, also one that is cut or still being written.
 
     Raises:
-        RecordError: it is no record, of a newer version, cut too early, or has no finished step; in one line.
+        RecordError: it is no record, of a newer version, cut too early, has no finished step, or holds what no run
+            writes; in one line.
         OSError: it cannot be read.
     """
-    blocks = read_blocks(path)
+    blocks = read_blocks(path, parse)
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for block in blocks.found:
         by_kind.setdefault(block.pop("kind"), []).append(block)
@@ -90,11 +98,14 @@ def read_run(path: str | os.PathLike[str]) -> Run:
             " forward begins or the offload is closed, and only tensors of at least min_nbytes count"
         )
     head = heads[0]
-    steps = [row | {"counters": dict(zip(head["counters"], row["counters"], strict=False))} for row in rows]
+    if any(len(row["counters"]) != len(head["counters"]) for row in rows):
+        raise RecordError(f"Expected a run record, got one whose steps have not the counters of its beginning: {path}")
+    none = dict.fromkeys(COUNTERS, 0)  # older records have fewer
+    steps = [row | {"counters": none | dict(zip(head["counters"], row["counters"], strict=True))} for row in rows]
     state: dict[str, Any] = states[-1] if states else {"stats": {}, "step": 0, "modules": {}}
     return Run(
         policy=head["policy"],
-        environment=head["environment"],
+        environment=_NO_ENVIRONMENT | head["environment"],
         steps=steps,
         details=[Detail(**block) for block in by_kind.get("detail", [])],
         stats=state["stats"],

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ssdtrain.planner import Where
 from ssdtrain.run_log import encode
 from ssdtrain.run_log.format import first_line, pack
-from ssdtrain.run_log.place import open_record
+from ssdtrain.run_log.place import close_record, open_record
 from ssdtrain.run_log.thinning import Rows, States, Timelines
 from ssdtrain.stats import Stats
 from ssdtrain.tracing.request_log import RequestLog, Requests
@@ -45,15 +45,14 @@ class Recorder:
 
         self.request_log = RequestLog()
         self._pid = os.getpid()
+        head = {
+            "kind": "run",
+            "policy": policy.model_dump(mode="json"),
+            "environment": describe_environment(directories),
+            "counters": encode.COUNTERS,
+        }
         self._sink = _Sink(path, policy.record_nbytes)
-        self._sink.append(
-            {
-                "kind": "run",
-                "policy": policy.model_dump(mode="json"),
-                "environment": describe_environment(directories),
-                "counters": encode.COUNTERS,
-            }
-        )
+        self._sink.append(head)
         self._queue: queue.Queue[_Finished | None] = queue.Queue(_MAX_WAITING)
         self._thread: threading.Thread | None = None
         self._last: _Finished | None = None
@@ -153,7 +152,7 @@ class _Sink:
     def close(self) -> None:
         if not self.is_closed:
             self.is_closed = True
-            os.close(self._fd)
+            close_record(self._fd)
 
 
 class _Writing:

@@ -43,7 +43,7 @@ def report(
 
 def _say(described: dict[str, Any], output: Path | None, trace: Path | None) -> None:
     for line in described["headline"]:
-        print(line)
+        print("".join([c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line]))
     for path in (output, trace):
         if path is not None:
             print(f"wrote {path}")
