@@ -50,7 +50,15 @@ from ssdtrain.store.identity import (
     why_not,
 )
 from ssdtrain.store.record import Handle, Record, Resident
-from ssdtrain.store.saved_tensors import HookScope, innermost_hooks, is_resized, modified, not_entered, widen
+from ssdtrain.store.saved_tensors import (
+    HookScope,
+    allows_mutation,
+    innermost_hooks,
+    is_resized,
+    modified,
+    not_entered,
+    widen,
+)
 from ssdtrain.tracing.events import Callback
 from ssdtrain.tracing.pass_trace import PassTrace
 
@@ -133,6 +141,8 @@ class ActivationOffload:
             stack.callback(self._observers.leave)
             if self._model is not None:
                 self.mark_weights([*self._model.parameters(), *self._model.buffers()])
+            if allows_mutation():
+                self.note("nothing travels inside allow_mutation_on_saved_tensors, which keeps what may be changed")
             stack.enter_context(HookScope(self._pack, self._unpack))
             stack.callback(self._names.unwatch)
             self._names.watch()

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from ssdtrain.blocks import find_blocks
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.stats import Counters
+from ssdtrain.store.saved_tensors import allows_mutation
 
 logger = logging.getLogger("ssdtrain")
 
@@ -70,7 +71,7 @@ class Recompute:
 
     def _wrapped(self, name: str, block: torch.nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            if not torch.is_grad_enabled():
+            if not torch.is_grad_enabled() or allows_mutation():
                 return forward(*args, **kwargs)
             is_chosen = self.chosen is None or name in self.chosen()
             if is_chosen and name not in self._impure and self._may_run_twice(name, block, args, kwargs):

@@ -64,12 +64,14 @@ class HookScope(ContextDecorator):
     def __init__(self, pack: Callable[[torch.Tensor], Any], unpack: Callable[[Any], torch.Tensor]) -> None:
         """Installs nothing yet."""
         self._hooks = pack, unpack
-        self._threads: list[threading.Thread] = []  # that entered; one may do so several times
+        self._entered: list[tuple[threading.Thread, Callable[..., Any]]] = []  # who, as often as they do; the pack hook
 
     def __enter__(self) -> None:
-        """The hooks are on in this thread."""
-        torch._C._autograd._push_saved_tensors_default_hooks(*self._hooks)
-        self._threads.append(threading.current_thread())
+        """The hooks are on in this thread; where changes in place are allowed those that allow them stay on instead."""
+        hooks = innermost_hooks() if allows_mutation() else None
+        hooks = hooks or self._hooks
+        torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
+        self._entered.append((threading.current_thread(), hooks[0]))
 
     def __exit__(self, *error: object) -> None:
         """They are off; hooks of others are as they were.
@@ -77,10 +79,11 @@ class HookScope(ContextDecorator):
         Raises:
             RuntimeError: this thread did not enter, and nothing was changed; or the hooks are off already.
         """
-        if threading.current_thread() not in self._threads:
-            raise not_entered("saved-tensor hooks", self._threads)
-        self._threads.remove(threading.current_thread())
-        if not take_off(self._hooks[0]):
+        entry = next((e for e in reversed(self._entered) if e[0] is threading.current_thread()), None)
+        if entry is None:
+            raise not_entered("saved-tensor hooks", [thread for thread, _ in self._entered])
+        self._entered.remove(entry)
+        if not take_off(entry[1]):
             if innermost_hooks() is not None:  # left on by whoever took these off: one pair for every exit
                 torch._C._autograd._pop_saved_tensors_default_hooks()
             raise RuntimeError(
@@ -103,6 +106,15 @@ def not_entered(what: str, threads: list[threading.Thread]) -> RuntimeError:
         f"Expected {what} to be left in the thread that entered, {names}, got __exit__ in thread {own!r}: autograd's "
         "hooks belong to a thread. They are still on there: leave them there"
     )
+
+
+def allows_mutation() -> bool:
+    """Whether what is saved now in this thread may be changed in place: PyTorch's own hooks copy it before.
+
+    They see only what they have packed themselves.
+    """
+    hooks = innermost_hooks()
+    return hooks is not None and getattr(hooks[0], "__qualname__", "").startswith("_swap_with_cloned.")
 
 
 def take_off(pack: Callable[[torch.Tensor], Any]) -> bool:
