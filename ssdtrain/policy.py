@@ -250,14 +250,14 @@ class OptimizerPolicy(StatePolicy):
     step_in_backward: bool = False
     """Update each parameter in backward, as soon as its gradient is there, and free the gradient: all gradients are
     never in memory at once, and the drive works while backward computes. Not with gradient clipping, which needs all of
-    them, a GradScaler or in a job of several processes; with several backward passes per step wrap all but the last one
-    in ``optimizer.accumulate()``."""
+    them, a GradScaler or in a job of several processes: who reads a gradient that is freed gets an error, until
+    ``zero_grad()``. With several backward passes per step wrap all but the last one in ``optimizer.accumulate()``."""
 
     offload_gradients: bool = False
     """Send each gradient to the drive as soon as backward has it, and back for its parameter's update: all of them are
-    never in memory at once, also with accumulation and with ``optimizer.clip_grad_norm_()``. ``parameter.grad`` is None
-    in between, also for ``torch.nn.utils.clip_grad_norm_``, which then clips nothing. Not with a GradScaler or in a job
-    of several processes."""
+    never in memory at once, also with accumulation and clipping. What stands in ``parameter.grad`` in between reads
+    and changes the gradient on the drive: norms, checks, hooks and GradScaler work as without, and what they read or
+    change travels; ``clip_grad_norm_`` with the 2-norm costs nothing. Not in a job of several processes."""
 
     update_on: Literal["device", "cpu"] = "device"
     """Who does the arithmetic for parameters of an accelerator. ``"device"``: it does, and state goes there and

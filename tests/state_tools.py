@@ -175,6 +175,11 @@ def train(
     return losses
 
 
+def grad_nbytes(model: nn.Module) -> int:
+    """Bytes of the gradients that are in memory."""
+    return sum(p.grad.nbytes for p in model.parameters() if type(p.grad) is torch.Tensor)
+
+
 def values(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of a model's state."""
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ssdtrain.optimizer.gradient_record import GradientRecord
+
 Wait = Callable[[], torch.Tensor]  # for a tensor on its way to host memory
 
 
@@ -20,6 +22,7 @@ class Entry:
     name: str
     value: Wait
     gradient: Wait
+    record: GradientRecord | None  # of the gradient, where that is offloaded
     state: dict[str, Any] | None  # what is not on the drive; None: there is none
     version: int
     noted: dict[str, Any]
@@ -42,7 +45,6 @@ class Job:
     entries: list[Entry]
     twin: torch.optim.Optimizer
     attributes: dict[str, Any]
-    factor: Wait | None
     num_threads: int
     future: Future[None] | None = None
     following: Job | None = None

@@ -4,7 +4,7 @@ Gradients and parameters are copied to pinned host memory, the optimizer updates
 leaves host memory and the drive, and the new values are copied back. A parameter that is off the device itself is
 updated where it is: read to host memory and written from there.
 
-Knows pages, gradients, homes of parameters and the optimizer that does the arithmetic; not when a step is due.
+Knows pages, gradients' records, homes of parameters and the optimizer that does the arithmetic; not when a step is due.
 
 [Note: three threads]
 The thread that trains (or autograd's) queues the copies out and hands the rest to ours: it waits for the copies and for
@@ -28,8 +28,9 @@ from torch.utils._pytree import tree_map_only
 
 from ssdtrain.devices.base import Accelerator
 from ssdtrain.optimizer.cpu_jobs import Entry, Job, Wait
-from ssdtrain.optimizer.gradients import Gradients
+from ssdtrain.optimizer.gradient_record import Change
 from ssdtrain.optimizer.inner import LOW_PRECISION, checked_step, load_own_state, parts_of, twin_of
+from ssdtrain.optimizer.offloaded_gradient import record_of
 from ssdtrain.optimizer.pinned import HostCopies, HostCopy
 from ssdtrain.optimizer.state import Pages
 from ssdtrain.optimizer.validation import check_apart
@@ -49,13 +50,12 @@ class CpuUpdates:
         inner: torch.optim.Optimizer,
         vault: Vault,
         pages: Pages,
-        gradients: Gradients,
         *,
         has_masters: bool,
         is_delayed: bool,
     ) -> None:
         """No parameter is met yet. For `has_masters` and `is_delayed` see `OptimizerPolicy`."""
-        self._inner, self._vault, self._pages, self._gradients = inner, vault, pages, gradients
+        self._inner, self._vault, self._pages = inner, vault, pages
         self._has_masters, self._is_delayed = has_masters, is_delayed
         self._devices: dict[torch.Tensor, Accelerator] = {}
         self._copies = HostCopies(vault.note)
@@ -116,7 +116,6 @@ class CpuUpdates:
         chosen: dict[int, list[torch.Tensor]] = {}
         for parameter, (_, index) in chunk.items():
             chosen.setdefault(index, []).append(parameter)
-        factor = self._gradients.factor
         twin = twin_of(self._inner, parts_of(self._inner.param_groups, chosen), {})
         for group in twin.param_groups:
             group.update(self._settings({key: value for key, value in group.items() if key != "params"}, first))
@@ -124,7 +123,6 @@ class CpuUpdates:
             entries,
             twin,
             self._settings({"defaults": self._inner.defaults, **attributes}, first),  # a rate in a tensor is in both
-            None if factor is None else self._setting(factor, first).wait,
             torch.get_num_threads(),
         )
         if self._is_delayed:  # the gradients' memory may be somebody's who uses it again
@@ -145,8 +143,6 @@ class CpuUpdates:
         device = self._devices[parameter]
         if why := device.why_not():
             raise RuntimeError(f"Expected to update {name} on the CPU, got {why}: step() outside of it")
-        if not self._gradients.is_away(parameter):
-            self._gradients.restore(parameter)
         value = None
         for home in homes_of([parameter]):
             value = home.read_to_host(parameter)
@@ -155,6 +151,7 @@ class CpuUpdates:
             name,
             value or self._value(parameter, device),
             self._gradient(parameter, device),
+            record_of(parameter),
             self._inner.state.get(parameter),
             parameter._version,
             {key: value for key, value in vars(parameter).items() if not key.startswith("_ssdtrain")},
@@ -167,9 +164,12 @@ class CpuUpdates:
         return found.wait
 
     def _gradient(self, parameter: torch.Tensor, device: Accelerator) -> Wait:
-        grad = parameter.grad
-        if grad is None:
-            return lambda: self._gradients.bring(parameter, self._vault.host)
+        record = record_of(parameter)
+        if record is not None and record.is_away:
+            changes = tree_map_only(torch.Tensor, lambda t: self._setting(t, parameter), record.changes)
+            return lambda: _changed(record.load_to(self._vault.host), changes)
+        grad = record.load() if record is not None else parameter.grad
+        assert grad is not None
         if grad.layout is not torch.strided:  # small
             there = grad.detach().cpu()
             return lambda: there
@@ -197,9 +197,8 @@ class CpuUpdates:
         with torch.no_grad(), record_function("ssdtrain::cpu_update"):
             self._fetch_ahead(job)
             vars(twin).update(_arrived(job.attributes))
-            factor = job.factor() if job.factor is not None else None
             values = {entry.parameter: entry.value() for entry in job.entries}
-            stand_ins = {e.parameter: self._stand_in(e, values[e.parameter], factor) for e in job.entries}
+            stand_ins = {e.parameter: self._stand_in(e, values[e.parameter]) for e in job.entries}
             for group in twin.param_groups:
                 group.update(_arrived({key: value for key, value in group.items() if key != "params"}))
                 group["params"] = [stand_ins[parameter] for parameter in group["params"]]
@@ -213,7 +212,8 @@ class CpuUpdates:
     def _fetch_ahead(self, job: Job) -> None:
         """Reads what is not being read yet, also for the jobs that follow."""
         for entry in job.entries:
-            self._gradients.fetch(entry.parameter, self._vault.host)
+            if entry.record is not None:  # not through the parameter: another thread may set its gradient
+                entry.record.fetch(self._vault.host)
         ahead: Job | None = job
         for _ in range(_MAX_JOBS):
             if ahead is not None:
@@ -221,12 +221,10 @@ class CpuUpdates:
                     self._pages.fetch(entry.parameter)
                 ahead = ahead.following
 
-    def _stand_in(self, entry: Entry, value: torch.Tensor, factor: torch.Tensor | None) -> torch.nn.Parameter:
+    def _stand_in(self, entry: Entry, value: torch.Tensor) -> torch.nn.Parameter:
         """A parameter in host memory, with a gradient, with what users have noted on the other; its state is there."""
         parameter, state = entry.parameter, dict(entry.state or {})
         gradient = entry.gradient()
-        if factor is not None:
-            gradient.mul_(factor)
         self._pages.bring(parameter, state)
         master: torch.Tensor | None = state.pop(_MASTER, None)
         if self._has_masters and value.dtype in LOW_PRECISION:
@@ -309,7 +307,6 @@ class CpuUpdates:
             parameter.copy_(result, non_blocking=True)
         if entry.state is not None:
             self._inner.state[parameter] = entry.state
-        self._gradients.forget([parameter])
 
     def abandon(self) -> None:
         """Waits for what is under way and forgets it: the parameters keep their old values, their state may not.
@@ -371,6 +368,12 @@ class CpuUpdates:
 
 def _nothing() -> None:
     pass
+
+
+def _changed(grad: torch.Tensor, changes: list[Change]) -> torch.Tensor:
+    for change in tree_map_only(HostCopy, HostCopy.wait, changes):
+        change.apply(grad)
+    return grad
 
 
 def _arrived(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,113 +1,119 @@
-"""Gradients on the drive between backward and the optimizer step, and their clipping without having them all.
+"""Gradients on the drive between backward and the optimizer step.
 
-Knows parameters and pages; not how an optimizer steps.
+Knows parameters and the vault; not how an optimizer steps. What stands in `parameter.grad` is the truth: it says
+whether there is a gradient, and which; see [Note: gradients that are looked at].
 """
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 
 from ssdtrain.devices.base import Device
-from ssdtrain.optimizer.state import Pages
-
-_KEY = "grad"
+from ssdtrain.optimizer.gradient_record import GradientRecord
+from ssdtrain.optimizer.offloaded_gradient import OffloadedGradient, UsedGradient, record_of
+from ssdtrain.store.slots import Slot
+from ssdtrain.store.tensor_store import StateLostError, Vault
 
 
 class Gradients:
     """The gradients of one optimizer's parameters, as far as they are on the drive."""
 
-    def __init__(self, pages: Pages, name_of: Callable[[torch.Tensor], str]) -> None:
+    def __init__(self, vault: Vault, name_of: Callable[[torch.Tensor], str]) -> None:
         """There is none yet."""
-        self._pages, self._name_of = pages, name_of
-        self._norms: dict[torch.Tensor, torch.Tensor] = {}
-        self.factor: torch.Tensor | None = None  # what the next step multiplies them by
+        self._vault, self._name_of = vault, name_of
+        self._slots: dict[weakref.ref[GradientRecord], Slot] = {}
+        self._dead: list[weakref.ref[GradientRecord]] = []  # nobody looks at them any more
+        self._in_use: dict[torch.Tensor, tuple[OffloadedGradient, torch.Tensor, int]] = {}
 
     def __contains__(self, parameter: torch.Tensor) -> bool:
-        """Whether a parameter has a gradient here, or in memory."""
-        return parameter.grad is not None or parameter in self._pages
+        """Whether a parameter has a gradient, here or in memory."""
+        return parameter.grad is not None and not isinstance(parameter.grad, UsedGradient)
 
     def take(self, parameter: torch.Tensor) -> None:
-        """Backward has computed one: it is added to what is there and goes to the drive."""
-        assert parameter.grad is not None
-        if parameter.grad.layout is not torch.strided:
-            return  # a sparse one is small: it stays
-        state: dict[str, Any] = {_KEY: parameter.grad.detach()}
-        if parameter in self._pages:
-            self._pages.bring(parameter, state)
-            state[_KEY].add_(parameter.grad)
-        self._norms[parameter] = torch.linalg.vector_norm(state[_KEY])
-        self._pages.send_away(parameter, self._name_of(parameter), state)
-        parameter.grad = None
+        """Backward has computed one: it goes to the drive. What it adds to one that is there is there already."""
+        grad = parameter.grad
+        self.release()
+        if grad is None or record_of(parameter) is not None:
+            return
+        if type(grad) is not torch.Tensor or grad.layout is not torch.strided or grad.requires_grad or not grad.nbytes:
+            return  # a sparse one is small, one with a graph is not all here, one of another kind has its own ways
+        device = self._vault.devices().of(grad)
+        if isinstance(device, str):
+            return
+        record = GradientRecord(self._vault, self._name_of(parameter), grad.detach(), device)
+        self._slots[weakref.ref(record, self._dead.append)] = record.slot
+        parameter.grad = OffloadedGradient(record)
 
     def fetch(self, parameter: torch.Tensor, device: Device | None = None) -> int:
         """Begins to read one back, to where it came from or to host memory; how many reads."""
-        return self._pages.fetch(parameter, device)
+        record = record_of(parameter)
+        return record.fetch(device) if record is not None else 0
 
-    def is_away(self, parameter: torch.Tensor) -> bool:
-        """Whether one is on the drive: else it is in memory, where the parameter is."""
-        return parameter in self._pages and parameter.grad is None and not self._pages.is_kept(parameter)
+    # -- in a step ------------------------------------------------------------------------------------------
 
-    def bring(self, parameter: torch.Tensor, host: Device) -> torch.Tensor:
-        """One that is away, in host memory, not clipped. In any thread.
+    def give_back(self, parameter: torch.Tensor) -> None:
+        """Has one in memory, for the optimizer.
 
         Raises:
             StateLostError: the drive does not have it any more.
         """
-        state: dict[str, Any] = {}
-        self._pages.bring(parameter, state, host)
-        found: torch.Tensor = state[_KEY]
-        return found.cpu()  # one that could not even be copied from its device is still there
+        stand_in, record = parameter.grad, record_of(parameter)
+        if record is None:
+            return
+        assert isinstance(stand_in, OffloadedGradient)
+        grad = record.load()
+        self._in_use[parameter] = stand_in, grad, grad._version
+        parameter.grad = grad
 
-    def give_back(self, parameter: torch.Tensor) -> None:
-        """Has one in memory, clipped, for the optimizer."""
-        self.restore(parameter)
-        if self.factor is not None and parameter.grad is not None:
-            parameter.grad.mul_(self.factor)
-
-    def restore(self, parameter: torch.Tensor) -> None:
-        """Has one in memory, as backward left it."""
-        state: dict[str, Any] = {}
-        if parameter.grad is not None and parameter in self._pages:
-            raise RuntimeError(
-                f"Expected the gradient of {self._name_of(parameter)} on the drive only, got another one in .grad: "
-                "call optimizer.zero_grad() before setting it"
-            )
-        self._pages.bring(parameter, state)
-        if state:
-            parameter.grad = state[_KEY]
-
-    def clip_grad_norm_(self, parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
-        """The 2-norm of all gradients; the next step scales them down where it is more than `max_norm`."""
-        norms = [self._norms.get(p, _norm(p)) for p in parameters if p in self]
-        if not norms:
-            return torch.tensor(0.0)
-        total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
-        self.factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
-        return total
-
-    def forget(self, parameters: Iterable[torch.Tensor]) -> None:
-        """They were used, or are not wanted."""
+    def put_back(self, parameters: Iterable[torch.Tensor]) -> None:
+        """The optimizer has used them: as without offload they are there until somebody drops them."""
         for parameter in parameters:
-            self._pages.drop(parameter)
-            self._norms.pop(parameter, None)
+            stand_in, grad, version = self._in_use.pop(parameter, (None, None, 0))
+            if stand_in is None or grad is None or parameter.grad is not grad:
+                continue
+            if grad._version != version:
+                stand_in.record.replace(grad)
+            parameter.grad = stand_in
 
-    def finish_step(self) -> None:
-        """The step is over, or will not be: no factor is left."""
-        self.factor = None
+    # -- after it -------------------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        """Brings all of them back to their parameters."""
-        for parameter in self._pages:
-            self.give_back(parameter)
-        self._pages.forget()
+    def note_used(self, parameter: torch.Tensor, explain: Callable[[bool], str]) -> None:
+        """Its gradient is freed; `explain` is what readers are told, see `UsedGradient`."""
+        parameter.grad = UsedGradient(parameter, explain)
 
+    def forget_used(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Nobody has to be told any more."""
+        for parameter in parameters:
+            if isinstance(parameter.grad, UsedGradient):
+                parameter.grad = None
 
-def _norm(parameter: torch.Tensor) -> torch.Tensor:
-    grad = parameter.grad
-    if grad is None:
-        return torch.tensor(0.0)
-    norm: torch.Tensor = torch.linalg.vector_norm(grad if grad.layout is torch.strided else grad.coalesce().values())
-    return norm
+    def release(self) -> None:
+        """Gives the drive's space back of those that nobody looks at any more."""
+        with contextlib.suppress(IndexError):  # autograd has a thread for each device
+            while True:
+                self._vault.free(self._slots.pop(self._dead.pop()))
+
+    def close(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Has all of them in memory, whoever looks at them.
+
+        Raises:
+            StateLostError: the drive does not have one any more; all others are there.
+        """
+        self.forget_used(parameters)
+        lost: StateLostError | None = None
+        for record in [record for reference in list(self._slots) if (record := reference()) is not None]:
+            try:
+                record.hold()
+            except StateLostError as error:
+                lost = lost or error
+        for parameter in parameters:
+            found = record_of(parameter)
+            if found is not None and not found.is_away:
+                parameter.grad = found.hold()
+        self.release()
+        if lost is not None:
+            raise lost

@@ -59,12 +59,11 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         state_nbytes = predict_state_nbytes(optimizer, policy.min_nbytes, has_masters=policy.master_weights)
         self._vault = open_vault()
         self._pages = Pages(self._vault, self._counters, policy.min_nbytes)
-        self._gradients = Gradients(Pages(self._vault, StateCounters("gradients"), 1), self._name)
+        self._gradients = Gradients(self._vault, self._name)
         self._cpu_updates = CpuUpdates(
             optimizer,
             self._vault,
             self._pages,
-            self._gradients,
             has_masters=policy.master_weights,
             is_delayed=policy.delayed_update,
         )
@@ -169,9 +168,10 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._updates.update(chunk, self._scaler(), begin)
         if self.policy.step_in_backward or self.policy.offload_gradients or self.policy.delayed_update:
             self._progress.updated.update(chunk)
-            self._gradients.forget(p for p in chunk if p not in self._cpu_updates)
-            for parameter in chunk:
-                parameter.grad = None
+        for parameter in chunk if self.policy.step_in_backward else []:
+            self._gradients.note_used(parameter, partial(self._progress.explain_used, parameter, self._name(parameter)))
+        for parameter in chunk if self.policy.delayed_update else []:
+            parameter.grad = None
 
     @contextlib.contextmanager
     def _noting_errors(self) -> Iterator[None]:
@@ -198,17 +198,14 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def _finish_step(self) -> None:
         self._progress.finish_step(self._group_of)
-        self._gradients.finish_step()
         self._counters.num_steps = self._progress.num_steps
         self._inner._opt_called = True  # type: ignore[attr-defined]  # for schedulers that were made with it
 
     def _scaler(self) -> dict[str, Any]:
         """What a GradScaler told this optimizer: fused ones unscale by themselves."""
         found = {name: value for name, value in vars(self).items() if name in ("grad_scale", "found_inf")}
-        if found and (self.policy.step_in_backward or self.policy.offload_gradients):
-            raise RuntimeError(
-                "Expected no GradScaler with step_in_backward or offload_gradients, got its scale: use neither with it"
-            )
+        if found and self.policy.step_in_backward:
+            raise RuntimeError("Expected no GradScaler with step_in_backward, got its scale: use offload_gradients")
         return found
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -216,17 +213,14 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._check_open()
         self._regroup()
         self._progress.end_backwards()
-        self._gradients.forget(self._group_of)
-        if not self._progress.updated:
-            self._progress.begin_anew()
-            self._gradients.finish_step()
+        self._progress.check_zero_grad(set_to_none=set_to_none or not self.policy.step_in_backward)
+        self._gradients.forget_used(self._group_of)
         super().zero_grad(set_to_none)
+        self._gradients.release()
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        """`torch.nn.utils.clip_grad_norm_` over all parameters, for gradients that are on the drive.
-
-        The gradients are scaled when the step uses them; to the same bits. With `step_in_backward` it is an error.
+        """`torch.nn.utils.clip_grad_norm_` over all parameters. With `step_in_backward` it is an error.
 
         Args:
             max_norm: the largest 2-norm of all gradients together.
@@ -240,7 +234,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._check_open()
         if self.policy.step_in_backward:
             raise RuntimeError("Expected offload_gradients to clip, got step_in_backward, which has updated already")
-        return self._gradients.clip_grad_norm_(self._group_of, max_norm)
+        return torch.nn.utils.clip_grad_norm_(self._group_of, max_norm)
 
     # -- in backward ----------------------------------------------------------------------------------------
 
@@ -335,8 +329,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             for chunk in self._updates.chunks(keys, self.policy.chunk_nbytes)
         ]
         load_chunks(inner, entries, groups, chunks, self._updates.send_away, places)
-        self._gradients.forget(self._group_of)
-        self._gradients.finish_step()
+        self._gradients.forget_used(self._group_of)
         self._progress.finish_load()
         for post_hook in inner._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -383,7 +376,10 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             self._cpu_updates.settle()
         except RuntimeError as error:  # no memory for the state on the device: it stays where it is
             lost = lost or error
-        self._gradients.close()
+        try:
+            self._gradients.close(self._group_of)
+        except StateLostError as error:
+            lost = lost or error
         self._pages.forget()
         self._unhook()
         self._release()

@@ -16,6 +16,10 @@ import torch
 from ssdtrain.parameters.offload import homes_of
 
 _MAX_AHEAD = 64  # parameters
+_ONE_BACKWARD = (
+    "Expected one backward per step with step_in_backward, got another one for {}: "
+    "wrap all but the last in optimizer.accumulate(), and call step() after it"
+)
 
 
 class StepProgress:
@@ -90,12 +94,41 @@ class StepProgress:
             RuntimeError: it was before.
         """
         if parameter in self.updated or parameter in self.arrived:
-            raise RuntimeError(
-                f"Expected one backward per step with step_in_backward, got another one for {name}: "
-                "wrap all but the last in optimizer.accumulate(), and call step() after it"
-            )
+            raise RuntimeError(_ONE_BACKWARD.format(name))
         self.arrived[parameter] = None
         self._order.append(parameter)
+
+    def explain_used(self, parameter: torch.Tensor, name: str, is_backward: bool) -> str:
+        """Why a gradient that was used is not there: for who reads it, or a backward that wants to add to it."""
+        if not is_backward:
+            return (
+                f"Expected gradients that stay until zero_grad(), got that of {name}, which step_in_backward has used "
+                "and freed: the parameter is updated already. Clip, scale, check and log with offload_gradients instead"
+            )
+        if parameter in self.updated:
+            return _ONE_BACKWARD.format(name)
+        return (
+            f"Expected zero_grad() after step(), got a backward that adds to the gradient of {name}, which "
+            "step_in_backward has used and freed: call optimizer.zero_grad()"
+        )
+
+    def check_zero_grad(self, *, set_to_none: bool) -> None:
+        """Gradients are to be dropped.
+
+        Raises:
+            RuntimeError: some have changed their parameters already, or they are to be zeros.
+        """
+        if not set_to_none:
+            raise RuntimeError(
+                "Expected zero_grad(set_to_none=True) with step_in_backward, got False: it frees gradients"
+            )
+        if self.updated and not self._is_aborted:
+            raise RuntimeError(
+                "Expected step() after a backward with step_in_backward, got zero_grad(): parameters are updated "
+                "already. Call step(), or run a backward that is not to update them in `with optimizer.accumulate():`"
+            )
+        if not self.updated:
+            self.begin_anew()
 
     def follow_backward(self) -> bool:
         """Learns whether this backward ends or raises; whether it is a new one."""

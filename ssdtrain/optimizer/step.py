@@ -87,6 +87,7 @@ class Updates:
             when_changing()
             with narrowed(self._inner, self._by_group(chunk), attributes):
                 checked_step(self._inner)
+        self._gradients.put_back(chunk)
         for parameter in chunk:
             self.send_away(parameter)
 
