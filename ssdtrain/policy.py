@@ -247,11 +247,13 @@ class OptimizerPolicy(StatePolicy):
     """State that is updated at once. The step holds about three chunks in memory, and always at least one parameter's
     state."""
 
-    step_in_backward: bool = False
+    step_in_backward: bool | Literal["together"] = False
     """Update each parameter in backward, as soon as its gradient is there, and free the gradient: all gradients are
     never in memory at once, and the drive works while backward computes. Not with gradient clipping, which needs all of
     them, a GradScaler or in a job of several processes: who reads a gradient that is freed gets an error, until
-    ``zero_grad()``. With several backward passes per step wrap all but the last one in ``optimizer.accumulate()``."""
+    ``zero_grad()``. With several backward passes per step wrap all but the last one in ``optimizer.accumulate()``, and
+    those that are not for this optimizer (a generator's, say). ``"together"``: a backward may also reach parameters of
+    other optimizers, each of which updates its own. Known are those that are offloaded."""
 
     offload_gradients: bool = False
     """Send each gradient to the drive as soon as backward has it, and back for its parameter's update: all of them are

@@ -107,9 +107,7 @@ class GradientRecord:
     def lend(self) -> torch.Tensor:
         """Has it in memory for somebody who may read and write it at any time."""
         if self._here is None:
-            self._vault.note(
-                "gradients of which a view or the memory is used stay in memory until they are dropped"
-            )
+            self._vault.note("gradients of which a view or the memory is used stay in memory until they are dropped")
         return self.hold()
 
     def _read(self, device: Device) -> tuple[torch.Tensor, bool]:

@@ -20,6 +20,7 @@ from ssdtrain.optimizer.cpu_step import CpuUpdates
 from ssdtrain.optimizer.gradients import Gradients
 from ssdtrain.optimizer.inner import load_part, predict_state_nbytes, take_over
 from ssdtrain.optimizer.progress import StepProgress
+from ssdtrain.optimizer.reach import Reach, has_reentrant_checkpoints
 from ssdtrain.optimizer.state import Pages
 from ssdtrain.optimizer.state_dict import StateView, load_chunks, parameters_with_entries, whole_state_dict
 from ssdtrain.optimizer.step import Updates
@@ -49,7 +50,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._progress = StepProgress()
         self._is_closed = False
         self._hooked: set[torch.Tensor] = set()
-        self._num_accumulating = 0  # `accumulate` that are entered
+        self._reach = Reach(policy, type(optimizer).__name__, self._name)
         self._lock = threading.RLock()  # of what happens in backward
         self._handles: list[Any] = []
         hooks = {name: value for name, value in vars(optimizer).items() if name.endswith("_hooks")}
@@ -248,11 +249,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             >>> model(second).backward(); optimizer.step()
         """
         self._check_open()
-        self._num_accumulating += 1
-        try:
+        with self._reach.accumulate():
             yield
-        finally:
-            self._num_accumulating -= 1
 
     def _on_gradient(self, parameter: torch.Tensor) -> None:
         """A gradient is complete: it leaves, or, with enough of them, their parameters are updated."""
@@ -263,16 +261,21 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 check_alone(self.policy)
                 self._gradients.take(parameter)
             return
-        if not self._num_accumulating:
+        if not self._reach.is_accumulating:
             with self._lock:  # autograd has a thread for each device
                 self._update_in_backward(parameter)
 
     def _update_in_backward(self, parameter: torch.Tensor) -> None:
         self._check_whole(in_step=True)
         progress = self._progress
-        progress.arrive(parameter, self._name(parameter))
         if progress.follow_backward():
             check_alone(self.policy)
+            self._reach.check()
+            if progress.count_arrivals(has_reentrant_checkpoints):
+                self._vault.note("a checkpoint is reentrant: all gradients of the first step stay in memory until it")
+        if progress.is_late(parameter):
+            return
+        progress.arrive(parameter, self._name(parameter))
         with torch.no_grad():
             for following in progress.following(parameter, self._pages.nbytes, _AHEAD * self.policy.chunk_nbytes):
                 self._fetch(following)
@@ -391,6 +394,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
+        self._reach.leave()
         self._handles, self._hooked = [], set()
 
     def _regroup(self) -> None:
@@ -410,7 +414,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 self._watch(name, parameter)
         if self.policy.update_on == "cpu":
             self._cpu_updates.meet({parameter: self._names[parameter] for parameter in found})
-        self._updates.group_of = found
+        self._updates.group_of = self._reach.parameters = found
 
     def _watch(self, name: str, parameter: torch.Tensor) -> None:
         if parameter.is_meta:
@@ -433,4 +437,4 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             raise RuntimeError("Expected an open offload, got one after close(): use the optimizer it was made of")
 
     def _check_whole(self, *, in_step: bool = False) -> None:
-        self._progress.check_whole(self._vault.checkpoint, may_go_on=in_step and self.policy.step_in_backward)
+        self._progress.check_whole(self._vault.checkpoint, may_go_on=in_step and bool(self.policy.step_in_backward))

@@ -9,6 +9,7 @@ may take it for a whole step either: until a checkpoint is loaded, further steps
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -18,7 +19,8 @@ from ssdtrain.parameters.offload import homes_of
 _MAX_AHEAD = 64  # parameters
 _ONE_BACKWARD = (
     "Expected one backward per step with step_in_backward, got another one for {}: "
-    "wrap all but the last in optimizer.accumulate(), and call step() after it"
+    "wrap all but the last in optimizer.accumulate(), and call step() after it. Where reentrant checkpoints share a "
+    "parameter: pass use_reentrant=False"
 )
 
 
@@ -36,6 +38,9 @@ class StepProgress:
         self._last_order: list[torch.Tensor] = []
         self._order: list[torch.Tensor] = []  # of gradients, in this step; before: in the last
         self._position: dict[torch.Tensor, int] = {}
+        self._late: set[torch.Tensor] = set()  # whose gradients arrive several times in a backward
+        self._num_arrivals: Counter[torch.Tensor] | None = None  # in the first step, if they are to be counted
+        self._has_begun = False
 
     # -- whole or not ---------------------------------------------------------------------------------------
 
@@ -75,6 +80,9 @@ class StepProgress:
     def finish_step(self, parameters: Iterable[torch.Tensor]) -> None:
         """Every parameter is updated."""
         self.num_steps += 1
+        if self._num_arrivals is not None:
+            self._late = {parameter for parameter, count in self._num_arrivals.items() if count > 1}
+            self._num_arrivals = None
         self.note_torn("", parameters)
         if self._order:
             self._last_order, self._order = self._order, []
@@ -84,8 +92,24 @@ class StepProgress:
     def begin_anew(self) -> None:
         """Nothing of a step has happened."""
         self.updated, self.arrived, self._order, self._backwards = set(), {}, [], set()
+        if self._num_arrivals is not None:
+            self._num_arrivals = Counter()
 
     # -- in backward ----------------------------------------------------------------------------------------
+
+    def is_late(self, parameter: torch.Tensor) -> bool:
+        """Whether this gradient stays until the step, see [Note: a backward inside a backward]."""
+        if self._num_arrivals is not None:
+            self._num_arrivals[parameter] += 1
+            return True
+        return parameter in self._late
+
+    def count_arrivals(self, is_needed: Callable[[], bool]) -> bool:
+        """In the first backward, if needed: all gradients stay until the step, and how often each arrives counts."""
+        is_first, self._has_begun = not self._has_begun, True
+        if is_first and is_needed():
+            self._num_arrivals = Counter()
+        return self._num_arrivals is not None
 
     def arrive(self, parameter: torch.Tensor, name: str) -> None:
         """Its gradient is complete.
@@ -109,7 +133,8 @@ class StepProgress:
             return _ONE_BACKWARD.format(name)
         return (
             f"Expected zero_grad() after step(), got a backward that adds to the gradient of {name}, which "
-            "step_in_backward has used and freed: call optimizer.zero_grad()"
+            "step_in_backward has used and freed: call optimizer.zero_grad(), and where the backward is not for this "
+            "optimizer, run it in `with optimizer.accumulate():`"
         )
 
     def check_zero_grad(self, *, set_to_none: bool) -> None:
