@@ -39,8 +39,12 @@ class Gradients:
         self.release()
         if grad is None or record_of(parameter) is not None:
             return
-        if type(grad) is not torch.Tensor or grad.layout is not torch.strided or grad.requires_grad or not grad.nbytes:
-            return  # a sparse one is small, one with a graph is not all here, one of another kind has its own ways
+        if grad.layout is not torch.strided or not grad.nbytes:
+            return  # a sparse one is small
+        if type(grad) is not torch.Tensor or grad.requires_grad:
+            kind = "with a graph" if grad.requires_grad else f"that are {type(grad).__name__}s"
+            self._vault.note(f"gradients {kind} stay in memory")
+            return
         device = self._vault.devices().of(grad)
         if isinstance(device, str):
             return
