@@ -98,6 +98,18 @@ def without_onednn() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(was_enabled)
 
 
+@contextlib.contextmanager
+def strict_kernels() -> Iterator[None]:
+    """Kernels of CUDA that give the same bits each time: backward of attention does not without."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    were_strict = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(were_strict)
+
+
 @pytest.fixture
 def device_kind(request: pytest.FixtureRequest) -> str:
     kind: str = request.param
@@ -111,6 +123,9 @@ def device(device_kind: str) -> Iterator[SimulatedDevice | None]:
         with without_onednn(), SimulatedDevice(seed=1) as simulated:  # its LSTM crashes in another thread
             yield simulated
         simulated.close()
+    elif device_kind == "cuda":
+        with strict_kernels(), torch.device(device_kind):
+            yield None
     else:
         with torch.device(device_kind):
             yield None

@@ -54,12 +54,22 @@ def test_engine(tmp_path: Path) -> None:
 def test_gpu(tmp_path: Path) -> None:
     """What runs without a GPU: every way gives the same gradients, and bytes travelled in ours."""
     size = "--hidden 64 --heads 2 --layers 3 --sequence 64 --batch 2 --dtype float32 --repeats 1 --warm-up 1".split()
-    result = run("gpu.py", str(tmp_path), *size, "--policy", '{"min_nbytes": 0, "staging_nbytes": "256KiB"}')
+    policy = '{"min_nbytes": 0, "staging_nbytes": "256KiB"}'
+    written = tmp_path / "gpu.json"
+    result = run("gpu.py", str(tmp_path), *size, "--policy", policy, "--json", str(written))
+    assert json.loads(written.read_text()) == result and result["is_complete"]
     rows = {row["variant"]: row for row in result["rows"]}
     assert {"plain", "ssdtrain drive auto", "ssdtrain drive all", "save_on_cpu", "recompute"} <= rows.keys()
     assert all(row["is_equal"] for row in rows.values())
     assert rows["ssdtrain drive all"]["stats"]["written_nbytes"] > 0
     assert result["saved_nbytes"] > 0 and result["machine"]["torch"]
+
+
+def test_gpu_keeps_what_it_measured(tmp_path: Path) -> None:
+    """Without time for all rounds, those that were counted are in the file and in the table."""
+    size = "--hidden 64 --heads 2 --layers 2 --sequence 64 --batch 2 --dtype float32 --repeats 1000 --warm-up 1".split()
+    result = run("gpu.py", str(tmp_path), *size, "--seconds", "3")
+    assert 1 <= result["rows"][0]["num_steps"] < 1000
 
 
 def test_gpu_script_is_well_formed() -> None:

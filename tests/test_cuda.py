@@ -6,13 +6,13 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import same_bits
+from conftest import same_bits, strict_kernels
 
 import ssdtrain
 from ssdtrain.tools.demo.model import Block, GPTConfig
@@ -29,6 +29,12 @@ TIERS: dict[str, tuple[bool, dict[str, Any]]] = {
     "host": (False, {}),
     "host then drive": (True, {"host_nbytes": "32MiB"}),
 }
+
+
+@pytest.fixture(autouse=True)
+def strict() -> Iterator[None]:
+    with strict_kernels():
+        yield
 
 
 def make(tmp_path: Path, tier: str = "drive", **fields: Any) -> ssdtrain.ActivationOffload:
@@ -127,14 +133,15 @@ def test_training_on_a_side_stream(tmp_path: Path) -> None:
 def test_every_device_of_the_process(tmp_path: Path) -> None:
     """One context, one thread per device."""
     expected = train(Blocks(), None)
+    models = [Blocks(f"cuda:{index}") for index in range(torch.cuda.device_count())]  # one generator makes them all
     offload = make(tmp_path)
     results: dict[int, list[torch.Tensor]] = {}
 
     def body(index: int) -> None:
         with torch.cuda.device(index):
-            results[index] = train(Blocks(f"cuda:{index}"), offload)
+            results[index] = train(models[index], offload)
 
-    threads = [threading.Thread(target=body, args=(index,)) for index in range(torch.cuda.device_count())]
+    threads = [threading.Thread(target=body, args=(index,)) for index in range(len(models))]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -78,7 +78,7 @@ def test_deterministic_mode(offload: Offload) -> None:
 def test_autocast(offload: Offload, cache: bool) -> None:
     def run(send: Send) -> Any:
         model, x = mlp(), torch.randn(4, 32)
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cache):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16, cache_enabled=cache):
             loss = model(x).float().square().sum()
         send()
         loss.backward()

@@ -203,7 +203,7 @@ def test_autocast_copies_are_made_again(cache_enabled: bool, tmp_path: Path) -> 
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         losses = []
         for step in range(4):
-            with torch.autocast("cpu", torch.bfloat16, cache_enabled=cache_enabled):
+            with torch.autocast(torch.get_default_device().type, torch.bfloat16, cache_enabled=cache_enabled):
                 loss = model(batch(step))
             loss.backward()
             optimizer.step()
@@ -216,7 +216,7 @@ def test_autocast_copies_are_made_again(cache_enabled: bool, tmp_path: Path) -> 
     offloaded(model, tmp_path)
     check_same(run(model), losses)
     check_same(values(model), values(plain))
-    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16, cache_enabled=False):
         loss = model(batch(0))
     gc.collect()
     tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor]

@@ -101,7 +101,7 @@ def step(model: nn.Module, precision: str) -> list[torch.Tensor | None]:
     x = torch.randn(4, WIDTH, requires_grad=True)
     # oneDNN has no LSTM in bfloat16 for processors without AVX-512.
     own_kernels = without_onednn() if precision == "autocast" else contextlib.nullcontext()
-    with own_kernels, torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+    with own_kernels, torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=precision == "autocast"):
         loss = model(x.reshape(1, 4, WIDTH) if isinstance(model, nn.TransformerEncoderLayer) else x).float().sum()
     send()  # what the last operator saved starts only when another one follows
     loss.backward()

@@ -1,28 +1,34 @@
-"""Activations of GPT blocks offloaded, beside everything else one could do about them, interleaved in one process.
+"""Activations of GPT blocks offloaded, beside everything else one could do about them, in turn in one process.
 
-    python recipes/benchmarks/gpu.py /mnt/nvme
-    python recipes/benchmarks/gpu.py /mnt/nvme --hidden 8192 --layers 6 --sequence 4096
+    python recipes/benchmarks/gpu.py /mnt/nvme --tier host --hidden 8192 --heads 64 --layers 4 --batch 4 --sequence 4096
+    python recipes/benchmarks/gpu.py /mnt/nvme --tier drive --seconds 120 --json results/drive.json
 
 Every variant computes the same step on the same weights, round by round, so that what changes on the machine changes
-for all. A row has the peak of device memory above what was there before the step, the median step time, both against
-plain, and whether the gradients are equal to the bit. The ceilings of link and drive are measured in the same run, and
-with them the least step time at which all saved bytes could be hidden. The last line is JSON.
+for all. A row has step time by the device's events and by the clock, the peak of *activations* (gradients are there
+before the step begins, so that they do not count) and of everything; times and peaks are also given against plain. One
+strict round with deterministic algorithms compares gradients bit by bit; a second plain run in it is the control. The
+link is measured in the same run; with it come the bound (what the bytes take on the link against what the computation
+takes) and the fraction of it that was reached.
 
-On a machine without a GPU it runs on the CPU, at whatever size is asked for: there the peak is not measured.
+`--json` is written anew after every round: whatever ends the run leaves what was measured. `--seconds` ends it in time.
+A variant far slower than plain is measured once and left out of later rounds. Without a GPU all of it runs on the CPU,
+at whatever size is asked for; peaks are not measured there.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +39,9 @@ import ssdtrain
 from ssdtrain.tools.demo.model import Block, GPTConfig
 
 GB = 1e9
-LINK_NBYTES = 1 << 30
+TOO_SLOW = 8.0  # times plain: one such step is enough, if it is also
+LONG = 5.0  # seconds
+BUDGET_SHARE = 0.4  # of the saved bytes, for the mix of keeping, recomputing and moving
 
 
 class Blocks(torch.nn.Module):
@@ -52,87 +60,256 @@ class Blocks(torch.nn.Module):
 
 
 @dataclass
+class Measured:
+    """One step."""
+
+    wall_seconds: float
+    device_seconds: float
+    forward_seconds: float
+    activation_nbytes: int
+    peak_nbytes: int
+
+
+@dataclass
 class Variant:
     """One way to deal with saved activations, and what it measured."""
 
     name: str
-    around: Callable[[], AbstractContextManager[Any]]
+    around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     is_recomputed: bool = False
     offload: ssdtrain.ActivationOffload | None = None
-    seconds: list[float] = field(default_factory=list)
-    peak_nbytes: list[int] = field(default_factory=list)
-    is_equal: bool = True
+    steps: list[Measured] = field(default_factory=list)
+    is_equal: bool | None = None
+    left_out: str = ""
 
 
-def variants(directory: str, on_gpu: bool, policy: dict[str, Any]) -> list[Variant]:
-    """Plain first, then ours, then the peers that are installed."""
+class Bench:
+    """One model, one input, all variants."""
 
-    def ours(name: str, where: str | None, **fields: Any) -> Variant:
-        offload = ssdtrain.offload_activations(where, policy | fields)
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.begun = time.monotonic()
+        self.plain_seconds = 0.0  # of the latest step
+        self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        dtype = getattr(torch, options.dtype)
+        torch.manual_seed(0)
+        shape = GPTConfig(options.layers, options.hidden, options.heads, options.sequence)
+        self.model = Blocks(shape).to(self.device, dtype)
+        self.x = torch.randn(options.batch, options.sequence, options.hidden, device=self.device, dtype=dtype)
+        self.saved_nbytes = saved_nbytes(self.model, self.x)
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self.link = link_gbs(self.device, options.link_nbytes)
+        self.variants = list(self._variants())
+
+    def _variants(self) -> Iterator[Variant]:
+        """Plain first, then ours, then the peers that are installed."""
+        yield Variant("plain")
+        if self.options.tier == "host" and self.device.type == "cuda":
+            yield self._ours("ssdtrain host all", None, mode="all")
+            yield self._ours("ssdtrain host auto", None)
+        else:
+            yield self._ours("ssdtrain drive auto", self.options.directory)
+            yield self._ours("ssdtrain drive all", self.options.directory, mode="all")
+        if self.options.tier == "drive" and importlib.util.find_spec("kvikio") and self.device.type == "cuda":
+            with self._leaving_out("kvikio"):
+                yield self._ours("ssdtrain kvikio", self.options.directory, engine="kvikio")
+        mix = {"memory_budget": max(1, int(BUDGET_SHARE * self.saved_nbytes)), "recompute": "auto"}
+        where = None if self.options.tier == "host" and self.device.type == "cuda" else self.options.directory
+        yield self._ours("ssdtrain mix", where, **mix)
+        yield Variant("save_on_cpu", lambda: save_on_cpu(pin_memory=self.device.type == "cuda"))
+        yield Variant("recompute", is_recomputed=True)
+        if self.device.type == "cuda":
+            with self._leaving_out("trl"):
+                from trl.models.activation_offloading import OffloadActivations
+
+                yield Variant("trl", lambda: OffloadActivations(use_streams=True))
+
+    def _ours(self, name: str, where: str | None, **fields: Any) -> Variant:
+        offload = ssdtrain.offload_activations(where, self.options.policy | fields, model=self.model)
         return Variant(name, lambda: offload, offload=offload)
 
-    found = [Variant("plain", contextlib.nullcontext)]
-    if on_gpu:
-        found.append(ours("ssdtrain host", None, mode="all"))
-        found.append(ours("ssdtrain host + drive", directory, host_nbytes="4GiB"))
-    found.append(ours("ssdtrain drive auto", directory))
-    found.append(ours("ssdtrain drive all", directory, mode="all"))
-    found.append(Variant("save_on_cpu", lambda: save_on_cpu(pin_memory=on_gpu)))
-    found.append(Variant("recompute", contextlib.nullcontext, is_recomputed=True))
-    with contextlib.suppress(ImportError):
-        from trl.models.activation_offloading import OffloadActivations
+    @contextlib.contextmanager
+    def _leaving_out(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (ImportError, OSError, RuntimeError) as error:
+            print(f"{name}: left out: {error}", flush=True)
 
-        if on_gpu:
-            found.append(Variant("trl", lambda: OffloadActivations(use_streams=True)))
-    return found
+    @property
+    def left_seconds(self) -> float:
+        """Until the budget is used up."""
+        return float(self.options.seconds - (time.monotonic() - self.begun))
+
+    # -- steps -----------------------------------------------------------------------------------------------------
+
+    def step(self, variant: Variant) -> Measured:
+        """Forward and backward."""
+        for parameter in self.model.parameters():
+            assert parameter.grad is not None
+            parameter.grad.zero_()
+        self.model.is_recomputed = variant.is_recomputed
+        before = self._settle()
+        marks = [self._mark()]
+        begin = time.perf_counter()
+        with variant.around():
+            loss = self.model(self.x).float().square().mean()
+            marks.append(self._mark())
+        loss.backward()
+        marks.append(self._mark())
+        del loss
+        self._settle(reset=False)
+        wall = time.perf_counter() - begin
+        peak = torch.cuda.max_memory_allocated(self.device) if self.x.is_cuda else 0
+        return Measured(wall, _between(marks[0], marks[2]), _between(marks[0], marks[1]), max(0, peak - before), peak)
+
+    def _mark(self) -> Any:
+        if not self.x.is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _settle(self, *, reset: bool = True) -> int:
+        """Nothing is running, and the peak is counted from here; bytes allocated now."""
+        if not self.x.is_cuda:
+            return 0
+        torch.cuda.synchronize(self.device)
+        if reset:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return torch.cuda.memory_allocated(self.device)
+
+    def rounds(self) -> None:
+        """As many as the budget allows, at most what was asked for; the first ones only teach."""
+        num = self.options.warm_up + self.options.repeats
+        for index in range(num):
+            begin = time.monotonic()
+            for variant in [v for v in self.variants if not v.left_out]:
+                self._one(variant, is_counted=index >= self.options.warm_up)
+            self.write(is_complete=False)
+            if self.left_seconds < 1.5 * (time.monotonic() - begin) and index >= self.options.warm_up:
+                print(f"\nends after {index + 1} of {num} rounds: the budget is used up")
+                break
+        print()
+
+    def _one(self, variant: Variant, *, is_counted: bool) -> None:
+        try:
+            measured = self.step(variant)
+        except RuntimeError as error:  # out of memory, or what a peer does not support
+            variant.left_out = str(error).splitlines()[0][:200]
+            return
+        if variant is self.variants[0]:
+            self.plain_seconds = measured.wall_seconds
+        if measured.wall_seconds > max(LONG, TOO_SLOW * self.plain_seconds):
+            variant.left_out = f"after one step, which took {measured.wall_seconds:.1f} s"
+        elif self.left_seconds < 0 and variant is not self.variants[0]:
+            variant.left_out = "the budget is used up"
+        if is_counted or variant.left_out:
+            variant.steps.append(measured)
+        print(f"\r{variant.name:24} {measured.wall_seconds:7.3f} s", end="", flush=True)
+
+    def compare_bits(self) -> None:
+        """One strict round: the gradients of every variant beside plain's, and a second plain run as control."""
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        try:
+            self.step(self.variants[0])
+            expected = [p.grad.cpu() for p in self.model.parameters() if p.grad is not None]
+            control = Variant("plain again")
+            for variant in [control, *(v for v in self.variants[1:] if not v.left_out)]:
+                self.step(variant)
+                found = [p.grad.cpu() for p in self.model.parameters() if p.grad is not None]
+                variant.is_equal = all(map(torch.equal, found, expected))
+            self.variants[0].is_equal = control.is_equal
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    # -- results ---------------------------------------------------------------------------------------------------
+
+    def write(self, *, is_complete: bool) -> dict[str, Any]:
+        """What is known so far, also to the file."""
+        rows = [self.row(variant) for variant in self.variants if variant.steps or variant.left_out]
+        sizes = {k: v for k, v in vars(self.options).items() if k not in ("directory", "json")}
+        result = {
+            "machine": machine(self.device),
+            "sizes": sizes,
+            "saved_nbytes": self.saved_nbytes,
+            "link_gbs": self.link,
+            "bounds": self.bounds(),
+            "rows": rows,
+            "is_complete": is_complete,
+        }
+        if self.options.json:
+            path = Path(self.options.json)
+            beside = path.with_name(f".{path.name}.{os.getpid()}")
+            beside.write_text(json.dumps(result, indent=1))
+            beside.rename(path)
+        return result
+
+    def bounds(self) -> dict[str, float]:
+        """What physics allows, by the link and plain's times; empty before they are known."""
+        plain = self.variants[0].steps
+        if not plain or not self.link:
+            return {}
+        forward = statistics.median(m.forward_seconds for m in plain)
+        backward = statistics.median(m.device_seconds for m in plain) - forward
+        out, back = self.saved_nbytes / self.link["out"] / GB, self.saved_nbytes / self.link["in"] / GB
+        return {
+            "needed_gbs": self.saved_nbytes / forward / GB,
+            "hidden_fraction": min(1.0, forward / out, backward / back),
+            "all_step_seconds": max(forward, out) + max(backward, back),
+        }
+
+    def row(self, variant: Variant) -> dict[str, Any]:
+        """What is known of a variant."""
+        row: dict[str, Any] = {"variant": variant.name, "is_equal": variant.is_equal}
+        if variant.left_out:
+            row["left_out"] = variant.left_out
+        if variant.steps:
+            row |= self._figures(variant)
+        if variant.offload is not None:
+            row["stats"] = variant.offload.stats.as_dict()
+        return row
+
+    def _figures(self, variant: Variant) -> dict[str, Any]:
+        plain = self.variants[0].steps or variant.steps
+        seconds = statistics.median(m.device_seconds for m in variant.steps)
+        peak, whole = (max(getattr(m, name) for m in variant.steps) for name in ("activation_nbytes", "peak_nbytes"))
+        plain_peak = max(m.activation_nbytes for m in plain)
+        bounds = self.bounds()
+        figures = {
+            "num_steps": len(variant.steps),
+            "step_seconds": seconds,
+            "wall_seconds": statistics.median(m.wall_seconds for m in variant.steps),
+            "step_time_ratio": seconds / statistics.median(m.device_seconds for m in plain),
+            "activation_nbytes": peak,
+            "peak_nbytes": whole,
+            "activations_against_plain": peak / plain_peak if plain_peak else None,
+        }
+        if bounds and variant.name.endswith("all"):
+            figures["fraction_of_bound"] = bounds["all_step_seconds"] / seconds
+        return figures
 
 
-def step(model: Blocks, x: torch.Tensor, variant: Variant) -> tuple[float, int]:
-    """Forward and backward: seconds, and bytes of device memory above what was there before."""
-    model.zero_grad(set_to_none=True)
-    model.is_recomputed = variant.is_recomputed
-    before = settle(x.device)
-    begin = time.perf_counter()
-    with variant.around():
-        loss = model(x).float().square().mean()
-    loss.backward()
-    del loss
-    synchronize(x.device)
-    seconds = time.perf_counter() - begin
-    peak = torch.cuda.max_memory_allocated(x.device) - before if x.is_cuda else 0
-    return seconds, peak
+def _between(begin: Any, end: Any) -> float:
+    return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1e3
 
 
-def settle(device: torch.device) -> int:
-    """Nothing is running, and the peak is counted from here; bytes allocated now."""
-    synchronize(device)
-    if device.type != "cuda":
-        return 0
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
-
-
-def synchronize(device: torch.device) -> None:
-    """The device has done what was asked of it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def link_gbs(device: torch.device) -> dict[str, float]:
-    """GB/s of one long copy from and to pinned memory."""
+def link_gbs(device: torch.device, nbytes: int) -> dict[str, float]:
+    """GB/s of one long copy from and to pinned memory; empty without a link."""
     if device.type != "cuda":
         return {}
-    host = torch.empty(LINK_NBYTES, dtype=torch.uint8, pin_memory=True)
-    there = torch.empty(LINK_NBYTES, dtype=torch.uint8, device=device)
+    host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(nbytes, dtype=torch.uint8, device=device)
     rates = {}
     for name, target, source in (("out", host, there), ("in", there, host)):
         target.copy_(source, non_blocking=True)
-        synchronize(device)
+        torch.cuda.synchronize(device)
         begin = time.perf_counter()
         for _ in range(4):
             target.copy_(source, non_blocking=True)
-        synchronize(device)
-        rates[name] = 4 * LINK_NBYTES / (time.perf_counter() - begin) / GB
+        torch.cuda.synchronize(device)
+        rates[name] = 4 * nbytes / (time.perf_counter() - begin) / GB
     return rates
 
 
@@ -152,47 +329,6 @@ def saved_nbytes(model: Blocks, x: torch.Tensor) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def measure(model: Blocks, x: torch.Tensor, found: list[Variant], repeats: int, warm_up: int) -> None:
-    """Rounds of one step each; the first `warm_up` rounds only teach."""
-    for index in range(warm_up + repeats):
-        expected: list[torch.Tensor] = []
-        for variant in found:
-            seconds, peak = step(model, x, variant)
-            grads = [p.grad for p in model.parameters() if p.grad is not None]
-            if variant.name == "plain":
-                expected = [grad.clone() for grad in grads]
-            variant.is_equal &= all(map(torch.equal, grads, expected))
-            if index >= warm_up:
-                variant.seconds.append(seconds)
-                variant.peak_nbytes.append(peak)
-            print(f"\rround {index + 1} of {warm_up + repeats}: {variant.name:24}", end="", flush=True)
-    print()
-
-
-def row(variant: Variant, plain: Variant) -> dict[str, Any]:
-    """What is known of a variant."""
-    seconds, peak = statistics.median(variant.seconds), max(variant.peak_nbytes)
-    ratios = [ours / theirs for ours, theirs in zip(variant.seconds, plain.seconds, strict=True)]
-    result = {
-        "variant": variant.name,
-        "step_seconds": seconds,
-        "step_time_ratio": statistics.median(ratios),
-        "peak_nbytes": peak,
-        "peak_against_plain": peak / max(plain.peak_nbytes) if max(plain.peak_nbytes) else None,
-        "is_equal": variant.is_equal,
-    }
-    if variant.offload is not None:
-        result["stats"] = variant.offload.stats.as_dict()
-    return result
-
-
-def drive_gbs(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """GB/s while the drive was busy in the variant that waits for it."""
-    stats = next(r["stats"] for r in rows if r["variant"] == "ssdtrain drive all")
-    pairs = {"write": ("written_nbytes", "write_busy_seconds"), "read": ("read_nbytes", "read_busy_seconds")}
-    return {name: stats[n] / stats[s] / GB if stats[s] else 0.0 for name, (n, s) in pairs.items()}
-
-
 def machine(device: torch.device) -> dict[str, Any]:
     """Where the numbers were taken."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
@@ -208,21 +344,27 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def show(rows: list[dict[str, Any]]) -> None:
+def show(result: dict[str, Any]) -> None:
     """The table for a reader."""
-    print(f"{'variant':24} {'step':>9} {'ratio':>7} {'peak':>10} {'of plain':>9}  equal")
-    for r in rows:
-        share = "" if r["peak_against_plain"] is None else f"{r['peak_against_plain']:.1%}"
+    print(f"{'variant':24} {'step':>9} {'ratio':>7} {'activations':>12} {'of plain':>9}  equal")
+    for r in result["rows"]:
+        if "step_seconds" not in r:
+            print(f"{r['variant']:24} left out: {r['left_out']}")
+            continue
+        share = r["activations_against_plain"]
         print(
             f"{r['variant']:24} {r['step_seconds']:8.3f}s {r['step_time_ratio']:7.3f} "
-            f"{r['peak_nbytes'] / (1 << 30):6.2f} GiB {share:>9}  {'yes' if r['is_equal'] else 'NO'}"
+            f"{r['activation_nbytes'] / (1 << 30):8.2f} GiB {'' if share is None else f'{share:.1%}':>9}  "
+            f"{ {True: 'yes', False: 'NO', None: '-'}[r['is_equal']] }"
         )
+    print(f"saved for backward: {result['saved_nbytes'] / GB:.2f} GB; link {result['link_gbs']}; {result['bounds']}")
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Offloaded activations of GPT blocks beside the alternatives.")
     parser.add_argument("directory", help="a directory on the drive")
+    parser.add_argument("--tier", choices=["host", "drive"], default="drive", help="where ours sends them")
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--layers", type=int, default=12)
@@ -230,31 +372,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--warm-up", type=int, default=3)
+    parser.add_argument("--warm-up", type=int, default=3, help="rounds that only teach: plans are made in them")
+    parser.add_argument("--seconds", type=float, default=600.0, help="a budget: no round begins that would exceed it")
+    parser.add_argument("--link-nbytes", type=int, default=1 << 30, help="length of the copies that measure the link")
+    parser.add_argument("--json", help="a file for the result, written anew after every round")
     parser.add_argument("--policy", type=json.loads, default={}, help='fields as JSON, such as {"staging_nbytes": ...}')
     return parser.parse_args()
 
 
 def main() -> None:
     """Measures, prints the table, ends with JSON."""
-    options = arguments()
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    dtype = getattr(torch, options.dtype)
-    torch.manual_seed(0)
-    shape = GPTConfig(options.layers, options.hidden, options.heads, options.sequence)
-    model = Blocks(shape).to(device, dtype)
-    x = torch.randn(options.batch, options.sequence, options.hidden, device=device, dtype=dtype)
-    nbytes = saved_nbytes(model, x)
-    found = variants(options.directory, device.type == "cuda", options.policy)
-    measure(model, x, found, options.repeats, options.warm_up)
-    rows = [row(variant, found[0]) for variant in found]
-    link, drive = link_gbs(device), drive_gbs(rows)
-    show(rows)
-    bounds = {name: nbytes / rate / GB for name, rate in {**link, **drive}.items() if rate}
-    print(f"saved for backward: {nbytes / GB:.2f} GB; seconds it takes on its way: {bounds}")
-    sizes = {k: v for k, v in vars(options).items() if k != "directory"}
-    result = {"machine": machine(device), "sizes": sizes, "saved_nbytes": nbytes, "rows": rows}
-    print(json.dumps(result | {"link_gbs": link, "drive_gbs": drive, "bound_seconds": bounds}))
+    bench = Bench(arguments())
+    bench.rounds()
+    bench.compare_bits()
+    result = bench.write(is_complete=True)
+    show(result)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

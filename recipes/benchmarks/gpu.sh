@@ -1,46 +1,97 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call, on a machine that has torch with CUDA, pytest, hypothesis, pybind11 and a
-# C++ compiler: tests, compute-sanitizer, benchmark. Results are left as JSON and text.
+# Everything that needs a GPU, in two calls on a machine that has torch with CUDA, pytest, pytest-xdist, hypothesis,
+# pybind11 and a C++ compiler. What it lacks beyond that comes from .wheels/ (see gpu_wheels.sh).
 #
-#     recipes/benchmarks/gpu.sh RESULTS [DIRECTORY]
+#     recipes/benchmarks/gpu.sh one RESULTS [--toy]   at most 330 s: facts, build, smoke test, test_cuda.py, host tier
+#     recipes/benchmarks/gpu.sh two RESULTS [--toy]   at most 300 s: all suites, memcheck, drive tier, doctor, host tier
 #
-# RESULTS: a folder for what is measured. DIRECTORY: a folder on the drive (default: a temporary one).
+# RESULTS: a folder for what is measured. `two` needs what `one` built. Every part has a limit of its own and ends by
+# SIGINT, so that what it printed survives; parts.jsonl says how each ended, as they end. --toy: smallest sizes, to
+# rehearse every command without a GPU's time.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
-results=$(realpath -m "${1:?a folder for the results}")
-directory=${2:-$(mktemp -d)}
+call=${1:?one or two}
+results=$(realpath -m "${2:?a folder for the results}")
+toy=${3:-}
+directory=${SSDTRAIN_BENCH_DIRECTORY:-$(mktemp -d)}
+python=${PYTHON:-python3}
 mkdir -p "$results" "$directory"
-export PYTHONPATH=$PWD FAIL_WITHOUT_CUDA=1
+export PYTHONPATH=$PWD:${PYTHONPATH:-} FAIL_WITHOUT_CUDA=1 CUBLAS_WORKSPACE_CONFIG=:4096:8
+begun=$SECONDS
 failed=0
 
-part() { # part NAME COMMAND...: runs it, keeps what it says, goes on when it fails
-  local name=$1
-  shift
-  echo "== $name: $*"
-  timeout "${LIMIT:-240}" "$@" >"$results/$name.txt" 2>&1 || { echo "FAILED: $name ($?)"; failed=1; }
-  tail -n 4 "$results/$name.txt"
+left() { echo $((budget - (SECONDS - begun))); }
+
+part() { # part LIMIT NAME COMMAND...: runs it within its limit and the budget, keeps what it says, goes on
+  local limit=$1 name=$2 begin=$SECONDS rc
+  shift 2
+  [ "$(left)" -lt "$limit" ] && limit=$(left)
+  if [ "$limit" -lt 5 ]; then
+    echo "== $name: no time left"
+    rc=none
+  else
+    echo "== $name ($limit s): $*"
+    timeout --signal=INT --kill-after=5 "$limit" "$@" >"$results/$name.txt" 2>&1
+    rc=$?
+    [ $rc = 0 ] || failed=1
+    tail -n 3 "$results/$name.txt" | cut -c1-200
+  fi
+  echo "{\"part\": \"$name\", \"rc\": \"$rc\", \"limit\": $limit, \"seconds\": $((SECONDS - begin))}" >>"$results/parts.jsonl"
 }
 
-part build python3 setup.py build_ext --inplace
-part versions python3 -m torch.utils.collect_env
-part tests python3 -m pytest tests/test_cuda.py -q -x
-part cache python3 -m pytest tests/test_autograd.py tests/test_inplace.py tests/test_saved_tensors.py \
-  tests/test_weights.py tests/test_checkpoint.py tests/test_training.py --devices cuda -q
-LIMIT=120 part plans python3 -m pytest tests/test_accelerator_plans.py --devices cuda -q
-LIMIT=120 part state python3 -m pytest tests/test_state_devices.py tests/test_cpu_updates.py tests/test_delayed_update.py \
-  --devices cuda -q
-sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
-if [ -n "$sanitizer" ]; then
-  part memcheck "$sanitizer" --tool memcheck --error-exitcode 9 python3 tests/cuda_small.py "$directory"
-  part racecheck "$sanitizer" --tool racecheck --error-exitcode 9 python3 tests/cuda_small.py "$directory"
-else
-  echo "compute-sanitizer is not installed" | tee "$results/memcheck.txt"
+bench() { # bench LIMIT NAME ARGUMENTS...: gpu.py, whose JSON is written as it goes
+  local limit=$1 name=$2
+  shift 2
+  part "$limit" "$name" "$python" recipes/benchmarks/gpu.py "$directory" --json "$results/$name.json" \
+    --seconds $((limit - 15)) "${small[@]}" "$@"
+}
+
+suite() { # suite LIMIT NAME WORKERS ARGUMENTS...
+  local limit=$1 name=$2 workers=$3
+  shift 3
+  part "$limit" "$name" "$python" -m pytest -q -n "$workers" --dist loadfile --durations=10 "${few[@]}" "$@"
+}
+
+small=() few=() smoke=()
+if [ "$toy" = --toy ]; then
+  small=(--hidden 64 --heads 2 --layers 2 --sequence 64 --batch 2 --repeats 1 --warm-up 2 --link-nbytes 1048576
+    --dtype float32 --policy '{"min_nbytes": 0, "staging_nbytes": "256KiB", "prefetch_nbytes": "256KiB"}')
+  few=(-k "equal_to_the_bit or second_unpack or dtypes")
+  smoke=(--toy)
 fi
-part gpu-4096 python3 recipes/benchmarks/gpu.py "$directory" --hidden 4096 --layers 12 --sequence 4096 --batch 4
-part gpu-8192 python3 recipes/benchmarks/gpu.py "$directory" --hidden 8192 --heads 64 --layers 4 --sequence 2048 --batch 8
-PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True part gpu-expandable \
-  python3 recipes/benchmarks/gpu.py "$directory" --hidden 4096 --layers 6 --sequence 2048 --batch 4 --repeats 3
-for name in gpu-4096 gpu-8192 gpu-expandable; do
-  tail -n 1 "$results/$name.txt" >"$results/$name.json"
-done
+
+one() {
+  budget=330
+  part 40 wheels "$python" -m pip install --quiet --no-index --no-deps --find-links .wheels \
+    pydantic pydantic_core annotated_types typing_inspection typing_extensions trl kvikio_cu13 libkvikio_cu13 \
+    rapids_logger
+  part 90 build env SSDTRAIN_BUILD_JOBS="$(nproc)" "$python" setup.py build_ext --inplace
+  part 60 smoke "$python" recipes/benchmarks/gpu_smoke.py "$results/smoke.json" "${smoke[@]}"
+  suite 110 cuda 4 tests/test_cuda.py
+  bench 120 host-8192 --tier host $([ -n "$toy" ] || echo --hidden 8192 --heads 64 --layers 4 --sequence 4096 --batch 4)
+}
+
+two() {
+  budget=300
+  suite 130 suites 12 --devices cuda tests/test_accelerator.py tests/test_accelerator_plans.py tests/test_autograd.py \
+    tests/test_inplace.py tests/test_saved_tensors.py tests/test_weights.py tests/test_checkpoint.py \
+    tests/test_training.py tests/test_state_devices.py tests/test_cpu_updates.py tests/test_delayed_update.py
+  sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
+  if [ -n "$sanitizer" ]; then
+    part 60 memcheck "$sanitizer" --tool memcheck --error-exitcode 9 "$python" tests/cuda_small.py "$directory"
+  fi
+  bench 80 drive-8192 --tier drive $([ -n "$toy" ] || echo --hidden 8192 --heads 64 --layers 2 --sequence 2048 --batch 2)
+  part 30 doctor "$python" -m ssdtrain doctor "$directory"
+  bench 110 host-16384 --tier host $([ -n "$toy" ] || echo --hidden 16384 --heads 128 --layers 2 --sequence 2048 --batch 4)
+  if [ -n "$sanitizer" ] && [ "$(left)" -gt 20 ]; then
+    part 40 stream-races env PYTORCH_CUDA_ALLOC_CONF=backend:cudaMallocAsync "$sanitizer" --tool memcheck \
+      --track-stream-ordered-races all --error-exitcode 9 "$python" tests/cuda_small.py "$directory"
+  fi
+}
+
+case $call in
+one | two) $call ;;
+*) echo "Expected 'one' or 'two', got '$call'" >&2 && exit 2 ;;
+esac
+echo "== $call: $((SECONDS - begun)) s of $budget"
 exit $failed
