@@ -18,6 +18,7 @@ LADDER = [
     "policy",
     "stats",
     "state_stats",
+    "verdict",
     "planner",
     "blocks",
     "_C",
@@ -39,7 +40,7 @@ LADDER = [
     "tools",
     "__main__",
 ]
-WITHOUT_TORCH = ["policy", "stats", "state_stats", "planner", "io", "scheduling", "run_log", "report"]
+WITHOUT_TORCH = ["policy", "stats", "state_stats", "verdict", "planner", "io", "scheduling", "run_log", "report"]
 MAY_KNOW_TORCH = ("io/kvikio/", "scheduling/consensus.py", "run_log/environment.py")
 TOP_LEVEL = {"setup.py", "ssdtrain", "csrc", "tests", "recipes", "README.md", "pyproject.toml", "Makefile", "LICENSE"}
 

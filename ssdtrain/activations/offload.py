@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from types import TracebackType
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -27,6 +26,7 @@ from ssdtrain.activations.module_names import ModuleNames
 from ssdtrain.activations.observers import StepObservers
 from ssdtrain.activations.recompute import recompute_for
 from ssdtrain.activations.storage_index import Index
+from ssdtrain.activations.witness import Witness
 from ssdtrain.activations.writeback import Join, Store
 from ssdtrain.devices.base import CpuDevice, Device
 from ssdtrain.devices.registry import Devices
@@ -123,6 +123,7 @@ class ActivationOffload:
             for text in check_directories(directories) if directories is not None else ():
                 self._store.note_fallback(text)
             self._store.open()
+        self._witness = Witness(self, policy, self._counters, self._threads)
 
     # -- context -------------------------------------------------------------------------------------------------
 
@@ -133,9 +134,11 @@ class ActivationOffload:
             RuntimeError: the context was closed.
         """
         self._check_open()
+        self._witness.enter()
         if not self.policy.enabled:
             return self
-        with contextlib.ExitStack() as stack:  # what raises, Ctrl-C too, undoes what was done: no `__exit__` follows
+        with contextlib.ExitStack() as stack:  # an error, Ctrl-C too, undoes what was done: no `__exit__` follows
+            stack.callback(self._witness.leave)
             self._store.enter()
             stack.callback(self._store.leave)
             stack.callback(self._observers.leave)
@@ -153,9 +156,7 @@ class ActivationOffload:
             self._thread.entered.append(stack.pop_all())
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Takes the hooks away; what was saved stays available for backward.
 
         Raises:
@@ -211,6 +212,7 @@ class ActivationOffload:
     def close(self) -> None:
         """Frees slabs, threads and spill files at once. A later backward through records on disk raises an error."""
         self._is_closed = True
+        self._witness.end()
         self._observers.close()
         self._store.close()
 

@@ -81,6 +81,7 @@ class Store:
         self._is_patient = policy.is_patient  # waits for the drive rather than keeping
         self._directories = directories
         self._join = join
+        self._why_closed = ""  # to be said when more is saved
         self._retired: set[str] = set()  # by engines that are closed
         self._policy = policy
         self._slab_nbytes = slab_nbytes_for(policy.staging_nbytes)
@@ -95,6 +96,8 @@ class Store:
         """Why no engine would move tensors of `device` now, or None."""
         transport = self._transport
         if transport is None:
+            if self._why_closed:
+                self.note_fallback(self._why_closed)
             return "no engine open in this process"
         if device.driver is not None and transport.moves_host_memory_only:
             return "engine python moves host memory only"
@@ -126,6 +129,7 @@ class Store:
 
     def close(self) -> None:
         """Ends the engine and frees slabs and spill files. Records whose bytes were only there are lost."""
+        self._why_closed = "closed inside its context: nothing that is saved in it from here on moves"
         with self.lock, self.books:
             self._close()
         self.tidy()
@@ -240,6 +244,10 @@ class Store:
         """
         self.lock = threading.Lock()
         self.when_forked()
+        self._why_closed = (
+            "this is a forked child: the engine is the parent's, and nothing that is saved here moves; enter the "
+            "context, or make another, in the child"
+        )
         for record in self._transport.records_coming_back() if self._transport is not None else ():
             self._reloads.give_up(record)
         self.forget_engine()

@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
+
+from ssdtrain.store.identity import why_not
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -143,6 +146,18 @@ def predict_state_nbytes(optimizer: torch.optim.Optimizer, min_nbytes: int, *, h
         optimizer.state, optimizer.param_groups = state, groups
     num_elements: int = sum(p.numel() for p in parameters if p.nbytes >= min_nbytes)
     return num_elements * (sum(found) + is_master * tiny.nbytes) // 64
+
+
+def what_stayed(optimizer: torch.optim.Optimizer, min_nbytes: int) -> dict[str, tuple[int, int]]:
+    """How many tensors of state are in memory when all that may leave has left, and how many bytes, by reason."""
+    found: dict[str, tuple[int, int]] = {}
+    for value in tree_leaves([dict(state) for state in optimizer.state.values()]):
+        if isinstance(value, torch.Tensor):
+            nbytes = value.numel() * value.element_size()
+            reason = "smaller than min_nbytes" if nbytes < max(1, min_nbytes) else why_not(value) or "no plain state"
+            num, total = found.get(reason, (0, 0))
+            found[reason] = num + 1, total + nbytes
+    return found
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from torch.profiler import record_function
 
 from ssdtrain.optimizer.cpu_step import CpuUpdates
 from ssdtrain.optimizer.gradients import Gradients
-from ssdtrain.optimizer.inner import load_part, predict_state_nbytes, take_over
+from ssdtrain.optimizer.inner import load_part, predict_state_nbytes, take_over, what_stayed
 from ssdtrain.optimizer.progress import StepProgress
 from ssdtrain.optimizer.reach import Reach, has_reentrant_checkpoints
 from ssdtrain.optimizer.state import Pages
@@ -29,6 +29,7 @@ from ssdtrain.parameters.offload import homes_of
 from ssdtrain.policy import OptimizerPolicy
 from ssdtrain.state_stats import StateCounters, StateStats
 from ssdtrain.store.tensor_store import StateLostError, Vault
+from ssdtrain.verdict import on_optimizer
 
 _AHEAD = 2  # chunks whose state is read before their turn
 
@@ -48,7 +49,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._counters = StateCounters("optimizer state")
         self._names: dict[torch.Tensor, str] = {}
         self._progress = StepProgress()
-        self._is_closed = False
+        self._is_closed = self._is_judged = False
         self._hooked: set[torch.Tensor] = set()
         self._reach = Reach(policy, type(optimizer).__name__, self._name)
         self._lock = threading.RLock()  # of what happens in backward
@@ -196,11 +197,25 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             self._cpu_updates.finish()
         if is_late:
             self._progress.note_torn("", self._group_of)
+            self._judge()
 
     def _finish_step(self) -> None:
         self._progress.finish_step(self._group_of)
         self._counters.num_steps = self._progress.num_steps
         self._inner._opt_called = True  # type: ignore[attr-defined]  # for schedulers that were made with it
+        if not self._cpu_updates.is_busy:
+            self._judge()
+
+    def _judge(self) -> None:
+        """Once some state was made: whether any of it has left. Without a directory the CPU's stays with it."""
+        if self._is_judged or not self._progress.has_updated:
+            return
+        self._is_judged = True
+        if self.policy.update_on == "device" or self._vault.directory is not None:
+            left = what_stayed(self._inner, self.policy.min_nbytes)
+            verdict = on_optimizer(self._counters, type(self._inner).__name__, left)
+            if verdict is not None:
+                self._vault.note(verdict)
 
     def _scaler(self) -> dict[str, Any]:
         """What a GradScaler told this optimizer: fused ones unscale by themselves."""

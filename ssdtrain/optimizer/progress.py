@@ -30,6 +30,7 @@ class StepProgress:
     def __init__(self) -> None:
         """None is."""
         self.num_steps = 0
+        self.has_updated = False  # a parameter, ever
         self.updated: set[torch.Tensor] = set()  # in backward, since the last step
         self.arrived: dict[torch.Tensor, None] = {}  # with a gradient, in backward, not updated yet
         self._torn = ""  # what was interrupted
@@ -46,6 +47,7 @@ class StepProgress:
 
     def begin_update(self, first: str, parameters: Iterable[torch.Tensor]) -> None:
         """Of `parameters` the one named `first`, and perhaps others, are about to change."""
+        self.has_updated = True
         if not self._torn:
             self.note_torn(f"step {self.num_steps + 1}, which began with {first}", parameters)
 

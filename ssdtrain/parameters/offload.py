@@ -23,6 +23,7 @@ from ssdtrain.policy import ParameterPolicy
 from ssdtrain.state_stats import StateCounters, StateStats
 from ssdtrain.store.identity import spec_nbytes, view_spec
 from ssdtrain.store.tensor_store import StateLostError, Vault
+from ssdtrain.verdict import on_parameters
 
 _ATTRIBUTE = "_ssdtrain_parameters"
 
@@ -61,6 +62,9 @@ class ParameterOffload:
             self.close()
             raise
         module.__dict__[_ATTRIBUTE] = self
+        verdict = on_parameters(self._counters)
+        if verdict is not None:
+            self._vault.note(verdict)
 
     @classmethod
     def of(cls, module: torch.nn.Module) -> ParameterOffload:
