@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
+from ssdtrain.optimizer.closures import check_closure
 from ssdtrain.optimizer.cpu_step import CpuUpdates
 from ssdtrain.optimizer.gradients import Gradients
 from ssdtrain.optimizer.inner import load_part, predict_state_nbytes, take_over, what_stayed
@@ -129,10 +130,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             StateLostError: the drive does not have a parameter's state any more.
             RuntimeError: an earlier step was interrupted.
         """
-        if closure is not None and self.policy.step_in_backward:
-            raise ValueError("Expected no closure with step_in_backward, which updates during the closure's backward")
-        if closure is not None and self.policy.delayed_update:
-            raise ValueError("Expected no closure with delayed_update, which computes beside the update before it")
+        if closure is not None:
+            check_closure(self._inner, self.policy)
         self._check_open()
         self._regroup()
         self._progress.end_backwards()
