@@ -87,7 +87,8 @@ class Gradients:
 
     def note_used(self, parameter: torch.Tensor, explain: Callable[[bool], str]) -> None:
         """Its gradient is freed; `explain` is what readers are told, see `UsedGradient`."""
-        parameter.grad = UsedGradient(parameter, explain)
+        like = {"size": parameter.size(), "dtype": parameter.dtype, "device": parameter.device}
+        parameter.grad = UsedGradient(explain, **like)
 
     def forget_used(self, parameters: Iterable[torch.Tensor]) -> None:
         """Nobody has to be told any more."""

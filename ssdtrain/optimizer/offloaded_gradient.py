@@ -25,6 +25,8 @@ _NOTED = frozenset(
     f"{prefix}{name}_" for name in ("mul", "div", "clamp_min", "clamp_max", "zero") for prefix in ("", "_foreach_")
 ) | {"clamp_"}
 """Operators that change every element by itself, and the same way each time."""
+_OF_MEMORY = "__array__ __dlpack__ data_ptr numpy share_memory_ storage tolist untyped_storage".split()
+"""Methods that no operator tells of."""
 
 
 class OffloadedGradient(torch.Tensor):
@@ -105,7 +107,7 @@ def _in_memory(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in ("__array__", "__dlpack__", "data_ptr", "numpy", "share_memory_", "storage", "tolist", "untyped_storage"):
+for _name in _OF_MEMORY:
     setattr(OffloadedGradient, _name, _in_memory(_name))
 
 
@@ -117,27 +119,41 @@ class UsedGradient(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, parameter: torch.Tensor, explain: Callable[[bool], str]) -> UsedGradient:
-        """`explain` says what is wrong; its argument, whether a backward pass wants to add to the gradient."""
-        found: UsedGradient = torch.Tensor._make_wrapper_subclass(
-            cls, parameter.size(), dtype=parameter.dtype, device=parameter.device
-        )
+    def __new__(cls, explain: Callable[[bool], str], **like: Any) -> UsedGradient:
+        """Looks like the gradient.
+
+        `explain` says what is wrong; its argument, whether a backward pass wants to add to the gradient.
+        """
+        found: UsedGradient = torch.Tensor._make_wrapper_subclass(cls, **like)
         found._explain = explain
         return found
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Raises.
+        """Raises; a copy, on whatever device, is another one.
 
         Raises:
-            RuntimeError: always.
+            RuntimeError: the gradient is to be read or changed.
         """
         used = next(x for x in tree_iter((args, kwargs)) if isinstance(x, cls))
-        is_backward = torch._C._current_graph_task_id() >= 0 and func.overloadpacket.__name__ in ("add", "add_")
-        raise RuntimeError(used._explain(is_backward))
+        name = func.overloadpacket.__name__
+        if name in ("alias", "clone", "detach", "_to_copy"):
+            like = {"size": used.size(), "dtype": used.dtype, "device": used.device}
+            return cls(
+                used._explain, **like | {key: value for key, value in (kwargs or {}).items() if key in like and value}
+            )
+        raise RuntimeError(used._explain(torch._C._current_graph_task_id() >= 0 and name in ("add", "add_")))
 
     def __repr__(self) -> str:  # type: ignore[override]
         return "UsedGradient()"
+
+
+def _refused(self: UsedGradient, *_: Any, **__: Any) -> Any:
+    raise RuntimeError(self._explain(False))
+
+
+for _name in (*_OF_MEMORY, "__reduce_ex__", "__deepcopy__"):
+    setattr(UsedGradient, _name, _refused)
 
 
 def record_of(parameter: torch.Tensor) -> GradientRecord | None:

@@ -317,6 +317,26 @@ def test_gradients_that_were_used_say_so(name: str, tmp_path: Path) -> None:
     optimizer.close()
 
 
+def test_a_model_is_cast_and_moved_whatever_was_used(tmp_path: Path) -> None:
+    """`Module.to()` takes gradients along; there is nothing to take, and nothing to refuse."""
+    model = model_of("mlp")
+    optimizer = offloaded(adamw(model.parameters()), tmp_path, step_in_backward=True, chunk_nbytes=1)
+    model(batch(0)).backward()
+    optimizer.step()
+    expected = values(model)
+    copied = copy.deepcopy(model)
+    model.double()
+    check_same({key: value.float() for key, value in values(model).items()}, expected)
+    check_same(values(copied), expected)
+    with pytest.raises(RuntimeError, match="used and freed"):
+        clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.zero_grad()
+    model.float()
+    model(batch(1)).backward()
+    optimizer.step()
+    optimizer.close()
+
+
 def test_gradients_that_wait_for_a_full_chunk_are_used_by_then(tmp_path: Path) -> None:
     """Some are updated and others are not: a norm over both is an error, too."""
     model = model_of("mlp")
