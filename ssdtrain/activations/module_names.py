@@ -1,8 +1,13 @@
-"""Which module of the user's model is running, for messages only."""
+"""Which module of the user's model is running, for messages only.
+
+A model that is copied or pickled meanwhile takes hooks along that belong to nobody and do nothing.
+"""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -24,24 +29,36 @@ class ModuleNames(threading.local):
     def watch(self) -> None:
         """Installs a pair of hooks on every module."""
         handles: list[Any] = []
-        self._removable.append(handles)  # first: an interrupt may come between any two of them
+        self._removable.append(handles)
         for name, module in self._model.named_modules() if self._model is not None else ():
-            handles.append(module.register_forward_pre_hook(self._entering(name or type(module).__name__)))
-            handles.append(module.register_forward_hook(self._leaving, always_call=True))
+            name = name or type(module).__name__
+            handles.append(module.register_forward_pre_hook(_Hook(self._enter, name)))
+            handles.append(module.register_forward_hook(_Hook(self._leave, name), always_call=True))
 
     def unwatch(self) -> None:
         """Removes what the latest `watch` installed."""
-        for handle in self._removable.pop():
+        for handle in self._removable.pop() if self._removable else ():
             handle.remove()
         if not self._removable:
             self._running.clear()
 
-    def _entering(self, name: str) -> Any:
-        def hook(module: torch.nn.Module, args: object) -> None:
-            self._running.append(name)
+    def _enter(self, name: str) -> None:
+        self._running.append(name)
 
-        return hook
-
-    def _leaving(self, module: torch.nn.Module, args: object, output: object) -> None:
+    def _leave(self, name: str) -> None:
         if self._running:
             self._running.pop()
+
+
+class _Hook:
+    """Calls a function with a module's name; a copy, pickled or not, is the standard library's and does nothing."""
+
+    def __init__(self, note: Callable[[str], None], name: str) -> None:
+        self._note = note
+        self._name = name
+
+    def __call__(self, module: torch.nn.Module, *args: object) -> None:
+        self._note(self._name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")

@@ -42,9 +42,7 @@ from ssdtrain.store.identity import (
     is_made_by,
     is_parameter,
     is_weight,
-    living,
     rebuild,
-    source_of,
     version_probe,
     view_spec,
     why_not,
@@ -52,7 +50,6 @@ from ssdtrain.store.identity import (
 from ssdtrain.store.record import Handle, Record, Resident
 from ssdtrain.store.saved_tensors import (
     HookScope,
-    allows_mutation,
     innermost_hooks,
     is_resized,
     modified,
@@ -99,7 +96,7 @@ class ActivationOffload:
         self.policy = policy
         self._counters = Counters()
         self._index = Index()
-        self._recompute = recompute_for(policy, model, self._counters)
+        self._recompute = recompute_for(policy, model, self._counters, self._check_version)
         blocks = self._recompute.names if self._recompute is not None else None
         replanner = replanner_for(policy, directories or (), blocks)
         if self._recompute is not None and replanner is not None and policy.recompute == "auto":
@@ -144,9 +141,7 @@ class ActivationOffload:
             stack.callback(self._observers.leave)
             if self._model is not None:
                 self.mark_weights([*self._model.parameters(), *self._model.buffers()])
-            if allows_mutation():
-                self.note("nothing travels inside allow_mutation_on_saved_tensors, which keeps what may be changed")
-            stack.enter_context(HookScope(self._pack, self._unpack))
+            stack.enter_context(HookScope(self._pack, self._unpack, self.note))
             stack.callback(self._names.unwatch)
             self._names.watch()
             if self._recompute is not None:
@@ -336,7 +331,7 @@ class ActivationOffload:
             handle = None
             if record is not None:
                 record.num_handles += 1
-                handle = Handle(record, spec, probe, version, source_of(tensor), self._store.bereave)
+                handle = Handle(record, tensor, spec, probe, version, self._store.bereave)
         self._store.tidy()
         self._prefetch(self._schedule.due())
         if handle is None:
@@ -424,5 +419,4 @@ class ActivationOffload:
                 record.pass_.step.note_wait(moment, is_for_reload=True)
         storage, shift, handle.epoch = loan
         store.tidy()
-        tensor = living(handle.source, storage, handle.spec) if handle.source is not None else None
-        return rebuild(storage, handle.spec, shift, handle.probe) if tensor is None else tensor
+        return rebuild(storage, handle.spec, shift, handle.probe, handle.source)

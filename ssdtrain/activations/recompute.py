@@ -5,21 +5,26 @@ Its tensor arguments, keyword and nested ones too, become inputs of the checkpoi
 send them. Which blocks are recomputed is decided elsewhere and looked up at every call.
 
 [Note: what may run twice]
-A block may when nothing but its result shows that it ran. One with running statistics, or one that is seen to change
-a buffer while it runs once, is never chosen; one that is called with an argument that is neither a tensor nor a plain
-value, such as a key-value cache, runs once in that call.
+A block may when nothing but its result shows that it ran. One with running statistics is never chosen, nor one that was
+seen to change a buffer, a parameter or an argument in place. The call in which that is seen has run once and stays so:
+what it saved is kept as if it had not been chosen, see `ssdtrain.activations.first_run`. One that is called with an
+argument that is neither a tensor nor a plain value, such as a key-value cache, runs once in that call.
 """
 
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
+from ssdtrain.activations.first_run import CheckVersion, FirstRun, State
 from ssdtrain.blocks import find_blocks
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.stats import Counters
@@ -34,13 +39,15 @@ _MISSING = object()
 class Recompute:
     """The blocks of one model, and which of them run twice."""
 
-    def __init__(self, model: torch.nn.Module, counters: Counters) -> None:
+    def __init__(self, model: torch.nn.Module, counters: Counters, check: CheckVersion) -> None:
         """All run twice, until `chosen` says which. Remarks go to `counters`."""
         self._blocks = find_blocks(model)
         self.chosen: Callable[[], frozenset[str]] | None = None
         self._counters = counters
+        self._check = check
+        self._seen: set[str] = set()
         self._impure: set[str] = set()
-        self._replaced: list[tuple[torch.nn.Module, Any]] = []
+        self._replaced: list[tuple[torch.nn.Module, _Forward]] = []
         self._num_entered = 0
         if not self._blocks:
             self._note(
@@ -56,39 +63,48 @@ class Recompute:
         self._num_entered += 1
         if self._num_entered == 1:
             for name, block in self._blocks.items():
-                self._replaced.append((block, block.__dict__.get("forward", _MISSING)))
-                block.forward = self._wrapped(name, block, block.forward)
+                forward = _Forward(self, name, block)
+                self._replaced.append((block, forward))
+                block.forward = forward
 
     def leave(self) -> None:
         """The forwards are what they were."""
         self._num_entered = max(0, self._num_entered - 1)  # an interrupt may come before `enter` has counted
         while self._num_entered == 0 and self._replaced:
-            block, own = self._replaced.pop()
-            if own is _MISSING:
+            block, forward = self._replaced.pop()
+            if block.__dict__.get("forward") is not forward:  # somebody else's by now, who may call ours
+                continue
+            if forward.own is _MISSING:
                 del block.__dict__["forward"]
             else:
-                block.forward = own
+                block.forward = forward.own
 
-    def _wrapped(self, name: str, block: torch.nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            if not torch.is_grad_enabled() or allows_mutation():
-                return forward(*args, **kwargs)
-            is_chosen = self.chosen is None or name in self.chosen()
-            if is_chosen and name not in self._impure and self._may_run_twice(name, block, args, kwargs):
-                return self._run_twice(name, block, forward, args, kwargs)
-            return self._watched(name, block, forward, args, kwargs)
-
-        return run
+    def run(
+        self,
+        name: str,
+        block: torch.nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Calls a block's own `forward`, which may run a second time."""
+        if not self._num_entered or not torch.is_grad_enabled() or allows_mutation():
+            return forward(*args, **kwargs)
+        is_chosen = self.chosen is None or name in self.chosen()
+        if is_chosen and name not in self._impure and self._may_run_twice(name, block, args, kwargs):
+            return self._run_twice(name, block, forward, args, kwargs)
+        return self._watched(name, block, forward, args, kwargs)
 
     def _may_run_twice(self, name: str, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if any(_keeps_statistics(module) for module in block.modules()):
-            self._refuse(name)
+            self._refuse(name, "its buffers")
             return False
         strange = [leaf for leaf in tree_flatten((args, kwargs))[0] if not isinstance(leaf, _PLAIN)]
         if strange:
             self._note(f"recompute: a block called with {type(strange[0]).__name__} is not run twice: it may change it")
         return not strange
 
+    @_disable_dynamo  # which knows PyTorch's checkpoint only without hooks in front
     def _run_twice(
         self,
         name: str,
@@ -110,13 +126,16 @@ class Recompute:
             own_args, own_kwargs = tree_unflatten(filled, tree)
             return forward(*own_args, **own_kwargs)
 
-        before = _versions(block)
-        result = checkpoint(again, *tensors, use_reentrant=False)
-        if _versions(block) != before:
-            raise RuntimeError(
-                f"Expected block {name!r} to leave its buffers alone in forward, for it is to run a second time in "
-                "backward; it changed one. Use policy recompute='never', or put the block into eval mode"
-            )
+        state, first = self._state(name, block, tensors), FirstRun(self._check)
+        change = None
+        try:
+            contexts = first, nullcontext()
+            result = checkpoint(again, *tensors, use_reentrant=False, context_fn=lambda: contexts)
+            change = state.change()
+        finally:
+            first.end(keeps=change is not None)
+        if change is not None:
+            self._refuse(name, change)
         return result
 
     def _watched(
@@ -129,30 +148,57 @@ class Recompute:
     ) -> Any:
         if name in self._impure:
             return forward(*args, **kwargs)
-        before = _versions(block)
+        state = self._state(name, block, [leaf for leaf in tree_flatten((args, kwargs))[0] if _is_tensor(leaf)])
         result = forward(*args, **kwargs)
-        if _versions(block) != before:
-            self._refuse(name)
+        change = state.change()
+        if change is not None:
+            self._refuse(name, change)
         return result
+
+    def _state(self, name: str, block: torch.nn.Module, tensors: list[torch.Tensor]) -> State:
+        is_new = name not in self._seen
+        self._seen.add(name)
+        return State(block, tensors, with_values=is_new)
 
     def _note(self, text: str) -> None:
         if self._counters.fall_back(text):
             logger.warning("%s", text)
 
-    def _refuse(self, name: str) -> None:
+    def _refuse(self, name: str, change: str) -> None:
         self._impure.add(name)
-        self._note(f"recompute: block {name!r} changes its buffers in forward and is not run twice")
+        self._note(f"recompute: block {name!r} changes {change} in forward and is not run twice")
+
+
+class _Forward:
+    """Stands for a block's forward; a copy of it, pickled or not, is the plain forward of the copied block."""
+
+    def __init__(self, recompute: Recompute, name: str, block: torch.nn.Module) -> None:
+        self.own = block.__dict__.get("forward", _MISSING)
+        self._recompute = recompute
+        self._name = name
+        self._block = block
+        self._forward = block.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._recompute.run(self._name, self._block, self._forward, args, kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.own is _MISSING:
+            return getattr, (self._block, "forward")  # of the copy, which by then exists, and of its class
+        return operator.itemgetter(0), ((self.own,),)
+
+
+def _is_tensor(leaf: object) -> bool:
+    return isinstance(leaf, torch.Tensor)
 
 
 def _keeps_statistics(module: torch.nn.Module) -> bool:
     return module.training and bool(getattr(module, "track_running_stats", False))
 
 
-def _versions(block: torch.nn.Module) -> list[tuple[int, int]]:
-    return [(id(buffer), buffer._version) for buffer in block.buffers()]
-
-
-def recompute_for(policy: ActivationPolicy, model: torch.nn.Module | None, counters: Counters) -> Recompute | None:
+def recompute_for(
+    policy: ActivationPolicy, model: torch.nn.Module | None, counters: Counters, check: CheckVersion
+) -> Recompute | None:
     """What wraps the blocks; None where nothing is to run twice.
 
     Raises:
@@ -162,4 +208,4 @@ def recompute_for(policy: ActivationPolicy, model: torch.nn.Module | None, count
         return None
     if model is None:
         raise ValueError(f"Expected model with recompute={policy.recompute!r}, got none; pass model=...")
-    return Recompute(model, counters)
+    return Recompute(model, counters, check)

@@ -69,11 +69,21 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if is_whole else tensor.clone()
 
 
-def rebuild(storage: torch.UntypedStorage, spec: ViewSpec, shift_nbytes: int, probe: torch.Tensor) -> torch.Tensor:
+def rebuild(
+    storage: torch.UntypedStorage,
+    spec: ViewSpec,
+    shift_nbytes: int,
+    probe: torch.Tensor,
+    source: weakref.ref[torch.Tensor] | None,
+) -> torch.Tensor:
     """The saved tensor again, on `storage`, which begins `shift_nbytes` into the original one.
 
-    It shares the version counter of the tensor that was saved: a change made in backward is seen by the next unpack.
+    The object itself, if that is still the `source`. What is made anew shares the version counter of the tensor
+    that was saved: a change made in backward is seen by the next unpack.
     """
+    original = _living(source, storage, spec) if source is not None else None
+    if original is not None:
+        return original
     tensor = probe.detach()
     shift = shift_nbytes // spec.dtype.itemsize
     offset = spec.storage_offset - shift
@@ -85,12 +95,7 @@ def rebuild(storage: torch.UntypedStorage, spec: ViewSpec, shift_nbytes: int, pr
     return tensor
 
 
-def source_of(tensor: torch.Tensor) -> weakref.ref[torch.Tensor] | None:
-    """A saved object that autograd gives back as it is; of what requires grad it makes a new one."""
-    return None if tensor.requires_grad else weakref.ref(tensor)
-
-
-def living(source: weakref.ref[torch.Tensor], storage: torch.UntypedStorage, spec: ViewSpec) -> torch.Tensor | None:
+def _living(source: weakref.ref[torch.Tensor], storage: torch.UntypedStorage, spec: ViewSpec) -> torch.Tensor | None:
     """The saved object, if somebody holds it; ``.data = ...`` may have made it another view, or of other memory."""
     tensor = source()
     if tensor is None or tensor.untyped_storage()._cdata != storage._cdata or view_spec(tensor) != spec:

@@ -7,6 +7,7 @@ that range, and is released when the last of their handles is gone. Only the sto
 from __future__ import annotations
 
 import enum
+import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -14,8 +15,6 @@ import torch
 from ssdtrain.store.identity import ViewSpec
 
 if TYPE_CHECKING:
-    import weakref
-
     from torch.multiprocessing.reductions import StorageWeakRef
 
     from ssdtrain.devices.base import Allocation, Device
@@ -185,23 +184,23 @@ class Handle:
     def __init__(
         self,
         record: Record,
+        tensor: torch.Tensor,
         spec: ViewSpec,
         probe: torch.Tensor,
         version: int,
-        source: weakref.ref[torch.Tensor] | None,
         bereaved: Any,
     ) -> None:
-        """`source`: the saved object, where autograd would give it back while somebody holds it.
+        """Keeps nothing of `tensor` alive, and knows the object where autograd gives it back: without grad.
 
         `bereaved(record, epoch)` is called when autograd lets go; it must not block.
         """
         self.record = record
-        self.source = source
         self.spec = spec
         self.probe = probe
         self.version = version
         self.epoch = -1
         self.bereaved = bereaved
+        self.source = None if tensor.requires_grad else weakref.ref(tensor)
 
     def __del__(self) -> None:
         """Runs on any thread, in the middle of anything: only leaves a note."""

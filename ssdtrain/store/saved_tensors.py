@@ -61,15 +61,24 @@ class HookScope(ContextDecorator):
     entered later and are left later.
     """
 
-    def __init__(self, pack: Callable[[torch.Tensor], Any], unpack: Callable[[Any], torch.Tensor]) -> None:
-        """Installs nothing yet."""
+    def __init__(
+        self,
+        pack: Callable[[torch.Tensor], Any],
+        unpack: Callable[[Any], torch.Tensor],
+        note: Callable[[str], None] | None = None,
+    ) -> None:
+        """Installs nothing yet. `note` is told when the hooks stay off."""
+        self._note = note
         self._hooks = pack, unpack
         self._entered: list[tuple[threading.Thread, Callable[..., Any]]] = []  # who, as often as they do; the pack hook
 
     def __enter__(self) -> None:
         """The hooks are on in this thread; where changes in place are allowed those that allow them stay on instead."""
         hooks = innermost_hooks() if allows_mutation() else None
-        hooks = hooks or self._hooks
+        if hooks is None:
+            hooks = self._hooks
+        elif self._note is not None:
+            self._note("nothing travels inside allow_mutation_on_saved_tensors, which keeps what may be changed")
         torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
         self._entered.append((threading.current_thread(), hooks[0]))
 
