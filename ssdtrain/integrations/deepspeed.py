@@ -102,7 +102,7 @@ def _open(config: Mapping[str, Any]) -> ActivationOffload | None:
     if "ssdtrain" not in config:
         return None
     section = Section.of(config["ssdtrain"], {"local_rank": _local_rank(), "rank": deepspeed.comm.get_rank()})
-    offload = offload_activations(section.directories, policy=section.policy)
+    offload = offload_activations(section.directories or None, policy=section.policy)  # none when it is disabled
     for text in _shared_drives(section.directories, config):
         offload.note(text)
     return offload
