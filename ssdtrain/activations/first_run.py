@@ -23,6 +23,8 @@ from ssdtrain.store.identity import version_probe, view_spec, why_not
 from ssdtrain.store.record import Resident
 from ssdtrain.store.saved_tensors import innermost_hooks, take_off, unpack_resident
 
+_MAX_COPIED_NBYTES = 1 << 20  # of one buffer: statistics are small
+
 CheckVersion = Callable[[torch.Tensor, int, object], None]
 """Raises if a tensor's version is no longer the given one; the last argument says of what, for the message."""
 
@@ -34,9 +36,11 @@ class State:
         """`with_values`: looks at the buffers' values too, as `F.batch_norm` changes statistics without a version."""
         self._block = block
         self._buffers = [*block.buffers()]
-        self._own = [(tensor, tensor._version) for tensor in (*self._buffers, *block.parameters())]
-        self._arguments = [(version_probe(a), a._version) for a in arguments if why_not(a) is None]
-        self._values = [buffer.detach().clone() for buffer in self._buffers] if with_values else []
+        own = (*self._buffers, *block.parameters())
+        self._own = [(tensor, tensor._version) for tensor in own if not tensor.is_inference()]
+        self._arguments = [(version_probe(a), a._version) for a in arguments if _has_version(a)]
+        compared = [b for b in self._buffers if _is_small(b)] if with_values else []
+        self._values = [(buffer, buffer.detach().clone()) for buffer in compared]
 
     def change(self) -> str | None:
         """What was changed since, or None."""
@@ -45,7 +49,7 @@ class State:
             return "its buffers"
         if any(tensor._version != version for tensor, version in self._own):
             return "its buffers or parameters"
-        if not all(map(_equal, self._buffers, self._values)):
+        if not all(_equal(buffer, value) for buffer, value in self._values):
             return "its buffers"
         return "an argument in place" if any(probe._version != v for probe, v in self._arguments) else None
 
@@ -104,7 +108,7 @@ class _Saved:
 
     def __init__(self, tensor: torch.Tensor, holder: Any) -> None:
         """`holder`: what the checkpoint made of it, later perhaps what the hooks around made."""
-        is_strided = why_not(tensor) is None
+        is_strided = _has_version(tensor)
         self.tensor: torch.Tensor | None = tensor
         self.holder = holder
         self.is_kept = False
@@ -113,5 +117,13 @@ class _Saved:
         self.spec = view_spec(tensor) if is_strided else None
 
 
+def _has_version(tensor: torch.Tensor) -> bool:
+    return why_not(tensor) is None and not tensor.is_inference()
+
+
+def _is_small(buffer: torch.Tensor) -> bool:
+    return why_not(buffer) is None and not buffer.is_meta and buffer.nbytes <= _MAX_COPIED_NBYTES
+
+
 def _equal(left: torch.Tensor, right: torch.Tensor) -> bool:
-    return left.is_meta or bool(((left == right) | ((left != left) & (right != right))).all())
+    return bool(((left == right) | ((left != left) & (right != right))).all())

@@ -61,9 +61,11 @@ def train(
     after: Callable[[torch.Tensor], Any] = nothing,
     context: Callable[[nn.Module], AbstractContextManager[Any]] = lambda model: nullcontext(),
     between: Callable[[nn.Module], Any] = nothing,
+    prepare: Callable[[nn.Module], Any] = nothing,
 ) -> tuple[list[Any], nn.Module]:
     torch.manual_seed(0)
     model = Model(change, after)
+    prepare(model)
     results: list[Any] = []
     entered = context(model)
     for number in range(3):
@@ -223,3 +225,31 @@ def test_an_error_in_a_block_leaves_nothing(make_offload: MakeOffload) -> None:
         assert offload.stats.num_live_records == 0
         model(x * 1).backward()
     assert [block.num_calls for block in model.blocks] == [3, 3, 2]
+
+
+@pytest.mark.parametrize(
+    "policy", [{"recompute": "all"}, {"recompute": "auto", "memory_budget": "1GiB", "mode": "auto"}], ids=str
+)
+def test_buffers_without_versions(make_offload: MakeOffload, policy: dict[str, Any]) -> None:
+    """Tables made in inference mode, sparse ones and NaN are looked at with care, and change nothing."""
+
+    def use(block: Block, x: torch.Tensor, saved: torch.Tensor) -> torch.Tensor:
+        return torch.sparse.mm(block.sparse, saved) + block.inferred.clone()
+
+    def context(model: nn.Module) -> AbstractContextManager[Any]:
+        made.append(make_offload(model, **policy))
+        return made[0]
+
+    def with_tables(model: nn.Module) -> None:
+        for block in model.blocks:
+            block.register_buffer("sparse", torch.eye(4).to_sparse())
+            block.register_buffer("unset", torch.full((4,), torch.nan))
+            with torch.inference_mode():
+                block.register_buffer("inferred", torch.ones(16))
+
+    made: list[Any] = []
+    expected, _ = train(use, prepare=with_tables)
+    actual, model = train(use, context=context, prepare=with_tables)
+    assert same_bits(actual, expected)
+    assert not any("is not run twice" in text for text in made[0].stats.fallbacks)
+    assert [block.num_calls for block in model.blocks] == ([6, 6, 6] if policy["recompute"] == "all" else [3, 3, 3])
