@@ -16,7 +16,7 @@ DISABLED = "policy enabled=False: nothing is offloaded"
 
 _ENOUGH = 0.01  # of the bytes that could move
 _FEW_NBYTES = 16 << 20  # of saved tensors at once: not worth a smaller `min_nbytes`
-_NO_GAIN = ("weight", "refilled by its owner", "empty")  # in memory anyway
+_NO_GAIN = ("weight", "refilled by its owner", "empty", "no memory of its own")  # in memory anyway
 _SMALL = "smaller than min_nbytes"
 _NOT_PLAIN = "only plain strided tensors travel"
 
@@ -39,7 +39,7 @@ _REMEDIES = {
     "quantised": _NOT_PLAIN,
     "conjugate or negative view": _NOT_PLAIN,
     "functorch": _NOT_PLAIN,
-    "forward-mode AD": _NOT_PLAIN,
+    "carries attributes": "backward may ask the very object for them: save a clone() of it, which has none",
     "outside the blocks": "name more modules with blocks=[...]",
     "shared between blocks": "name one module that holds all who share it with blocks=[...]",
     "shares its memory with another tensor": "give each parameter memory of its own",
