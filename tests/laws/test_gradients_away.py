@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -294,6 +295,32 @@ def test_a_clip_over_several_optimizers(tmp_path: Path) -> None:
         return [seen, values(model)]
 
     check_same(go(model_of("mlp"), tmp_path), go(model_of("mlp"), None))
+
+
+@pytest.mark.needs_package("accelerate")
+def test_accelerate(tmp_path: Path) -> None:
+    """It clips what it was given to prepare; HF's Trainer clips with it."""
+    accelerate = importlib.import_module("accelerate")
+
+    def go(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
+        accelerator = accelerate.Accelerator(cpu=True)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        norms = []
+        for step in range(4):
+            accelerator.backward(model(batch(step)))
+            if step % 2:
+                accelerator.clip_grad_value_(model.parameters(), 1e-3)
+            else:
+                norms.append(accelerator.clip_grad_norm_(model.parameters(), 0.01))
+            optimizer.step()
+            optimizer.zero_grad()
+        return [norms, values(model)]
+
+    plain, model, late = model_of("mlp"), model_of("mlp"), model_of("mlp")
+    optimizer = offloaded(adamw(model.parameters()), tmp_path, offload_gradients=True)
+    check_same(go(model, optimizer), go(plain, adamw(plain.parameters())))
+    with pytest.raises(RuntimeError, match="used and freed"):
+        go(late, offloaded(adamw(late.parameters()), tmp_path, step_in_backward=True))
 
 
 # -- gradients that were used ------------------------------------------------------------------------------------------
