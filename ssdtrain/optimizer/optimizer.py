@@ -21,7 +21,7 @@ from ssdtrain.optimizer.cpu_step import CpuUpdates
 from ssdtrain.optimizer.gradients import Gradients
 from ssdtrain.optimizer.inner import load_part, predict_state_nbytes, take_over, what_stayed
 from ssdtrain.optimizer.progress import StepProgress
-from ssdtrain.optimizer.reach import Reach, has_reentrant_checkpoints
+from ssdtrain.optimizer.reach import Reach, has_reentrant_checkpoints, weakly
 from ssdtrain.optimizer.state import Pages
 from ssdtrain.optimizer.state_dict import StateView, load_chunks, parameters_with_entries, whole_state_dict
 from ssdtrain.optimizer.step import Updates
@@ -170,7 +170,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         if self.policy.step_in_backward or self.policy.offload_gradients or self.policy.delayed_update:
             self._progress.updated.update(chunk)
         for parameter in chunk if self.policy.step_in_backward else []:
-            self._gradients.note_used(parameter, partial(self._progress.explain_used, parameter, self._name(parameter)))
+            self._gradients.note_used(parameter, self._progress.explain_used(self._name(parameter)))
         for parameter in chunk if self.policy.delayed_update else []:
             parameter.grad = None
 
@@ -284,10 +284,11 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         progress = self._progress
         if progress.follow_backward():
             check_alone(self.policy)
+            self._regroup()
             self._reach.check()
             if progress.count_arrivals(has_reentrant_checkpoints):
                 self._vault.note("a checkpoint is reentrant: all gradients of the first step stay in memory until it")
-        if progress.is_late(parameter):
+        if parameter not in self._group_of or progress.is_late(parameter):
             return
         progress.arrive(parameter, self._name(parameter))
         with torch.no_grad():
@@ -418,6 +419,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         if list(map(id, found)) == list(map(id, self._group_of)) and found == self._group_of:
             return
         self._finish()
+        self._gradients.forget_used(self._group_of.keys() - found.keys())
         for parameter in set(self._group_of) - set(found):
             self._pages.drop(parameter)
             self._cpu_updates.forget(parameter)
@@ -437,7 +439,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         acts_in_backward = self.policy.step_in_backward or self.policy.offload_gradients
         if acts_in_backward and parameter.requires_grad and parameter not in self._hooked:
             self._hooked.add(parameter)
-            self._handles.append(parameter.register_post_accumulate_grad_hook(self._on_gradient))
+            self._handles.append(parameter.register_post_accumulate_grad_hook(weakly(self._on_gradient)))
 
     @property
     def _group_of(self) -> dict[torch.Tensor, int]:

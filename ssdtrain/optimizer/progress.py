@@ -9,6 +9,7 @@ may take it for a whole step either: until a checkpoint is loaded, further steps
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
@@ -21,6 +22,15 @@ _ONE_BACKWARD = (
     "Expected one backward per step with step_in_backward, got another one for {}: "
     "wrap all but the last in optimizer.accumulate(), and call step() after it. Where reentrant checkpoints share a "
     "parameter: pass use_reentrant=False"
+)
+_NOT_DROPPED = (
+    "Expected zero_grad() after step(), got a backward that adds to the gradient of {}, which step_in_backward has "
+    "used and freed: call optimizer.zero_grad(), and where the backward is not for this optimizer, run it in "
+    "`with optimizer.accumulate():`"
+)
+_USED = (
+    "Expected gradients that stay until zero_grad(), got that of {}, which step_in_backward has used and freed: the "
+    "parameter is updated already. Clip, scale, check and log with offload_gradients instead"
 )
 
 
@@ -124,20 +134,20 @@ class StepProgress:
         self.arrived[parameter] = None
         self._order.append(parameter)
 
-    def explain_used(self, parameter: torch.Tensor, name: str, is_backward: bool) -> str:
-        """Why a gradient that was used is not there: for who reads it, or a backward that wants to add to it."""
-        if not is_backward:
-            return (
-                f"Expected gradients that stay until zero_grad(), got that of {name}, which step_in_backward has used "
-                "and freed: the parameter is updated already. Clip, scale, check and log with offload_gradients instead"
-            )
-        if parameter in self.updated:
-            return _ONE_BACKWARD.format(name)
-        return (
-            f"Expected zero_grad() after step(), got a backward that adds to the gradient of {name}, which "
-            "step_in_backward has used and freed: call optimizer.zero_grad(), and where the backward is not for this "
-            "optimizer, run it in `with optimizer.accumulate():`"
-        )
+    def explain_used(self, name: str) -> Callable[[bool], str]:
+        """What to tell who reads the gradient of this name, which was used, or a backward that wants to add to it.
+
+        It is kept in `parameter.grad` and keeps no parameter alive, as this does.
+        """
+        own, step = weakref.ref(self), self.num_steps
+
+        def explain(is_backward: bool) -> str:
+            if not is_backward:
+                return _USED.format(name)
+            progress = own()
+            return (_NOT_DROPPED if progress is None or progress.num_steps > step else _ONE_BACKWARD).format(name)
+
+        return explain
 
     def check_zero_grad(self, *, set_to_none: bool) -> None:
         """Gradients are to be dropped.

@@ -88,3 +88,15 @@ def _is_reached(parameter: torch.Tensor) -> bool:
 def has_reentrant_checkpoints() -> bool:
     """Whether a graph has some: PyTorch's and those of other frameworks are functions of one name."""
     return any(type(thing).__name__ == "CheckpointFunctionBackward" for thing in gc.get_objects())
+
+
+def weakly(method: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], None]:
+    """A hook for a parameter that does not keep the optimizer alive, which keeps the parameter alive."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(parameter: torch.Tensor) -> None:
+        alive = reference()
+        if alive is not None:
+            alive(parameter)
+
+    return hook

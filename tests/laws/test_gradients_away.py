@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import io
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -321,6 +323,22 @@ def test_accelerate(tmp_path: Path) -> None:
     check_same(go(model, optimizer), go(plain, adamw(plain.parameters())))
     with pytest.raises(RuntimeError, match="used and freed"):
         go(late, offloaded(adamw(late.parameters()), tmp_path, step_in_backward=True))
+
+
+@pytest.mark.parametrize("how", ["offload_gradients", "step_in_backward"])
+def test_what_stands_for_gradients_keeps_nothing_alive(how: str, tmp_path: Path) -> None:
+    """A gradient that knew its parameter would keep the model in memory: nobody sees through `parameter.grad`."""
+    model = model_of("mlp")
+    optimizer = offloaded(adamw(model.parameters()), tmp_path, **{how: True})
+    for step in range(2):
+        model(batch(step)).backward()
+        optimizer.step()
+        if not step:
+            optimizer.zero_grad()
+    parameters = [weakref.ref(p) for p in model.parameters()]
+    del model, optimizer
+    gc.collect()
+    assert not any(parameter() is not None for parameter in parameters)
 
 
 # -- gradients that were used ------------------------------------------------------------------------------------------

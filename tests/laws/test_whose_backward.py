@@ -128,6 +128,42 @@ def test_a_closed_or_collected_optimizer_is_nobodys_business(tmp_path: Path) -> 
     optimizer.step()
 
 
+def test_a_group_that_is_gone_is_not_updated(tmp_path: Path) -> None:
+    """It was, by the first backward after it was taken away; plain training updates in `step()`, which does without."""
+
+    def go(make: Callable[[Any], torch.optim.Optimizer]) -> list[Any]:
+        parts = two_parts()
+        optimizer = make([{"params": list(part.parameters())} for part in parts])
+        for step in range(4):
+            parts[1](parts[0](batch(step))).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 1:
+                optimizer.param_groups.pop(0)
+        return [values(part) for part in parts]
+
+    check_same(go(lambda groups: offloaded(adamw(groups), tmp_path)), go(adamw))
+
+
+def test_a_backward_for_chosen_parameters(tmp_path: Path) -> None:
+    """`backward(inputs=...)` reaches these alone, whatever the graph has besides."""
+
+    def go(make: Callable[[nn.Module], torch.optim.Optimizer]) -> list[Any]:
+        generator, discriminator = two_parts()
+        optimizers = [make(generator), make(discriminator)]
+        for step in range(3):
+            loss = discriminator(generator(batch(step))).square().mean()
+            loss.backward(inputs=list(generator.parameters()), retain_graph=True)
+            loss.neg().backward(inputs=list(discriminator.parameters()))
+            for optimizer in reversed(optimizers):
+                optimizer.step()
+                optimizer.zero_grad()
+        return [values(generator), values(discriminator)]
+
+    expected = go(lambda module: adamw(module.parameters()))
+    check_same(go(lambda module: offloaded(adamw(module.parameters()), tmp_path)), expected)
+
+
 # -- one backward inside another ---------------------------------------------------------------------------------------
 
 
