@@ -31,7 +31,8 @@ def offload_activations(
 
     Lowers peak memory by what autograd would hold between forward and backward; results are equal to the bit. It may
     wrap one forward, one step or the whole loop (best: the engine stays open), be entered again, and be left before
-    backward, which may run in another thread. The hooks act in the thread that entered.
+    backward, which may run in another thread. The hooks act in the thread that entered, and that one leaves it. Where
+    nothing travels, one warning says why.
 
     Args:
         directory: where the spill files go, on a fast local drive. Several are striped. The files are unlinked at once:
