@@ -217,10 +217,28 @@ void bind_devices(py::module_& module) {
       .def_property_readonly("device_index", [](const Fence& f) { return f.driver()->index(); });
 }
 
+bool is_finalizing() {
+#if PY_VERSION_HEX >= 0x030D0000
+  return Py_IsFinalizing();
+#else
+  return _Py_IsFinalizing();
+#endif
+}
+
 PySpillFile open_spill_file(const std::string& directory, std::optional<uint64_t> cap_nbytes,
                             size_t user) {
+  // Closing may block for as long as the drive does, which must not stop other Python threads. The
+  // last owner may be an engine that has let go of the interpreter.
+  auto destroy = [](SpillFile* file) {
+    if (is_finalizing()) return;  // the end of the process closes it
+    std::optional<py::gil_scoped_release> released;
+    if (PyGILState_Check()) released.emplace();
+    delete file;
+  };
   py::gil_scoped_release released;  // the probe writes a block
-  return PySpillFile(std::make_shared<SpillFile>(directory, cap_nbytes, user), "a spill file");
+  return PySpillFile(
+      std::shared_ptr<SpillFile>(new SpillFile(directory, cap_nbytes, user), destroy),
+      "a spill file");
 }
 
 void bind_spill_file(py::module_& module) {
@@ -241,7 +259,12 @@ void bind_spill_file(py::module_& module) {
              py::gil_scoped_release released;
              target->shrink_to_nothing();
            })
-      .def("close", [](const PySpillFile& file) { file->close(); })
+      .def("close",
+           [](const PySpillFile& file) {
+             SpillFile* target = file.get().get();
+             py::gil_scoped_release released;
+             target->close();
+           })
       .def_property_readonly("directory", [](const PySpillFile& f) { return f->directory(); })
       .def_property_readonly("fd", [](const PySpillFile& f) { return f->fd(); })
       .def_property_readonly("user", [](const PySpillFile& f) { return f->user(); })

@@ -74,10 +74,10 @@ size_t round_up(size_t nbytes, size_t block) { return (nbytes + block - 1) / blo
 }  // namespace
 
 std::unique_ptr<IoBackend> Engine::open_backend(const EngineOptions& options, StagingSpan staging,
-                                                const std::string& directory,
+                                                const ProbeFile& probe,
                                                 IoBackend::OnComplete on_complete) {
   if (options.kind == "io_uring") {
-    return std::make_unique<UringBackend>(options.queue_depth, staging, directory,
+    return std::make_unique<UringBackend>(options.queue_depth, staging, probe,
                                           std::move(on_complete));
   }
   if (options.kind == "threads") {
@@ -99,8 +99,12 @@ Engine::Engine(Files files, EngineOptions options, const OpenBackend& open)
   staging_nbytes_ = pool_->nbytes();
   StagingSpan staging{pool_->data(), pool_->nbytes(), pool_->slab_nbytes()};
   BackendFactory factory = [&](IoBackend::OnComplete on_complete) {
-    std::string directory = files_.empty() ? "" : files_[0]->directory();
-    return open(options_, staging, directory, std::move(on_complete));
+    ProbeFile probe;
+    if (!files_.empty()) {
+      const OpenFile& file = *open_files_[0];
+      probe = {file.fd.get(), file.io.block_nbytes, files_[0]->directory()};
+    }
+    return open(options_, staging, probe, std::move(on_complete));
   };
   scheduler_ = std::make_unique<Scheduler>(monitor_, factory, options_.queue_depth);
   kind_ = scheduler_->backend().kind();

@@ -55,11 +55,11 @@ class Engine {
   using Seconds = std::chrono::duration<double>;
   // Lets a caller wrap the backend; gets the staging memory worth registering.
   using OpenBackend = std::function<std::unique_ptr<IoBackend>(
-      const EngineOptions& options, StagingSpan staging, const std::string& directory,
+      const EngineOptions& options, StagingSpan staging, const ProbeFile& probe,
       IoBackend::OnComplete on_complete)>;
 
   static std::unique_ptr<IoBackend> open_backend(const EngineOptions& options, StagingSpan staging,
-                                                 const std::string& directory,
+                                                 const ProbeFile& probe,
                                                  IoBackend::OnComplete on_complete);
 
   Engine(Files files, EngineOptions options, const OpenBackend& open = open_backend);

@@ -87,8 +87,9 @@ std::shared_ptr<const OpenFile> SpillFile::open_file() const {
 }
 
 void SpillFile::close() {
+  std::shared_ptr<const OpenFile> file;  // closed without the lock: that may take a while
   std::lock_guard<std::mutex> lock(mutex_);
-  file_.reset();
+  file.swap(file_);
 }
 
 std::string SpillFile::fallocate_reason() const {
@@ -106,7 +107,7 @@ void SpillFile::check_cap(uint64_t nbytes) const {
 
 void SpillFile::grow(uint64_t nbytes) {
   std::shared_ptr<const OpenFile> file = open_file();
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<std::mutex> lock(length_mutex_);
   uint64_t block = io_.block_nbytes;
   uint64_t from = nbytes_.load(std::memory_order_relaxed);
   if (nbytes <= from) return;
@@ -120,7 +121,7 @@ void SpillFile::grow(uint64_t nbytes) {
 
 void SpillFile::shrink_to_nothing() {
   std::shared_ptr<const OpenFile> file = open_file();
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<std::mutex> lock(length_mutex_);
   if (::ftruncate(file->fd.get(), 0) != 0)
     throw PosixError(errno, "Expected to shrink", directory_);
   nbytes_.store(0, std::memory_order_release);
@@ -129,7 +130,10 @@ void SpillFile::shrink_to_nothing() {
 void SpillFile::reserve(int fd, uint64_t from, uint64_t to) {
   int errnum = retry_fallocate(fd, from, to);
   if (errnum == EOPNOTSUPP || errnum == ENOSYS) {
-    fallocate_reason_ = "the file system has no fallocate: space is not reserved ahead";
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      fallocate_reason_ = "the file system has no fallocate: space is not reserved ahead";
+    }
     errnum = ::ftruncate(fd, static_cast<off_t>(to)) == 0 ? 0 : errno;
   }
   if (errnum == 0) return;

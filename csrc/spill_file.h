@@ -54,7 +54,8 @@ class SpillFile {
   const size_t user_;
   const std::optional<uint64_t> cap_nbytes_;
   DirectIo io_;
-  mutable std::mutex mutex_;  // file_, fallocate_reason_, and growing
+  std::mutex length_mutex_;   // held while the file grows or shrinks
+  mutable std::mutex mutex_;  // file_ and fallocate_reason_; never held while the drive is asked
   std::shared_ptr<const OpenFile> file_;
   std::string fallocate_reason_;
   std::atomic<uint64_t> nbytes_{0};

@@ -123,9 +123,9 @@ class GatedBackend : public IoBackend {
 class FaultyBackend : public IoBackend {
  public:
   FaultyBackend(const Engine::OpenBackend& open, const EngineOptions& options, StagingSpan staging,
-                const std::string& directory, OnComplete on_complete, uint32_t seed)
+                const ProbeFile& probe, OnComplete on_complete, uint32_t seed)
       : on_complete_(on_complete), random_(seed) {
-    backend_ = open(options, staging, directory, [this](void* context, int64_t result) {
+    backend_ = open(options, staging, probe, [this](void* context, int64_t result) {
       std::unique_ptr<Call> call(static_cast<Call*>(context));
       on_complete_(call->context, call->error != 0 ? -call->error : result);
     });
@@ -300,9 +300,9 @@ std::shared_ptr<SpillFile> open_file(const std::string& directory, size_t nbytes
 
 void check_gate(const std::string& directory, const std::string& kind) {
   GatedBackend::Gate gate;
-  auto open = [&](const EngineOptions& options, StagingSpan staging, const std::string& where,
+  auto open = [&](const EngineOptions& options, StagingSpan staging, const ProbeFile& probe,
                   IoBackend::OnComplete on_complete) {
-    auto backend = Engine::open_backend(options, staging, where, std::move(on_complete));
+    auto backend = Engine::open_backend(options, staging, probe, std::move(on_complete));
     return std::make_unique<GatedBackend>(std::move(backend), &gate);
   };
   Engine engine({open_file(directory, 64 * kSlab)}, options_of(kind, 6), open);
@@ -485,9 +485,9 @@ class Worker {
 void check_random(const std::string& directory, const std::string& kind, size_t num_rounds,
                   uint32_t seed) {
   const uint64_t share = 64 * kSlab * 2;
-  auto open = [&](const EngineOptions& options, StagingSpan staging, const std::string& where,
+  auto open = [&](const EngineOptions& options, StagingSpan staging, const ProbeFile& probe,
                   IoBackend::OnComplete on_complete) {
-    return std::make_unique<FaultyBackend>(Engine::open_backend, options, staging, where,
+    return std::make_unique<FaultyBackend>(Engine::open_backend, options, staging, probe,
                                            std::move(on_complete), seed);
   };
   EngineOptions options = options_of(kind, 4);

@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <sys/eventfd.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -11,7 +12,6 @@
 #include <utility>
 
 #include "posix_error.h"
-#include "spill_file.h"
 
 namespace ssdtrain {
 
@@ -42,19 +42,19 @@ int run_one(Ring* ring) {
 
 }  // namespace
 
-UringBackend::UringBackend(size_t depth, StagingSpan staging, const std::string& probe_directory,
+UringBackend::UringBackend(size_t depth, StagingSpan staging, const ProbeFile& probe,
                            OnComplete on_complete)
     : depth_(depth),
       staging_(staging),
       buffer_nbytes_(registered_nbytes(staging)),
       on_complete_(std::move(on_complete)),
       wakeup_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
-  if (!wakeup_) throw PosixError(errno, "Expected to open an eventfd", probe_directory);
+  if (!wakeup_) throw PosixError(errno, "Expected to open an eventfd", probe.directory);
   auto opened = std::make_shared<std::promise<void>>();
   std::future<void> outcome = opened->get_future();
   // The ring belongs to the thread that creates it.
   threads_.spawn("ssdtrain-ring",
-                 [this, probe_directory, opened] { run(probe_directory, *opened); });
+                 [this, probe, opened] { run(probe, *opened); });
   try {
     outcome.get();
   } catch (...) {
@@ -83,11 +83,11 @@ void UringBackend::stop() {
   wakeup_ = UniqueFd();
 }
 
-void UringBackend::run(const std::string& probe_directory, std::promise<void>& opened) {
+void UringBackend::run(const ProbeFile& probe, std::promise<void>& opened) {
   std::unique_ptr<Ring> ring;
   try {
     ring = std::make_unique<Ring>(static_cast<unsigned>(depth_ + 1));
-    open(ring.get(), probe_directory);
+    open(ring.get(), probe);
   } catch (...) {
     ring.reset();
     opened.set_exception(std::current_exception());
@@ -97,17 +97,17 @@ void UringBackend::run(const std::string& probe_directory, std::promise<void>& o
   serve(ring.get());
 }
 
-void UringBackend::open(Ring* ring, const std::string& probe_directory) {
+void UringBackend::open(Ring* ring, const ProbeFile& probe) {
   register_staging(ring);
-  int errnum = probe_once(ring, probe_directory);
+  int errnum = probe_once(ring, probe);
   if (errnum != 0 && is_registered_) {
     is_registered_ = false;
     notes_.push_back(std::string("buffers not registered: probe failed, ") + std::strerror(errnum));
-    errnum = probe_once(ring, probe_directory);
+    errnum = probe_once(ring, probe);
   }
   if (errnum != 0) {
     throw PosixError(errnum, "Expected one block to be written and read through the ring",
-                     probe_directory);
+                     probe.directory);
   }
 }
 
@@ -124,11 +124,12 @@ void UringBackend::register_staging(Ring* ring) {
   }
 }
 
-int UringBackend::probe_once(Ring* ring, const std::string& directory) {
-  SpillFile file(directory, std::nullopt);
-  size_t nbytes = file.io().block_nbytes;
+int UringBackend::probe_once(Ring* ring, const ProbeFile& probe) {
+  struct stat before;
+  if (::fstat(probe.fd, &before) != 0) return errno;
+  size_t nbytes = probe.block_nbytes;
   std::memset(staging_.data, 0xA5, nbytes);
-  IoOp op{IoOp::Kind::kWrite, file.fd(), staging_.data, nbytes, 0, this};
+  IoOp op{IoOp::Kind::kWrite, probe.fd, staging_.data, nbytes, 0, this};
   fill(op, ring->prepare());
   int written = run_one(ring);
   if (written < 0) return -written;
@@ -136,6 +137,7 @@ int UringBackend::probe_once(Ring* ring, const std::string& directory) {
   op.kind = IoOp::Kind::kRead;
   fill(op, ring->prepare());
   int read = run_one(ring);
+  if (::ftruncate(probe.fd, before.st_size) != 0) return errno;
   if (read < 0) return -read;
   bool is_whole = written == static_cast<int>(nbytes) && read == written;
   return is_whole && staging_.data[0] == '\xA5' && staging_.data[nbytes - 1] == '\xA5' ? 0 : EIO;

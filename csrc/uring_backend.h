@@ -22,14 +22,21 @@ struct StagingSpan {
   size_t unit_nbytes;
 };
 
+// An open file that nobody needs yet: a ring tries it out on one block, and leaves it as long as it
+// was.
+struct ProbeFile {
+  int fd = -1;
+  size_t block_nbytes = 0;
+  std::string directory;
+};
+
 // io_uring: one thread submits and reaps. It sleeps in the kernel; an eventfd in the ring wakes it
 // when other threads have operations for it. Destroying it needs nothing in flight.
 class UringBackend : public IoBackend {
  public:
-  // Writes and reads one block of a file of its own in `probe_directory`; throws PosixError when
-  // the ring cannot be set up or the block does not come back.
-  UringBackend(size_t depth, StagingSpan staging, const std::string& probe_directory,
-               OnComplete on_complete);
+  // Writes and reads the first block of `probe`; throws PosixError when the ring cannot be set up or
+  // the block does not come back.
+  UringBackend(size_t depth, StagingSpan staging, const ProbeFile& probe, OnComplete on_complete);
   ~UringBackend() override;
 
   const char* kind() const override { return "io_uring"; }
@@ -40,10 +47,10 @@ class UringBackend : public IoBackend {
   void stop() override;
 
  private:
-  void run(const std::string& probe_directory, std::promise<void>& opened);
-  void open(Ring* ring, const std::string& probe_directory);
+  void run(const ProbeFile& probe, std::promise<void>& opened);
+  void open(Ring* ring, const ProbeFile& probe);
   void register_staging(Ring* ring);
-  int probe_once(Ring* ring, const std::string& directory);
+  int probe_once(Ring* ring, const ProbeFile& probe);
   void serve(Ring* ring);
   // Moves submitted operations into the ring; false when stopping.
   bool take_inbox(Ring* ring);

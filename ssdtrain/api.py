@@ -182,7 +182,7 @@ def _vault(directory: Directories | ParameterOffload | OffloadedOptimizer | None
     if isinstance(directory, ParameterOffload | OffloadedOptimizer):
         return directory.vault.share()
     paths = absolute_directories(directory) if directory is not None else []
-    unwise = check_directories(paths) if paths else []
+    unwise = check_directories(paths, policy.io_timeout_seconds) if paths else []
     vault = Vault(paths, policy)
     for text in unwise:
         vault.note(text)

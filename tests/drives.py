@@ -97,7 +97,7 @@ def ext4_drive(folder: Path, nbytes: int, image_folder: Path | None = None) -> I
     image = (image_folder or folder.parent) / f"{folder.name}.img"
     with open(image, "wb") as file:
         file.truncate(nbytes)
-    _run("mkfs.ext4", "-q", "-F", "-O", "^has_request_log", "-m", "0", "-E", "root_owner", image)
+    _run("mkfs.ext4", "-q", "-F", "-O", "^has_journal", "-m", "0", "-E", "root_owner", image)
     device = _run("losetup", "--find", "--show", image)
     try:
         _run("mount", "-o", "errors=continue", device, folder)

@@ -117,7 +117,7 @@ class ActivationOffload:
         self._store.when_forked = self._schedule.forget_accelerators
         self._observers = StepObservers(policy, directories or (), self._schedule, self._store)
         if policy.enabled:
-            for text in check_directories(directories) if directories is not None else ():
+            for text in check_directories(directories, policy.io_timeout_seconds) if directories is not None else ():
                 self._store.note_fallback(text)
             self._store.open()
         self._witness = Witness(self, policy, self._counters, self._threads)

@@ -8,6 +8,11 @@ One lock guards records, extents and requests; every change is also bracketed, s
 while bytes move or a thread waits, and nothing that runs in a destructor waits for it: a dying handle leaves a note in
 `_bereaved`, which the next holder works off.
 
+[Note: opening]
+A drive may be stuck when files are opened on it, or never answer. Whoever opens waits for `io_timeout_seconds` at most,
+without the lock; `_opening` has others who would open wait for the same. Files are opened once: between two engines
+they are kept, and empty.
+
 [Note: the queue]
 What a plan sends joins the engine's queue also beyond `staging_nbytes`: a plan knows how fast the drive is, not to the
 millisecond when a write is over. It costs no memory, as slabs bound what is copied, and what waits for a slab would
@@ -34,10 +39,11 @@ from ssdtrain.activations.reload import Loan, Reloads, wait_for_reads
 from ssdtrain.activations.storage_index import Index
 from ssdtrain.devices.base import Device
 from ssdtrain.devices.registry import Devices
-from ssdtrain.io.client import Drive
-from ssdtrain.io.engine import Fence
-from ssdtrain.io.open_engine import open_engine, slab_nbytes_for
-from ssdtrain.io.space import NO_SPACE, host_limit_nbytes
+from ssdtrain.io.client import Drive, open_drive
+from ssdtrain.io.engine import Fence, SpillFile
+from ssdtrain.io.kept_files import KeptFiles
+from ssdtrain.io.open_engine import close_files, slab_nbytes_for
+from ssdtrain.io.space import host_limit_nbytes
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.stats import Counters
 from ssdtrain.store.poison import Books
@@ -86,6 +92,9 @@ class Store:
         self._policy = policy
         self._slab_nbytes = slab_nbytes_for(policy.staging_nbytes)
         self._transport: Transport | None = None
+        self._drive: Drive | None = None  # the transport's
+        self._kept = KeptFiles(policy.io_timeout_seconds)
+        self._opening = threading.Lock()  # see [Note: opening]
         self._bereaved: deque[tuple[Record, int]] = deque()
         self._batch: list[Record] = []
         self._batch_nbytes = 0
@@ -110,14 +119,20 @@ class Store:
             OSError: a directory cannot be used; errno and filename say which and why.
             RuntimeError: the engine asked for by name is not available.
         """
-        with self.lock, self.books:
+        with self._opening:
             self._ensure_open()
 
     def enter(self) -> None:
         """A context becomes active: the engine is open from here on, unless the drive has become unusable meanwhile."""
         with self.lock, self.books:
-            self._open_again()
             self._num_entered += 1
+        try:
+            with self._opening:
+                self._open_again(self._ensure_open)
+        except BaseException:  # Ctrl-C: no `leave` will follow
+            with self.lock, self.books:
+                self._num_entered -= 1
+            raise
 
     def leave(self) -> None:
         """A context ends; the engine lives on while records do."""
@@ -126,6 +141,7 @@ class Store:
             self._settle()
             self._close_if_idle()
         self.tidy()
+        self._settle_files()
 
     def close(self) -> None:
         """Ends the engine and frees slabs and spill files. Records whose bytes were only there are lost."""
@@ -133,11 +149,13 @@ class Store:
         with self.lock, self.books:
             self._close()
         self.tidy()
+        self._kept.close()
 
     def __del__(self) -> None:
         """The last handle and the context are gone: nobody is left to close it."""
-        try:  # noqa: SIM105  the interpreter may be shutting down: contextlib may be gone
+        try:
             self._close()
+            self._kept.close()
         except Exception:
             pass
 
@@ -160,51 +178,95 @@ class Store:
                 counters.peak_host_nbytes = max(counters.peak_host_nbytes, transport.host.peak_nbytes)
 
     def _ensure_open(self) -> None:
+        """See [Note: opening]. The caller holds `_opening`, not the lock."""
         if self._transport is not None:
             return
-        directories = [directory for directory in self._directories if directory not in self._retired]
-        if self._directories and not directories:
+        drive = self._new_drive()
+        if drive is None:
             return
-        drive = self._open_drive(directories)
         try:
-            self._transport = self._reloads.transport = Transport(drive, self.note_fallback, self.request_log)
-        except BaseException:  # Ctrl-C too: nobody else knows this engine yet
-            drive.close(0.0)
-            raise
+            with self.lock, self.books:
+                if self._transport is None:
+                    self._take_over(drive)
+        finally:
+            if self._drive is not drive:  # Ctrl-C, or opened meanwhile: nobody else knows this engine
+                drive.discard()
+
+    def _take_over(self, drive: Drive) -> None:
+        self._transport = self._reloads.transport = Transport(drive, self.note_fallback, self.request_log)
+        self._drive = drive
         self._slab_nbytes = drive.engine.slab_nbytes
-        self.counters.engine, self.counters.engine_reason = drive.kind, drive.reason
+        if self.counters.engine != drive.kind:
+            self.counters.engine, self.counters.engine_reason = drive.kind, drive.reason
         for text in drive.shortcomings():
             self.note_fallback(text)
 
-    def _open_again(self) -> None:
+    def _open_again(self, ensure_open: Callable[[], None]) -> None:
         try:
-            self._ensure_open()
+            ensure_open()
         except (OSError, RuntimeError) as error:
             self.note_fallback(f"the engine could not be opened again, tensors stay in memory: {error}")
 
-    def _open_drive(self, directories: list[str]) -> Drive:
-        """Another's, or a new one on those of `directories` that are not full; an error when all are."""
+    def _open_torn(self) -> None:
+        """As `_ensure_open`, under the lock: nobody else may go on before."""
+        drive = self._new_drive()
+        if drive is not None:
+            self._take_over(drive)
+
+    def _new_drive(self) -> Drive | None:
+        """Another's, or one on the files that were kept, or on new ones; None when no directory is left.
+
+        Raises:
+            OSError: no directory can be used.
+            RuntimeError: the engine asked for by name is not available.
+        """
         p = self._policy
+        self._settle_files()
+        kept = {file.directory: file for file in self._kept.take()}
+        directories = [directory for directory in self._directories if directory not in self._retired]
+        if self._directories and not directories:
+            return None
         if self._join is not None:
             return self._join(self.note_fallback, p.disk_nbytes, p.host_nbytes, self._retired)
-        while True:
-            try:
-                choice = open_engine(
-                    p.engine,
-                    directories,
-                    p.staging_nbytes,
-                    self._slab_nbytes,
-                    p.checksum,
-                    p.disk_nbytes,
-                    host_nbytes=host_limit_nbytes(p.host_nbytes, has_directories=bool(self._directories)),
-                    device_index=self.devices.gpu_index(),
-                )
-                return Drive(choice, self.note_fallback)
-            except OSError as error:
-                if len(directories) == 1 or error.errno not in NO_SPACE or error.filename not in directories:
-                    raise
-                directories.remove(error.filename)
-                self.note_fallback(f"{error.filename} is full ({os.strerror(error.errno)}): not used")
+        try:
+            places = [kept.get(directory, directory) for directory in directories]
+            return self._drive_on(self._kept.kind if kept else p.engine, places)
+        except RuntimeError:  # that engine cannot be had any more
+            close_files(list(kept.values()), 0.0)
+            if not kept or p.engine != "auto":
+                raise
+        return self._drive_on(p.engine, directories)
+
+    def _drive_on(self, kind: str, places: Sequence[str | SpillFile]) -> Drive:
+        p = self._policy
+        return open_drive(
+            kind,
+            places,
+            p.staging_nbytes,
+            self._slab_nbytes,
+            note_fallback=self.note_fallback,
+            leave_out=self._retired.add,
+            checksum=p.checksum,
+            disk_nbytes=p.disk_nbytes,
+            host_nbytes=host_limit_nbytes(p.host_nbytes, has_directories=bool(self._directories)),
+            device_index=self.devices.gpu_index(),
+            timeout_seconds=p.io_timeout_seconds,
+            keeps_files=True,
+        )
+
+    def _keep_files(self) -> None:
+        """Those of an engine that has ended, but for directories that are not used any more."""
+        drive = self._drive
+        if drive is None or self._join is not None or not drive.is_closed:
+            return
+        self._kept.keep(drive.kind, [file for file in drive.files if file.directory not in self._retired])
+        close_files([file for file in drive.files if file.directory in self._retired], 0.0)
+
+    def _settle_files(self) -> None:
+        """Waits until the room of files that are kept is given back."""
+        for directory, why in self._kept.settle():
+            self._retired.add(directory)
+            self.note_fallback(f"{directory}: not used any more: {why}")
 
     def _close(self) -> None:
         transport = self._transport
@@ -217,6 +279,7 @@ class Store:
             self._settle()
             self._add_totals(self.counters)
             self._retired.update(transport.space.retired)
+            self._keep_files()
         self.forget_engine()
 
     def start_afresh(self) -> None:
@@ -228,6 +291,7 @@ class Store:
                 self._reloads.give_up(record)
             self._add_totals(self.counters)
             self._retired.update(transport.space.retired)
+            self._keep_files()
         self.when_torn()
         self.index.forget_records()
         self._reloads.forget_records()
@@ -235,14 +299,15 @@ class Store:
         self.counters.num_live_records, self.counters.held_nbytes = 0, self.counters.resident_nbytes
         self.note_fallback("interrupted in the middle of its bookkeeping: began anew, without what was on the drive")
         if self._num_entered:
-            self._open_again()
+            self._open_again(self._open_torn)
 
     def leave_to_parent(self) -> None:
         """This is a forked child: the engine is the parent's, and so are its reads under way.
 
         The lock is a new one: a thread that only the parent has may hold the inherited one.
         """
-        self.lock = threading.Lock()
+        self.lock, self._opening = threading.Lock(), threading.Lock()
+        self._kept = KeptFiles(self._policy.io_timeout_seconds)
         self.when_forked()
         self._why_closed = (
             "this is a forked child: the engine is the parent's, and nothing that is saved here moves; enter the "
@@ -255,7 +320,7 @@ class Store:
 
     def forget_engine(self) -> None:
         """What is in memory stays; the next context opens another engine."""
-        self._batch, self._batch_nbytes, self._transport = [], 0, None
+        self._batch, self._batch_nbytes, self._transport, self._drive = [], 0, None, None
         self._reloads.forget_engine()
 
     def _close_if_idle(self) -> None:

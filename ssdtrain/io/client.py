@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ssdtrain.io.engine import Direction, SpillFile, Write
-from ssdtrain.io.open_engine import EngineChoice
-from ssdtrain.io.space import Extent, HostShare, HostSpace, SpillSpace
+from ssdtrain.io.errands import run_all
+from ssdtrain.io.open_engine import EngineChoice, open_engine
+from ssdtrain.io.space import NO_SPACE, Extent, HostShare, HostSpace, SpillSpace
 
 
 @dataclass(frozen=True)
@@ -93,16 +94,24 @@ class Drive:
         self.user = user
         self.is_closed = False
         self._choice = choice
+        self._note_fallback = note_fallback
         mine = [i for i, file in enumerate(choice.files) if file.user == user]
         self.files: Sequence[SpillFile] = [choice.files[i] for i in mine]
         try:
             first = mine[0] if mine else 0
             slab_nbytes = self.engine.slab_nbytes
-            self.space = SpillSpace(self.files, slab_nbytes, note_fallback, first=first, cap_nbytes=disk_nbytes)
+            self.space = SpillSpace(
+                self.files,
+                slab_nbytes,
+                note_fallback,
+                first=first,
+                cap_nbytes=disk_nbytes,
+                timeout_seconds=choice.timeout_seconds,
+            )
             self._users = users or self._first(note_fallback)
         except BaseException:  # Ctrl-C too: nobody else knows this engine yet
             if users is None:
-                choice.close()
+                choice.discard()
             raise
         host = self._users.host
         self.host = HostShare(host, host_nbytes) if host is not None else None
@@ -193,15 +202,32 @@ class Drive:
             if self._has(1 - self.user):
                 self._give_back()
             else:
-                self._choice.close()
+                for directory in self._choice.close():
+                    self._note_silent(directory)
             self.is_closed = True
             return True
+
+    def discard(self) -> None:
+        """Ends what nobody has used yet, and waits for no drive."""
+        if self.user == 0:
+            self._choice.discard()
+            self.is_closed = True
+        else:
+            self.close(0.0)
 
     def _give_back(self) -> None:
         if self.host is not None:
             self.host.give_back()
-        for file in self.files:
-            file.shrink_to_nothing()
+        errands = run_all([file.shrink_to_nothing for file in self.files], self._choice.timeout_seconds)
+        for file, errand in zip(self.files, errands, strict=True):
+            if not errand.wait(0.0):
+                self._note_silent(file.directory)
+            else:
+                errand.take()
+
+    def _note_silent(self, directory: str) -> None:
+        seconds = f"{self._choice.timeout_seconds:g} s"
+        self._note_fallback(f"{directory}: no answer from the drive for {seconds}: its space is free when it answers")
 
     def give_up(self) -> None:
         """The drive does not answer: what it may still touch stays as it is until the process ends."""
@@ -279,3 +305,47 @@ class Drive:
 
 def _minus(now: Direction, before: Direction) -> Direction:
     return now[0] - before[0], now[1] - before[1], now[2] - before[2], now[3] - before[3]
+
+
+def open_drive(
+    kind: str,
+    places: Sequence[str | SpillFile],
+    staging_nbytes: int,
+    slab_nbytes: int,
+    *,
+    note_fallback: Callable[[str], None],
+    leave_out: Callable[[str], object],
+    **options: Any,
+) -> Drive:
+    """A drive on those of `places` that answer and are not full.
+
+    Args:
+        kind: as for `open_engine`, like all that is not named here.
+        places: directories, or open files in them.
+        staging_nbytes: memory for slabs.
+        slab_nbytes: size of a slab.
+        note_fallback: is told what is not used, and why.
+        leave_out: is told the directories that do not answer.
+        options: what else `open_engine` takes.
+
+    Raises:
+        OSError: none is left; the last one's reason.
+        RuntimeError: the engine asked for by name is not available.
+    """
+    left = list(places)
+    while True:
+        try:
+            return Drive(open_engine(kind, left, staging_nbytes, slab_nbytes, **options), note_fallback)
+        except OSError as error:
+            names = [place if isinstance(place, str) else place.directory for place in left]
+            is_silent = isinstance(error, TimeoutError)
+            if not (is_silent or error.errno in NO_SPACE) or error.filename not in names:
+                raise
+            if is_silent:
+                leave_out(error.filename)
+                note_fallback(f"{error.filename}: not used any more: {error.strerror}")
+            if len(left) == 1:
+                raise
+            del left[names.index(error.filename)]
+            if not is_silent:
+                note_fallback(f"{error.filename} is full ({os.strerror(error.errno or 0)}): not used")

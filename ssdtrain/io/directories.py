@@ -9,7 +9,10 @@ import errno
 import os
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+
+from ssdtrain.io.errands import no_answer, run_all
 
 _MEMORY = frozenset({"tmpfs", "ramfs", "hugetlbfs", "devtmpfs"})
 _NETWORK = frozenset(
@@ -18,21 +21,35 @@ _NETWORK = frozenset(
 )
 
 
-def check_directories(directories: Sequence[str]) -> list[str]:
+def check_directories(directories: Sequence[str], timeout_seconds: float = 60.0) -> list[str]:
     """What is unwise about each of `directories`, as sentences.
 
+    One that does not answer within `timeout_seconds` is passed over while another does: whoever opens it leaves it out.
+
     Raises:
-        OSError: one is missing, is no directory or cannot be written to; errno and filename are set.
+        OSError: one is missing, is no directory or cannot be written to, or none answers; errno and filename are set.
         ValueError: none is given, or one twice.
     """
     if not directories:
         raise ValueError("Expected one directory or several, got none")
-    real = [os.path.realpath(directory) for directory in directories]
-    for i, path in enumerate(real):
-        if path in real[:i]:
-            raise ValueError(f"Expected different directories, got {directories[i]!r} twice: list each drive once")
-        _check_usable(directories[i])
-    return [text for path in directories for text in _unwise(path)]
+    errands = run_all([partial(_looked_at, directory) for directory in directories], timeout_seconds)
+    found: dict[str, list[str]] = {}
+    for directory, errand in zip(directories, errands, strict=True):
+        if not errand.wait(0.0):
+            errand.abandon()
+            continue
+        real, unwise = errand.take()
+        if real in found:
+            raise ValueError(f"Expected different directories, got {directory!r} twice: list each drive once")
+        found[real] = unwise
+    if not found:
+        raise no_answer("a directory", timeout_seconds, directories[0])
+    return [text for unwise in found.values() for text in unwise]
+
+
+def _looked_at(directory: str) -> tuple[str, list[str]]:
+    _check_usable(directory)
+    return os.path.realpath(directory), _unwise(directory)
 
 
 def _check_usable(directory: str) -> None:

@@ -14,6 +14,7 @@ keeps the process from ending.
 from __future__ import annotations
 
 import errno
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -34,7 +35,14 @@ class Errand(Generic[T]):
         self._is_abandoned = False
         self._results: list[T] = []
         self._error: BaseException | None = None
-        threading.Thread(target=self._run, name="ssdtrain-errand", daemon=True).start()
+        if sys.is_finalizing():  # no thread starts any more, and the end of the process undoes everything
+            self._error = RuntimeError("Expected a running interpreter, got one that is shutting down")
+            self._ended.set()
+            return
+        try:
+            threading.Thread(target=self._run, name="ssdtrain-errand", daemon=True).start()
+        except RuntimeError:  # no thread to be had: it is the caller's own
+            self._run()
 
     def wait(self, seconds: float) -> bool:
         """Whether the call is over, after at most `seconds`."""

@@ -6,14 +6,16 @@ The only file that imports them, and the extension `ssdtrain._C`.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from ssdtrain.io import kvikio, python
 from ssdtrain.io.engine import Engine, Fence, SpillFile
+from ssdtrain.io.errands import Errand, no_answer, run, run_all
 from ssdtrain.io.kvikio import GpuDirect
 from ssdtrain.io.kvikio import probe as gpudirect
 
@@ -28,6 +30,7 @@ __all__ = [
     "KINDS",
     "EngineChoice",
     "GpuDirect",
+    "close_files",
     "cuda_driver",
     "driver_type",
     "extension_problem",
@@ -54,6 +57,10 @@ class EngineChoice:
     """Whether every byte that is read from a file is verified."""
     is_shared: bool = False
     """Whether another user may join."""
+    timeout_seconds: float = 60.0
+    """How long a drive is waited for when it opens, grows, shortens or closes a file."""
+    keeps_files: bool = False
+    """Whether the files outlive the engine: they are whoever's that opened it."""
 
     def shortcomings(self) -> list[str]:
         """What works, but not the best way."""
@@ -63,11 +70,15 @@ class EngineChoice:
             texts += [f"{file.directory}: {why}" for why in (*reasons, file.fallocate_reason) if why]
         return list(dict.fromkeys(texts))
 
-    def close(self) -> None:
-        """Ends the engine and gives the spill space back."""
+    def close(self) -> list[str]:
+        """Ends the engine and gives the spill space back; directories whose drive gave no answer."""
         self.engine.close()
-        for file in self.files:
-            file.close()
+        return [] if self.keeps_files else close_files(self.files, self.timeout_seconds)
+
+    def discard(self) -> None:
+        """Ends the engine, and closes the files whoever's they are, without waiting for it."""
+        self.engine.close()
+        close_files(self.files, 0.0)
 
 
 @dataclass(frozen=True)
@@ -79,17 +90,52 @@ class _Request:
     disk_nbytes: int | None
     host_nbytes: int
     is_shared: bool
+    timeout_seconds: float
 
     def files(self, make: Callable[[str, int | None, int], SpillFile]) -> list[SpillFile]:
         """The files as they are, or one new file per directory, which share `disk_nbytes` evenly.
 
         Another user's files follow; how long they may be is for that one to say.
+
+        Raises:
+            OSError: a file cannot be made, or not in time (ETIMEDOUT); the directory is the `filename`.
         """
         cap = None if self.disk_nbytes is None else self.disk_nbytes // len(self.places)
         others = [place for place in self.places if isinstance(place, str)] if self.is_shared else []
-        return [make(place, cap, 0) if isinstance(place, str) else place for place in self.places] + [
-            make(place, None, 1) for place in others
+        wanted = [(place, cap, 0) for place in self.places] + [(place, None, 1) for place in others]
+        made: list[SpillFile | Errand[SpillFile]] = [
+            Errand(partial(make, place, most, user), _close) if isinstance(place, str) else place
+            for place, most, user in wanted
         ]
+        deadline = time.monotonic() + self.timeout_seconds
+        try:
+            for i, (place, _, _) in enumerate(wanted):
+                errand = made[i]
+                if isinstance(errand, Errand):
+                    if not errand.wait(deadline - time.monotonic()):
+                        raise no_answer("a spill file", self.timeout_seconds, str(place))
+                    made[i] = errand.take()
+        except BaseException:
+            for one in made:
+                if isinstance(one, Errand):
+                    one.abandon()
+            self.give_up([one for one in made if not isinstance(one, Errand)], 0.0)
+            raise
+        return cast(list[SpillFile], made)
+
+    def give_up(self, files: Sequence[SpillFile], timeout_seconds: float) -> None:
+        """Closes those of `files` that are new."""
+        close_files([file for file in files if file not in self.places], timeout_seconds)
+
+
+def close_files(files: Sequence[SpillFile], timeout_seconds: float) -> list[str]:
+    """Closes files in the background; the directories of those that are not closed in time."""
+    errands = run_all([file.close for file in files], timeout_seconds)
+    return [file.directory for file, errand in zip(files, errands, strict=True) if not errand.wait(0.0)]
+
+
+def _close(what: Any) -> None:
+    what.close()
 
 
 def slab_nbytes_for(staging_nbytes: int) -> int:
@@ -108,6 +154,8 @@ def open_engine(
     host_nbytes: int = 0,
     device_index: int | None = None,
     is_shared: bool = False,
+    timeout_seconds: float = 60.0,
+    keeps_files: bool = False,
 ) -> EngineChoice:
     """Opens the engine asked for, or with ``"auto"`` the best that works here, on files or on new files.
 
@@ -123,16 +171,20 @@ def open_engine(
         host_nbytes: limit of the host tier; 0 for none.
         device_index: the GPU whose memory travels; None for host memory.
         is_shared: another user may join later: it gets files of its own, in the same directories.
+        timeout_seconds: how long a drive is waited for.
+        keeps_files: the files outlive the engine.
 
     Raises:
         ValueError: `kind` is unknown, or the sizes do not fit together.
-        OSError: a directory cannot hold a spill file.
+        OSError: a directory cannot hold a spill file, or its drive does not answer (ETIMEDOUT).
         RuntimeError: the engine asked for by name does not work here.
     """
     if kind not in KINDS:
         raise ValueError(f"Expected an engine among {', '.join(KINDS)}, got {kind!r}")
     places = list(files_or_directories)
-    request = _Request(places, staging_nbytes, slab_nbytes, checksum, disk_nbytes, host_nbytes, is_shared)
+    request = _Request(
+        places, staging_nbytes, slab_nbytes, checksum, disk_nbytes, host_nbytes, is_shared, timeout_seconds
+    )
     if not request.places:
         return _open_without_files(request)
     names, preference = _names(kind, request, device_index)
@@ -153,7 +205,18 @@ def open_engine(
             fallbacks.append(
                 f"host_nbytes={request.host_nbytes}: engine {name} has no host tier, all goes to the drive"
             )
-        return EngineChoice(engine, files, name, reason, fallbacks, host_nbytes, checksum, is_shared)
+        return EngineChoice(
+            engine,
+            files,
+            name,
+            reason,
+            fallbacks,
+            host_nbytes,
+            checksum,
+            is_shared,
+            timeout_seconds,
+            keeps_files,
+        )
     raise AssertionError("the python engine is always available")
 
 
@@ -197,21 +260,25 @@ def _open(name: str, request: _Request) -> tuple[Engine, list[SpillFile]]:
     make_file: Any
     make: Any
     if name == "python":
-        files = request.files(python.SpillFile)
-        return python.PythonEngine(files, request.staging_nbytes, request.slab_nbytes, request.checksum), files
-    if name == "kvikio":
+        make_file, make = python.SpillFile, python.PythonEngine
+    elif name == "kvikio":
         make_file, make = kvikio.SpillFile, kvikio.KvikioEngine
     else:
         extension = _extension()
         make_file = extension.SpillFile
         make = partial(extension.Engine, name, host_nbytes=request.host_nbytes)
     files = request.files(make_file)
+    open_on = partial(make, files, request.staging_nbytes, request.slab_nbytes, request.checksum)
+    first = files[0].directory if files else ""  # which is tried out
     try:
-        return make(files, request.staging_nbytes, request.slab_nbytes, request.checksum), files
+        return run(open_on, request.timeout_seconds, first, f"an engine {name}", undo=_close), files
+    except TimeoutError:
+        request.give_up(files, 0.0)
+        raise
     except (OSError, RuntimeError, TypeError) as error:
-        for file in files:
-            if file not in request.places:
-                file.close()
+        request.give_up(files, request.timeout_seconds)
+        if name == "python":
+            raise
         raise _UnavailableError(str(error)) from error
 
 

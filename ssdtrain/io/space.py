@@ -14,10 +14,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from ssdtrain.io.engine import SpillFile
+from ssdtrain.io.errands import Errand, no_answer, run_all
 from ssdtrain.io.extents import ExtentAllocator
 from ssdtrain.stats import nbytes_text
 
@@ -26,6 +28,7 @@ logger = logging.getLogger("ssdtrain")
 _PAGE = 4096
 _FIRST_NBYTES = 64 << 20
 _GROW_NBYTES = 256 << 20
+_SHARE = 16  # of what a file system has left: the most that is taken ahead
 _MAX_WRITE_ERRORS = 3
 _BLOCK_NBYTES = 512  # where no file asks for more
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -170,11 +173,12 @@ class SpillSpace:
         *,
         first: int = 0,
         cap_nbytes: int | None = None,
+        timeout_seconds: float = 60.0,
     ) -> None:
         """`stripe_nbytes`: what a file must at least get of a request for striping to pay.
 
         `first`: the index by which the engine knows the first file. `cap_nbytes`: a bound on all files together, beside
-        their own.
+        their own. `timeout_seconds`: how long a file may take to grow.
         """
         self.block_nbytes = max((file.block_nbytes for file in files), default=_BLOCK_NBYTES)
         self.memory_alignment = max((file.memory_alignment for file in files), default=_BLOCK_NBYTES)
@@ -190,10 +194,11 @@ class SpillSpace:
         self._is_retired = [False] * len(files)
         self._no_growth_before = [0.0] * len(files)
         self._next = 0
-        for i, file in enumerate(files):
-            self._preallocate(i, stripe_nbytes)
-            self._extents[i].extend(file.nbytes)
+        self._timeout_seconds = timeout_seconds
+        self._preallocate()
         if files and not any(extents.capacity for extents in self._extents):
+            if any(self._is_retired):
+                raise no_answer("room for a spill file", timeout_seconds, self.retired[0])
             names = ", ".join(file.directory for file in files)
             raise OSError(
                 errno.ENOSPC,
@@ -294,40 +299,73 @@ class SpillSpace:
         caps = (self._files[file].cap_nbytes, self._cap_nbytes)
         return min((cap for cap in caps if cap is not None), default=math.inf)
 
-    def _preallocate(self, file: int, least_nbytes: int) -> None:
-        spill = self._files[file]
-        cap = int(min(self._cap(file), _FIRST_NBYTES))
-        for target in (min(_FIRST_NBYTES, cap), min(least_nbytes, cap)):
+    def _preallocate(self) -> None:
+        """Begins all files at once; one that is full or silent is left out."""
+        limits = [int(min(self._cap(i), sys.maxsize)) for i in range(len(self._files))]
+        least = [min(self._stripe_nbytes, limit) for limit in limits]
+        calls = [
+            partial(lengthen, file, nbytes, limit, _FIRST_NBYTES)
+            for file, nbytes, limit in zip(self._files, least, limits, strict=True)
+        ]
+        for i, errand in enumerate(run_all(calls, self._timeout_seconds)):
             try:
-                spill.grow(target)
-                return
+                if self._has_ended(i, errand):
+                    self._extents[i].extend(errand.take())
             except OSError as error:
-                failure = error
-        if failure.errno not in NO_SPACE:
-            raise failure
-        self._note_fallback(f"{spill.directory} is full ({failure.strerror}): not used")
+                if error.errno not in NO_SPACE:
+                    raise
+                self._note_fallback(f"{self._files[i].directory} is full ({error.strerror}): not used")
+
+    def _has_ended(self, file: int, errand: Errand[int]) -> bool:
+        """Whether a file has answered; else nothing more is put there."""
+        if errand.wait(0.0):
+            return True
+        errand.abandon()
+        self.retire(self._first + file, f"after it did not grow within {self._timeout_seconds:g} s")
+        return False
 
     def _grow(self, file: int, missing_nbytes: int) -> bool:
         """Makes the file longer by at least `missing_nbytes`, by more when there is room."""
         extents, spill = self._extents[file], self._files[file]
-        if time.monotonic() < self._no_growth_before[file]:
+        needed, limit = extents.capacity + missing_nbytes, self._cap(file)
+        if needed > limit or time.monotonic() < self._no_growth_before[file]:
             return False
-        needed = extents.capacity + missing_nbytes
-        generous = extents.capacity + max(missing_nbytes, _GROW_NBYTES)
-        cap = int(min(self._cap(file), generous))
-        if needed > cap:
+        longest = int(min(limit, needed + _GROW_NBYTES))
+        (errand,) = run_all([partial(lengthen, spill, needed, longest, _GROW_NBYTES)], self._timeout_seconds)
+        try:
+            if not self._has_ended(file, errand):
+                return False
+            extents.extend(errand.take())
+        except OSError as error:
+            self._no_growth_before[file] = time.monotonic() + _RETRY_GROW_SECONDS
+            self._note_fallback(
+                f"{spill.directory}: no room for more spill space ({error.strerror} after"
+                f" {nbytes_text(extents.capacity)}); tensors stay in memory"
+            )
             return False
-        for target in (min(generous, cap), needed):
-            try:
-                spill.grow(target)
-            except OSError as error:
-                failure = error
-                continue
-            extents.extend(target)
-            return True
-        self._no_growth_before[file] = time.monotonic() + _RETRY_GROW_SECONDS
-        self._note_fallback(
-            f"{spill.directory}: no room for more spill space ({failure.strerror} after"
-            f" {nbytes_text(extents.capacity)}); tensors stay in memory"
-        )
-        return False
+        return True
+
+
+def lengthen(spill: SpillFile, least_nbytes: int, most_nbytes: int, step_nbytes: int) -> int:
+    """Makes a file `least_nbytes` long or longer, and tells how long.
+
+    By one step more than needed, or a share of what the file system has left when that is less: others need room there
+    too, and the first to come must not have it all. Blocks for as long as the drive does.
+
+    Raises:
+        OSError: there is no room for `least_nbytes`.
+    """
+    if least_nbytes <= spill.nbytes:
+        return spill.nbytes
+    state = os.fstatvfs(spill.fd)
+    left_nbytes = state.f_bavail * state.f_frsize - (least_nbytes - spill.nbytes)
+    generous = least_nbytes + max(0, min(step_nbytes, left_nbytes // _SHARE))
+    target = min(generous, most_nbytes)
+    if target > least_nbytes:
+        try:
+            spill.grow(target)
+            return target
+        except OSError:  # a quota, or somebody else was faster
+            pass
+    spill.grow(least_nbytes)
+    return least_nbytes

@@ -27,7 +27,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
+from ssdtrain.io.errands import run
 from ssdtrain.io.space import host_limit_nbytes
 from ssdtrain.planner import Goal, Machine, Plan, Step, Tier, choose, make_plan, make_probe
 from ssdtrain.policy import ActivationPolicy
@@ -258,7 +260,8 @@ def replanner_for(
 def _goal(policy: ActivationPolicy, directories: Sequence[str]) -> Goal:
     daily, endurance = math.inf, math.inf
     if policy.drive_writes_per_day is not None:
-        sizes = [os.statvfs(directory) for directory in directories]
+        asks = [(partial(os.statvfs, directory), directory) for directory in directories]
+        sizes = [run(ask, policy.io_timeout_seconds, directory, "its size") for ask, directory in asks]
         daily = policy.drive_writes_per_day * sum([size.f_blocks * size.f_frsize for size in sizes])
     if policy.endurance_tbw is not None:
         endurance = policy.endurance_tbw * 1e12

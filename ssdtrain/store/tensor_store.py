@@ -35,9 +35,10 @@ from torch.profiler import record_function
 
 from ssdtrain.devices.base import CpuDevice, Device
 from ssdtrain.devices.registry import Devices
-from ssdtrain.io.client import Drive
+from ssdtrain.io.client import open_drive
 from ssdtrain.io.engine import Write
-from ssdtrain.io.open_engine import fence, open_engine, slab_nbytes_for
+from ssdtrain.io.errands import run
+from ssdtrain.io.open_engine import fence, slab_nbytes_for
 from ssdtrain.io.space import Extent, host_limit_nbytes
 from ssdtrain.policy import StatePolicy
 from ssdtrain.state_stats import StateCounters
@@ -79,18 +80,20 @@ class Vault:
         self._being_read: list[Part] = []  # not needed any more, free when the read is over
         self._held_for_next: object = None
         self._slots: weakref.WeakSet[Slot] = weakref.WeakSet()  # that were written
-        choice = open_engine(
+        self.drive = open_drive(
             policy.engine,
             self.directories,
             policy.staging_nbytes,
             slab_nbytes_for(policy.staging_nbytes),
-            policy.checksum,
-            policy.disk_nbytes,
+            note_fallback=self.note,
+            leave_out=_nothing,
+            checksum=policy.checksum,
+            disk_nbytes=policy.disk_nbytes,
             host_nbytes=host_limit_nbytes(policy.host_nbytes, has_directories=bool(self.directories)),
             device_index=Devices.gpu_index(),
             is_shared=True,
+            timeout_seconds=policy.io_timeout_seconds,
         )
-        self.drive = Drive(choice, self.note)
         self.engine, self._space = self.drive.engine, self.drive.space
         counters.engine, counters.engine_reason = self.drive.kind, self.drive.reason
         for text in self.drive.shortcomings():
@@ -107,7 +110,8 @@ class Vault:
     @property
     def directory(self) -> str | None:
         """Where files of others may go; None with a host tier only."""
-        return self.directories[0] if self.directories else None
+        in_use = [file.directory for file in self.drive.files if file.directory not in self._space.retired]
+        return next(iter([*in_use, *self.directories]), None)
 
     def devices(self) -> Devices:
         """The devices that tensors may leave from."""
@@ -357,12 +361,12 @@ class Vault:
         if not nbytes:
             return
         cap = self.policy.disk_nbytes
-        drives = {os.fstat(file.fd).st_dev: os.fstatvfs(file.fd) for file in self.drive.files}
-        free = sum(d.f_bavail * d.f_frsize for d in drives.values()) + self._space.free_nbytes
+        names = ", ".join(self.directories)
+        free = run(self._left_nbytes, self.policy.io_timeout_seconds, names, "to be told the room left")
+        free += self._space.free_nbytes
         room = free if cap is None else max(0, min(free, cap - self._space.in_use_nbytes))
         room += self.drive.host_nbytes
         if nbytes > room:
-            names = ", ".join(self.directories)
             remedy = "free some space, pass another directory or more of them"
             if cap is not None and room < free:
                 remedy = f"raise disk_nbytes ({nbytes_text(cap)})"
@@ -371,6 +375,10 @@ class Vault:
                 f"Expected room for {nbytes_text(nbytes)} of {what}, got {nbytes_text(room)}: {remedy}",
                 names,
             )
+
+    def _left_nbytes(self) -> int:
+        drives = {os.fstat(file.fd).st_dev: os.fstatvfs(file.fd) for file in self.drive.files}
+        return sum(d.f_bavail * d.f_frsize for d in drives.values())
 
     def flush(self) -> None:
         """Blocks until everything that was written is on the drive.
@@ -439,3 +447,7 @@ class Vault:
             raise RuntimeError("Expected the process that offloaded, got a forked child: offload there, or use spawn")
         if self.is_closed:
             raise RuntimeError("Expected an open offload, got one after close()")
+
+
+def _nothing(directory: str) -> None:
+    pass

@@ -9,7 +9,8 @@ import mmap
 import os
 import threading
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 from ssdtrain.io.unlinked import open_unlinked
@@ -110,7 +111,8 @@ class SpillFile(Owned):
         self._fd: int | None = fd
         self._users = 0
         self._is_closing = False
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # never held while the drive is asked
+        self._length_lock = threading.Lock()  # held while the file grows or shrinks
         self.block_nbytes, self.is_direct, self.direct_reason = _enable_direct(fd, directory, self.least_block_nbytes)
         self.memory_alignment = self.block_nbytes if self.is_direct else 1
 
@@ -131,9 +133,9 @@ class SpillFile(Owned):
         target = round_up(nbytes, self.block_nbytes)
         if self.cap_nbytes is not None:
             target = min(target, self.cap_nbytes // self.block_nbytes * self.block_nbytes)
-        with self._lock:
+        with self._in_use() as fd, self._length_lock:
             if target > self.nbytes:
-                self._reserve(self.fd, target)
+                self._reserve(fd, target)
                 self.nbytes = target
 
     def _reserve(self, fd: int, target: int) -> None:
@@ -149,31 +151,43 @@ class SpillFile(Owned):
 
     def shrink_to_nothing(self) -> None:
         self._check_process()
-        with self._lock:
-            os.ftruncate(self.fd, 0)
+        with self._in_use() as fd, self._length_lock:
+            os.ftruncate(fd, 0)
             self.nbytes = 0
 
     def close(self) -> None:
         self._check_process()
         with self._lock:
             self._is_closing = True
-            self._close_if_unused()
+        self._close_if_unused()
+
+    @contextmanager
+    def _in_use(self) -> Iterator[int]:
+        fd = self.acquire()
+        try:
+            yield fd
+        finally:
+            self.release()
 
     def acquire(self) -> int:
         """The descriptor, kept open until `release`: an engine uses it."""
         with self._lock:
+            fd = self.fd
             self._users += 1
-            return self.fd
+            return fd
 
     def release(self) -> None:
         with self._lock:
             self._users -= 1
-            self._close_if_unused()
+        self._close_if_unused()
 
     def _close_if_unused(self) -> None:
-        if self._is_closing and self._users == 0:
+        with self._lock:
+            is_over = self._is_closing and self._users == 0 and self._fd is not None
+            if is_over:
+                self._fd = None
+        if is_over:
             self._closer()
-            self._fd = None
 
 
 def _close_in(pid: int, fd: int) -> None:
