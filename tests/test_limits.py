@@ -200,7 +200,8 @@ def no_descriptor_later(directory: str, engine: str) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (holdings()[0] - 1, 4096))
     check_equal(trainer.step(offload), steps[1])
     resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
-    assert any("Too many open files" in text and "stay in memory" in text for text in offload.stats.fallbacks)
+    said = any("Too many open files" in text and "stay in memory" in text for text in offload.stats.fallbacks)
+    assert said == (engine == "io_uring"), "a ring needs one; files are open already"
     num_offloaded = offload.stats.num_offloaded
     check_equal(trainer.step(offload), steps[2])
     assert offload.stats.num_offloaded > num_offloaded
@@ -209,7 +210,8 @@ def no_descriptor_later(directory: str, engine: str) -> None:
 
 @every_engine
 def test_no_descriptor_later(lab: Lab, tmp_path: Path, engine: str) -> None:
-    """Entered again while the process has no descriptor left: tensors stay in memory for that step, and it says so."""
+    """Entered again while the process has no descriptor left: an engine that needs one keeps tensors in memory for that
+    step, and it says so; the others go on."""
     lab.run(no_descriptor_later, tmp_path, engine)
 
 
