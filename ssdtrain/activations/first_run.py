@@ -101,6 +101,24 @@ class FirstRun:
         return tensor
 
 
+class SecondRun:
+    """Refuses to run a block again with weights that were changed in place since, also those that nothing had saved."""
+
+    def __init__(self, block: torch.nn.Module, check: CheckVersion) -> None:
+        """To be made before the first run."""
+        self._weights = [(p, p._version) for p in block.parameters() if not p.is_inference()]
+        self._check = check
+
+    def __enter__(self) -> None:
+        """Called by the checkpoint, for every run again."""
+        for parameter, version in self._weights:
+            if parameter._version != version:
+                self._check(parameter, version, parameter)
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing is to be undone."""
+
+
 class _Saved:
     """What autograd holds for a tensor that a block saved."""
 

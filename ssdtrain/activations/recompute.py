@@ -16,7 +16,6 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch._compile import _disable_dynamo
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from ssdtrain.activations.first_run import CheckVersion, FirstRun, State
+from ssdtrain.activations.first_run import CheckVersion, FirstRun, SecondRun, State
 from ssdtrain.blocks import find_blocks
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.stats import Counters
@@ -99,6 +98,9 @@ class Recompute:
         if any(_keeps_statistics(module) for module in block.modules()):
             self._refuse(name, "its buffers")
             return False
+        if not all(isinstance(parameter, torch.nn.Parameter) for parameter in block.parameters()):
+            self._note("recompute: a block with other weights than its own (functional_call) is not run twice")
+            return False
         strange = [leaf for leaf in tree_flatten((args, kwargs))[0] if not isinstance(leaf, _PLAIN)]
         if strange:
             self._note(f"recompute: a block called with {type(strange[0]).__name__} is not run twice: it may change it")
@@ -129,7 +131,7 @@ class Recompute:
         state, first = self._state(name, block, tensors), FirstRun(self._check)
         change = None
         try:
-            contexts = first, nullcontext()
+            contexts = first, SecondRun(block, self._check)
             result = checkpoint(again, *tensors, use_reentrant=False, context_fn=lambda: contexts)
             change = state.change()
         finally:

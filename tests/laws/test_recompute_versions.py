@@ -123,6 +123,18 @@ def test_a_weight_that_changes_between_forward_and_backward_is_refused(make_offl
             train(nothing, context=context, between=change_weights)
 
 
+def change_biases(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.blocks[1].last[0].bias.add_(1)
+
+
+def test_a_bias_that_changes_between_forward_and_backward_is_refused(make_offload: MakeOffload) -> None:
+    """Nothing saves a bias: plain training does not notice, and the second run would compute with the new one."""
+    train(nothing, between=change_biases)
+    with pytest.raises(RuntimeError, match=MODIFIED):
+        train(nothing, context=lambda model: make_offload(model, recompute="all"), between=change_biases)
+
+
 # -- run once --------------------------------------------------------------------------------------------------------
 
 
@@ -253,3 +265,24 @@ def test_buffers_without_versions(make_offload: MakeOffload, policy: dict[str, A
     assert same_bits(actual, expected)
     assert not any("is not run twice" in text for text in made[0].stats.fallbacks)
     assert [block.num_calls for block in model.blocks] == ([6, 6, 6] if policy["recompute"] == "all" else [3, 3, 3])
+
+
+def test_other_weights_for_one_call_are_not_forgotten(make_offload: MakeOffload) -> None:
+    """Fast weights of meta-learning are in the block for the call only: a second run would take the slow ones."""
+
+    def run(offload: Any = None) -> list[Any]:
+        torch.manual_seed(0)
+        model = Model(lambda *_: None, nothing)
+        x = torch.randn(4, 16)
+        with make_offload(model, recompute="all") if offload else nullcontext():
+            slow = dict(model.named_parameters())
+            gradients = torch.autograd.grad(model(x), [p for p in slow.values() if p.requires_grad], create_graph=True)
+            found = iter(gradients)
+            fast = {name: p - next(found) if p.requires_grad else p for name, p in slow.items()}
+            loss = torch.func.functional_call(model, fast, (x,))
+        loss.backward()
+        return [loss.detach(), *grads_of(model)]
+
+    expected = run()
+    assert expected[0].isfinite()
+    assert same_bits(run(offload=True), expected)
