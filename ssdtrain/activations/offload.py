@@ -232,10 +232,7 @@ class ActivationOffload:
     def on_step(self, callback: Callback) -> None:
         """Calls `callback(number, stats)` after every step, counted from 1: for loggers, see `ssdtrain.loggers`.
 
-        A step is over when the next one begins. A callback that raises is noted and not called again.
-
-        Raises:
-            RuntimeError: the context was closed.
+        A step is over when the next one begins. A callback that raises is noted and not called again. Not after close.
         """
         self._check_open()
         self._observers.call(callback)
