@@ -206,6 +206,9 @@ def check_same_state(actual: dict[str, Any], expected: dict[str, Any]) -> None:
     assert actual["param_groups"] == expected["param_groups"]
     assert actual["state"].keys() == expected["state"].keys()
     for i, state in expected["state"].items():
+        if not isinstance(state, dict):
+            assert actual["state"][i] == state
+            continue
         check_same({key: actual["state"][i][key] for key in state}, state, f"state {i}")
         assert actual["state"][i].keys() == state.keys()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,3 +48,5 @@ class Job:
     num_threads: int
     future: Future[None] | None = None
     following: Job | None = None
+    changes: dict[Any, Any] = field(default_factory=dict)
+    """What its step did to values that all parameters share."""

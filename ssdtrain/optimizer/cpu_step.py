@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -29,9 +30,10 @@ from torch.utils._pytree import tree_map_only
 from ssdtrain.devices.base import Accelerator
 from ssdtrain.optimizer.cpu_jobs import Entry, Job, Wait
 from ssdtrain.optimizer.gradient_record import Change
-from ssdtrain.optimizer.inner import LOW_PRECISION, checked_step, load_own_state, parts_of, twin_of
+from ssdtrain.optimizer.inner import LOW_PRECISION, load_own_state, parts_of, plain_step, twin_of
 from ssdtrain.optimizer.offloaded_gradient import record_of
 from ssdtrain.optimizer.pinned import HostCopies, HostCopy
+from ssdtrain.optimizer.shared import SharedValues
 from ssdtrain.optimizer.state import Pages
 from ssdtrain.optimizer.validation import check_apart
 from ssdtrain.parameters.offload import homes_of
@@ -58,6 +60,7 @@ class CpuUpdates:
         self._inner, self._vault, self._pages = inner, vault, pages
         self._has_masters, self._is_delayed = has_masters, is_delayed
         self._devices: dict[torch.Tensor, Accelerator] = {}
+        self.shared = SharedValues()
         self._copies = HostCopies(vault.note)
         self._jobs: deque[Job] = deque()
         self._pool: ThreadPoolExecutor | None = None
@@ -117,6 +120,7 @@ class CpuUpdates:
         for parameter, (_, index) in chunk.items():
             chosen.setdefault(index, []).append(parameter)
         twin = twin_of(self._inner, parts_of(self._inner.param_groups, chosen), {})
+        self.shared.own_copies(twin)
         for group in twin.param_groups:
             group.update(self._settings({key: value for key, value in group.items() if key != "params"}, first))
         job = Job(
@@ -205,7 +209,7 @@ class CpuUpdates:
             for entry in job.entries:
                 if entry.state:
                     twin.state[stand_ins[entry.parameter]] = entry.state
-            checked_step(twin)
+            _, job.changes = self.shared.run(twin, partial(plain_step, twin))
             for entry in job.entries:
                 self._take_result(entry, stand_ins[entry.parameter], values[entry.parameter], twin)
 
@@ -295,7 +299,7 @@ class CpuUpdates:
             for entry in pending:  # which may share a version counter with those that have just changed
                 entry.version = entry.parameter._version
             for _ in jobs:
-                self._jobs.popleft()
+                self.shared.note(self._jobs.popleft().changes)
 
     def _put_back(self, entry: Entry) -> None:
         parameter, result = entry.parameter, entry.result
@@ -306,13 +310,17 @@ class CpuUpdates:
         if not homes:
             parameter.copy_(result, non_blocking=True)
         if entry.state is not None:
-            self._inner.state[parameter] = entry.state
+            own = self._inner.state[parameter]  # somebody may hold it
+            own |= entry.state
+            for key in own.keys() - entry.state.keys():
+                del own[key]
 
     def abandon(self) -> None:
         """Waits for what is under way and forgets it: the parameters keep their old values, their state may not.
 
         Interrupted, it goes on where it was when it is called again.
         """
+        self.shared.forget()
         if os.getpid() != self._pid:
             self._jobs.clear()
         if not self._jobs:
@@ -360,7 +368,13 @@ class CpuUpdates:
 
     def places(self) -> dict[torch.Tensor, torch.Tensor]:
         """For each parameter an empty tensor of the device and dtype that its state is of."""
-        return {p: torch.empty(0, dtype=self._dtype(p), device="cpu") for p in self._devices}
+        return {p: self.place(p) for p in self._devices}
+
+    def place(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The same for any parameter."""
+        if parameter in self._devices:
+            return torch.empty(0, dtype=self._dtype(parameter), device="cpu")
+        return torch.empty(0, dtype=parameter.dtype, device=parameter.device)
 
     def _dtype(self, parameter: torch.Tensor) -> torch.dtype:
         return torch.float32 if self._has_masters and parameter.dtype in LOW_PRECISION else parameter.dtype

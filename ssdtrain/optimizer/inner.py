@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from ssdtrain.optimizer.shared import copied
 from ssdtrain.store.identity import why_not
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -38,39 +39,20 @@ def take_over(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     return release
 
 
-def plain_step(optimizer: torch.optim.Optimizer) -> None:
+def plain_step(optimizer: torch.optim.Optimizer) -> Any:
     """The optimizer's own step, without the hooks around it."""
     step: Any = type(optimizer).step
-    (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)
-
-
-def checked_step(optimizer: torch.optim.Optimizer) -> None:
-    """The optimizer's own step.
-
-    Raises:
-        RuntimeError: it changed more than its parameters and their state.
-    """
-    before, groups = _beside_parameters(optimizer), [dict(group) for group in optimizer.param_groups]
-    plain_step(optimizer)
-    after = _beside_parameters(optimizer)
-    if (
-        any(after.get(key) != value for key, value in before.items())
-        or any(isinstance(key, tuple) and key not in before for key in after)
-        or any(map(_has_changed, groups, optimizer.param_groups))
-    ):
-        raise RuntimeError(
-            f"Expected an optimizer that keeps its state by parameter, got {type(optimizer).__name__}, which changes "
-            "its own attributes or groups in a step: it cannot update a few parameters at a time"
-        )
+    return (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)
 
 
 def twin_of(
     optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]], attributes: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
-    """One of the same kind and with the same settings, for a step of its own: with other groups, and without state."""
+    """One of the same kind and with the same settings, for a step of its own: other groups, no parameter's state."""
     twin = object.__new__(type(optimizer))
     vars(twin).update({**vars(optimizer), **attributes})
     twin.state, twin.param_groups = defaultdict(dict), groups
+    twin.state.update({k: copied(v) for k, v in optimizer.state.items() if not isinstance(k, torch.Tensor)})
     return twin
 
 
@@ -164,42 +146,42 @@ def what_stayed(optimizer: torch.optim.Optimizer, min_nbytes: int) -> dict[str, 
 def narrowed(
     optimizer: torch.optim.Optimizer, chosen: Mapping[int, list[torch.Tensor]], attributes: Mapping[str, Any]
 ) -> Iterator[None]:
-    """Inside, the optimizer has these parameters, by group, and these attributes."""
+    """Inside, the optimizer has these parameters, by group, and these attributes; its groups are copies."""
     groups = optimizer.param_groups
+    with _having(optimizer, attributes):
+        optimizer.param_groups = parts_of(groups, chosen)
+        try:
+            yield
+        finally:
+            optimizer.param_groups = groups
+
+
+@contextlib.contextmanager
+def having_only(
+    optimizer: torch.optim.Optimizer, chosen: Mapping[int, list[torch.Tensor]], attributes: Mapping[str, Any]
+) -> Iterator[None]:
+    """As `narrowed`, with the groups themselves: what is changed in them stays."""
+    before = [(group, group["params"]) for group in optimizer.param_groups]
+    with _having(optimizer, attributes):
+        try:
+            for i, (group, _) in enumerate(before):
+                group["params"] = chosen.get(i, [])
+            yield
+        finally:
+            for group, parameters in before:
+                group["params"] = parameters
+
+
+@contextlib.contextmanager
+def _having(optimizer: torch.optim.Optimizer, attributes: Mapping[str, Any]) -> Iterator[None]:
     vars(optimizer).update(attributes)
-    optimizer.param_groups = parts_of(groups, chosen)
     try:
         yield
     finally:
-        optimizer.param_groups = groups
         for name in attributes:
             delattr(optimizer, name)
 
 
 def parts_of(groups: list[dict[str, Any]], chosen: Mapping[int, list[torch.Tensor]]) -> list[dict[str, Any]]:
-    """The groups of these parameters, by the index of their group, with nothing but them."""
-    return [{**groups[i], "params": parameters} for i, parameters in sorted(chosen.items())]
-
-
-def _beside_parameters(optimizer: torch.optim.Optimizer) -> dict[Any, Any]:
-    """Numbers and tensors an optimizer keeps beside the state of its parameters. Flags are no state."""
-    own = {name: value for name, value in vars(optimizer).items() if name not in ("state", "param_groups")}
-    shared = {("state", key): value for key, value in optimizer.state.items() if not isinstance(key, torch.Tensor)}
-    return {key: _fingerprint(value) for key, value in (own | shared).items() if _is_counting(value)}
-
-
-def _is_counting(value: Any) -> bool:
-    return isinstance(value, int | float | torch.Tensor | dict | list | tuple) and not isinstance(value, bool)
-
-
-def _fingerprint(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return id(value), value._version
-    if isinstance(value, dict | list | tuple):
-        entries = value.values() if isinstance(value, dict) else value
-        return len(value), [_fingerprint(e) for e in entries if isinstance(e, int | float | torch.Tensor)]
-    return value
-
-
-def _has_changed(group: Mapping[str, Any], part: Mapping[str, Any]) -> bool:
-    return part.keys() != group.keys() or any(part[key] is not group[key] for key in group if key != "params")
+    """All groups, with no parameters but these, given by the index of their group."""
+    return [{**group, "params": chosen.get(i, [])} for i, group in enumerate(groups)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from functools import partial
 from typing import Any
 
@@ -19,11 +19,13 @@ from torch.profiler import record_function
 from ssdtrain.optimizer.closures import check_closure
 from ssdtrain.optimizer.cpu_step import CpuUpdates
 from ssdtrain.optimizer.gradients import Gradients
-from ssdtrain.optimizer.inner import load_part, predict_state_nbytes, take_over, what_stayed
+from ssdtrain.optimizer.inner import predict_state_nbytes, take_over, what_stayed
+from ssdtrain.optimizer.live_state import LiveState
+from ssdtrain.optimizer.methods import paged
 from ssdtrain.optimizer.progress import StepProgress
 from ssdtrain.optimizer.reach import Reach, has_reentrant_checkpoints, weakly
 from ssdtrain.optimizer.state import Pages
-from ssdtrain.optimizer.state_dict import StateView, load_chunks, parameters_with_entries, whole_state_dict
+from ssdtrain.optimizer.state_dict import whole_state_dict
 from ssdtrain.optimizer.step import Updates
 from ssdtrain.optimizer.validation import check_alone, check_devices, check_optimizer, check_settings
 from ssdtrain.parameters.offload import homes_of
@@ -70,7 +72,9 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             has_masters=policy.master_weights,
             is_delayed=policy.delayed_update,
         )
-        self._updates = Updates(optimizer, self._pages, self._gradients, self._cpu_updates, self._name)
+        self._updates = Updates(
+            optimizer, self._pages, self._gradients, self._cpu_updates, self._name, policy.chunk_nbytes
+        )
         try:
             check_devices(self._vault, self.param_groups)
             if policy.update_on == "device" or self._vault.directory is not None:  # else it stays in host memory
@@ -98,18 +102,33 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         self._inner.param_groups = groups
 
-    @property
-    def state(self) -> Mapping[torch.Tensor, dict[str, Any]]:  # type: ignore[override]
-        """State by parameter, read from the drive when it is looked at. What is changed in it is not kept."""
+    @property  # type: ignore[override]
+    def state(self) -> LiveState:
+        """State by parameter, to be read and changed: what is looked at comes to memory, and leaves when nobody has it.
+
+        Until the next step a chunk of it may stay.
+        """
         self._check_open()
         self._finish()
-        return StateView(self._inner, self._pages)
+        return self._updates.live
+
+    @state.setter
+    def state(self, state: MutableMapping[Any, Any]) -> None:
+        self.state.replace(state)
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else the optimizer has."""
-        if name.startswith("__") or name == "_inner":
+        """Whatever else the optimizer has; its methods find the state."""
+        if name.startswith("__") or name in ("_inner", "_updates"):
             raise AttributeError(name)
-        return getattr(self._inner, name)
+        return paged(self._inner, name, getattr(self._inner, name), self._updates, self._begin_call)
+
+    def _begin_call(self) -> None:
+        """A method of the optimizer is about to change what it likes."""
+        self._check_open()
+        self._regroup()
+        self._progress.end_backwards()
+        self._check_whole()
+        self._finish()
 
     def __repr__(self) -> str:
         return f"Offloaded{self._inner!r}"
@@ -144,14 +163,16 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         with torch.no_grad(), record_function("ssdtrain::optimizer_step"):
             with self._noting_errors():
-                self._update_all([p for p in self._group_of if p in self._gradients])
-                if not self.policy.delayed_update:
-                    self._cpu_updates.finish()
+                self._update_all(self._updates.due(self._progress.updated))
+                if not self._cpu_updates.is_busy or not self.policy.delayed_update:
+                    self._updates.finish()
         self._finish_step()
         return loss
 
     def _update_all(self, parameters: Iterable[torch.Tensor]) -> None:
-        chunks = self._updates.chunks(parameters, self.policy.chunk_nbytes)
+        chunks = self._updates.chunks(parameters)
+        if not chunks and not self._progress.updated:
+            self._updates.update_none(self._scaler())
         for i, chunk in enumerate(chunks):
             for parameter in [p for ahead in chunks[i : i + 1 + _AHEAD] for p in ahead if p not in self._cpu_updates]:
                 self._fetch(parameter)
@@ -193,6 +214,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             if is_late:
                 late = f"step {self._progress.num_steps}, whose update was delayed"
                 self._progress.note_torn(late, self._group_of)
+                self._updates.finish()
             self._cpu_updates.finish()
         if is_late:
             self._progress.note_torn("", self._group_of)
@@ -333,20 +355,10 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         for hook in inner._optimizer_load_state_dict_pre_hooks.values():
             loaded = hook(self, loaded) or loaded
         entries, groups = loaded["state"], loaded["param_groups"]
-        own = {i for group in groups for i in group["params"]}
-        places = self._cpu_updates.places()
         if self._cpu_updates.is_busy:  # from here on only this makes it whole
             self._progress.begin_load()
             self._cpu_updates.abandon()
-        load_part(inner, {key: value for key, value in entries.items() if key not in own}, groups, places)
-        self._progress.begin_load()
-        self._pages.forget()
-        keys = parameters_with_entries(self._group_of, entries, groups)
-        chunks = [
-            {parameter: keys[parameter] for parameter in chunk}
-            for chunk in self._updates.chunks(keys, self.policy.chunk_nbytes)
-        ]
-        load_chunks(inner, entries, groups, chunks, self._updates.send_away, places)
+        self._updates.load(entries, groups, self._progress.begin_load)
         self._gradients.forget_used(self._group_of)
         self._progress.finish_load()
         for post_hook in inner._optimizer_load_state_dict_post_hooks.values():
@@ -430,7 +442,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 self._watch(name, parameter)
         if self.policy.update_on == "cpu":
             self._cpu_updates.meet({parameter: self._names[parameter] for parameter in found})
-        self._updates.group_of = self._reach.parameters = found
+        self._reach.parameters = found
+        self._updates.regroup(found, self.policy)
 
     def _watch(self, name: str, parameter: torch.Tensor) -> None:
         if parameter.is_meta:

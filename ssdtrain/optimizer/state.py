@@ -45,6 +45,7 @@ class Pages:
         self._vault, self._counters, self._min_nbytes = vault, counters, min_nbytes
         self._devices = vault.devices()
         self._pages: dict[torch.Tensor, dict[str, _Page]] = {}
+        self.lent: dict[torch.Tensor, int] = {}  # parameters whose state somebody may be looking at, and its bytes
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """Parameters with state on the drive."""
@@ -106,21 +107,18 @@ class Pages:
         name: str,
         state: dict[str, Any],
         host: Device | None = None,
-        may_leave: Callable[[Any], bool] = lambda _: True,
     ) -> None:
         """Begins to write a parameter's state, which is all in `state`, and takes it out of there.
 
-        Args:
-            parameter: whose state.
-            name: its name.
-            state: where the optimizer looks for it.
-            host: the device of host memory, where all of it is by then, whatever the parameter's own is.
-            may_leave: whether a value may; the others stay.
+        Unless it is lent. `host`: the device of host memory, where all of it is by then, whatever the parameter's own
+        is.
         """
+        if parameter in self.lent:
+            return
         for key in [key for key in self._pages.get(parameter, {}) if key not in state]:
             self._discard(parameter, key)  # the optimizer has done away with it
         for key in list(state):
-            if not may_leave(state[key]) or not self._send(parameter, key, name, state[key], host):
+            if not self._send(parameter, key, name, state[key], host):
                 self._discard(parameter, key)
             else:
                 del state[key]
@@ -164,6 +162,12 @@ class Pages:
             return None
         return device
 
+    def lend(self, parameter: torch.Tensor, state: dict[str, Any]) -> None:
+        """Puts a parameter's state in memory, where it stays while it is in `lent`, the only place it is then."""
+        self.bring(parameter, state)
+        self.drop(parameter)
+        self.lent[parameter] = nbytes_of(state)
+
     def copies(self, parameter: torch.Tensor) -> dict[str, Any]:
         """A parameter's pages, in memory of their own."""
         return self._read(parameter, lambda tensor, _: tensor.clone())
@@ -201,5 +205,6 @@ class Pages:
 
     def forget(self) -> None:
         """Frees all of them."""
+        self.lent.clear()
         for parameter in self:
             self.drop(parameter)

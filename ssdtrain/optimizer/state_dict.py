@@ -1,4 +1,4 @@
-"""An optimizer's state as a whole, to be looked at, saved and loaded, although it is on the drive.
+"""An optimizer's state as a whole, saved and loaded, although it is on the drive.
 
 Knows the optimizer that does the arithmetic and the pages; not when it steps.
 """
@@ -6,7 +6,7 @@ Knows the optimizer that does the arithmetic and the pages; not when it steps.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,31 +15,12 @@ from ssdtrain.optimizer.inner import load_part
 from ssdtrain.optimizer.state import Pages
 
 
-class StateView(Mapping[torch.Tensor, dict[str, Any]]):
-    """State by parameter, as copies in memory."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, pages: Pages) -> None:
-        """Looks at an optimizer and at its pages."""
-        self._optimizer, self._pages = optimizer, pages
-
-    def __getitem__(self, parameter: torch.Tensor) -> dict[str, Any]:
-        """A parameter's state; empty while it has none."""
-        found: dict[str, Any] = dict(self._optimizer.state.get(parameter, {}))
-        return found | self._pages.copies(parameter)
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        """Parameters with state."""
-        return iter({**self._optimizer.state, **dict.fromkeys(self._pages)})
-
-    def __len__(self) -> int:
-        """How many those are."""
-        return sum(1 for _ in self)
-
-
 def whole_state_dict(optimizer: torch.optim.Optimizer, pages: Pages) -> dict[str, Any]:
     """The optimizer's own `state_dict`, with its pages in files that are mapped to memory."""
     resident = optimizer.state
-    whole = {parameter: {**state, **pages.mapped(parameter)} for parameter, state in resident.items()}
+    whole = dict(resident)
+    for parameter in pages:
+        whole[parameter] = {**resident.get(parameter, {}), **pages.mapped(parameter)}
     try:
         optimizer.state = defaultdict(dict, whole)
         found: dict[str, Any] = optimizer.state_dict()
@@ -54,6 +35,11 @@ def parameters_with_entries(
     """Those of `parameters`, in the order of the groups, that a state dict has entries for, and under which key."""
     ids = [i for group in groups for i in group["params"]]
     return {parameter: i for i, parameter in zip(ids, parameters, strict=True) if i in entries}
+
+
+def loads_apart(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `load_state_dict` takes the entries of a few parameters; what others make of it may want all of them."""
+    return type(optimizer).load_state_dict is torch.optim.Optimizer.load_state_dict
 
 
 def load_chunks(
@@ -73,5 +59,5 @@ def load_chunks(
         load_part(optimizer, {key: entries[key] for key in chunk.values()}, groups, places)
         for parameter in chunk:
             send_away(parameter)
-        kept |= dict(optimizer.state)
+        kept |= {parameter: optimizer.state[parameter] for parameter in chunk}  # others may have been looked up
     optimizer.state = defaultdict(dict, kept)

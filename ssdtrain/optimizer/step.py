@@ -7,16 +7,23 @@ the arithmetic; not when a step is due.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
 from ssdtrain.optimizer.cpu_step import CpuUpdates
 from ssdtrain.optimizer.gradients import Gradients
-from ssdtrain.optimizer.inner import checked_step, narrowed
+from ssdtrain.optimizer.inner import having_only, load_part, narrowed, plain_step
+from ssdtrain.optimizer.live_state import LiveState
 from ssdtrain.optimizer.state import Pages
+from ssdtrain.optimizer.state_dict import load_chunks, loads_apart, parameters_with_entries
+from ssdtrain.optimizer.trial import Trial, try_out
+from ssdtrain.optimizer.validation import check_trial
 from ssdtrain.parameters.offload import homes_of
+from ssdtrain.policy import OptimizerPolicy
+from ssdtrain.store.frames import nbytes_of
 
 
 class Updates:
@@ -29,24 +36,97 @@ class Updates:
         gradients: Gradients,
         on_cpu: CpuUpdates,
         name_of: Callable[[torch.Tensor], str],
+        chunk_nbytes: int,
     ) -> None:
-        """None was updated yet. `group_of`, the index of a parameter's group, is to be kept up to date."""
+        """None was updated yet. `group_of` has the index of each parameter's group."""
         self.group_of: dict[torch.Tensor, int] = {}
         self._inner, self._pages, self._gradients = inner, pages, gradients
         self._on_cpu, self._name_of = on_cpu, name_of
+        self._shared = on_cpu.shared
+        self._trial = Trial()
+        self._chunk_nbytes = chunk_nbytes
+        self.live = LiveState(inner, pages, self.send_away, self._check_lending, chunk_nbytes)
 
-    def chunks(self, parameters: Iterable[torch.Tensor], chunk_nbytes: int) -> list[list[torch.Tensor]]:
-        """As many parameters together as `chunk_nbytes` of state allow."""
+    def regroup(self, group_of: dict[torch.Tensor, int], policy: OptimizerPolicy) -> None:
+        """Learns of all parameters and their groups; finds out on throw-away tensors how new ones can be paged.
+
+        Raises:
+            ValueError: they cannot; the message says why.
+        """
+        if group_of.keys() - self.group_of.keys():
+            trial = try_out(self._inner, self._on_cpu.place, self._state_of, may_take_all=policy.update_on == "device")
+            nbytes = int(trial.state_ratio * sum(nbytes_of(p) for p in group_of if p.requires_grad))
+            check_trial(type(self._inner), trial, policy, nbytes)
+            self._trial, self._shared.changing = trial, trial.changing
+        self.group_of = group_of
+
+    def _state_of(self, parameter: torch.Tensor) -> dict[str, Any]:
+        return {**self._inner.state.get(parameter, {}), **self._pages.copies(parameter)}
+
+    def due(self, updated: set[torch.Tensor]) -> list[torch.Tensor]:
+        """What a step updates, but for these, which it has updated."""
+        takes_all = self._trial.takes_all
+        return [p for p in self.group_of if p in self._gradients or (takes_all and p not in updated)]
+
+    def chunks(self, parameters: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+        """As many parameters together as `chunk_nbytes` of state allow; all, where they cannot be updated apart."""
+        if self._trial.is_whole:
+            return [found] if (found := list(parameters)) else []
         chunks: list[list[torch.Tensor]] = []
         room = 0
         for parameter in parameters:
             nbytes = self._pages.nbytes(parameter)
             if not chunks or nbytes > room:
                 chunks.append([])
-                room = chunk_nbytes
+                room = self._chunk_nbytes
             chunks[-1].append(parameter)
             room -= nbytes
         return chunks
+
+    def update_none(self, attributes: Mapping[str, Any]) -> None:
+        """A step without any gradient: optimizers may count it."""
+        if self._trial.counts_empty_steps:
+            self._step({}, attributes)
+
+    @contextlib.contextmanager
+    def everything(self) -> Iterator[None]:
+        """Inside, the optimizer finds all of its state where it looks, and parameters with their values."""
+        parameters = list(self.group_of)
+        with self.live.in_place(), contextlib.ExitStack() as stack:
+            for home in homes_of(parameters):
+                stack.enter_context(home.in_memory(parameters))
+            yield
+
+    def _check_lending(self, parameter: torch.Tensor) -> None:
+        if parameter in self._on_cpu and self.live.is_in_place:
+            raise RuntimeError(
+                f"Expected update_on='device' for methods beside step() that need state, got 'cpu': that of "
+                f"{self._name_of(parameter)} is in host memory, and the parameter is not"
+            )
+
+    def load(self, entries: Mapping[Any, Any], groups: list[dict[str, Any]], when_changing: Callable[[], None]) -> None:
+        """Loads a state dict, a few parameters at a time where the optimizer can.
+
+        Raises:
+            ValueError: it has other groups.
+        """
+        own = {i for group in groups for i in group["params"]}
+        places, is_apart = self._on_cpu.places(), loads_apart(self._inner)
+        load_part(self._inner, {k: v for k, v in entries.items() if not is_apart or k not in own}, groups, places)
+        when_changing()
+        self._pages.forget()
+        keys = parameters_with_entries(self.group_of, entries, groups)
+        if is_apart:
+            chunks = [{p: keys[p] for p in chunk} for chunk in self.chunks(keys)]
+            load_chunks(self._inner, entries, groups, chunks, self.send_away, places)
+            return
+        for parameter in keys:
+            self.send_away(parameter)
+
+    def finish(self) -> None:
+        """The step is over: parameters have their new values, and what all of them share has."""
+        self._on_cpu.finish()
+        self._shared.apply(self._inner)
 
     def fetch(self, parameter: torch.Tensor) -> int:
         """Begins to read a parameter's state, and the parameter if it is away; how many reads of state."""
@@ -67,6 +147,7 @@ class Updates:
             attributes: what the optimizer has besides, in this step.
             when_changing: called when all is in memory, before the first one changes.
         """
+        self.live.settle()
         others = [parameter for parameter in chunk if parameter not in self._on_cpu]
         if others:
             self._update_in_place(others, attributes, when_changing)
@@ -79,17 +160,33 @@ class Updates:
     ) -> None:
         for parameter in chunk:
             self._gradients.give_back(parameter)
+        with self._in_memory(chunk):
+            when_changing()
+            self._step(self._by_group(chunk), attributes)
+        self._gradients.put_back(chunk)
+        for parameter in chunk:
+            self.send_away(parameter)
+
+    @contextlib.contextmanager
+    def _in_memory(self, chunk: list[torch.Tensor]) -> Iterator[None]:
+        """Inside, these parameters and their state are there."""
+        for parameter in chunk:
             if parameter in self._pages:  # looking a parameter up would give it an empty state
                 self._pages.bring(parameter, self._inner.state[parameter])
         with contextlib.ExitStack() as stack:
             for home in homes_of(chunk):
                 stack.enter_context(home.in_memory(chunk))
-            when_changing()
-            with narrowed(self._inner, self._by_group(chunk), attributes):
-                checked_step(self._inner)
-        self._gradients.put_back(chunk)
-        for parameter in chunk:
-            self.send_away(parameter)
+            yield
+
+    def _step(self, chosen: dict[int, list[torch.Tensor]], attributes: Mapping[str, Any]) -> None:
+        step = partial(plain_step, self._inner)
+        if self._trial.is_whole:
+            with having_only(self._inner, chosen, attributes):
+                step()
+            return
+        with narrowed(self._inner, chosen, attributes):
+            _, changes = self._shared.run(self._inner, step)
+        self._shared.note(changes)
 
     def _by_group(self, chunk: Iterable[torch.Tensor]) -> dict[int, list[torch.Tensor]]:
         found: dict[int, list[torch.Tensor]] = {}
@@ -99,9 +196,11 @@ class Updates:
 
     def send_away(self, parameter: torch.Tensor) -> None:
         """Begins to write a parameter's state, all of which is in memory."""
+        if parameter not in self.group_of:
+            return
         if parameter in self._on_cpu:
             self._on_cpu.send_away(parameter, self._name_of(parameter))
             return
-        state = self._inner.state.get(parameter, {})
+        state = self.live.own.get(parameter, {})
         if state or parameter in self._pages:
             self._pages.send_away(parameter, self._name_of(parameter), state)

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ssdtrain.optimizer.trial import Trial
 from ssdtrain.parameters.offload import homes_of
 from ssdtrain.policy import OptimizerPolicy
+from ssdtrain.stats import nbytes_text
 from ssdtrain.store.identity import byte_range
 from ssdtrain.store.tensor_store import Vault
 
@@ -25,13 +27,45 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         raise TypeError(f"Expected a torch.optim.Optimizer, got {name}: DeepSpeed and Megatron offload their own")
     if getattr(optimizer, "pages_parameters", False):
         raise ValueError("Expected an optimizer that is not offloaded yet, got one that is: call close() first")
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
+    parameters = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
+    kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind in kinds]
+    if "closure" in needed:
         raise ValueError(
             f"Expected an optimizer whose step needs no closure, got {name}, which evaluates it repeatedly"
         )
+    if needed:
+        raise ValueError(f"Expected an optimizer whose step needs no arguments, got {name}, which needs {needed[0]}")
+    for attribute, value in vars(optimizer).items():
+        if isinstance(value, torch.optim.Optimizer):
+            raise ValueError(
+                f"Expected an optimizer that does its own arithmetic, got {name}, which has {type(value).__name__} do "
+                f"it, its {attribute!r}: offload that one, and make {name} of what offload_optimizer() returns"
+            )
     if optimizer.defaults.get("differentiable"):
         raise ValueError(f"Expected differentiable=False, got {name} whose step autograd is to follow")
+
+
+def check_trial(kind: type, trial: Trial, policy: OptimizerPolicy, state_nbytes: int) -> None:
+    """Raises when an optimizer of this kind cannot be paged as the policy says.
+
+    `state_nbytes`: how much state all parameters will have.
+    """
+    if trial.is_impossible:
+        raise ValueError(
+            f"Expected an optimizer whose state can leave memory between steps, got {kind.__name__}: {trial.reason}; "
+            "use it without offload_optimizer"
+        )
+    if not trial.is_whole:
+        return
+    apart = f"{kind.__name__}, which cannot update parameters apart (in a trial on small tensors: {trial.reason})"
+    if policy.step_in_backward:
+        raise ValueError(f"Expected step_in_backward=False with {apart}, got {policy.step_in_backward!r}")
+    if state_nbytes > policy.chunk_nbytes:
+        raise ValueError(
+            f"Expected chunk_nbytes of at least {nbytes_text(state_nbytes)}, all of the state, with {apart}, got "
+            f"{nbytes_text(policy.chunk_nbytes)}: raise it, which has all state in memory during a step"
+        )
 
 
 def check_apart(names: Mapping[torch.Tensor, str]) -> None:

@@ -1,11 +1,12 @@
 """A value of optimizer state without its large tensors: what is left when those leave, and the value again.
 
-Knows tensors, lists, tuples, dictionaries and tensor subclasses that say what they are made of (`DTensor`, quantised
-state); neither optimizers nor drives. In a frame, what has left is a `Gap`; the rest is as it was.
+Knows tensors, lists, tuples, deques, dictionaries and tensor subclasses that say what they are made of (`DTensor`,
+quantised state); neither optimizers nor drives. In a frame, what has left is a `Gap`; the rest is as it was.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,9 @@ def take_apart(value: Any, leaves: Callable[[torch.Tensor, str], int | None], wh
         return {key: take_apart(entry, leaves, f"{where}[{key!r}]") for key, entry in value.items()}
     if type(value) in (list, tuple):
         return type(value)([take_apart(entry, leaves, f"{where}[{i}]") for i, entry in enumerate(value)])
+    if type(value) is deque:
+        entries = [take_apart(entry, leaves, f"{where}[{i}]") for i, entry in enumerate(value)]
+        return deque(entries, value.maxlen)
     return value
 
 
@@ -66,6 +70,8 @@ def put_together(frame: Any, tensors: Sequence[torch.Tensor]) -> Any:
         return {key: put_together(entry, tensors) for key, entry in frame.items()}
     if type(frame) in (list, tuple):
         return type(frame)([put_together(entry, tensors) for entry in frame])
+    if type(frame) is deque:
+        return deque([put_together(entry, tensors) for entry in frame], frame.maxlen)
     return frame
 
 
@@ -73,7 +79,7 @@ def has_gaps(frame: Any) -> bool:
     """Whether any tensor has left."""
     if isinstance(frame, Gap | _Subclass):
         return True
-    entries = frame.values() if type(frame) is dict else frame if type(frame) in (list, tuple) else ()
+    entries = frame.values() if type(frame) is dict else frame if type(frame) in (list, tuple, deque) else ()
     return any(has_gaps(entry) for entry in entries)
 
 
