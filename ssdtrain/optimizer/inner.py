@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from ssdtrain.optimizer.shared import copied
+from ssdtrain.store.frames import tensors_of
 from ssdtrain.store.identity import why_not
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -133,12 +133,11 @@ def predict_state_nbytes(optimizer: torch.optim.Optimizer, min_nbytes: int, *, h
 def what_stayed(optimizer: torch.optim.Optimizer, min_nbytes: int) -> dict[str, tuple[int, int]]:
     """How many tensors of state are in memory when all that may leave has left, and how many bytes, by reason."""
     found: dict[str, tuple[int, int]] = {}
-    for value in tree_leaves([dict(state) for state in optimizer.state.values()]):
-        if isinstance(value, torch.Tensor):
-            nbytes = value.numel() * value.element_size()
-            reason = "smaller than min_nbytes" if nbytes < max(1, min_nbytes) else why_not(value) or "no plain state"
-            num, total = found.get(reason, (0, 0))
-            found[reason] = num + 1, total + nbytes
+    for value in tensors_of(list(optimizer.state.values())):
+        nbytes = value.numel() * value.element_size()
+        reason = "smaller than min_nbytes" if nbytes < max(1, min_nbytes) else why_not(value) or "no plain state"
+        num, total = found.get(reason, (0, 0))
+        found[reason] = num + 1, total + nbytes
     return found
 
 

@@ -95,5 +95,5 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
 
 
 def nbytes_of(value: Any) -> int:
-    """Bytes of those tensors, as far as they are here."""
-    return sum(tensor.nbytes for tensor in tensors_of(value))
+    """Bytes of those tensors, as far as they are here; sparse ones count as if they were not."""
+    return sum([tensor.numel() * tensor.element_size() for tensor in tensors_of(value)])
