@@ -59,7 +59,8 @@ class Index:
         """Marks the storages of a model's parameters and buffers."""
         for tensor in tensors:
             if tensor.layout is torch.strided:
-                self.mark_weight(tensor.untyped_storage())
+                with torch._C.DisableTorchFunctionSubclass():  # not to have offloaded ones read
+                    self.mark_weight(tensor.untyped_storage())
 
     def mark_weight(self, storage: torch.UntypedStorage) -> None:
         """Marks a storage that was seen to be a weight's, so that other tensors on it are recognised too."""

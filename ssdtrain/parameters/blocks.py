@@ -14,6 +14,7 @@ import torch
 
 from ssdtrain.blocks import find_blocks
 from ssdtrain.parameters.parameter import Residence
+from ssdtrain.parameters.placeholder import OWNER
 from ssdtrain.state_stats import StateCounters
 
 
@@ -133,6 +134,8 @@ def _why_stay(parameter: torch.nn.Parameter, owners: set[str], min_nbytes: int) 
 
 
 def _check_kind(name: str, parameter: torch.nn.Parameter) -> None:
+    if hasattr(parameter, OWNER):
+        raise ValueError(f"Expected a module that is not offloaded yet, got {name}, which is: call close() first")
     kind, data = type(parameter), type(parameter.data)
     if kind is not torch.nn.Parameter or data is not torch.Tensor:
         raise ValueError(
@@ -141,8 +144,6 @@ def _check_kind(name: str, parameter: torch.nn.Parameter) -> None:
         )
     if parameter.layout is not torch.strided or parameter.is_quantized:
         raise ValueError(f"Expected dense parameters, got {name} with layout {parameter.layout}: leave its block out")
-    if hasattr(parameter, "_ssdtrain_home"):
-        raise ValueError(f"Expected a module that is not offloaded yet, got {name}, which is: call close() first")
 
 
 def _storage(tensor: torch.Tensor) -> int:

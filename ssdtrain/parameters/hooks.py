@@ -3,24 +3,30 @@
 [Note: how a parameter is found missing]
 Forward: every block has a hook before its forward. Whatever takes a parameter out of a module of a block without that
 (`functional.linear(x, block.fc.weight)`) finds `_Register` in the place of the module's dictionary of parameters, which
-brings it. Backward: while the module or a block runs forward, what autograd saves of an offloaded parameter becomes a
-`_Saved`, which brings it when it is unpacked. Everything else that is saved goes to whoever would have had it. A
-block's outputs bring it a little earlier, for custom functions that keep a parameter without autograd.
+brings it; whatever else computes with one, see [Note: how a parameter is reached]. Backward: while the module or a
+block runs forward, what autograd saves of an offloaded parameter becomes a `_Saved`, which brings it when it is
+unpacked. Everything else that is saved goes to whoever would have had it. A block's outputs bring it a little earlier,
+for custom functions that keep a parameter without autograd.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch._compile import _disable_dynamo
 from torch.autograd.graph import register_multi_grad_hook, saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from ssdtrain.parameters.blocks import Block
 from ssdtrain.parameters.parameter import Residence
+from ssdtrain.parameters.placeholder import SHARDED
 from ssdtrain.parameters.working_set import Uses, is_in_backward
 from ssdtrain.stats import Counters
 from ssdtrain.store.identity import ViewSpec, view_spec
@@ -54,11 +60,66 @@ class _Register(dict[str, Any]):
             self._uses.visit(parameter)
         return parameter
 
+    def __setitem__(self, name: str, value: Any) -> None:
+        if value is not self.get(name):
+            self._refuse_to_lose(name)
+        super().__setitem__(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        self._refuse_to_lose(name)
+        super().__delitem__(name)
+
+    def pop(self, name: str, *default: Any) -> Any:
+        self._refuse_to_lose(name)
+        return super().pop(name, *default)
+
+    def _refuse_to_lose(self, name: str) -> None:
+        parameter = self.get(name)
+        for r in self._uses.find([parameter] if parameter is not None else []):
+            raise RuntimeError(
+                f"Expected parameter {r.name} to stay the same object while it is offloaded, got another in its place "
+                "or none: shard, parametrise, quantise or replace it before offload_parameters()"
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        """One parameter after the other in memory, for a copy that is all in memory."""
+        return {name: copy.deepcopy(value, memo) for name, value in self.items()}
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
             "Expected a module whose parameters are in memory, got one whose parameters are offloaded: save its "
-            "state_dict(), or copy the module before offload_parameters()"
+            "state_dict(), or copy.deepcopy(module), which is a plain one"
         )
+
+
+class _Hook:
+    """What a module calls; a copy of the module calls nothing."""
+
+    def __init__(self, call: Callable[..., None] | None) -> None:
+        self._call = call
+
+    @_disable_dynamo
+    def __call__(self, *args: Any) -> None:
+        if self._call is not None:
+            self._call(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return _Hook(None)
+
+    def __reduce__(self) -> Any:
+        return _Hook, (None,)
+
+
+class _Parallelisms(dict[str, Any]):
+    """A module's registry of PyTorch's composable parallelisms, which refuses those that take its parameters away."""
+
+    def __contains__(self, name: object) -> bool:
+        if name in ("fully_shard", "replicate"):
+            raise ValueError(SHARDED)
+        return super().__contains__(name)
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)
 
 
 class _Running(threading.local):
@@ -84,31 +145,40 @@ class Hooks:
         self._running = _Running()
         self._loading: dict[torch.nn.Module, list[Residence]] = {}
         self._idle_counters = Counters()
+        self._saving: dict[torch.nn.Module, list[tuple[Residence, int]]] = {}  # and their versions
         self._handles: list[Any] = [
-            module.register_forward_pre_hook(self._before_module, prepend=True),
-            module.register_forward_hook(self._after_module, always_call=True),
+            module.register_forward_pre_hook(_Hook(self._before_module), prepend=True),
+            module.register_forward_hook(_Hook(self._after_module), always_call=True),
         ]
+        self._marked = [module]
+        _refuse_sharding(module)
 
     def install(self, block: Block, owners: Iterable[torch.nn.Module]) -> None:
         """Follows a block, whose parameters are those of `owners`."""
         for owner in owners:
             owner.__dict__["_parameters"] = _Register(owner._parameters, self._uses)
             self._handles += [
-                owner.register_state_dict_post_hook(partial(self._fill_state_dict)),
-                owner.register_load_state_dict_pre_hook(self._before_load),
-                owner.register_load_state_dict_post_hook(self._after_load),
+                owner.register_state_dict_pre_hook(_Hook(self._before_state_dict)),
+                owner.register_state_dict_post_hook(_Hook(self._fill_state_dict)),
+                owner.register_load_state_dict_pre_hook(_Hook(self._before_load)),
+                owner.register_load_state_dict_post_hook(_Hook(self._after_load)),
             ]
         block.remember()
         self._handles += [
-            block.module.register_forward_pre_hook(partial(self._before_block, block), prepend=True),
-            block.module.register_forward_hook(partial(self._after_block, block), always_call=True),
+            block.module.register_forward_pre_hook(_Hook(partial(self._before_block, block)), prepend=True),
+            block.module.register_forward_hook(_Hook(partial(self._after_block, block)), always_call=True),
         ]
+        for module in block.module.modules():
+            self._marked.append(module)
+            _refuse_sharding(module)
 
     def remove(self) -> None:
         """Follows nothing any more."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        for module in self._marked:
+            _allow_sharding(module)
         for block in self._uses.blocks:
             for module in block.module.modules():
                 if isinstance(module._parameters, _Register):
@@ -129,7 +199,7 @@ class Hooks:
     def _before_block(self, block: Block, module: torch.nn.Module, args: Any) -> None:
         block.check()
         self._uses.use(block)
-        block.num_running += 1
+        self._begin(block)
         self._running.entries.append((block, self._enter()))
 
     def _after_block(self, block: Block, module: torch.nn.Module, args: Any, output: Any) -> None:
@@ -154,9 +224,36 @@ class Hooks:
             if block is None:
                 self._uses.end_forward()
             else:
-                block.num_running -= 1
+                self._end(block)
             if block is last:
                 break
+
+    def _begin(self, block: Block) -> None:
+        with self._uses.lock:
+            block.num_running += 1
+            if block.num_running == 1:
+                for r in block.residences:
+                    r.hold()
+
+    def _end(self, block: Block) -> None:
+        with self._uses.lock:
+            block.num_running -= 1
+            if block.num_running == 0:
+                for r in block.residences:
+                    if r.num_pins:  # not closed meanwhile
+                        r.release()
+
+    @contextlib.contextmanager
+    def following(self) -> Iterator[None]:
+        """Takes what autograd saves of our parameters inside; a checkpoint, which counts what is saved, has it all."""
+        outer = innermost_hooks()
+        is_counted = outer is not None and outer[0].__module__ == "torch.utils.checkpoint"
+        hooks = None if is_counted else self._enter()
+        try:
+            yield
+        finally:
+            if hooks is not None:
+                hooks.__exit__()
 
     def _enter(self) -> saved_tensors_hooks | None:
         """Takes what autograd saves of our parameters from here on, unless we do already."""
@@ -200,6 +297,9 @@ class Hooks:
         named = {name: p for name, p in module._parameters.items() if p is not None}
         return {name: r for name, p in named.items() for r in self._uses.find([p])}
 
+    def _before_state_dict(self, module: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
+        self._saving[module] = [(r, r.version) for r in self._mine(module).values()]
+
     def _fill_state_dict(self, module: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         """Copies in files in the place of parameters that come and go."""
         self._check_whole()
@@ -209,6 +309,9 @@ class Hooks:
                     self._uses.residences.bring([r])
                     state[prefix + name] = self._mapped_copy(r.view(r.spec), r.spec)
                     self._uses.let_go([r])
+        for r, version in self._saving.pop(module, []):
+            if not r.is_shared:
+                r.version = version  # what the module took out of it to put into the dict was not changed
 
     def _before_load(
         self, module: torch.nn.Module, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], *_: Any
@@ -236,6 +339,19 @@ class Hooks:
 
 def _fits(r: Residence, value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.shape == r.spec.size
+
+
+def _refuse_sharding(module: torch.nn.Module) -> None:
+    if dist.is_available():
+        from torch.distributed._composable.contract import REGISTRY_KEY
+
+        vars(module)[REGISTRY_KEY] = _Parallelisms(vars(module).get(REGISTRY_KEY, {}))
+
+
+def _allow_sharding(module: torch.nn.Module) -> None:
+    for name, value in list(vars(module).items()):
+        if type(value) is _Parallelisms:
+            vars(module)[name] = dict(value)
 
 
 def _storage_address(tensor: torch.Tensor) -> int:

@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from ssdtrain.parameters.blocks import Block, choose_blocks, choose_parameters
 from ssdtrain.parameters.hooks import Hooks
 from ssdtrain.parameters.parameter import Residence, Residences
+from ssdtrain.parameters.placeholder import OWNER
 from ssdtrain.parameters.working_set import Uses
 from ssdtrain.policy import ParameterPolicy
 from ssdtrain.state_stats import StateCounters, StateStats
@@ -95,7 +96,8 @@ class ParameterOffload:
                 residences.append(Residence(names[id(p)], p, device))
             block = Block(len(self._uses.blocks), name, module, residences)
             for r in residences:
-                r.parameter._ssdtrain_home = self  # type: ignore[attr-defined]
+                r.owner = self
+                r.guard()
                 self._counters.go(r.nbytes)
             self._uses.add(block)
             self._hooks.install(block, owners)
@@ -120,7 +122,9 @@ class ParameterOffload:
                 handle.remove()
             self._hooks.remove()
             for r in self._uses:
-                del r.parameter._ssdtrain_home  # type: ignore[attr-defined]
+                r.owner, r.num_pins = None, 0
+                r.guard()
+                vars(r.parameter).pop(OWNER, None)
                 self._vault.free(r.slot)
             self._uses.clear()
             if vars(self._module).get(_ATTRIBUTE) is self:
@@ -173,6 +177,9 @@ class ParameterOffload:
                 f"others are not: load a checkpoint ({self._vault.checkpoint})"
             )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of the module is a plain one."""
+
     def __reduce__(self) -> Any:
         raise TypeError("Expected parameters in memory, got one that is offloaded: save the module's state_dict()")
 
@@ -200,11 +207,11 @@ class ParameterOffload:
         chosen = self._uses.find(parameters)
         with self._lock:
             for r in chosen:
-                r.num_pins += 1
+                r.hold()
             try:
                 self._residences.bring(chosen)
             except BaseException:
-                self._unpin(chosen)
+                self._release(chosen)
                 raise
         try:
             yield
@@ -212,8 +219,44 @@ class ParameterOffload:
             with self._lock:
                 if to_change:
                     self._residences.note_changed(chosen)
-                self._unpin(chosen)
+                self._release(chosen)
                 self._uses.let_go(chosen)
+
+    @contextlib.contextmanager
+    def accessed(self, parameters: Iterable[torch.Tensor], *, to_change: bool) -> Iterator[None]:
+        """See `ssdtrain.placeholder.Owner`."""
+        chosen = list({id(r): r for r in self._uses.find(parameters)}.values())
+        with self._lock:
+            for r in chosen:
+                r.hold()
+            try:
+                self._uses.access(chosen)
+            except BaseException:
+                self._release(chosen)
+                raise
+        try:
+            with self._hooks.following():
+                yield
+        finally:
+            with self._lock:
+                self._residences.note_changed([r for r in chosen if to_change or r.is_shared])
+                self._release(chosen)
+                self._uses.limit_visitors()
+
+    def assign(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
+        """See `ssdtrain.placeholder.Owner`."""
+        with self._lock, contextlib.ExitStack() as stack:
+            for r in self._uses.find([parameter]):
+                for home in homes_of([value]):
+                    stack.enter_context(home.accessed([value], to_change=False))
+                self._residences.assign(r, value)
+                self._uses.invite([r])
+                self._uses.limit_visitors()
+
+    def values(self, parameter: torch.Tensor) -> torch.nn.Parameter:
+        """See `ssdtrain.placeholder.Owner`."""
+        with self.in_memory([parameter], to_change=False):
+            return torch.nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
 
     def name_of(self, parameter: torch.Tensor) -> str | None:
         """The parameter's name in the module; None for one that is not its own."""
@@ -235,7 +278,9 @@ class ParameterOffload:
         with self._lock, torch.no_grad():
             (r,) = self._uses.find([parameter])
             if not self._residences.replace(r, value):
+                r.hold()
                 r.parameter.copy_(value, non_blocking=True)
+                r.release()
                 self._residences.note_changed([r])
                 self._uses.let_go([r])
 
@@ -244,14 +289,17 @@ class ParameterOffload:
         with self._lock, torch.no_grad():
             (r,) = self._uses.find([parameter])
             self._residences.accept(r)
+            r.hold()
             r.parameter.copy_(value)  # not its memory alone: a graph that has saved it learns of the change
+            r.release()
             self._residences.note_changed([r])
             self._note_loaded([r])
             self._uses.let_go([r])
 
-    def _unpin(self, residences: Iterable[Residence]) -> None:
+    def _release(self, residences: Iterable[Residence]) -> None:
         for r in residences:
-            r.num_pins -= 1
+            if r.num_pins:  # not closed meanwhile
+                r.release()
 
     def _watch_optimizers(self) -> list[Any]:
         """A plain optimizer updates all its parameters at once: they are in memory meanwhile."""
@@ -282,21 +330,21 @@ class ParameterOffload:
                     "ssdtrain.offload_optimizer() pages through them"
                 )
                 for r in mine:  # with or without a gradient yet: its closure may compute them
-                    r.num_pins += 1
+                    r.hold()
                 self._stepping = mine
                 self._residences.bring(mine)
 
     def _after_step(self) -> None:
         with self._lock:
             self._residences.note_changed(self._stepping)
-            self._unpin(self._stepping)
+            self._release(self._stepping)
             self._uses.let_go(self._stepping)
             self._stepping = []
 
 
 def homes_of(parameters: Iterable[torch.Tensor]) -> list[ParameterOffload]:
     """Whose these parameters are, each once; of those that are not offloaded, nobody's."""
-    found = (getattr(parameter, "_ssdtrain_home", None) for parameter in parameters)
+    found = (getattr(parameter, OWNER, None) for parameter in parameters)
     return list({id(home): home for home in found if home is not None}.values())
 
 

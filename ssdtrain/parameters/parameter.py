@@ -4,9 +4,8 @@ Knows parameters and the vault, neither modules nor the order in which they are 
 
 [Note: what a parameter is while it is away]
 A parameter that comes back gets the memory it was read to; one that leaves lets go of its memory, which lives on for as
-long as anything else uses it: an operator that has just unpacked it, a write. In between it shows NaN through a single
-element expanded to its shape: zeros would pass unnoticed, and an empty storage would crash the process when read.
-Autograd sees nothing of this: setting `.data` does not touch version counters.
+long as anything else uses it: an operator that has just unpacked it, a write. In between it has a placeholder, see
+[Note: how a parameter is reached]. Autograd sees nothing of this: setting `.data` does not touch version counters.
 
 [Note: changed or not]
 What comes back clean goes without a write. Changed is what has another version than at its last write, or what
@@ -16,16 +15,19 @@ somebody says has changed: `.data` bypasses version counters.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
 from ssdtrain.devices.base import Device
+from ssdtrain.parameters.placeholder import OWNER, OffloadedParameter, Owner, is_intact, is_poison, poison_of
 from ssdtrain.state_stats import StateCounters
 from ssdtrain.store.identity import ViewSpec, spec_nbytes, view_of, view_spec, whole
 from ssdtrain.store.slots import Arrival, Slot
 from ssdtrain.store.tensor_store import Vault
 
 _PAGE = 4096
+_OWN_USES = 2  # of a storage: ours and the parameter's
 
 
 class Residence:
@@ -45,15 +47,17 @@ class Residence:
         self.arrival: Arrival | None = None
         self.storage: torch.UntypedStorage | None = None
         self.num_pins = 0  # it does not leave while somebody holds it
+        self.is_visiting = False  # others may have its memory
+        self.owner: Owner | None = None
         self.is_valid = not parameter.is_meta  # false: without bytes until a checkpoint is loaded
         self._shown: torch.UntypedStorage | None = None  # what the parameter was last given
+        self._poison_address = 0
         self.torch_device = torch.device("cpu") if parameter.is_meta else parameter.device
         if self.is_valid:
             self.show(data.untyped_storage())
         else:
-            empty = torch.nn.Parameter(self._poison(), requires_grad=parameter.requires_grad)
+            empty = torch.nn.Parameter(self._take_poison(), requires_grad=parameter.requires_grad)
             torch.utils.swap_tensors(parameter, empty)
-            self._shown = parameter.untyped_storage()
 
     def view(self, spec: ViewSpec) -> torch.Tensor:
         """A view of its memory, with a version counter of its own."""
@@ -63,33 +67,98 @@ class Residence:
     def show(self, storage: torch.UntypedStorage) -> None:
         """The parameter has this memory."""
         self.storage = self._shown = storage
-        self.parameter.data = self.view(self.spec)
+        self.set_data(self.view(self.spec))
 
     def hide(self) -> None:
         """The parameter has no memory, see [Note: what a parameter is while it is away]."""
-        poison = self._poison()
-        self.parameter.data = poison
-        self.storage, self._shown = None, poison.untyped_storage()
+        self.set_data(self._take_poison())
+        self.storage = None
+
+    def set_data(self, data: torch.Tensor) -> None:
+        """`parameter.data = data`, whatever class it has."""
+        with torch._C.DisableTorchFunctionSubclass():
+            self.parameter.data = data
 
     @property
     def is_replaced(self) -> bool:
         """Whether somebody has given the parameter other data (`parameter.data = ...`)."""
-        return self._shown is not None and self.parameter.untyped_storage()._cdata != self._shown._cdata
+        if self._shown is None:
+            return False
+        with torch._C.DisableTorchFunctionSubclass():
+            return bool(self.parameter.untyped_storage()._cdata != self._shown._cdata)
 
-    def take_over(self) -> None:
-        """Makes the data that somebody gave it its own."""
-        data = whole(self.parameter.data)
+    @property
+    def is_shared(self) -> bool:
+        """Whether somebody else has its memory: leaving would free nothing, and what is written there would be lost."""
+        return self.storage is not None and torch._C._storage_Use_Count(self.storage._cdata) > _OWN_USES
+
+    def take_over(self, device_of: Callable[[torch.Tensor], Device | str], *, is_trusted: bool) -> None:
+        """Makes the data that somebody gave it its own. Not trusted: it may have been computed from a placeholder.
+
+        Raises:
+            RuntimeError: it cannot be.
+        """
+        with torch._C.DisableTorchFunctionSubclass():
+            data = self.parameter.data
+        self.check_data(data, device_of)
+        if not is_trusted and self.storage is None and is_poison(data):
+            raise RuntimeError(
+                f"Expected values for parameter {self.name}, got NaN computed while its own were on the drive: compute "
+                "with it inside parameter_offload(model).gathered()"
+            )
+        device = device_of(data)
+        assert not isinstance(device, str)
+        data, self.device, self.torch_device = whole(data), device, data.device
         self.spec = view_spec(data)
         self.nbytes, self.version, self.arrival, self.is_valid = spec_nbytes(self.spec), -1, None, True
         self.show(data.untyped_storage())
 
-    def _poison(self) -> torch.Tensor:
-        """All bits set: NaN in every floating point format, -1 or the largest number in integers."""
-        dtype = self.spec.dtype
-        if dtype is torch.bool:
-            return torch.ones((), dtype=dtype, device=self.torch_device).expand(self.spec.size)
-        bits = torch.full((dtype.itemsize,), 255, dtype=torch.uint8, device=self.torch_device)
-        return bits.view(dtype)[0].expand(self.spec.size)
+    def check_data(self, data: Any, device_of: Callable[[torch.Tensor], Device | str]) -> None:
+        """Raises when it cannot have this data."""
+        problem = f"of type {type(data).__name__}"
+        if type(data) in (torch.Tensor, torch.nn.Parameter, OffloadedParameter):
+            reason = "" if data.layout is torch.strided and not data.is_quantized else f"with layout {data.layout}"
+            problem = reason or (f"of shape {list(data.shape)}" if data.shape != self.spec.size else "")
+            device = device_of(data)
+            problem = problem or (device if isinstance(device, str) else "")
+        if problem:
+            raise RuntimeError(
+                f"Expected dense data of shape {list(self.spec.size)} in memory for parameter {self.name}, which is "
+                f"offloaded, got {problem}: call parameter_offload(model).close() first"
+            )
+
+    def hold(self) -> None:
+        """Somebody has it in memory, as a plain parameter that does not leave."""
+        self.num_pins += 1
+        self.parameter.__class__ = torch.nn.Parameter
+
+    def release(self) -> None:
+        """The opposite."""
+        self.num_pins -= 1
+        self.guard()
+
+    def guard(self) -> None:
+        """Unless somebody holds it, those who use it ask its owner, if it has one."""
+        if not self.num_pins:
+            self.parameter.__class__ = torch.nn.Parameter if self.owner is None else OffloadedParameter
+            if self.owner is not None:
+                vars(self.parameter)[OWNER] = self.owner
+
+    def check_placeholder(self) -> None:
+        """Raises when somebody has written to its placeholder; an accelerator would have to be waited for."""
+        if self.storage is not None or self.device.driver is not None or self.is_replaced:
+            return
+        if not is_intact(self._poison_address, self.spec.dtype):
+            raise RuntimeError(
+                f"Expected nobody to write to parameter {self.name} while its values are on the drive, got other bytes "
+                "in its placeholder: write to it inside parameter_offload(model).gathered()"
+            )
+
+    def _take_poison(self) -> torch.Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            poison, self._poison_address = poison_of(self.spec.dtype, self.spec.size, self.torch_device)
+        self._shown = poison.untyped_storage()
+        return poison
 
 
 class Residences:
@@ -129,6 +198,9 @@ class Residences:
         missing = [r for r in residences if r.storage is None]
         if not missing:
             return
+        _check_real(missing[0])
+        for r in missing:
+            r.check_placeholder()
         self._counters.num_demand_reads += self.fetch(missing)
         for r in missing:
             if r.arrival is None:
@@ -159,10 +231,22 @@ class Residences:
         for r in residences:
             r.version = -1
 
-    def _adopt_replaced(self, r: Residence) -> None:
-        if r.storage is not None:
-            self.by_storage.pop(r.storage._cdata, None)
-        r.take_over()
+    def assign(self, r: Residence, data: torch.Tensor) -> None:
+        """`parameter.data = data`.
+
+        Raises:
+            RuntimeError: it cannot have that.
+        """
+        r.check_data(data, self.vault.devices().of)
+        r.set_data(data)
+        if r.is_replaced:
+            self._adopt_replaced(r, is_trusted=True)
+
+    def _adopt_replaced(self, r: Residence, *, is_trusted: bool = False) -> None:
+        old = r.storage
+        r.take_over(self.vault.devices().of, is_trusted=is_trusted)
+        if old is not None:
+            self.by_storage.pop(old._cdata, None)
         self.adopt(r)
 
     def read_to_host(self, r: Residence) -> Callable[[], torch.Tensor] | None:
@@ -202,11 +286,13 @@ class Residences:
             if r.is_replaced:
                 self._adopt_replaced(r)
             if r.storage is None:
+                r.check_placeholder()
                 continue
             version = r.parameter._version
             if version != r.version or not r.slot.is_filled:
+                may_change = r.is_visiting and r.is_shared
                 self.vault.write(r.slot, r.storage, r.device)
-                r.version = version
+                r.version = -1 if may_change else version
 
     def leave(self, residences: Iterable[Residence]) -> None:
         """Sends them away; what has changed is written, and its memory lives until that is copied."""
@@ -218,3 +304,13 @@ class Residences:
                 continue
             self.by_storage.pop(r.storage._cdata, None)  # first: the address may be another storage's then
             r.hide()
+            r.guard()
+
+
+def _check_real(r: Residence) -> None:
+    """Raises where tensors have no values, as while a module is exported."""
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        raise RuntimeError(
+            f"Expected parameter {r.name} in memory where tensors are fake (torch.export), got one that is offloaded: "
+            "export copy.deepcopy(model), which is all in memory, or call parameter_offload(model).close() first"
+        )

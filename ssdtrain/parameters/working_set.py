@@ -7,10 +7,13 @@ In forward after its forward, unless it is the next one needed. In backward when
 since: autograd runs operators in the reverse order of forward, but one of another block may come in between.
 
 [Note: visitors]
-A parameter that somebody takes out of a block that does not run comes alone, and counts as changed: perhaps it is,
-through `.data`. Within a forward of the module what autograd saves of it is ours, and its whole block comes, to leave
-as blocks do. Elsewhere autograd may have saved the parameter itself: it stays until the second forward from then
-begins, when that graph has been used.
+A parameter that somebody uses while its block does not run comes alone. Within a forward or backward its whole block
+comes, to leave as blocks do. Visitors leave when more of them are there than the largest block has bytes, the oldest
+first, when a block is needed, and at `flush`: but those whose memory somebody else has (``p.data`` in a list, a
+graph) stay as long as that is so, for leaving would free nothing and lose what is written there. One that was taken
+out of its module (``block.fc.weight``) counts as changed, and may be used past PyTorch's Python functions, where
+autograd saves the parameter itself: it stays until the second forward from then begins, when that graph has been
+used.
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ class Uses:
         self._order = UseOrder(num_blocks)
         self._active: list[Block] = []  # the latest last
         self._ahead: list[Block] = []  # read before they are needed
-        self._visitors: dict[Residence, int] = {}  # and the forward with which they leave
+        self._visitors: dict[Residence, int] = {}  # and the forward with which they leave; the oldest first
+        self._visitors_nbytes = 0  # what they may have
         self._num_forwards = 0
         self._num_running = 0  # forwards of the whole module
 
@@ -51,6 +55,7 @@ class Uses:
     def add(self, block: Block) -> None:
         """Another block, whose parameters leave as soon as they are written."""
         self.blocks.append(block)
+        self._visitors_nbytes = max(self._visitors_nbytes, sum(r.nbytes for r in block.residences))
         for r in block.residences:
             self._by_id[id(r.parameter)] = r, block
             self.residences.adopt(r)
@@ -110,6 +115,7 @@ class Uses:
         with self.lock:
             if not is_in_backward():
                 self._dismiss(list(self._active))
+            self.send_visitors_home()
             self.let_go(self)
 
     def _dismiss(self, blocks: Sequence[Block]) -> None:
@@ -140,30 +146,57 @@ class Uses:
         known = self._by_id.get(id(parameter))
         if known is None or known[1].num_running:
             return
-        if is_in_backward() or self._num_running > 0:
-            with self.lock:
-                if self._active and self._active[-1] is known[1]:
-                    self.residences.bring(known[1].residences)
-                else:
-                    self.use(known[1])
-            return
-        self.invite([known[0]], 2 if torch.is_grad_enabled() else 0)
-        self.residences.note_changed([known[0]])  # through `.data`, perhaps
+        if not self._pass_through(known[1]):
+            self.invite([known[0]], 2 if torch.is_grad_enabled() else 0)
+            self.residences.note_changed([known[0]])  # through `.data`, perhaps
+
+    def access(self, residences: Sequence[Residence]) -> None:
+        """Somebody computes with parameters, and holds them meanwhile."""
+        with self.lock:
+            for r in residences:
+                known = self._by_id.get(id(r.parameter))
+                if known is not None and not self._pass_through(known[1]):
+                    self.invite([r])
+
+    def _pass_through(self, block: Block) -> bool:
+        """Within a forward of the module or a backward, its whole block comes; false: neither runs."""
+        if not is_in_backward() and self._num_running == 0:
+            return False
+        with self.lock:
+            if self._active and self._active[-1] is block:
+                self.residences.bring(block.residences)
+            else:
+                self.use(block)
+        return True
 
     def invite(self, residences: Sequence[Residence], num_forwards: int = 0) -> None:
         """Brings parameters for a visit, until so many forwards have begun and a block is needed."""
         with self.lock:
             until = self._num_forwards + num_forwards
-            self._visitors |= {r: max(until, self._visitors.get(r, 0)) for r in residences}
+            for r in residences:
+                self._visitors[r] = max(until, self._visitors.pop(r, 0))
+                r.is_visiting = True
             self.residences.bring(residences)
 
-    def send_visitors_home(self) -> None:
-        """Those whose time is over leave."""
+    def send_visitors_home(self, nbytes: int = 0) -> None:
+        """Those whose time is over leave, the oldest first, until the others have at most `nbytes`."""
         with self.lock:
-            leaving = [r for r, until in self._visitors.items() if until <= self._num_forwards]
+            excess = sum(r.nbytes for r in self._visitors) - nbytes
+            leaving = []
+            for r, until in self._visitors.items():
+                if excess <= 0:
+                    break
+                if until <= self._num_forwards and not r.num_pins and not r.is_shared:
+                    leaving.append(r)
+                    excess -= r.nbytes
             for r in leaving:
                 del self._visitors[r]
+                r.is_visiting = False
             self.let_go(leaving)
+
+    def limit_visitors(self) -> None:
+        """See [Note: visitors]."""
+        self.send_visitors_home(self._visitors_nbytes)
 
     def let_go(self, residences: Iterable[Residence]) -> None:
         """These leave, unless their block is in use or they are on a visit."""

@@ -153,7 +153,8 @@ def shares_version_counter(tensor: torch.Tensor, probe: torch.Tensor) -> bool:
 
 def why_not(tensor: torch.Tensor) -> str | None:
     """Why a tensor is not a plain strided tensor that may travel, or None."""
-    if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
+    kind = type(tensor)
+    if kind is not torch.Tensor and kind is not torch.nn.Parameter and not getattr(kind, "is_plain", False):
         return "weight" if _is_marked(tensor) else "tensor subclass"
     if tensor.is_nested:
         return "nested"
