@@ -270,11 +270,6 @@ class ActivationOffload:
             self._index.mark_weight(tensor.untyped_storage())
         return Resident(tensor, 0, self._counters)
 
-    def _leave(self, tensor: torch.Tensor, nbytes: int) -> Resident:
-        """Its owner frees and refills it: autograd holds next to nothing."""
-        self._counters.skip("refilled by its owner", nbytes)
-        return Resident(tensor, 0, self._counters)
-
     def _pack_large(self, tensor: torch.Tensor, nbytes: int) -> Resident | Handle:
         reason = why_not(tensor)
         if reason == "weight":
@@ -292,7 +287,8 @@ class ActivationOffload:
         if _graph_task() != -1:
             return self._stay(tensor, "saved during backward", nbytes)
         if self._left_alone and is_made_by(tensor, self._left_alone):
-            return self._leave(tensor, nbytes)
+            self._counters.skip("refilled by its owner", nbytes)  # autograd holds next to nothing
+            return Resident(tensor, 0, self._counters)
         reason = self._store.why_not(device)
         if reason is not None:
             return self._stay(tensor, reason, nbytes)
