@@ -162,7 +162,8 @@ def offload_optimizer(
 
     Raises:
         TypeError: it is no `torch.optim.Optimizer`.
-        ValueError: its step needs a closure, or it is offloaded already.
+        ValueError: its step needs a closure, it is offloaded already, or a trial on small throw-away tensors says that
+            its state cannot be paged, or only when all of it is one chunk; nothing has changed then.
         OSError: a directory is missing, not writable or too small for the state.
         RuntimeError: the engine asked for by name is not available.
 
