@@ -478,6 +478,10 @@ class Gated(torch.optim.AdamW):
     entered = threading.Event()
     threads: ClassVar[set[int]] = set()
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        Gated.gate.set()  # for the trial
+
     def step(self, closure: Any = None) -> Any:
         Gated.threads.add(threading.get_ident())
         Gated.entered.set()

@@ -142,8 +142,8 @@ def test_a_second_gradient_before_the_step_counts_too(
 def test_in_a_forked_child_nothing_waits(device: SimulatedDevice | None, device_kind: str, tmp_path: Path) -> None:
     assert device is not None
     weight = parameter()
-    Gated.gate.clear()
     optimizer = on_cpu(Gated([weight], lr=0.1), tmp_path, device, **LATE)
+    Gated.gate.clear()
     weight.grad = torch.ones(64, 64)
     optimizer.step()
     device.synchronize()
@@ -182,8 +182,8 @@ def test_a_gradient_set_by_hand_takes_the_place_of_one_on_the_drive(
 def test_gradients_whose_memory_is_used_again(device: SimulatedDevice | None, device_kind: str, tmp_path: Path) -> None:
     """As of a flat buffer: what clears it comes after the copies out of it."""
     weights = [parameter() for _ in range(3)]
-    Gated.gate.clear()
     optimizer = on_cpu(Gated(weights, lr=0.1), tmp_path, device, chunk_nbytes=1, **LATE)
+    Gated.gate.clear()
     buffer = torch.ones(3, 64, 64)
     for weight, gradient in zip(weights, buffer, strict=True):
         weight.grad = gradient
