@@ -294,23 +294,36 @@ void bind_write(py::module_& module) {
             write->cancel(checked_piece(*write.get(), piece));
           },
           py::arg("piece"))
-      .def("wait",
-           [](const PyWrite& write) {
-             WriteState* state = write.get().get();
-             wait_interruptibly(std::nullopt, [&](Seconds t) { return state->wait_done(t); });
-           })
-      .def("wait_copied",
-           [](const PyWrite& write) {
-             WriteState* state = write.get().get();
-             wait_interruptibly(std::nullopt, [&](Seconds t) { return state->wait_copied(t); });
-           })
+      .def(
+          "wait",
+          [](const PyWrite& write, std::optional<double> timeout_seconds) {
+            WriteState* state = write.get().get();
+            return wait_interruptibly(timeout_seconds,
+                                      [&](Seconds t) { return state->wait_done(t); });
+          },
+          py::arg("timeout_seconds") = py::none())
+      .def(
+          "wait_copied",
+          [](const PyWrite& write, std::optional<double> timeout_seconds) {
+            WriteState* state = write.get().get();
+            return wait_interruptibly(timeout_seconds,
+                                      [&](Seconds t) { return state->wait_copied(t); });
+          },
+          py::arg("timeout_seconds") = py::none())
+      .def(
+          "wait_issued",
+          [](const PyWrite& write, std::optional<double> timeout_seconds) {
+            WriteState* state = write.get().get();
+            return wait_interruptibly(timeout_seconds,
+                                      [&](Seconds t) { return state->wait_issued(t); });
+          },
+          py::arg("timeout_seconds") = py::none())
       .def(
           "make_wait", [](const PyWrite& w, uint64_t stream) { w->make_wait(stream); },
           py::arg("stream"))
       .def_property_readonly("is_copied", [](const PyWrite& w) { return w->is_copied(); })
       .def_property_readonly("is_issued", [](const PyWrite& w) { return w->is_issued(); })
       .def_property_readonly("is_lost", [](const PyWrite& w) { return w->is_lost(); })
-      .def_property_readonly("at_drive_since", [](const PyWrite& w) { return w->at_drive_since(); })
       .def_property_readonly("is_done", [](const PyWrite& w) { return w->is_done(); })
       .def_property_readonly("error", &write_error)
       .def_property_readonly("moments", &write_moments)
@@ -395,6 +408,10 @@ void bind_engine_methods(py::class_<PyEngine>& engine) {
                                       [&](Seconds t) { return target->wait_idle(t); });
           },
           py::arg("timeout_seconds") = py::none())
+      .def(
+          "silent_seconds",
+          [](const PyEngine& engine, size_t file) { return engine->silent_seconds(file); },
+          py::arg("file"))
       .def("drain",
            [](const PyEngine& engine) {
              Engine* target = engine.get().get();

@@ -15,6 +15,7 @@ constexpr unsigned kStreamNonBlocking = 1;  // no order with the legacy stream b
 constexpr unsigned kEventBlockingSync = 1;  // a waiting thread sleeps
 constexpr unsigned kEventDisableTiming = 2;
 constexpr unsigned kHostRegisterPortable = 1;  // pinned for every device
+constexpr int kCaptureRelaxed = 2;
 
 CudaLibrary::Stream as_stream(uint64_t handle) {
   return reinterpret_cast<CudaLibrary::Stream>(handle);
@@ -34,20 +35,26 @@ void move_to_node(char* address, size_t nbytes, int node) {
 
 }  // namespace
 
+// Makes the context current for a scope. What is called inside belongs to no graph: while any
+// thread captures one, queries and copies of another thread would otherwise be refused, and spoil
+// the capture.
 class CudaDriver::Current {
  public:
   explicit Current(const CudaDriver& driver) : cuda_(driver.cuda_) {
     cuda_.check(cuda_.context_push(driver.context_), "cuCtxPushCurrent");
+    cuda_.exchange_capture_mode(&capture_mode_);
   }
   Current(const Current&) = delete;
   Current& operator=(const Current&) = delete;
   ~Current() {
+    cuda_.exchange_capture_mode(&capture_mode_);
     CudaLibrary::Context popped;
     cuda_.context_pop(&popped);
   }
 
  private:
   const CudaLibrary& cuda_;
+  int capture_mode_ = kCaptureRelaxed;
 };
 
 CudaDriver::CudaDriver(int index) : cuda_(CudaLibrary::get()), index_(index) {

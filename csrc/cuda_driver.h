@@ -34,7 +34,7 @@ class CudaDriver : public DeviceDriver {
   void unpin(char* address) noexcept override;
 
  private:
-  class Current;  // makes the context current for a scope
+  class Current;
 
   Stream create_stream();
   Event create_event();

@@ -49,6 +49,7 @@ CudaLibrary::CudaLibrary() {
   find(library, "cuMemcpyHtoDAsync_v2", &copy_to_device);
   find(library, "cuMemHostRegister_v2", &host_register);
   find(library, "cuMemHostUnregister", &host_unregister);
+  find(library, "cuThreadExchangeStreamCaptureMode", &exchange_capture_mode);
   find(library, "cuGetErrorName", &get_error_name);
   check(init(0), "cuInit");
 }

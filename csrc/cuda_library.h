@@ -46,6 +46,8 @@ class CudaLibrary {
   Result (*copy_to_device)(Pointer device, const void* host, size_t nbytes, Stream stream);
   Result (*host_register)(void* address, size_t nbytes, unsigned flags);
   Result (*host_unregister)(void* address);
+  // Of the calling thread: `mode` gets what it was.
+  Result (*exchange_capture_mode)(int* mode);
   Result (*get_error_name)(Result result, const char** name);
 
  private:

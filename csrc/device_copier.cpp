@@ -205,11 +205,14 @@ void DeviceCopier::issue(CopyIn job) {
   try {
     job.read->ready()->make_wait(driver_->in_stream());
     if (job.available) job.available->make_wait(driver_->in_stream());
-    driver_->copy_in(driver_->in_stream(), job.destination, job.bytes.get() + job.bytes_offset,
-                     job.nbytes);
+    const char* from = job.bytes.get() + job.bytes_offset;
+    for_each_copy(from, job.nbytes, [&](size_t at, size_t nbytes) {
+      driver_->copy_in(driver_->in_stream(), job.destination + at, from + at, nbytes);
+    });
     there = std::make_shared<Fence>(driver_, driver_->in_stream());
   } catch (const std::exception& thrown) {
     std::string error = thrown.what();
+    drain(driver_, driver_->in_stream());  // what was queued of it may still run
     std::lock_guard<std::mutex> lock(shared_.monitor->mutex);
     fail(job, error, false);
     return;
@@ -222,6 +225,7 @@ void DeviceCopier::issue(CopyIn job) {
   std::shared_ptr<Fence> ready = job.read->ready();
   in_watcher_.push({ready, job.available}, there,
                    [this, job = std::move(job)](const std::string& error, double seconds) mutable {
+                     if (!error.empty()) drain(driver_, driver_->in_stream());
                      job.bytes.reset();  // before the request is seen to be done
                      std::lock_guard<std::mutex> lock(shared_.monitor->mutex);
                      if (error.empty()) {
@@ -238,7 +242,10 @@ std::shared_ptr<Fence> DeviceCopier::queue_copies(const WriteQueue::Job& job) {
   job.write->producer()->make_wait(stream);
   fill_slab(job.write.get(), job.chunk, job.bytes.get(),
             [&](char* to, const char* from, size_t nbytes) {
-              driver_->copy_out(stream, to, reinterpret_cast<uint64_t>(from), nbytes);
+              uint64_t source = reinterpret_cast<uint64_t>(from);
+              for_each_copy(to, nbytes, [&](size_t at, size_t step) {
+                driver_->copy_out(stream, to + at, source + at, step);
+              });
               return uint32_t{0};
             });
   return std::make_shared<Fence>(driver_, stream);
@@ -261,6 +268,7 @@ void DeviceCopier::issue(WriteQueue::Job job) {
   out_watcher_.push({producer}, copied,
                     [this, job = std::move(job)](const std::string& error, double seconds) mutable {
                       if (!error.empty()) {
+                        drain(driver_, driver_->out_stream());
                         writes_.fail(std::move(job), EREMOTEIO);
                         return;
                       }

@@ -79,6 +79,7 @@ class DeviceCopier {
     std::shared_ptr<SlabPool> pool;
     Scheduler* scheduler;
     bool has_checksum;
+    std::shared_ptr<PinnedRegion> host;  // null without a host tier
   };
 
   DeviceCopier(Shared shared, std::shared_ptr<DeviceDriver> driver);
@@ -109,6 +110,16 @@ class DeviceCopier {
   void stage(SlabLease lease);  // monitor->mutex held
   void issue(CopyIn job);
   void issue(WriteQueue::Job job);
+  // `copy(offset, nbytes)` for each piece of host memory that one copy may touch.
+  template <typename Copy>
+  void for_each_copy(const char* host, size_t nbytes, Copy copy) const {
+    for (size_t done = 0; done < nbytes;) {
+      size_t step =
+          shared_.host ? shared_.host->copyable_nbytes(host + done, nbytes - done) : nbytes - done;
+      copy(done, step);
+      done += step;
+    }
+  }
   std::shared_ptr<Fence> queue_copies(const WriteQueue::Job& job);
   void note_copied_out(const WriteQueue::Job& job, double seconds);
   void add_checksums(const WriteQueue::Job& job);

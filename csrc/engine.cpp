@@ -129,7 +129,7 @@ void Engine::check_open() const {
 }
 
 std::string Engine::add_device(std::shared_ptr<DeviceDriver> driver) {
-  DeviceCopier::Shared shared{monitor_, pool_, scheduler_.get(), options_.has_checksum};
+  DeviceCopier::Shared shared{monitor_, pool_, scheduler_.get(), options_.has_checksum, host_};
   auto copier = std::make_unique<DeviceCopier>(std::move(shared), driver);
   std::string reason = pool_->add_driver(driver, copier->doorbell());
   if (host_) reason += host_->add_driver(driver);
@@ -353,6 +353,11 @@ double Engine::write_busy_seconds() const {
 double Engine::read_busy_seconds() const {
   std::lock_guard<std::mutex> lock(monitor_->mutex);
   return monitor_->total.read.busy_seconds();
+}
+
+double Engine::silent_seconds(size_t file) const {
+  std::lock_guard<std::mutex> lock(monitor_->mutex);
+  return file < open_files_.size() ? open_files_[file]->pulse.silent_seconds() : 0.0;
 }
 
 std::pair<Copies, Copies> Engine::copies() const {

@@ -95,6 +95,8 @@ class Engine {
   size_t peak_staging_nbytes() const;
   double write_busy_seconds() const;
   double read_busy_seconds() const;
+  // How long the drive has owed an answer for this file and has given none; 0 when it owes none.
+  double silent_seconds(size_t file) const;
   // Of one user's files.
   Traffic traffic(size_t user) const;
   // Out of accelerators and into them.

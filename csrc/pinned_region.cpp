@@ -1,5 +1,7 @@
 #include "pinned_region.h"
 
+#include <algorithm>
+
 namespace ssdtrain {
 
 PinnedRegion::~PinnedRegion() {
@@ -9,6 +11,16 @@ PinnedRegion::~PinnedRegion() {
 size_t PinnedRegion::nbytes() const {
   std::lock_guard<std::mutex> lock(mutex_);
   return segments_.empty() ? 0 : segments_.back().start + segments_.back().nbytes;
+}
+
+size_t PinnedRegion::copyable_nbytes(const char* address, size_t nbytes) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (const Segment& segment : segments_) {
+    const char* start = data() + segment.start;
+    if (address < start || address >= start + segment.nbytes) continue;
+    return std::min<size_t>(nbytes, start + segment.nbytes - address);
+  }
+  return nbytes;
 }
 
 std::string PinnedRegion::grow(size_t nbytes) {

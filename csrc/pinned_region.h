@@ -23,6 +23,9 @@ class PinnedRegion {
   char* data() const { return region_.data(); }
   size_t limit_nbytes() const { return region_.nbytes(); }
   size_t nbytes() const;
+  // How many of the `nbytes` at `address`, here or elsewhere, one copy of a device may touch:
+  // drivers refuse a copy that goes beyond what was made known to them in one step.
+  size_t copyable_nbytes(const char* address, size_t nbytes) const;
   // Makes the first `nbytes` usable, and known to every driver. Empty, or why it is not pinned.
   std::string grow(size_t nbytes);
   // Makes what is usable now, and later, known to `driver`.

@@ -51,6 +51,10 @@ std::unique_ptr<Transfer> Scheduler::next(Queue* queue) {
 
 void Scheduler::complete(Transfer* context, int64_t result) {
   if (context->advance(result, monitor_.get()) == Transfer::Outcome::kAgain) {
+    {
+      std::lock_guard<std::mutex> lock(monitor_->mutex);
+      context->pulse().answer();
+    }
     backend_->submit(context->op());
     return;
   }
@@ -76,6 +80,7 @@ void Scheduler::cancel_queued() {
 
 void Scheduler::begin(const Transfer& transfer) {
   ++num_active_;
+  transfer.pulse().begin();
   for (Traffic* traffic : {&monitor_->total, &monitor_->traffic[transfer.user()]}) {
     (transfer.is_write() ? traffic->written : traffic->read).begin();
   }
@@ -83,6 +88,7 @@ void Scheduler::begin(const Transfer& transfer) {
 
 void Scheduler::end(const Transfer& transfer) {
   --num_active_;
+  transfer.pulse().end();
   size_t nbytes = transfer.errnum() == 0 ? transfer.nbytes() : 0;
   for (Traffic* traffic : {&monitor_->total, &monitor_->traffic[transfer.user()]}) {
     (transfer.is_write() ? traffic->written : traffic->read).end(nbytes);

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "direct_io.h"
+#include "pulse.h"
 #include "unique_fd.h"
 
 namespace ssdtrain {
@@ -19,6 +20,7 @@ struct OpenFile {
   UniqueFd fd;
   DirectIo io;
   size_t user;
+  mutable Pulse pulse{};
 };
 
 // One preallocated, already unlinked file in a directory, for this process's eyes only.

@@ -36,6 +36,8 @@ class Transfer {
   const std::string& message() const { return message_; }
   // Whose file it is.
   size_t user() const { return file_.user; }
+  // Of the drive it is on.
+  Pulse& pulse() const { return file_.pulse; }
   // monitor->mutex held: whether somebody waits for it.
   virtual bool is_awaited() const { return false; }
 

@@ -81,7 +81,7 @@ void WriteState::skip(Part* part) {
 void WriteState::mark_issued(const Part& part) {
   if (--pieces_[part.piece].num_unissued > 0) return;
   ++monitor_->num_events;
-  --num_unissued_;
+  if (--num_unissued_ == 0) changed_.notify_all();
 }
 
 void WriteState::mark_read(const Part& part) {
@@ -190,16 +190,13 @@ void WriteState::settle_in_memory(size_t index) { finish(&chunks_[index], ChunkS
 
 bool WriteState::begin_write(size_t index) {
   if (chunks_[index].state != ChunkState::kCopied) return false;
-  at_drive_since_ = seconds_now();
-  ++num_at_drive_;
-  if (moments_.write_begun == 0.0) moments_.write_begun = at_drive_since_;
+  if (moments_.write_begun == 0.0) moments_.write_begun = seconds_now();
   chunks_[index].state = ChunkState::kWriting;
   return true;
 }
 
 void WriteState::end_write(size_t index) {
   Chunk& chunk = chunks_[index];
-  --num_at_drive_;
   chunk.bytes.reset();
   written_nbytes_ += chunk.nbytes;
   finish(&chunk, ChunkState::kWritten);
@@ -207,7 +204,6 @@ void WriteState::end_write(size_t index) {
 
 void WriteState::fail_write(size_t index, int errnum, std::shared_ptr<const char> rescued) {
   Chunk& chunk = chunks_[index];
-  --num_at_drive_;
   if (!error_) error_ = WriteError{errnum, file_offset(index), chunk.nbytes};
   ++monitor_->num_write_errors;
   if (rescued) chunk.bytes = std::move(rescued);
@@ -223,7 +219,12 @@ bool WriteState::wait_done(std::chrono::duration<double> timeout) {
 
 bool WriteState::wait_copied(std::chrono::duration<double> timeout) {
   std::unique_lock<std::mutex> lock(monitor_->mutex);
-  return changed_.wait_for(lock, timeout, [this] { return is_copied(); });
+  return changed_.wait_for(lock, timeout, [this] { return is_copied() || is_done(); });
+}
+
+bool WriteState::wait_issued(std::chrono::duration<double> timeout) {
+  std::unique_lock<std::mutex> lock(monitor_->mutex);
+  return changed_.wait_for(lock, timeout, [this] { return is_issued() || is_done(); });
 }
 
 void WriteState::make_wait(DeviceDriver::Stream stream) const {
@@ -243,11 +244,6 @@ std::optional<WriteError> WriteState::error() const {
 WriteMoments WriteState::moments() const {
   std::lock_guard<std::mutex> lock(monitor_->mutex);
   return moments_;
-}
-
-double WriteState::at_drive_since() const {
-  std::lock_guard<std::mutex> lock(monitor_->mutex);
-  return num_at_drive_ > 0 ? at_drive_since_ : 0.0;
 }
 
 }  // namespace ssdtrain

@@ -104,10 +104,9 @@ class WriteState {
   void cancel(size_t piece);
   bool wait_done(std::chrono::duration<double> timeout);
   bool wait_copied(std::chrono::duration<double> timeout);
+  bool wait_issued(std::chrono::duration<double> timeout);
   std::optional<WriteError> error() const;
   WriteMoments moments() const;
-  // When the drive got the latest of the chunks it has now; 0 while it has none.
-  double at_drive_since() const;
   uint64_t written_nbytes() const { return written_nbytes_.load(); }
   uint64_t cancelled_nbytes() const { return cancelled_nbytes_.load(); }
   uint64_t rescued_nbytes() const { return rescued_nbytes_.load(); }
@@ -174,10 +173,8 @@ class WriteState {
   size_t next_chunk_ = 0;
   std::optional<WriteError> error_;
   WriteMoments moments_;
-  size_t num_at_drive_ = 0;
-  double at_drive_since_ = 0.0;
   std::shared_ptr<Fence> last_copy_;  // a stream runs in order: covers all earlier ones
-  std::condition_variable changed_;   // copied or done
+  std::condition_variable changed_;   // issued, copied or done
 
   std::atomic<bool> is_lost_{false};
   std::atomic<size_t> num_unissued_{0};  // pieces

@@ -269,7 +269,7 @@ def drain(offload: ssdtrain.ActivationOffload) -> None:
 def spill_fds(offload: ssdtrain.ActivationOffload) -> list[int]:
     transport = offload._store._transport
     assert transport is not None
-    return [file.fd for file in transport._drive.files]
+    return [file.fd for file in transport.drive.files]
 
 
 def holdings() -> tuple[int, int]:

@@ -155,6 +155,11 @@ CUresult cuStreamDestroy_v2(void* stream) { return free(stream), OK; }
 CUresult cuStreamWaitEvent(void* stream, void* event, unsigned flags) { return note("wait %p %p\n", stream, event), OK; }
 CUresult cuEventCreate(void** event, unsigned flags) { return *event = malloc(1), OK; }
 CUresult cuEventDestroy_v2(void* event) { return free(event), OK; }
+static __thread int capture_mode;  // 0: global, 2: relaxed
+CUresult cuThreadExchangeStreamCaptureMode(int* mode) {
+  int old = capture_mode;
+  return capture_mode = *mode, *mode = old, OK;
+}
 CUresult cuEventRecord(void* event, void* stream) { return note("record %p %p\n", stream, event), OK; }
 CUresult cuMemHostRegister_v2(void* address, size_t nbytes, unsigned flags) {
   const char* error = getenv("STUB_REGISTER_ERROR");

@@ -225,12 +225,12 @@ def test_prefetched_on_one_stream_and_used_on_another(
             _y, second = layers(16)
         device.synchronize()
         second.backward()
-        assert not shared
+        assert side not in shared
         device.driver.wait(side, device.driver.record(device.current_stream()))
         with device.stream(side):
             first.backward()
         device.driver.wait(device.current_stream(), device.driver.record(side))
-    assert len(shared) >= 8 and set(shared) == {side}
+    assert shared.count(side) >= 8
     assert torch.equal(x.grad, grad_of(16))  # type: ignore[arg-type]
 
 
@@ -249,7 +249,7 @@ def test_memory_of_a_dropped_reload_is_kept_until_it_is_filled(make: Make, devic
         assert store.prefetch(record) and record.reads[0].wait_issued(30)
         del loss, x, record
         assert offload.stats.num_live_records == 0
-        assert store._transport._orphans
+        assert store._transport.pending.reads and not store._transport._landings
         device.release(device.driver.in_stream())
 
 

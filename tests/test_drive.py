@@ -55,7 +55,7 @@ def test_two_users_have_files_of_their_own(tmp_path: Path, engine: str) -> None:
     assert first.allocate(1 << 20, prefers_host=False)
     source = torch.arange(512)
     write = first.engine.write(theirs.file, theirs.offset, theirs.nbytes, [(source.data_ptr(), 4096, 0)])
-    assert second.wait_written([write], 10)
+    assert second.wait(write.wait, 10)
     assert (first.totals().written_nbytes, first.totals().shared_written_nbytes) == (0, 4096)
     assert (second.totals().written_nbytes, second.totals().shared_written_nbytes) == (4096, 0)
     assert second.totals().write_busy_seconds > 0.0 == first.totals().write_busy_seconds

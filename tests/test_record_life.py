@@ -381,7 +381,7 @@ class RecordLife(RuleBasedStateMachine):
         self.num_faults -= 1
         self.travels = False  # directories that failed are not used any more
         transport = self.offload._store._transport
-        fds = [file.fd for file in transport._drive.files] if transport is not None else []
+        fds = [file.fd for file in transport.drive.files] if transport is not None else []
         originals = [os.dup(fd) for fd in fds]
         for fd in fds:
             other = os.open(f"/proc/self/fd/{fd}", flag | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0))
@@ -463,7 +463,7 @@ class RecordLife(RuleBasedStateMachine):
         if transport is None:
             return
         extents = [place.extent for filed in self.filed for place in filed.record.places]
-        extents += [extent for shipment in transport._shipments for extent in shipment.dead_extents]
+        extents += [segment.extent for segment in transport.pending._unwanted]
         assert transport.space.in_use_nbytes == sum(extent.nbytes for extent in extents)
         assert self.policy["disk_nbytes"] is None or transport.space.in_use_nbytes <= CAP_NBYTES
         ends = {0: 0}

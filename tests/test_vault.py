@@ -82,7 +82,7 @@ def test_memory_in_flight_is_bounded(engine: str, tmp_path: Path) -> None:
     vault = vault_of(tmp_path, engine=engine)
     for i in range(40):
         vault.write(Slot(str(i)), some(32 * KIB, i))
-        held = {id(d.source): d.source for d in vault._departures if d.source is not None}
+        held = {id(source): source for pending in vault._pending.writes for source in pending.sources}
         assert sum(source.nbytes() for source in held.values()) <= 64 * KIB + 32 * KIB
     vault.close()
 
@@ -167,30 +167,7 @@ def test_what_was_dropped_is_not_written_to(tmp_path: Path) -> None:
         vault.read(slot)
     vault.engine.drain()
     vault._reap()
-    assert vault._arrivals == []
-    vault.close()
-
-
-def test_room_that_is_being_read_is_not_written_over(tmp_path: Path) -> None:
-    """An accelerator's copy back may be queued long after it was handed out: its room stays taken until it is over."""
-
-    class Unfinished:
-        is_done = False
-
-        def wait(self, seconds: float) -> bool:
-            return True
-
-    vault, slot, queued = vault_of(tmp_path), Slot("read"), Unfinished()
-    vault.write(slot, some(4 * KIB))
-    vault.flush()
-    arrival = vault.read(slot)
-    arrival.reads.append(queued)  # type: ignore[arg-type]
-    vault.write(slot, some(4 * KIB, 1))
-    vault.flush()
-    assert vault._space.in_use_nbytes == 8 * KIB
-    queued.is_done = True
-    vault.flush()
-    assert vault._space.in_use_nbytes == 4 * KIB
+    assert vault._pending.reads == []
     vault.close()
 
 

@@ -313,6 +313,8 @@ class ActivationOffload:
             record = self._index.find(storage._cdata, tensor, *span)
             if record is not None:
                 self._counters.deduplicated_nbytes += span[1] - span[0]
+                if device.driver is not None and device.current_stream() != record.stream:
+                    device.share(storage, device.current_stream())  # the memory may go before this stream has used it
             else:
                 span = widen(span, storage.nbytes() if tensor._base is not None else 0)
                 reason = self._why_keep(storage, span)

@@ -21,8 +21,9 @@ from ssdtrain.io.engine import Read
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.stats import Counters
 from ssdtrain.store.identity import live_storage
+from ssdtrain.store.pending import Segment, hand_out
 from ssdtrain.store.poison import ClosedError
-from ssdtrain.store.record import Place, Record, Residency
+from ssdtrain.store.record import Record, Residency
 from ssdtrain.store.transfers import Transport
 
 _AWAY = Residency.DISK | Residency.HOST | Residency.OFFLOADING
@@ -90,12 +91,10 @@ class Reloads:
         late = [place for place, read in zip(record.places, reads, strict=False) if not read.is_issued]
         if not late:
             return
-        seconds = f"{self._policy.io_timeout_seconds:g} s"
-        extent = late[0].extent
-        if not late[0].transport.is_in_host(record):
-            late[0].transport.space.retire(extent.file, f"after a read took more than {seconds}")
-        error = (errno.ETIMEDOUT, extent.offset, extent.nbytes, f"no answer from the drive for {seconds}")
-        raise _read_error(record, late[0], error)
+        if self.transport is not None:
+            self.transport.pending.retire_silent()
+        why = f"no answer from the drive for {self._policy.io_timeout_seconds:g} s"
+        raise _read_error(record, late[0], (errno.ETIMEDOUT, late[0].extent.offset, late[0].extent.nbytes, why))
 
     def _demand(self, record: Record) -> None:
         self._drop_mispredicted()
@@ -114,13 +113,9 @@ class Reloads:
 
     def _order_streams(self, record: Record, storage: torch.UntypedStorage) -> None:
         """See [Note: handing out in stream order]."""
-        stream = record.device.current_stream()
         if all([read.is_done for read in record.arrivals]):
             record.arrivals = ()
-        for read in record.arrivals:
-            read.make_wait(stream)
-        if stream != record.stream:
-            record.device.share(storage, stream)
+        hand_out(storage, record.device, record.stream, record.arrivals)
 
     # -- in memory, or on its way --------------------------------------------------------------------------------------
 
@@ -158,23 +153,20 @@ class Reloads:
             MemoryError, torch.OutOfMemoryError: no memory.
         """
         transport = self.transport
-        if transport is None or record.places[0].transport is not transport:
+        if transport is None or record.places[0].drive is not transport.drive:
             raise ClosedError(
                 f"Expected an open offload for backward, got one closed, of the parent process, or interrupted in the "
                 f"middle of its bookkeeping; {record!r} was in its spill file. Call close() after the last backward, "
                 "run backward where forward ran, and after an interrupt run the step again"
             )
-        space, device = transport.space, record.device
-        memory = device.allocate(record.nbytes, space.memory_alignment, space.block_nbytes)
-        record.stream = device.current_stream()
-        record.reads = transport.read(record, memory)
-        record.landing = memory
+        record.landing = transport.read(record)
+        record.stream, record.reads = record.landing.stream, tuple(record.landing.reads)
         record.move(Residency.RELOADING)
-        self._hold(record.nbytes, device.idle_nbytes())
+        self._hold(record.nbytes, record.device.idle_nbytes())
 
     def _finish(self, record: Record) -> torch.UntypedStorage:
-        reads, memory = record.reads, record.landing
-        assert memory is not None
+        assert record.landing is not None
+        reads, memory = record.reads, record.landing.memory
         failed = next((read for read in reads if read.error is not None), None)
         self._forget_reads(record, is_handed_over=failed is None)
         for place, read in zip(record.places, reads, strict=True):
@@ -194,18 +186,17 @@ class Reloads:
             self._abandon_places(record)
         return memory.storage
 
-    def _fail(self, record: Record, place: Place, error: tuple[int, int, int, str]) -> None:
+    def _fail(self, record: Record, place: Segment, error: tuple[int, int, int, str]) -> None:
         record.move(self._home(record))
         self._counters.hold(-record.nbytes)
         if error[0] != errno.EREMOTEIO:  # that one is the device's, not the drive's
-            place.transport.space.note_read_error(place.extent.file, error)
+            place.drive.space.note_read_error(place.extent.file, error)
         raise _read_error(record, place, error)
 
     def _forget_reads(self, record: Record, *, is_handed_over: bool = False) -> None:
-        transport = record.places[0].transport
         record.reads, record.landing = (), None
-        if transport is self.transport:
-            transport.forget_reads(record, is_handed_over=is_handed_over)
+        if self.transport is not None and record.places[0].drive is self.transport.drive:
+            self.transport.forget_reads(record, is_handed_over=is_handed_over)
 
     def give_up(self, record: Record) -> None:
         """Forgets a reload under way that is not ours."""
@@ -215,7 +206,7 @@ class Reloads:
             self._counters.hold(-record.nbytes)
 
     def _home(self, record: Record) -> Residency:
-        return Residency.HOST if record.places[0].transport.is_in_host(record) else Residency.DISK
+        return Residency.HOST if record.places[0].is_in_host else Residency.DISK
 
     # -- ahead of need ---------------------------------------------------------------------------------------------
 
@@ -273,8 +264,8 @@ class Reloads:
 
     def _abandon_places(self, record: Record) -> None:
         places, record.places = record.places, ()
-        if places and places[0].transport is self.transport:
-            self.transport.abandon(places)
+        if places and self.transport is not None and places[0].drive is self.transport.drive:
+            self.transport.pending.release(places)
 
     def forget_engine(self) -> None:
         """What is in memory stays."""
@@ -292,23 +283,24 @@ class Reloads:
         self._counters.hold(nbytes, (engine.staging_in_use_nbytes if engine is not None else 0) + idle_nbytes)
 
 
-def wait_for_reads(reads: tuple[Read, ...], timeout_seconds: float) -> tuple[float, bool]:
+def wait_for_reads(places: tuple[Segment, ...], reads: tuple[Read, ...], timeout_seconds: float) -> tuple[float, bool]:
     """Blocks until the bytes are there in stream order; for how long, and whether they are. Called without the lock."""
     begin = time.perf_counter()
-    deadline = begin + timeout_seconds
     for read in reads:
         read.expedite()
-    are_there = all(read.wait_issued(max(0.0, deadline - time.perf_counter())) for read in reads)
+    are_there = all(
+        place.drive.wait(read.wait_issued, timeout_seconds, file=place.extent.file)
+        for place, read in zip(places, reads, strict=False)
+    )
     return time.perf_counter() - begin, are_there
 
 
-def _read_error(record: Record, place: Place, error: tuple[int, int, int, str]) -> OSError:
+def _read_error(record: Record, place: Segment, error: tuple[int, int, int, str]) -> OSError:
     number, offset, nbytes, message = error
-    transport = place.transport
-    where = "the host tier" if transport.is_in_host(record) else "the spill file"
+    where = "the host tier" if place.is_in_host else "the spill file"
     return OSError(
         number or errno.EIO,
         f"Expected {nbytes} bytes of {record!r} at offset {offset} of {where}, got: {message} (errno {number});"
         " the activation is lost and this backward cannot go on. Check the drive, then run the step again",
-        None if transport.is_in_host(record) else transport.space.directory(place.extent.file),
+        None if place.is_in_host else place.drive.space.directory(place.extent.file),
     )

@@ -193,7 +193,7 @@ class Store:
                 drive.discard()
 
     def _take_over(self, drive: Drive) -> None:
-        self._transport = self._reloads.transport = Transport(drive, self.note_fallback, self.request_log)
+        self._transport = self._reloads.transport = Transport(drive, self._policy, self.note_fallback, self.request_log)
         self._drive = drive
         self._slab_nbytes = drive.engine.slab_nbytes
         if self.counters.engine != drive.kind:
@@ -274,7 +274,7 @@ class Store:
             for record in transport.records_under_way():
                 if record.residency is Residency.OFFLOADING and record.storage is not None:
                     self._reloads.recall(record)
-            if not transport.close(self._policy.io_timeout_seconds):
+            if not transport.pending.close():
                 self.note_fallback("the drive is stuck: memory and threads of its requests stay until the process ends")
             self._settle()
             self._add_totals(self.counters)
@@ -286,7 +286,7 @@ class Store:
         """See [Note: torn books]. What is in memory stays with its handles; what only the drive has is lost."""
         transport = self._transport
         if transport is not None:
-            transport.close(self._policy.io_timeout_seconds)
+            transport.pending.close()
             for record in transport.records_coming_back():
                 self._reloads.give_up(record)
             self._add_totals(self.counters)
@@ -416,7 +416,7 @@ class Store:
         return cargo
 
     def _try_ship(self, cargo: list[Record], *, is_planned: bool) -> int | Fence | None:
-        """Ships or keeps `cargo`; or returns what to wait for before trying again: bytes in flight, or a device."""
+        """Ships or keeps `cargo`; or returns what to wait for before trying again: room for bytes, or a device."""
         with self.lock, self.books:
             self._settle()
             cargo = [record for record in cargo if _may_leave(record)]
@@ -424,18 +424,17 @@ class Store:
             if transport is None or not cargo:
                 return None
             need = sum(record.nbytes for record in cargo)
-            in_flight = transport.engine.inflight_nbytes
-            if not in_flight or in_flight + need <= self._policy.staging_nbytes:
+            if transport.pending.has_room(need):
                 self._ship(transport, cargo)
                 return None
             if self._is_patient:
-                return max(0, self._policy.staging_nbytes - need)
+                return need
             point = transport.next_point()
             if point is not None:
                 return point
-            if transport.retire_stuck(self._policy.io_timeout_seconds):
+            if transport.pending.retire_silent():
                 self._keep(cargo, "drive stuck")
-            elif is_planned and transport.num_shipments < _MAX_QUEUE:
+            elif is_planned and len(transport.pending.writes) < _MAX_QUEUE:
                 self._ship(transport, cargo)
             else:
                 self._keep(cargo, "drive behind")
@@ -465,7 +464,9 @@ class Store:
         transport = self._transport
         if transport is None:
             return
-        if not transport.wait_inflight(wait, self._policy.io_timeout_seconds):
+        if not transport.pending.wait_for_room(wait):
+            with self.lock, self.books:
+                transport.pending.retire_silent()
             self._is_patient = False
             self.note_fallback("the drive is stuck: mode 'all' keeps tensors like mode 'auto' from here on")
         self._stall("write", time.perf_counter() - begin, record)
@@ -540,10 +541,10 @@ class Store:
         while True:
             with self.lock, self.books:
                 loan = self._reloads.take_or_demand(record, epoch)
-                reads = record.reads
+                places, reads = record.places, record.reads
             if loan is not None:
                 return loan
-            seconds, are_there = wait_for_reads(reads, self._policy.io_timeout_seconds)
+            seconds, are_there = wait_for_reads(places, reads, self._policy.io_timeout_seconds)
             self._stall("read", seconds, record)
             if not are_there:
                 with self.lock, self.books:

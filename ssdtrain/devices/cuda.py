@@ -3,8 +3,10 @@
 [Note: memory in the order of streams]
 PyTorch hands a freed block out again at once, to the next allocation of the stream it was allocated on. That stream
 must therefore be ordered after whatever else still uses the block. The engine's copies run on streams of their own: a
-source goes only when its copy is over, or after the stream it was saved on waits for the copy; a destination is
-allocated on the current stream, written after that point of it, and used by streams that wait for the copy.
+source goes only when its copy is over, or after the stream it was saved on waits for the copy. Which stream has
+allocated it nobody can ask, so the one that saved it is named (`share`): where the two are one that costs nothing. A
+destination is allocated on the current stream, written after that point of it, and used by streams that wait for the
+copy and are named where they are others.
 """
 
 from __future__ import annotations
@@ -83,7 +85,7 @@ class CudaDevice:
     def share(self, storage: torch.UntypedStorage, stream: int) -> None:
         """See `Device`."""
         tensor = torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
-        tensor.record_stream(torch.cuda.ExternalStream(stream, device=self._device))
+        tensor.record_stream(self._stream(stream))
 
     def new_stream(self) -> int:
         """See `Accelerator`. Of PyTorch's pool of streams, which are never destroyed."""
@@ -92,8 +94,14 @@ class CudaDevice:
     @contextmanager
     def stream(self, handle: int) -> Iterator[None]:
         """See `Accelerator`."""
-        with torch.cuda.stream(torch.cuda.ExternalStream(handle, device=self._device)):
+        with torch.cuda.stream(self._stream(handle)):
             yield
+
+    def _stream(self, handle: int) -> torch.cuda.Stream:
+        """For 0 the default stream: `ExternalStream(0)` is some other stream of PyTorch's pool."""
+        if handle == 0:
+            return torch.cuda.default_stream(self._device)
+        return torch.cuda.ExternalStream(handle, device=self._device)
 
     def allocate_host(self, nbytes: int) -> torch.UntypedStorage:
         """See `Accelerator`. From PyTorch's caching host allocator, which follows the copies."""

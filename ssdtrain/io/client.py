@@ -11,16 +11,17 @@ from __future__ import annotations
 import errno
 import os
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ssdtrain.io.engine import Direction, SpillFile, Write
+from ssdtrain.io.engine import Direction, SpillFile
 from ssdtrain.io.errands import run_all
 from ssdtrain.io.open_engine import EngineChoice, open_engine
 from ssdtrain.io.space import NO_SPACE, Extent, HostShare, HostSpace, SpillSpace
+
+_GRACE_SECONDS = 0.1  # an answer may be there that no thread has had the time to take
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,10 @@ class Drive:
         self.is_closed = False
         self._choice = choice
         self._note_fallback = note_fallback
-        mine = [i for i, file in enumerate(choice.files) if file.user == user]
-        self.files: Sequence[SpillFile] = [choice.files[i] for i in mine]
+        self._own = [i for i, file in enumerate(choice.files) if file.user == user]
+        self.files: Sequence[SpillFile] = [choice.files[i] for i in self._own]
         try:
-            first = mine[0] if mine else 0
+            first = self._own[0] if self._own else 0
             slab_nbytes = self.engine.slab_nbytes
             self.space = SpillSpace(
                 self.files,
@@ -188,22 +189,26 @@ class Drive:
             drive.space.leave_out(retired)
             return drive
 
-    def close(self, timeout_seconds: float) -> bool:
+    def close(self, timeout_seconds: float, *, are_all_over: bool = False) -> bool:
         """Gives this user's room back; the last one ends the engine. Idempotent.
 
-        After an interrupt there may be requests that nobody has listed: the engine must have come to rest before their
-        room can be another's. False when it does not in time: then nothing is given back.
+        `are_all_over`: all requests of this user are known to have ended. After an interrupt there may be some that
+        nobody has listed: the engine must come to rest before their room can be another's, as it must before it ends.
+        False when it does not: then nothing is given back.
         """
+        if self.is_closed:
+            return True
+        must_rest = not self.engine.is_closed and not (are_all_over and self._has(1 - self.user))
+        if must_rest and not self.wait(self.engine.wait_idle, timeout_seconds, must_move=True):
+            return False
         with self._users.lock:
-            if self.is_closed:
-                return True
-            if not self.engine.is_closed and not self.engine.wait_idle(timeout_seconds):
-                return False
             if self._has(1 - self.user):
                 self._give_back()
-            else:
+            elif self.engine.is_closed or self.engine.wait_idle(0.0):
                 for directory in self._choice.close():
                     self._note_silent(directory)
+            else:
+                return False
             self.is_closed = True
             return True
 
@@ -274,15 +279,37 @@ class Drive:
 
     # -- traffic -------------------------------------------------------------------------------------------------
 
-    def wait_written(self, writes: Sequence[Write], timeout_seconds: float) -> bool:
-        """Blocks until all of `writes` are over; false when the time is over first."""
-        deadline = time.monotonic() + timeout_seconds
-        while not all([write.is_done for write in writes]):
-            in_flight = self.engine.inflight_nbytes  # with what the other user has under way
-            left = deadline - time.monotonic()
-            if left <= 0 or not self.engine.wait_inflight(max(0, in_flight - 1), left):
-                return all([write.is_done for write in writes])
-        return True
+    def wait(
+        self,
+        is_over: Callable[[float], bool],
+        timeout_seconds: float,
+        *,
+        file: int | None = None,
+        must_move: bool = False,
+    ) -> bool:
+        """Blocks in `is_over(seconds)` until that is true; false when a drive has owed an answer for too long.
+
+        Called without a lock. A drive that is slow answers now and then, an accelerator may be far behind, and a long
+        queue takes its time: none of them is stuck, and nobody gives up on them. `file`: of what is waited for.
+        `must_move`: gives up too when nothing happens for so long although no drive owes anything.
+        """
+        while True:
+            silent_seconds, num_events = self.silent_seconds(file), self.engine.num_events
+            left = timeout_seconds - silent_seconds
+            if is_over(max(left, _GRACE_SECONDS)):
+                return True
+            has_moved = silent_seconds or self.silent_seconds(file) or self.engine.num_events != num_events
+            if left <= _GRACE_SECONDS or (must_move and not has_moved):
+                return False
+
+    def silent_seconds(self, file: int | None = None) -> float:
+        """How long a drive has owed an answer: that of `file`, or of any where it owes none for that one."""
+        own = self.engine.silent_seconds(file) if file is not None else 0.0
+        return own or max([self.engine.silent_seconds(i) for i in range(len(self._choice.files))], default=0.0)
+
+    def silent_files(self, timeout_seconds: float) -> list[int]:
+        """Files of this user whose drive has owed an answer for too long."""
+        return [i for i in self._own if self.engine.silent_seconds(i) >= timeout_seconds]
 
     def totals(self) -> DriveTotals:
         """What the drive has done since this user came."""

@@ -117,10 +117,6 @@ class Write(Protocol):
         """Whether some source could not be read: its bytes are only there."""
 
     @property
-    def at_drive_since(self) -> float:
-        """When the drive got the latest of the chunks that it has now, by `time.monotonic()`; 0.0 while it has none."""
-
-    @property
     def is_copied(self) -> bool:
         """Whether every source is free."""
 
@@ -157,11 +153,14 @@ class Write(Protocol):
     def cancel(self, piece: int) -> None:
         """Says that `piece` is not wanted any more. Never blocks; what has begun finishes."""
 
-    def wait(self) -> None:
-        """Blocks until `is_done`, without the GIL."""
+    def wait(self, timeout_seconds: float | None = None) -> bool:
+        """Blocks until `is_done`, without the GIL; false when the time is over first."""
 
-    def wait_copied(self) -> None:
-        """Blocks until `is_copied` or `is_done`, without the GIL."""
+    def wait_copied(self, timeout_seconds: float | None = None) -> bool:
+        """Blocks until `is_copied` or `is_done`, without the GIL; false when the time is over first."""
+
+    def wait_issued(self, timeout_seconds: float | None = None) -> bool:
+        """Blocks until `is_issued` or `is_done`, without the GIL; false when the time is over first."""
 
     def make_wait(self, stream: int) -> None:
         """What is queued on `stream` from now on runs after the copies that are issued."""
@@ -293,6 +292,12 @@ class Engine(Protocol):
     @property
     def read_busy_seconds(self) -> float:
         """Wall time with at least one file read in flight."""
+
+    def silent_seconds(self, file: int) -> float:
+        """How long the drive has owed an answer for files[`file`] and has given none at all; 0.0 while it owes none.
+
+        A drive that is only slow answers now and then, and what waits for its turn is owed nothing yet.
+        """
 
     def traffic(self, user: int) -> tuple[Direction, Direction]:
         """What was written to one user's files, and what was read from them."""

@@ -71,7 +71,7 @@ class GradientRecord:
         if self._here is not None or (self._arrival is not None and self._arrival.device is to):
             return 0
         self._arrival = self._vault.read(self.slot, to)
-        return int(self._arrival.memory is not None)
+        return int(self._arrival.pending is not None)
 
     def load(self) -> torch.Tensor:
         """All of it in memory, which is the caller's, or shared by all callers while it stays there.
@@ -114,7 +114,7 @@ class GradientRecord:
         self.fetch(device)
         arrival, self._arrival = self._arrival, None
         assert arrival is not None
-        return view_of(self._vault.take(arrival), self.spec), arrival.memory is None
+        return view_of(self._vault.take(arrival), self.spec), arrival.pending is None
 
     def _stay(self, grad: torch.Tensor) -> None:
         self._here, self.changes = grad, []

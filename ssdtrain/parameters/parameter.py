@@ -46,6 +46,8 @@ class Residence:
         self.version = -1  # at the last write
         self.arrival: Arrival | None = None
         self.storage: torch.UntypedStorage | None = None
+        self._brought: Arrival | None = None  # what has brought `storage`
+        self._streams: set[int] = set()  # that are known to use it
         self.num_pins = 0  # it does not leave while somebody holds it
         self.is_visiting = False  # others may have its memory
         self.owner: Owner | None = None
@@ -64,15 +66,29 @@ class Residence:
         assert self.storage is not None, f"{self.name} is away"
         return view_of(self.storage, spec)
 
-    def show(self, storage: torch.UntypedStorage) -> None:
-        """The parameter has this memory."""
+    def show(self, storage: torch.UntypedStorage, brought: Arrival | None = None) -> None:
+        """The parameter has this memory, which is new or was `brought`."""
         self.storage = self._shown = storage
+        self._brought, self._streams = brought, set()
         self.set_data(self.view(self.spec))
+
+    def use(self) -> None:
+        """The current stream uses its memory from here on, whichever has allocated it, after what has brought it."""
+        if self.device.driver is None or self.storage is None:
+            return
+        stream = self.device.current_stream()
+        if stream in self._streams:
+            return
+        self._streams.add(stream)
+        if self._brought is not None and self._brought.pending is not None:
+            self._brought.use()
+        else:
+            self.device.share(self.storage, stream)
 
     def hide(self) -> None:
         """The parameter has no memory, see [Note: what a parameter is while it is away]."""
         self.set_data(self._take_poison())
-        self.storage = None
+        self.storage = self._brought = None
 
     def set_data(self, data: torch.Tensor) -> None:
         """`parameter.data = data`, whatever class it has."""
@@ -196,8 +212,12 @@ class Residences:
             if r.is_replaced:
                 self._adopt_replaced(r)
         missing = [r for r in residences if r.storage is None]
-        if not missing:
-            return
+        if missing:
+            self._bring(missing)
+        for r in residences:
+            r.use()
+
+    def _bring(self, missing: list[Residence]) -> None:
         _check_real(missing[0])
         for r in missing:
             r.check_placeholder()
@@ -208,8 +228,8 @@ class Residences:
                     f"Expected parameter {r.name} to have a value, got one that was built on the meta device: load a "
                     "checkpoint first, with load_safetensors() or load_state_dict()"
                 )
-            storage, r.arrival = self.vault.take(r.arrival), None
-            self._show(r, storage)
+            arrival, r.arrival = r.arrival, None
+            self._show(r, self.vault.take(arrival), arrival)
 
     def adopt(self, r: Residence) -> None:
         """Takes one that is new, and in memory or without a value."""
@@ -222,9 +242,9 @@ class Residences:
             self._show(r, r.device.allocate(r.nbytes, _PAGE, _PAGE).storage)
         r.arrival, r.is_valid = None, True
 
-    def _show(self, r: Residence, storage: torch.UntypedStorage) -> None:
+    def _show(self, r: Residence, storage: torch.UntypedStorage, brought: Arrival | None = None) -> None:
         self.by_storage[storage._cdata] = r  # before it is shown: an entry too many does no harm
-        r.show(storage)
+        r.show(storage, brought)
 
     def note_changed(self, residences: Iterable[Residence]) -> None:
         """Says that they were changed, perhaps behind the version counter."""
@@ -260,7 +280,7 @@ class Residences:
         arrival = None
         if r.storage is None and r.is_valid and not r.is_replaced:
             arrival = self.vault.read(r.slot, self.vault.host)
-        if arrival is None or arrival.memory is None:  # the drive had no room for it
+        if arrival is None or arrival.pending is None:  # the drive had no room for it
             self.bring([r])
             return None
         return lambda: view_of(self.vault.take(arrival), r.spec)

@@ -103,6 +103,7 @@ class Uses:
         known = self._by_id.get(id(r.parameter))
         if known is not None and (r.storage is None or not self._active or self._active[-1] is not known[1]):
             self.use(known[1])
+        r.use()
 
     def leave(self, block: Block) -> None:
         """Its forward is over."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,10 +17,10 @@ from ssdtrain.store.identity import ViewSpec
 if TYPE_CHECKING:
     from torch.multiprocessing.reductions import StorageWeakRef
 
-    from ssdtrain.devices.base import Allocation, Device
-    from ssdtrain.io.engine import Read, Write
-    from ssdtrain.io.space import Extent, SpillSpace
+    from ssdtrain.devices.base import Device
+    from ssdtrain.io.engine import Read
     from ssdtrain.stats import Counters
+    from ssdtrain.store.pending import PendingRead, Segment
     from ssdtrain.tracing.pass_trace import PassTrace
 
 
@@ -49,30 +49,6 @@ _NEXT: dict[int, int] = {
     Residency.RELOADING: Residency.DEVICE | Residency.DISK | Residency.HOST | Residency.RELEASED,
     Residency.RELEASED: 0,
 }
-
-
-class Carrier(Protocol):
-    """Who has the bytes of a place, as far as a record is concerned: what exists while one engine is open."""
-
-    @property
-    def space(self) -> SpillSpace:
-        """Its files, and what is wrong with them."""
-
-    def is_in_host(self, record: Record) -> bool:
-        """Whether the bytes of a record are in the host tier."""
-
-    def forget_reads(self, record: Record, *, is_handed_over: bool) -> None:
-        """The reads of a record are over or of no use any more."""
-
-
-class Place(NamedTuple):
-    """Where one part of a record lies: its bytes from `start` on are piece `piece` of `write`, in `extent`."""
-
-    transport: Carrier
-    write: Write
-    piece: int
-    extent: Extent
-    start: int
 
 
 class Record:
@@ -128,9 +104,9 @@ class Record:
         self.version: int  # at the save, and
         self.probe: torch.Tensor  # a tensor that shares the counter
         self.residency = Residency.DEVICE
-        self.places: tuple[Place, ...] = ()
+        self.places: tuple[Segment, ...] = ()
         self.reads: tuple[Read, ...] = ()
-        self.landing: Allocation | None = None  # where reads under way put the bytes
+        self.landing: PendingRead | None = None  # reads under way
         self.arrivals: tuple[Read, ...] = ()  # reads of memory handed out, whose copies a stream may still run
         self.pass_ = pass_
         self.index = pass_.append(self)

@@ -1,26 +1,17 @@
-"""What a vault keeps account of: where bytes are, and what is on its way in or out.
+"""What a vault keeps account of: where the bytes of a tensor are, and a tensor on its way back.
 
-Knows requests, extents and storages; moves nothing.
+Knows segments and storages; moves nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from ssdtrain.devices.base import Allocation, Device
-from ssdtrain.io.engine import Read, Write
-from ssdtrain.io.space import Extent
-
-
-@dataclass(frozen=True)
-class Part:
-    """Bytes [`start`, ...) of a slot: one write, and the extent it went to."""
-
-    write: Write
-    extent: Extent
-    start: int
+from ssdtrain.devices.base import Device
+from ssdtrain.store.pending import PendingRead, Segment, hand_out
 
 
 @dataclass(eq=False)
@@ -29,8 +20,8 @@ class Slot:
 
     name: str
     nbytes: int = 0
-    parts: list[Part] = field(default_factory=list)
-    kept: torch.UntypedStorage | None = None  # the drive has no room: the bytes stay in memory
+    parts: Sequence[Segment] = field(default_factory=list)
+    kept: torch.UntypedStorage | None = None  # the drive has no room, or not the bytes: they stay in memory
 
     @property
     def is_filled(self) -> bool:
@@ -49,27 +40,9 @@ class Arrival:
 
     slot: Slot
     device: Device
-    memory: Allocation | None  # None: the slot never left
-    stream: int
-    parts: tuple[Part, ...] = ()  # what is read
-    reads: list[Read] = field(default_factory=list)
+    pending: PendingRead | None  # None: the slot never left
 
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing is being read to its memory."""
-        return len(self.reads) >= len(self.parts) and all([read.is_done for read in self.reads])
-
-
-@dataclass(eq=False)
-class Departure:
-    """Memory an engine may be reading."""
-
-    source: torch.UntypedStorage | None
-    extent: Extent
-    write: Write | None = None
-    dead: Extent | None = None  # not needed any more, free when the write is over
-
-    @property
-    def is_done(self) -> bool:
-        """Whether the write is over."""
-        return self.write is not None and self.write.is_done
+    def use(self) -> None:
+        """The current stream uses the memory from here on, after the copies into it."""
+        if self.pending is not None and self.device.driver is not None:
+            hand_out(self.pending.memory.storage, self.device, self.pending.stream, self.pending.reads)

@@ -16,12 +16,16 @@ old bytes is free as soon as the new write has begun.
 
 [Note: interrupts]
 Ctrl-C may come between any two lines. Memory is therefore filed before the engine is told of it, and a slot points to
-its new bytes only when the request exists: an interrupt may cost space until the vault closes, never bytes.
+its new bytes only when the request exists: an interrupt may cost space until the vault closes, never bytes. See also
+[Note: what an interrupt may cost].
+
+[Note: waiting]
+The lock is never held while a thread waits for the drive or an accelerator: other bytes can be read and written
+meanwhile. Whoever has waited looks again, under the lock, whether what it waited for is still so.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import logging
 import os
@@ -36,16 +40,16 @@ from torch.profiler import record_function
 from ssdtrain.devices.base import CpuDevice, Device
 from ssdtrain.devices.registry import Devices
 from ssdtrain.io.client import open_drive
-from ssdtrain.io.engine import Write
 from ssdtrain.io.errands import run
-from ssdtrain.io.open_engine import fence, slab_nbytes_for
+from ssdtrain.io.open_engine import slab_nbytes_for
 from ssdtrain.io.space import Extent, host_limit_nbytes
 from ssdtrain.policy import StatePolicy
 from ssdtrain.state_stats import StateCounters
 from ssdtrain.stats import nbytes_text
 from ssdtrain.store.identity import ViewSpec
 from ssdtrain.store.mapped import mapped_copy
-from ssdtrain.store.slots import Arrival, Departure, Part, Slot
+from ssdtrain.store.pending import Pending, PendingWrite, Segment
+from ssdtrain.store.slots import Arrival, Slot
 
 logger = logging.getLogger("ssdtrain")
 
@@ -74,11 +78,7 @@ class Vault:
         self.directories = list(directories)
         self._lock = threading.RLock()
         self._pid = os.getpid()
-        self._devices: set[Device] = set()
-        self._departures: list[Departure] = []
-        self._arrivals: list[Arrival] = []
-        self._being_read: list[Part] = []  # not needed any more, free when the read is over
-        self._held_for_next: object = None
+        self._is_closing = False
         self._slots: weakref.WeakSet[Slot] = weakref.WeakSet()  # that were written
         self.drive = open_drive(
             policy.engine,
@@ -95,6 +95,12 @@ class Vault:
             timeout_seconds=policy.io_timeout_seconds,
         )
         self.engine, self._space = self.drive.engine, self.drive.space
+        self._pending = Pending(
+            self.drive,
+            self.note,
+            staging_nbytes=policy.staging_nbytes,
+            timeout_seconds=policy.io_timeout_seconds,
+        )
         counters.engine, counters.engine_reason = self.drive.kind, self.drive.reason
         for text in self.drive.shortcomings():
             self.note(text)
@@ -146,19 +152,29 @@ class Vault:
         `source` may not change before `slot.is_copied`. Where the drive has no room or does not answer, the slot holds
         `source` itself: then it must not change at all.
         """
-        with self._lock, record_function("ssdtrain::write_state"):
+        device, has_room = device or self.cpu, True
+        prefers_host = prefers_host or device.driver is not None
+        with record_function("ssdtrain::write_state"):
+            while not self._try_write(slot, source, device, prefers_host=prefers_host, may_wait=has_room):
+                has_room = self._wait_for_room(source.nbytes())
+
+    def _try_write(
+        self, slot: Slot, source: torch.UntypedStorage, device: Device, *, prefers_host: bool, may_wait: bool
+    ) -> bool:
+        """False when it is better to wait first: too much is in flight. Without that the slot holds `source` itself."""
+        nbytes = source.nbytes()
+        with self._lock:
             self._check_usable()
-            device = device or self.cpu
-            nbytes = source.nbytes()
-            has_room = self._wait_for_room(nbytes)
             self._reap()
-            prefers_host = prefers_host or device.driver is not None
+            has_room = self._pending.has_room(nbytes)
+            if may_wait and not has_room:
+                return False
             extents = self.drive.allocate(nbytes, prefers_host=prefers_host) if has_room and nbytes else []
-            parts = self._send(source, nbytes, extents, device)
+            parts = self._send(slot, source, extents, device)
             old = slot.parts
             self._slots.add(slot)
             slot.parts, slot.kept, slot.nbytes = parts, None if parts or not nbytes else source, nbytes
-            self._abandon(old)
+            self._pending.release(old)
             if not parts and nbytes:
                 why = "no room on the drive" if has_room else "no answer from the drive"
                 self.note(f"{why} for {slot.name}: it stays in memory")
@@ -167,98 +183,46 @@ class Vault:
                 memory_nbytes=self._in_memory_nbytes(),
                 host_nbytes=self.drive.peak_host_nbytes,
             )
+        return True
 
-    def _send(self, source: torch.UntypedStorage, nbytes: int, extents: list[Extent], device: Device) -> list[Part]:
+    def _send(self, slot: Slot, source: torch.UntypedStorage, extents: list[Extent], device: Device) -> list[Segment]:
         if not extents:
             return []
-        if device.driver is not None and device not in self._devices:
-            why = self.drive.add_driver(device.driver)
-            self._devices.add(device)
-            if why:
-                self.note(why)
-        producer = fence(device.driver, device.current_stream())
-        self._held_for_next = source  # see [Note: interrupts]
-        start, parts = 0, []
+        stream = device.current_stream()
+        producer = self._pending.producer(device, stream)
+        if producer is not None:
+            device.share(source, stream)  # which may not have allocated it, and be the one that uses it last
+        start, parts = 0, list[Segment]()
         for extent in extents:
-            departure = Departure(source, extent)
-            self._departures.append(departure)
-            piece = (source.data_ptr() + start, min(extent.nbytes, nbytes - start), 0)
-            departure.write = write = self.engine.write(extent.file, extent.offset, extent.nbytes, [piece], producer)
-            parts.append(Part(write, extent, start))
+            piece = (source.data_ptr() + start, min(extent.nbytes, source.nbytes() - start), 0)
+            write = self._pending.write(PendingWrite(extent, [slot], [source], stream, producer), [piece])
+            parts.append(Segment(self.drive, write, 0, extent, start))
             start += extent.nbytes
-        self._held_for_next = None
         return parts
 
     def _wait_for_room(self, nbytes: int) -> bool:
-        """Whether the bytes in flight are few enough, after a while."""
-        limit = max(0, self.policy.staging_nbytes - nbytes)
-        if self.engine.inflight_nbytes <= limit:
-            return True
-        begin, has_room, moved_nbytes = time.monotonic(), False, -1
-        while not has_room and self._moved_nbytes() != moved_nbytes:  # a long queue is not a drive that does not answer
-            moved_nbytes = self._moved_nbytes()
-            has_room = self.engine.wait_inflight(limit, self.policy.io_timeout_seconds)
-        self.counters.wait("writes", time.monotonic() - begin)
-        if not has_room:
-            stuck = [d.extent for d in self._departures if not d.is_done and not self.drive.is_in_host(d.extent)]
-            for extent in stuck:
-                self._space.retire(extent.file, f"after a write took more than {self.policy.io_timeout_seconds:g} s")
+        """Whether the bytes in flight are few enough, after a while. See [Note: waiting]."""
+        begin = time.monotonic()
+        has_room = self._pending.wait_for_room(nbytes)
+        with self._lock:
+            self.counters.wait("writes", time.monotonic() - begin)
+            if not has_room:
+                self._pending.retire_silent()
         return has_room
-
-    def _moved_nbytes(self) -> int:
-        return self.engine.written_nbytes + self.engine.read_nbytes
-
-    def _abandon(self, parts: list[Part]) -> None:
-        """Gives extents back: now, or when the engine is done with them.
-
-        A read of an accelerator is handed out when its copy is queued: its room is taken until it is over.
-        """
-        being_read = [part for arrival in self._arrivals if not arrival.is_over for part in arrival.parts]
-        for part in parts:
-            if part in being_read:
-                self._being_read.append(part)
-                continue
-            if part.write.is_done:
-                self.drive.release(part.extent)
-                continue
-            part.write.cancel(0)
-            departure = next((d for d in self._departures if d.write is part.write), None)
-            if departure is None:
-                self.drive.release(part.extent)
-            else:
-                departure.dead = part.extent
 
     def _reap(self) -> None:
         """Lets go of what the engine has copied, written and read."""
-        self._departures = [departure for departure in self._departures if not self._has_left(departure)]
-        self._arrivals = [arrival for arrival in self._arrivals if not arrival.is_over]
-        if self._being_read:
-            parts, self._being_read = self._being_read, []
-            self._abandon(parts)
-
-    def _writes(self) -> list[Write]:
-        return [departure.write for departure in self._departures if departure.write is not None]
-
-    def _has_left(self, departure: Departure) -> bool:
-        write = departure.write
-        if write is None:
-            return False
-        if write.is_copied:
-            departure.source = None
-        if not write.is_done:
-            return False
-        if write.is_lost:
-            return False  # its bytes are only there: held until the slot is written anew
-        if write.error is not None and not self.drive.is_in_host(departure.extent):
-            self._space.note_write_error(departure.extent.file, write.error)
-        if departure.dead is not None:
-            self.drive.release(departure.dead)
-        return True
+        for pending in self._pending.reap():
+            if not pending.is_lost or not pending.sources:
+                continue
+            for slot in pending.cargo:  # what could not be copied is only where it was: the slot holds it
+                if any(part.write is pending.write for part in slot.parts):
+                    slot.kept = pending.sources[0]
 
     def _in_memory_nbytes(self) -> int:
-        sources = {id(d.source): d.source for d in self._departures if d.source is not None}
+        sources = {id(source): source for pending in self._pending.writes for source in pending.sources}
         leaving = sum(source.nbytes() for source in sources.values())
-        coming = sum(a.memory.capacity for a in self._arrivals if a.memory is not None)
+        coming = sum(pending.memory.capacity for pending in self._pending.reads)
         return leaving + coming + self.engine.staging_in_use_nbytes
 
     # -- back ----------------------------------------------------------------------------------------------------
@@ -269,40 +233,25 @@ class Vault:
         Raises:
             MemoryError: there is none.
         """
+        device = device or self.cpu
+        while (arrival := self._try_read(slot, device)) is None:
+            silent = self._pending.wait_readable(slot.parts, device)  # see [Note: waiting]
+            if silent is not None:
+                raise self._lost(slot, silent.extent, (errno.ETIMEDOUT, 0, 0, "no answer from the drive"))
+        return arrival
+
+    def _try_read(self, slot: Slot, device: Device) -> Arrival | None:
+        """None while it cannot begin: an engine reads back what it has copied."""
         with self._lock:
             self._check_usable()
-            device = device or self.cpu
-            self._wait_until_copied(slot, device)
-            if slot.kept is not None or not slot.parts:
-                return Arrival(slot, device, None, 0)
             self._reap()
-            memory = device.allocate(slot.nbytes, self._space.memory_alignment, self._space.block_nbytes)
-            stream = device.current_stream()
-            arrival = Arrival(slot, device, memory, stream, tuple(slot.parts))
-            self._arrivals.append(arrival)
-            ready = fence(device.driver, stream)
-            for part in arrival.parts:
-                capacity = memory.capacity - part.start
-                arrival.reads.append(self.engine.read(part.write, 0, memory.address + part.start, capacity, ready))
+            if slot.kept is not None or not slot.parts:
+                return Arrival(slot, device, None)
+            if not all([part.is_readable(device) for part in slot.parts]):
+                return None
+            arrival = Arrival(slot, device, self._pending.read(slot.parts, device, slot.nbytes))
             self.counters.saw(memory_nbytes=self._in_memory_nbytes())
             return arrival
-
-    def _wait_until_copied(self, slot: Slot, device: Device) -> None:
-        """An engine reads back what it has copied; what it could not even copy is still where it came from.
-
-        An accelerator waits for a copy of its own that is queued; host memory does not.
-        """
-        deadline = time.monotonic() + self.policy.io_timeout_seconds
-        for part in slot.parts:
-            write, is_on_host = part.write, device.driver is None
-            while not (write.is_copied if is_on_host else write.is_issued) and not write.is_done:
-                in_flight = self.engine.inflight_nbytes
-                if not self.engine.wait_inflight(max(0, in_flight - 1), max(0.0, deadline - time.monotonic())):
-                    raise self._lost(slot, part.extent, (errno.ETIMEDOUT, 0, 0, "no answer from the drive"))
-        lost = [part.write for part in slot.parts if part.write.is_done and not part.write.is_copied]
-        source = next((d.source for d in self._departures if d.write in lost and d.source is not None), None)
-        if source is not None:
-            slot.kept = source
 
     def take(self, arrival: Arrival) -> torch.UntypedStorage:
         """Waits for a slot's bytes. The memory is the caller's, but for a slot that never left: that is only lent.
@@ -310,28 +259,28 @@ class Vault:
         Raises:
             StateLostError: they cannot be had, or are not what was written; the message names slot, file and offset.
         """
-        if arrival.memory is None:
+        pending = arrival.pending
+        if pending is None:
             storage = arrival.slot.kept
             assert storage is not None, f"{arrival.slot.name} was never written"
             return storage
         begin = time.monotonic()
-        is_late = not all([read.is_issued for read in arrival.reads])
+        is_late = not all([read.is_issued for read in pending.reads])
         if is_late:
-            for read in arrival.reads:
+            for read in pending.reads:
                 read.expedite()
         with record_function("ssdtrain::wait_state"):
-            for part, read in zip(arrival.parts, arrival.reads, strict=True):
-                has_come = read.wait_issued(self.policy.io_timeout_seconds)
+            for part, read in zip(pending.segments, pending.reads, strict=True):
+                has_come = self.drive.wait(read.wait_issued, self.policy.io_timeout_seconds, file=part.extent.file)
                 problem = read.error if has_come else (errno.ETIMEDOUT, 0, 0, "no answer from the drive")
                 if problem is not None:
                     raise self._lost(arrival.slot, part.extent, problem)
-                if arrival.device.driver is not None:
-                    read.make_wait(arrival.device.current_stream())
         if is_late:
             self.counters.wait("reads", time.monotonic() - begin)
-        if arrival.device.driver is not None and arrival.device.current_stream() != arrival.stream:
-            arrival.device.share(arrival.memory.storage, arrival.device.current_stream())
-        return arrival.memory.storage
+        arrival.use()
+        with self._lock:
+            self._pending.hand_over(pending)
+        return pending.memory.storage
 
     def _lost(self, slot: Slot, extent: Extent, problem: tuple[int, int, int, str]) -> StateLostError:
         number, _, _, message = problem
@@ -350,7 +299,7 @@ class Vault:
         with self._lock:
             old, slot.parts, slot.kept = slot.parts, [], None
             if not self.is_closed:
-                self._abandon(old)
+                self._pending.release(old)
 
     def reserve(self, nbytes: int, what: str) -> None:
         """Makes sure that there is room for `nbytes` more, before anything depends on it.
@@ -388,7 +337,9 @@ class Vault:
         """
         with self._lock:
             self._check_usable()
-            is_quiet = self.drive.wait_written(self._writes(), self.policy.io_timeout_seconds)
+            writes = list(self._pending.writes)
+        is_quiet = self._pending.wait_written(writes)  # see [Note: waiting]
+        with self._lock:
             self._reap()
             if not is_quiet:
                 seconds = f"{self.policy.io_timeout_seconds:g} s"
@@ -419,20 +370,14 @@ class Vault:
             self._num_users -= 1
             if self._num_users > 0 or self.is_closed or os.getpid() != self._pid:
                 return
-            deadline = time.monotonic() + self.policy.io_timeout_seconds
-            is_quiet = self.drive.wait_written(self._writes(), self.policy.io_timeout_seconds) and all(
-                read.wait(max(0.0, deadline - time.monotonic())) for a in self._arrivals for read in a.reads
-            )
-            self._reap()
-            self.counters.add_engine(self.drive.totals())
-            is_quiet = is_quiet and self.drive.close(max(0.0, deadline - time.monotonic()))
-            if is_quiet:
-                for slot in self._slots:  # their requests hold what the engine had
-                    slot.parts = []
-            else:
-                self.note("the drive is stuck: memory and threads of its requests stay")
-                self.drive.give_up()
-                ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))  # the kernel may still write to memory held here
+            self._is_closing = True
+        is_quiet = self._pending.close()
+        self._reap()
+        self.counters.add_engine(self.drive.totals())
+        if not is_quiet:
+            self.note("the drive is stuck: memory and threads of its requests stay")
+        for slot in self._slots if is_quiet else ():  # their requests hold what the engine had
+            slot.parts = []
 
     def __del__(self) -> None:
         """Nobody is left to close it."""
@@ -445,7 +390,7 @@ class Vault:
     def _check_usable(self) -> None:
         if os.getpid() != self._pid:
             raise RuntimeError("Expected the process that offloaded, got a forked child: offload there, or use spawn")
-        if self.is_closed:
+        if self._is_closing or self.is_closed:
             raise RuntimeError("Expected an open offload, got one after close()")
 
 

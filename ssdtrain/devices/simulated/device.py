@@ -141,10 +141,13 @@ class SimulatedDevice:
         return Allocation(storage, block.address, block.nbytes, StorageWeakRef(storage))
 
     def share(self, storage: torch.UntypedStorage, stream: int) -> None:
-        """When `storage` dies, its memory is handed out again after what is queued on `stream` by then."""
+        """When `storage` dies, its memory is handed out again after what is queued on `stream` by then.
+
+        Nothing is new for the stream that allocated it, to which it goes back at once, as PyTorch has it.
+        """
         with self._machine.lock:
             block = self._machine.pool.find(storage.data_ptr())
-            if block is not None:
+            if block is not None and block.stream != stream:
                 block.sharers.add(self._machine.stream(stream))
 
     def allocate_host(self, nbytes: int) -> torch.UntypedStorage:

@@ -103,13 +103,25 @@ class SimulatedDriver(driver_type()):  # type: ignore[misc]
 
     def _copy(self, name: str, stream: int, to: int, source: int, nbytes: int) -> None:
         device = Span(source if name == "copy_out" else to, nbytes)
+        host = Span(to if name == "copy_out" else source, nbytes)
         machine = self._machine
         with machine.lock:  # so that the memory cannot be freed between the check and the queue
+            self._check_pinned(host, name)
             keep = machine.need_live(device, name)
             work = Work(
                 name, lambda: ctypes.memmove(to, source, nbytes), (Span(source, nbytes),), (Span(to, nbytes),), keep
             )
             machine.submit(machine.stream(stream), work)
+
+    def _check_pinned(self, host: Span, name: str) -> None:
+        """As CUDA does, it refuses a copy that goes beyond memory that was pinned in one step."""
+        for address, nbytes in self._pinned.items():
+            is_inside = address <= host.address and host.address + host.nbytes <= address + nbytes
+            if not is_inside and address < host.address + host.nbytes and host.address < address + nbytes:
+                raise ValueError(
+                    f"Expected host memory for `{name}` that was pinned in one step, got {host}, beyond {nbytes} bytes "
+                    f"at {address:#x}: split the copy there"
+                )
 
     def _event(self, handle: int) -> Event:
         try:

@@ -1,8 +1,9 @@
-"""Device memory: blocks that are handed out again to the stream they were freed on, before its queued work has run.
+"""Device memory: blocks that go back to the stream that allocated them, before its queued work has run.
 
-It works as PyTorch's caching allocator does for CUDA. A block is free from the moment its storage dies; other streams
-that use it must have been named before (`share`), then it is only handed out once what they had queued at that moment
-is over. What is handed out is poisoned in stream order by the caller.
+It works as PyTorch's caching allocator does for CUDA. A block is free from the moment its storage dies, on whatever
+stream that happens, and serves the stream that allocated it, which waits for nobody. Other streams that use it must
+have been named before (`share`), then it is only handed out once what they had queued at that moment is over. What is
+handed out is poisoned in stream order by the caller.
 
 [Note: death notes]
 A storage may die in any thread, also while this thread holds the lock: the callback only leaves a note. Whoever looks

@@ -122,7 +122,8 @@ class _Direct(Workers):
                 part.checksum = zlib.crc32(self._content(memory, write.producer))
         start, is_device = write._offset + chunk.offset, write.producer is not None
         for offset, memory in write.sources(chunk):
-            self._handles.write(write._file, memory, start + offset, is_device=is_device)
+            with self.pulses[write._file]:
+                self._handles.write(write._file, memory, start + offset, is_device=is_device)
         self._end_buffered(write._file, start, chunk.nbytes, is_write=True)
 
     def _rescue(self, write: Write, chunk: Chunk) -> bytearray | None:
@@ -139,7 +140,8 @@ class _Direct(Workers):
     def _read_file(self, job: FetchJob) -> None:
         _synchronize(job.ready)
         file, memory = job.write._file, Memory(job.address, job.nbytes)
-        self._handles.read(file, memory, job.file_offset, is_device=job.ready is not None)
+        with self.pulses[file]:
+            self._handles.read(file, memory, job.file_offset, is_device=job.ready is not None)
         self._end_buffered(file, job.file_offset, job.nbytes, is_write=False)
 
     def _read_memory(self, job: FetchJob) -> None:

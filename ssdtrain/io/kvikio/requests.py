@@ -12,12 +12,6 @@ class DirectWrite(Write):
 
     producer: Fence | None = None
 
-    def wait_copied(self) -> None:
-        """Returns too when all is over and a source could not be copied: its bytes are then where they were."""
-        self._check_process()
-        with self._monitor.changed:
-            self._monitor.changed.wait_for(lambda: self._num_uncopied == 0 or self._num_unfinished == 0)
-
     def sources(self, chunk: Chunk) -> list[tuple[int, Memory]]:
         """What there is to write for a chunk: (offset in the chunk, where)."""
         return [

@@ -203,6 +203,9 @@ class BaseEngine(Owned):
     def read_busy_seconds(self) -> float:
         return self._monitor.totals.read.busy_seconds
 
+    def silent_seconds(self, file: int) -> float:
+        return self._workers.pulses[file].silent_seconds if file < len(self._workers.pulses) else 0.0
+
     def copies(self) -> tuple[tuple[int, float], tuple[int, float]]:
         return (0, 0.0), (0, 0.0)  # it knows no slabs that an accelerator is copied to
 

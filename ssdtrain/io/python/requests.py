@@ -164,6 +164,32 @@ class Traffic:
         self.read = Direction()
 
 
+class Pulse:
+    """Whether a drive answers: how long it has owed an answer and has said nothing at all."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_asked = 0
+        self._heard = 0.0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._num_asked == 0:
+                self._heard = time.monotonic()
+            self._num_asked += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._num_asked -= 1
+            self._heard = time.monotonic()
+
+    @property
+    def silent_seconds(self) -> float:
+        """0 while it owes none."""
+        with self._lock:
+            return time.monotonic() - self._heard if self._num_asked else 0.0
+
+
 class Monitor:
     """What an engine shares with its requests, which may outlive it."""
 
@@ -200,7 +226,7 @@ class Write(Owned):
         self._chunks = [chunk for chunk in self._chunks if chunk.parts]
         self._num_uncopied = len(pieces)
         self._queued = time.monotonic()
-        self._copy_begun = self._copied = self._write_begun = self._done = self._at_drive_since = 0.0
+        self._copy_begun = self._copied = self._write_begun = self._done = 0.0
         self._num_unfinished = len(self._chunks)
         self.error: tuple[int, int, int] | None = None
         self.written_nbytes = 0
@@ -240,13 +266,6 @@ class Write(Owned):
         self._check_process()
         return self._queued, self._copy_begun, self._copied, self._write_begun, self._done
 
-    @property
-    def at_drive_since(self) -> float:
-        self._check_process()
-        with self._monitor.changed:
-            is_there = any(chunk.state is State.WRITING for chunk in self._chunks)
-            return self._at_drive_since if is_there else 0.0
-
     is_issued = is_copied  # host memory knows no streams
     is_lost = False
 
@@ -262,15 +281,19 @@ class Write(Owned):
         with self._monitor.changed:
             self._cancel(self._piece(piece))
 
-    def wait(self) -> None:
+    def wait(self, timeout_seconds: float | None = None) -> bool:
         self._check_process()
         with self._monitor.changed:
-            self._monitor.changed.wait_for(lambda: self._num_unfinished == 0)
+            return self._monitor.changed.wait_for(lambda: self._num_unfinished == 0, timeout_seconds)
 
-    def wait_copied(self) -> None:
+    def wait_copied(self, timeout_seconds: float | None = None) -> bool:
         self._check_process()
         with self._monitor.changed:
-            self._monitor.changed.wait_for(lambda: self._num_uncopied == 0)
+            return self._monitor.changed.wait_for(
+                lambda: self._num_uncopied == 0 or self._num_unfinished == 0, timeout_seconds
+            )
+
+    wait_issued = wait_copied
 
     def _piece(self, index: int) -> Piece:
         if not 0 <= index < len(self._pieces):
@@ -318,8 +341,7 @@ class Write(Owned):
 
     def _begin_write(self, chunk: Chunk) -> None:
         chunk.state = State.WRITING
-        self._at_drive_since = time.monotonic()
-        self._write_begun = self._write_begun or self._at_drive_since
+        self._write_begun = self._write_begun or time.monotonic()
 
     def _end_copy(self, chunk: Chunk) -> bool:
         chunk.state = State.COPIED

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from .requests import Chunk, Direction, Monitor, Part, Pool, Read, Slab, State, Write
+from .requests import Chunk, Direction, Monitor, Part, Pool, Pulse, Read, Slab, State, Write
 from .spill_file import File, SpillFile
 
 _MAX_RETRIES = 2
@@ -67,11 +67,13 @@ class _ChecksumError(OSError):
     """The file holds other bytes than were written."""
 
 
-def _transfer(move: Callable[[memoryview, int], int], view: memoryview, offset: int, file: File) -> None:
+def _transfer(move: Callable[[memoryview, int], int], view: memoryview, offset: int, place: tuple[File, Pulse]) -> None:
     """Moves the whole view, continuing short transfers."""
+    file, pulse = place
     done = 0
     while done < len(view):
-        moved = move(view[done:], offset + done)
+        with pulse:
+            moved = move(view[done:], offset + done)
         if file.is_direct and done + moved < len(view):
             moved -= moved % file.block_nbytes  # direct I/O can only continue at a block
         if moved == 0:
@@ -90,6 +92,7 @@ class Workers:
         self.files = files
         self.users = [file.user for file in files]
         self.fds = [file.acquire() if isinstance(file, SpillFile) else file.fd for file in files]
+        self.pulses = [Pulse() for _ in files]  # held while the drive is asked for something
         self.has_checksum = has_checksum
         self.monitor = Monitor()
         self.forwards: deque[FetchJob] = deque()  # reads from memory
@@ -279,7 +282,8 @@ class Workers:
         """Has a transfer through the page cache reach the drive, and leaves nothing of it in the cache."""
         if not self.files[file].is_direct:
             if is_write:
-                os.fdatasync(self.fds[file])
+                with self.pulses[file]:
+                    os.fdatasync(self.fds[file])
             os.posix_fadvise(self.fds[file], offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
@@ -327,7 +331,7 @@ class Core(Workers):
         assert chunk.slab is not None
         file, fd = self.files[write._file], self.fds[write._file]
         view, offset = chunk.slab.view[: chunk.nbytes], write._offset + chunk.offset
-        _transfer(lambda part, at: os.pwrite(fd, part, at), view, offset, file)
+        _transfer(lambda part, at: os.pwrite(fd, part, at), view, offset, (file, self.pulses[write._file]))
         self._end_buffered(write._file, offset, chunk.nbytes, is_write=True)
 
     def _rescue(self, write: Write, chunk: Chunk) -> bytes:
@@ -341,7 +345,8 @@ class Core(Workers):
     def _read_file(self, job: FetchJob) -> None:
         file, fd = self.files[job.write._file], self.fds[job.write._file]
         view = view_of(job.address, job.nbytes)
-        _transfer(lambda part, at: os.preadv(fd, [part], at), view, job.file_offset, file)
+        pulse = self.pulses[job.write._file]
+        _transfer(lambda part, at: os.preadv(fd, [part], at), view, job.file_offset, (file, pulse))
         self._end_buffered(job.write._file, job.file_offset, job.nbytes, is_write=False)
 
     def _checksum(self, job: FetchJob) -> int:

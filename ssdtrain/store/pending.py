@@ -1,0 +1,289 @@
+"""Requests of one user of a drive that are under way, and what they hold: memory, and extents.
+
+Knows requests, extents and storages; neither what the bytes are nor when they are needed. `transfers` moves saved
+activations with it, `tensor_store` parameters and optimizer state. The owner holds a lock for every call, except for
+those that wait.
+
+[Note: when an extent is free]
+When its write and all its readers are over. A read of an accelerator is handed out as soon as its copy is queued, so
+that what asked for it may be gone while the stream has yet to copy: the segment remembers its reads, and its extent is
+nobody else's before they are over.
+
+[Note: what an interrupt may cost]
+Ctrl-C may come between any two lines. Memory is listed before the engine is told of it, and what is to be given back is
+taken off the list first: an interrupt may cost space until the engine closes, but no extent is given out twice and
+nothing is read or written in memory that was freed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ssdtrain.devices.base import Allocation, Device
+from ssdtrain.io.client import Drive
+from ssdtrain.io.engine import Fence, Read, Write
+from ssdtrain.io.open_engine import fence
+from ssdtrain.io.space import Extent
+
+Piece = tuple[int, int, int]
+"""Address, bytes, offset in the extent."""
+
+
+@dataclass(eq=False, slots=True)
+class Segment:
+    """Bytes [`start`, ...) of a record: one piece of a write, the extent it went to, and who reads it back."""
+
+    drive: Drive
+    write: Write
+    piece: int
+    extent: Extent
+    start: int
+    readers: list[Read] = field(default_factory=list)
+
+    @property
+    def is_in_host(self) -> bool:
+        """Whether it is in the host tier."""
+        return self.drive.is_in_host(self.extent)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing writes or reads its extent."""
+        return self.write.is_done and all([read.is_done for read in self.readers])
+
+    def is_readable(self, device: Device) -> bool:
+        """Whether it can be read to memory of `device`: an accelerator waits for a copy out that is queued."""
+        write = self.write
+        return write.is_done or (write.is_copied if device.driver is None else write.is_issued)
+
+
+@dataclass(eq=False, slots=True)
+class PendingWrite:
+    """A write and the memory it may still read, whose bytes belong to `cargo`: its i-th is piece i."""
+
+    extent: Extent
+    cargo: Sequence[Any]
+    sources: list[torch.UntypedStorage]
+    stream: int
+    producer: Fence | None  # of an accelerator: the sources are computed after this point
+    write: Write | None = None  # None after an interrupt too
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the engine is done with it."""
+        return self.write is not None and self.write.is_done
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether a source could not be copied: its bytes are only there."""
+        write = self.write
+        return write is not None and (write.is_lost or (write.is_done and not write.is_copied))
+
+
+@dataclass(eq=False, slots=True)
+class PendingRead:
+    """Reads to fresh memory, usable in the order of the stream it was allocated on."""
+
+    segments: Sequence[Segment]
+    device: Device
+    memory: Allocation
+    stream: int
+    reads: list[Read] = field(default_factory=list)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is being read to its memory; never after an interrupt in the middle of its beginning."""
+        return len(self.reads) == len(self.segments) and all([read.is_done for read in self.reads])
+
+
+def hand_out(storage: torch.UntypedStorage, device: Device, stream: int, reads: Iterable[Read]) -> None:
+    """The current stream of an accelerator uses memory that `stream` has allocated, after the copies into it.
+
+    PyTorch gives freed memory to the stream that allocated it, so any other one that uses it is named.
+    """
+    current = device.current_stream()
+    for read in reads:
+        read.make_wait(current)
+    if current != stream:
+        device.share(storage, current)
+
+
+class Pending:
+    """What one user of a drive has under way."""
+
+    def __init__(
+        self, drive: Drive, note_fallback: Callable[[str], None], *, staging_nbytes: int, timeout_seconds: float
+    ) -> None:
+        """Nothing yet. `staging_nbytes` bounds the bytes on their way out; `timeout_seconds`: see `Drive.wait`."""
+        self.writes: list[PendingWrite] = []
+        self.reads: list[PendingRead] = []
+        self.has_accelerators = False
+        self._drive, self._engine = drive, drive.engine
+        self._note_fallback = note_fallback
+        self._staging_nbytes, self._timeout_seconds = staging_nbytes, timeout_seconds
+        self._devices: set[Device] = set()
+        self._unwanted: list[Segment] = []  # see [Note: when an extent is free]
+        self._handed_over: list[Read] = []  # whose copies a stream has yet to run
+        self._seen_events = -1
+
+    # -- out -----------------------------------------------------------------------------------------------------
+
+    def producer(self, device: Device, stream: int) -> Fence | None:
+        """The point of a stream of an accelerator after which what is queued there by now has been computed."""
+        if device.driver is not None and device not in self._devices:
+            why = self._drive.add_driver(device.driver)
+            self._devices.add(device)
+            self.has_accelerators = True
+            if why:
+                self._note_fallback(why)
+        return fence(device.driver, stream)
+
+    def write(self, pending: PendingWrite, pieces: list[Piece]) -> Write:
+        """Begins a write. Its sources are held until they are copied."""
+        extent = pending.extent
+        self.writes.append(pending)
+        write = self._engine.write(extent.file, extent.offset, extent.nbytes, pieces, pending.producer)
+        pending.write = write
+        return write
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether `nbytes` more may be on their way out."""
+        in_flight = self._engine.inflight_nbytes
+        return not in_flight or in_flight + nbytes <= self._staging_nbytes
+
+    def wait_for_room(self, nbytes: int) -> bool:
+        """Blocks, without a lock, until `nbytes` more may be on their way out; false when a drive does not answer."""
+        limit = max(0, self._staging_nbytes - nbytes)
+        return self._drive.wait(lambda seconds: self._engine.wait_inflight(limit, seconds), self._timeout_seconds)
+
+    def wait_written(self, writes: Iterable[PendingWrite]) -> bool:
+        """Blocks, without a lock, until `writes` are over; false when their drive does not answer."""
+        return all(
+            self._drive.wait(p.write.wait, self._timeout_seconds, file=p.extent.file)
+            for p in writes
+            if p.write is not None
+        )
+
+    def wait_readable(self, segments: Iterable[Segment], device: Device) -> Segment | None:
+        """Blocks, without a lock, until `segments` can be read; or returns one whose drive does not answer."""
+        for segment in segments:
+            write = segment.write
+            wait = write.wait_copied if device.driver is None else write.wait_issued
+            if not self._drive.wait(wait, self._timeout_seconds, file=segment.extent.file):
+                return segment
+        return None
+
+    def retire_silent(self) -> bool:
+        """Uses no directory any more whose drive has not answered for too long; whether there is one."""
+        silent = self._drive.silent_files(self._timeout_seconds)
+        for file in silent:
+            extents = [p.extent for p in self.writes if not p.is_over]
+            extents += [segment.extent for p in self.reads if not p.is_over for segment in p.segments]
+            where = "".join([f" at offset {e.offset}" for e in extents if e.file == file][:1])
+            self._drive.space.retire(file, f"after no answer to a request{where} for {self._timeout_seconds:g} s")
+        return bool(silent)
+
+    # -- back ----------------------------------------------------------------------------------------------------
+
+    def read(self, segments: Sequence[Segment], device: Device, nbytes: int) -> PendingRead:
+        """Begins to bring segments to fresh memory of the current stream, which is held until they are there.
+
+        Raises:
+            MemoryError, torch.OutOfMemoryError: there is none.
+        """
+        space = self._drive.space
+        memory = device.allocate(nbytes, space.memory_alignment, space.block_nbytes)
+        stream = device.current_stream()
+        ready = fence(device.driver, stream)
+        pending = PendingRead(segments, device, memory, stream)
+        self.reads.append(pending)
+        for segment in segments:
+            address, capacity = memory.address + segment.start, memory.capacity - segment.start
+            read = self._engine.read(segment.write, segment.piece, address, capacity, ready)
+            segment.readers = [*[reader for reader in segment.readers if not reader.is_done], read]
+            pending.reads.append(read)
+        return pending
+
+    def hand_over(self, pending: PendingRead) -> None:
+        """Whoever has the memory now orders its streams after the copies: it is not held here any more.
+
+        Nor does what was handed over hold what the engine has of its writes.
+        """
+        pending.segments = ()
+        self._handed_over += [read for read in pending.reads if not read.is_done]
+        if pending in self.reads:
+            self.reads.remove(pending)
+
+    # -- what the engine has done ------------------------------------------------------------------------------------
+
+    def release(self, segments: Iterable[Segment]) -> None:
+        """Nobody needs these bytes any more. Writes are called off, and extents go back as soon as they are free."""
+        for segment in segments:
+            if not segment.write.is_done:
+                segment.write.cancel(segment.piece)
+            if not segment.is_over:
+                self._unwanted.append(segment)
+            elif not self._drive.is_closed:  # then all went back at once
+                self._drive.release(segment.extent)
+
+    def reap(self) -> list[PendingWrite]:
+        """Gives back what the engine is done with: memory that is copied or filled, and unwanted extents.
+
+        Returns the writes whose sources are free or that are over, those for the last time. What could not be copied
+        keeps its sources, for the owner to take.
+        """
+        num_events = self._engine.num_events
+        if num_events == self._seen_events:
+            return []
+        self._seen_events = num_events
+        news = [pending for pending in self.writes if self._has_news(pending)]
+        over = {id(pending) for pending in news if pending.is_over}
+        self.writes = [pending for pending in self.writes if id(pending) not in over]
+        self.reads = [pending for pending in self.reads if not pending.is_over]
+        self._handed_over = [read for read in self._handed_over if not read.is_done]
+        unwanted, self._unwanted = self._unwanted, []
+        self.release(unwanted)
+        return news
+
+    def _has_news(self, pending: PendingWrite) -> bool:
+        write = pending.write
+        if write is None:
+            return False
+        is_done, is_copied = write.is_done, write.is_copied
+        has_news = is_done or (is_copied and bool(pending.sources))
+        if is_copied and not pending.is_lost:
+            pending.sources = []
+        if is_done and write.error is not None and not write.is_lost:
+            self._drive.space.note_write_error(pending.extent.file, write.error)
+        return has_news
+
+    def close(self) -> bool:
+        """Calls off what is under way and gives up this user's share of the engine; `reap` says what still arrived.
+
+        False when the drive does not answer: what it may still touch then stays as it is until the process ends.
+        """
+        are_all_over = not self._drive.is_closed and not self._engine.is_closed and self._end_all()
+        is_quiet = self._drive.close(self._timeout_seconds, are_all_over=are_all_over)
+        if not is_quiet:
+            self.retire_silent()
+            self._drive.give_up()
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))  # the kernel may still write to memory held here
+        return is_quiet
+
+    def _end_all(self) -> bool:
+        """Whether all requests have ended, those that an interrupt kept from being listed included."""
+        for pending in self.writes:
+            if pending.write is not None:
+                for piece in range(len(pending.cargo)):
+                    pending.write.cancel(piece)
+        reads = [*self._handed_over, *[read for pending in self.reads for read in pending.reads]]
+        waits = [p.write.wait for p in self.writes if p.write is not None] + [read.wait for read in reads]
+        are_over = all(self._drive.wait(wait, self._timeout_seconds, must_move=True) for wait in waits)
+        are_listed = all([p.write is not None for p in self.writes]) and all(
+            [len(p.reads) == len(p.segments) for p in self.reads]
+        )
+        return are_over and are_listed
