@@ -1,5 +1,5 @@
 # make demo    trains a GPT without and with ssdtrain and compares them; DEMO="--layers 6" passes options on
-# make test    runs all tests; PYTEST="-k demo" passes options on
+# make test    runs all tests on all cores; PYTEST="-k demo" passes options on, WORKERS=0 runs them in one process
 # make lint    ruff, mypy, clang-format
 # make clean   removes what was built, and the virtual environment
 
@@ -12,6 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?=
 PYTEST ?=
+WORKERS ?= auto
 
 # Every pip, those of isolated builds included, keeps to the pinned torch: another may be gigabytes larger.
 export PIP_CONSTRAINT := $(CURDIR)/.constraints.txt
@@ -32,7 +33,7 @@ demo: $(VENV)/.package
 	$(BIN)/ssdtrain demo $(DEMO)
 
 test: $(VENV)/.package $(VENV)/.tests
-	$(BIN)/python -m pytest $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --durations=10 $(PYTEST)
 
 lint: $(VENV)/.linters
 	$(BIN)/ruff check .

@@ -66,6 +66,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     items[:] = [item for item in items if not _has_no_point(item)]
     for item in items:
+        _keep_together(item)
+    for item in items:
         needed = item.get_closest_marker("needs_package")
         if needed is not None and importlib.util.find_spec(needed.args[0]) is None:
             item.add_marker(pytest.mark.skip(reason=f"{needed.args[0]} is not installed"))
@@ -78,6 +80,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("needs_cuda") is not None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def _keep_together(item: pytest.Item) -> None:
+    """Tests that share a fixture of their module, such as a job of several processes, run in one worker."""
+    definitions = getattr(item, "_fixtureinfo").name2fixturedefs  # noqa: B009  not pytest's public face
+    shared = sorted(name for name, found in definitions.items() if found and found[-1].scope == "module")
+    if shared:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        what = ",".join(f"{name}{parameters.get(name, '')}" for name in shared)
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.name}:{what}"))
 
 
 def _has_no_point(item: pytest.Item) -> bool:
