@@ -58,7 +58,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._lock = threading.RLock()  # of what happens in backward
         self._handles: list[Any] = []
         hooks = {name: value for name, value in vars(optimizer).items() if name.endswith("_hooks")}
-        self.__setstate__({"defaults": optimizer.defaults, **hooks})
+        self.__setstate__({"defaults": dict(optimizer.defaults), **hooks})  # which adds to them
         check_alone(self.policy)
         check_settings(self.policy, self.param_groups)
         state_nbytes = predict_state_nbytes(optimizer, policy.min_nbytes, has_masters=policy.master_weights)
@@ -137,10 +137,19 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         raise TypeError("Expected to save optimizer.state_dict(), got the optimizer itself: its state is on a drive")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """See `torch.optim.Optimizer.add_param_group`."""
+        """See `torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            ValueError: with it the optimizer cannot be paged as the policy says; the groups are as they were.
+        """
         self._check_open()
         self._inner.add_param_group(param_group)
-        self._regroup()
+        try:
+            self._regroup()
+        except BaseException:
+            for parameter in self.param_groups.pop()["params"]:
+                self._cpu_updates.forget(parameter)
+            raise
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient, see `torch.optim.Optimizer.step`.
@@ -442,8 +451,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 self._watch(name, parameter)
         if self.policy.update_on == "cpu":
             self._cpu_updates.meet({parameter: self._names[parameter] for parameter in found})
-        self._reach.parameters = found
         self._updates.regroup(found, self.policy)
+        self._reach.parameters = found
 
     def _watch(self, name: str, parameter: torch.Tensor) -> None:
         if parameter.is_meta:

@@ -27,6 +27,7 @@ from ssdtrain.optimizer.shared import Key, SharedValues, copied, is_of_others, k
 from ssdtrain.store.frames import nbytes_of, put_together, take_apart
 
 _NUM_STEPS = 12  # what happens every ten steps is seen
+_SMALL = 1e-4  # the first gradients: what is added so that nothing is divided by zero is seen
 _NUM_OF_A_KIND = 2
 _MAX_STAND_INS = 16
 
@@ -231,7 +232,7 @@ def _steps(cast: _Cast, setting: _Setting) -> Iterator[None]:
         getattr(cast.twin, setting.begins_with)()
     parameters = list(cast.group_of)
     for number in range(_NUM_STEPS):
-        gradients = _gradients(parameters, setting.gradients, generator)
+        gradients = _gradients(parameters, setting.gradients, generator, _SMALL if number == 0 else 1.0)
         without: list[torch.Tensor] = []
         if setting.has_gaps:
             without = {3: parameters, 4: parameters[-1:], 5: cast.twin.param_groups[0]["params"]}.get(number, [])
@@ -240,8 +241,10 @@ def _steps(cast: _Cast, setting: _Setting) -> Iterator[None]:
         yield
 
 
-def _gradients(parameters: list[torch.Tensor], kind: str, generator: torch.Generator) -> Sequence[torch.Tensor]:
-    values = [torch.randn(p.shape, generator=generator).to(p.device, p.dtype) for p in parameters]
+def _gradients(
+    parameters: list[torch.Tensor], kind: str, generator: torch.Generator, scale: float
+) -> Sequence[torch.Tensor]:
+    values = [(torch.randn(p.shape, generator=generator) * scale).to(p.device, p.dtype) for p in parameters]
     if kind == "sparse":
         return [value.to_sparse(1) if value.dim() else value for value in values]
     if kind == "graph":

@@ -303,27 +303,27 @@ class ParameterOffload:
 
     def _watch_optimizers(self) -> list[Any]:
         """A plain optimizer updates all its parameters at once: they are in memory meanwhile."""
-        me = weakref.ref(self)
 
-        def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            offload = me()
-            if offload is not None and not getattr(optimizer, "pages_parameters", False):
+        def before(offload: ParameterOffload, optimizer: torch.optim.Optimizer) -> None:
+            if not getattr(optimizer, "pages_parameters", False):
                 offload._before_step(optimizer)
 
-        def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            offload = me()
-            if offload is not None and not getattr(optimizer, "pages_parameters", False):
+        def after(offload: ParameterOffload, optimizer: torch.optim.Optimizer) -> None:
+            if not getattr(optimizer, "pages_parameters", False):
                 offload._after_step()
 
-        handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+        handles = [
+            register_optimizer_step_pre_hook(_StepHook(self, before)),
+            register_optimizer_step_post_hook(_StepHook(self, after)),
+        ]
         for handle in handles:
-            weakref.finalize(self, handle.remove)
+            _StepHook.clear_away(handle.hooks_dict_ref() or {})
         return handles
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         with self._lock:
             self._after_step()  # of a step that raised
-            mine = self._uses.find(p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
+            mine = self._uses.find(p for group in optimizer.param_groups for p in group["params"] if _may_change(p))
             if mine:
                 self._vault.note(
                     f"{type(optimizer).__name__} updates all parameters at once: they are in memory during its step; "
@@ -340,6 +340,36 @@ class ParameterOffload:
             self._release(self._stepping)
             self._uses.let_go(self._stepping)
             self._stepping = []
+
+
+class _StepHook:
+    """Tells an offload of every optimizer's step.
+
+    It stays when the offload is gone, which may be in the middle of a step, while PyTorch goes through its hooks; the
+    next offload clears it away.
+    """
+
+    def __init__(
+        self, offload: ParameterOffload, act: Callable[[ParameterOffload, torch.optim.Optimizer], None]
+    ) -> None:
+        self._offload, self._act = weakref.ref(offload), act
+
+    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        offload = self._offload()
+        if offload is not None:
+            self._act(offload, optimizer)
+
+    @staticmethod
+    def clear_away(hooks: dict[int, Any]) -> None:
+        """Takes those away whose offload is gone."""
+        for key, hook in list(hooks.items()):
+            if isinstance(hook, _StepHook) and hook._offload() is None:
+                del hooks[key]
+
+
+def _may_change(parameter: torch.Tensor) -> bool:
+    """Whether a step may update it: also one that was frozen when its gradient was there already."""
+    return parameter.requires_grad or parameter.grad is not None
 
 
 def homes_of(parameters: Iterable[torch.Tensor]) -> list[ParameterOffload]:
