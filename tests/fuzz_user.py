@@ -282,6 +282,8 @@ def step_that_raises(user: Plain, draw: random.Random) -> None:
 
 def update_that_raises(user: Plain, draw: random.Random) -> None:
     """In the middle of a step: some parameters are updated and others not, and nobody can tell which."""
+    if (user.program.state or {}).get("step_in_backward"):  # whose updates are over before
+        return
     _loss(user, 3).backward()
     Written.num_before_failure = draw.choice([0, 1, 3])
     try:
