@@ -1,5 +1,7 @@
 # make demo    trains a GPT without and with ssdtrain and compares them; DEMO="--layers 6" passes options on
 # make test    runs all tests on all cores; PYTEST="-k demo" passes options on, WORKERS=0 runs them in one process
+# make test-standin  tests what runs on CUDA without a GPU (tests/standin); downloads 5 GB, once, unless STANDIN_VENV names
+#              a virtual environment with torch 2.11 for CUDA; STANDIN="-k streams" passes options on
 # make lint    ruff, mypy, clang-format
 # make clean   removes what was built, and the virtual environment
 
@@ -24,7 +26,7 @@ REQUIREMENTS := import importlib; from importlib.util import find_spec; \
     toml = importlib.import_module("tomllib" if find_spec("tomllib") else "pip._vendor.tomli"); \
     print(*toml.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["test"])
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-standin lint format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -34,6 +36,26 @@ demo: $(VENV)/.package
 
 test: $(VENV)/.package $(VENV)/.tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --durations=10 $(PYTEST)
+
+# -- on the stand-in of tests/standin --
+
+STANDIN_VENV ?= .venv-standin
+STANDIN_BUILD := build/standin
+STANDIN ?=
+STANDIN_SUITES := $(shell sed -n '/--devices cuda/,/[^\\]$$/p' recipes/benchmarks/gpu.sh | grep -o 'tests/[a-z_]*\.py' | sort -u)
+
+test-standin: $(STANDIN_VENV)/.standin
+	tests/standin/build.sh $(STANDIN_VENV)/bin/python $(STANDIN_BUILD)
+	$(STANDIN_VENV)/bin/python setup.py -q build_ext --inplace
+	PYTHONPATH=$(CURDIR) FAIL_WITHOUT_CUDA=1 tests/standin/run.sh $(STANDIN_BUILD) $(STANDIN_VENV)/bin/python -m pytest \
+	    -n $${JOBS:-2} --dist loadfile --devices cuda tests/standin tests/test_cuda.py $(STANDIN_SUITES) $(STANDIN)
+
+# An environment of its own: the pinned torch of the other one is for the CPU.
+$(STANDIN_VENV)/.standin:
+	[ -x $(STANDIN_VENV)/bin/python ] || $(PYTHON) -m venv $(STANDIN_VENV)
+	env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT $(STANDIN_VENV)/bin/pip install torch==2.11.0 'setuptools>=77' pybind11 \
+	    pydantic typer rich numpy pytest pytest-xdist hypothesis expecttest scipy psutil
+	@touch $@
 
 lint: $(VENV)/.linters
 	$(BIN)/ruff check .
@@ -77,5 +99,5 @@ $(VENV)/.linters: .constraints.txt | $(VENV)/.package
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info ssdtrain/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-standin build *.egg-info ssdtrain/*.so .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -28,6 +28,9 @@ STAGING_NBYTES = 64 * 1024
 SLAB_NBYTES = 4096
 EAGER = {"min_nbytes": 0, "mode": "all", "staging_nbytes": STAGING_NBYTES}
 
+# Tests of tests/standin need the library that plays the GPU: `make test-standin`.
+collect_ignore = [] if "standin_gpu" in sys.modules else ["standin"]
+
 MakeOffload = Callable[..., ssdtrain.ActivationOffload]
 Send = Callable[[], None]
 Run = Callable[[Send], Any]

@@ -1,0 +1,100 @@
+"""The stand-in does what CUDA does where the tests beside rely on it."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from standin_tools import gates
+
+
+def test_streams_run_beside_each_other_and_events_order_them(gates: Any) -> None:
+    side, x = torch.cuda.Stream(), torch.zeros(8, device="cuda")
+    side.wait_stream(torch.cuda.current_stream())
+    gate = gates()  # of the current stream
+    x.fill_(1)
+    with torch.cuda.stream(side):
+        early = x + 0
+    side.synchronize()
+    assert not torch.cuda.current_stream().query()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        late = x + 0
+    gate.open()
+    torch.cuda.synchronize()
+    assert (early.tolist(), late.tolist()) == ([0.0] * 8, [1.0] * 8)
+
+
+def test_an_event_of_another_thread_breaks_a_global_capture() -> None:
+    event = torch.cuda.Event()
+    event.record()
+    torch.cuda.synchronize()
+    seen: list[str] = []
+
+    def ask() -> None:
+        try:
+            event.query()
+        except RuntimeError as error:
+            seen.append(str(error))
+
+    def capture() -> None:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            thread = threading.Thread(target=ask)
+            thread.start()
+            thread.join()
+
+    with pytest.raises(RuntimeError, match="previous error during capture"):
+        capture()
+    assert "not permitted when stream is capturing" in seen[0]
+
+
+def test_an_event_of_another_thread_is_nothing_to_a_local_capture() -> None:
+    event, x, graph = torch.cuda.Event(), torch.zeros(8, device="cuda"), torch.cuda.CUDAGraph()
+    event.record()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        x.add_(1)
+        thread = threading.Thread(target=event.query)
+        thread.start()
+        thread.join()
+    graph.replay()
+    assert x.tolist() == [1.0] * 8
+
+
+def test_freed_memory_serves_the_next_allocation_of_its_stream_only() -> None:
+    side = torch.cuda.Stream()
+    x = torch.empty(3 << 20, dtype=torch.uint8, device="cuda")
+    address = x.data_ptr()
+    del x
+    with torch.cuda.stream(side):
+        assert torch.empty(3 << 20, dtype=torch.uint8, device="cuda").data_ptr() != address
+    assert torch.empty(3 << 20, dtype=torch.uint8, device="cuda").data_ptr() == address
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_recurrent_cells_are_those_of_the_cpu(kind: str) -> None:
+    torch.manual_seed(0)
+    there = getattr(torch.nn, kind)(8, 4)
+    here = getattr(torch.nn, kind)(8, 4).cuda()
+    here.load_state_dict(there.state_dict())
+    x = torch.randn(3, 2, 8)
+    there(x)[0].square().sum().backward()
+    here(x.cuda())[0].square().sum().backward()
+    for ours, theirs in zip(here.parameters(), there.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad.cpu(), theirs.grad)
+
+
+def test_dropout_draws_from_the_state_that_is_set() -> None:
+    x = torch.ones(1000, device="cuda", requires_grad=True)
+    state = torch.cuda.get_rng_state()
+    first = F.dropout(x, 0.25)
+    second = F.dropout(x, 0.25)
+    torch.cuda.set_rng_state(state)
+    again = F.dropout(x, 0.25)
+    assert torch.equal(first, again) and not torch.equal(first, second)
+    again.sum().backward()
+    assert torch.equal(x.grad, again.detach())
+    assert 0.15 < (again == 0).float().mean().item() < 0.35
