@@ -301,8 +301,8 @@ def check_nothing_left(offload: ssdtrain.ActivationOffload, before: tuple[int, i
 
 def num_kept_files(offload: ssdtrain.ActivationOffload) -> int:
     """Spill files that wait, empty, for the context to be entered again."""
-    offload._store._settle_files()
-    files = offload._store._kept._empty
+    offload._store._source.settle()
+    files = offload._store._source._kept._empty
     assert all(file.nbytes == os.fstat(file.fd).st_size == 0 for file in files)
     return len(files)
 

@@ -22,12 +22,13 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ssdtrain.activations.drive_source import Join
 from ssdtrain.activations.module_names import ModuleNames
 from ssdtrain.activations.observers import StepObservers
 from ssdtrain.activations.recompute import recompute_for
 from ssdtrain.activations.storage_index import Index
 from ssdtrain.activations.witness import Witness
-from ssdtrain.activations.writeback import Join, Store
+from ssdtrain.activations.writeback import Store
 from ssdtrain.devices.base import CpuDevice, Device
 from ssdtrain.devices.registry import Devices
 from ssdtrain.io.directories import check_directories

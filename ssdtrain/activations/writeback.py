@@ -33,17 +33,17 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
+from ssdtrain.activations.drive_source import DriveSource, Join
 from ssdtrain.activations.reload import Loan, Reloads, wait_for_reads
 from ssdtrain.activations.storage_index import Index
 from ssdtrain.devices.base import Device
 from ssdtrain.devices.registry import Devices
-from ssdtrain.io.client import Drive, open_drive
-from ssdtrain.io.engine import Fence, SpillFile
-from ssdtrain.io.kept_files import KeptFiles
-from ssdtrain.io.open_engine import close_files, slab_nbytes_for
-from ssdtrain.io.space import host_limit_nbytes
+from ssdtrain.io.client import Drive
+from ssdtrain.io.engine import Fence
+from ssdtrain.io.open_engine import slab_nbytes_for
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.stats import Counters
 from ssdtrain.store.poison import Books
@@ -52,9 +52,6 @@ from ssdtrain.store.transfers import Transport
 from ssdtrain.tracing.request_log import RequestLog
 
 logger = logging.getLogger("ssdtrain")
-
-Join = Callable[[Callable[[str], None], int | None, int | None, Iterable[str]], Drive]
-"""`Drive.join` of another's drive."""
 
 _MAX_QUEUE = 256  # writes that a plan may have under way
 _HELD_SHARE = 4  # of staging: sources that an accelerator is yet to copy, before they are let go in stream order
@@ -79,21 +76,20 @@ class Store:
         self.when_forked: Callable[[], None] = _nothing  # in the child
         _leave_to_parent_in_child(self)
         self.counters = counters
+        self.note_fallback = partial(_note_fallback, counters)  # knows no store: nothing here keeps itself alive
+        """Warns once and remembers why something did not go the best way."""
         self.request_log: RequestLog | None = None  # of whoever records the run
         self.index = index
         self.devices = devices
         self._reloads = Reloads(policy, counters, devices)
         self._num_entered = 0  # contexts that are active now
         self._is_patient = policy.is_patient  # waits for the drive rather than keeping
-        self._directories = directories
-        self._join = join
+        self._source = DriveSource(directories, policy, devices, self.note_fallback, join)
         self._why_closed = ""  # to be said when more is saved
-        self._retired: set[str] = set()  # by engines that are closed
         self._policy = policy
         self._slab_nbytes = slab_nbytes_for(policy.staging_nbytes)
         self._transport: Transport | None = None
         self._drive: Drive | None = None  # the transport's
-        self._kept = KeptFiles(policy.io_timeout_seconds)
         self._opening = threading.Lock()  # see [Note: opening]
         self._bereaved: deque[tuple[Record, int]] = deque()
         self._batch: list[Record] = []
@@ -141,7 +137,7 @@ class Store:
             self._settle()
             self._close_if_idle()
         self.tidy()
-        self._settle_files()
+        self._source.settle()
 
     def close(self) -> None:
         """Ends the engine and frees slabs and spill files. Records whose bytes were only there are lost."""
@@ -149,13 +145,13 @@ class Store:
         with self.lock, self.books:
             self._close()
         self.tidy()
-        self._kept.close()
+        self._source.close()
 
     def __del__(self) -> None:
         """The last handle and the context are gone: nobody is left to close it."""
         try:
             self._close()
-            self._kept.close()
+            self._source.close()
         except Exception:
             pass
 
@@ -181,7 +177,7 @@ class Store:
         """See [Note: opening]. The caller holds `_opening`, not the lock."""
         if self._transport is not None:
             return
-        drive = self._new_drive()
+        drive = self._source.open(self._slab_nbytes)
         if drive is None:
             return
         try:
@@ -209,64 +205,9 @@ class Store:
 
     def _open_torn(self) -> None:
         """As `_ensure_open`, under the lock: nobody else may go on before."""
-        drive = self._new_drive()
+        drive = self._source.open(self._slab_nbytes)
         if drive is not None:
             self._take_over(drive)
-
-    def _new_drive(self) -> Drive | None:
-        """Another's, or one on the files that were kept, or on new ones; None when no directory is left.
-
-        Raises:
-            OSError: no directory can be used.
-            RuntimeError: the engine asked for by name is not available.
-        """
-        p = self._policy
-        self._settle_files()
-        kept = {file.directory: file for file in self._kept.take()}
-        directories = [directory for directory in self._directories if directory not in self._retired]
-        if self._directories and not directories:
-            return None
-        if self._join is not None:
-            return self._join(self.note_fallback, p.disk_nbytes, p.host_nbytes, self._retired)
-        try:
-            places = [kept.get(directory, directory) for directory in directories]
-            return self._drive_on(self._kept.kind if kept else p.engine, places)
-        except RuntimeError:  # that engine cannot be had any more
-            close_files(list(kept.values()), 0.0)
-            if not kept or p.engine != "auto":
-                raise
-        return self._drive_on(p.engine, directories)
-
-    def _drive_on(self, kind: str, places: Sequence[str | SpillFile]) -> Drive:
-        p = self._policy
-        return open_drive(
-            kind,
-            places,
-            p.staging_nbytes,
-            self._slab_nbytes,
-            note_fallback=self.note_fallback,
-            leave_out=self._retired.add,
-            checksum=p.checksum,
-            disk_nbytes=p.disk_nbytes,
-            host_nbytes=host_limit_nbytes(p.host_nbytes, has_directories=bool(self._directories)),
-            device_index=self.devices.gpu_index(),
-            timeout_seconds=p.io_timeout_seconds,
-            keeps_files=True,
-        )
-
-    def _keep_files(self) -> None:
-        """Those of an engine that has ended, but for directories that are not used any more."""
-        drive = self._drive
-        if drive is None or self._join is not None or not drive.is_closed:
-            return
-        self._kept.keep(drive.kind, [file for file in drive.files if file.directory not in self._retired])
-        close_files([file for file in drive.files if file.directory in self._retired], 0.0)
-
-    def _settle_files(self) -> None:
-        """Waits until the room of files that are kept is given back."""
-        for directory, why in self._kept.settle():
-            self._retired.add(directory)
-            self.note_fallback(f"{directory}: not used any more: {why}")
 
     def _close(self) -> None:
         transport = self._transport
@@ -278,8 +219,7 @@ class Store:
                 self.note_fallback("the drive is stuck: memory and threads of its requests stay until the process ends")
             self._settle()
             self._add_totals(self.counters)
-            self._retired.update(transport.space.retired)
-            self._keep_files()
+            self._source.take_back(self._drive, transport.space.retired)
         self.forget_engine()
 
     def start_afresh(self) -> None:
@@ -290,8 +230,7 @@ class Store:
             for record in transport.records_coming_back():
                 self._reloads.give_up(record)
             self._add_totals(self.counters)
-            self._retired.update(transport.space.retired)
-            self._keep_files()
+            self._source.take_back(self._drive, transport.space.retired)
         self.when_torn()
         self.index.forget_records()
         self._reloads.forget_records()
@@ -307,7 +246,7 @@ class Store:
         The lock is a new one: a thread that only the parent has may hold the inherited one.
         """
         self.lock, self._opening = threading.Lock(), threading.Lock()
-        self._kept = KeptFiles(self._policy.io_timeout_seconds)
+        self._source.leave_to_parent()
         self.when_forked()
         self._why_closed = (
             "this is a forked child: the engine is the parent's, and nothing that is saved here moves; enter the "
@@ -332,7 +271,7 @@ class Store:
         transport = self._transport
         if transport is None or self._num_entered or self.counters.num_live_records:
             return
-        if not transport.has_accelerators and self._join is None:
+        if not transport.has_accelerators and not self._source.is_shared:
             self._close()
 
     # -- records come and go ---------------------------------------------------------------------------------------
@@ -446,7 +385,7 @@ class Store:
         elif transport.send(cargo):
             self._note_departed(cargo)
         else:
-            self._keep(cargo, "no spill space" if self._directories else "host tier full")
+            self._keep(cargo, "no spill space" if self._source.has_directories else "host tier full")
 
     def _note_departed(self, cargo: list[Record]) -> None:
         for record in cargo:
@@ -560,10 +499,10 @@ class Store:
     def _staging_in_use(self) -> int:
         return self._transport.engine.staging_in_use_nbytes if self._transport is not None else 0
 
-    def note_fallback(self, text: str) -> None:
-        """Warns once and remembers why something did not go the best way."""
-        if self.counters.fall_back(text):
-            logger.warning("%s", text)
+
+def _note_fallback(counters: Counters, text: str) -> None:
+    if counters.fall_back(text):
+        logger.warning("%s", text)
 
 
 def _nothing() -> None:
