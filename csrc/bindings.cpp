@@ -1,8 +1,10 @@
-// The Python face of the engine; see ssdtrain/_C.pyi for the types and ssdtrain/io/engine.py for the
-// contract. The only file that knows pybind11.
+// The Python face of the engine; see ssdtrain/_C.pyi for the types and ssdtrain/io/engine.py for
+// the contract. The only file that knows pybind11.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -37,6 +39,34 @@ using PieceTuple = std::tuple<uintptr_t, size_t, uint64_t>;
 
 constexpr Seconds kSignalCheckInterval{0.25};
 
+bool is_finalizing() {
+#if PY_VERSION_HEX >= 0x030D0000
+  return Py_IsFinalizing();
+#else
+  return _Py_IsFinalizing();
+#endif
+}
+
+bool is_main_thread() { return ::syscall(SYS_gettid) == ::getpid(); }
+
+// Lets go of the GIL for as long as it lives. While the interpreter shuts down, a thread that wants
+// it back never gets it: Python ends the thread by unwinding its stack, which ends the process
+// where a destructor may not throw, as pybind11's own guard may not. Such a thread stays here until
+// the process ends.
+class GilReleased {
+ public:
+  GilReleased() : state_(PyEval_SaveThread()) {}
+  GilReleased(const GilReleased&) = delete;
+  GilReleased& operator=(const GilReleased&) = delete;
+  ~GilReleased() noexcept(false) {
+    while (is_finalizing() && !is_main_thread()) ::pause();
+    PyEval_RestoreThread(state_);
+  }
+
+ private:
+  PyThreadState* state_;
+};
+
 // Sleeps in `wait(slice)` without the GIL. It wakes now and then to let Python handle signals, so
 // that Ctrl-C ends a wait on a device that does not answer.
 template <typename Wait>
@@ -51,7 +81,7 @@ bool wait_interruptibly(std::optional<double> timeout_seconds, Wait wait) {
     }
     bool is_over;
     {
-      py::gil_scoped_release released;
+      GilReleased released;
       is_over = wait(slice);
     }
     if (is_over) return true;
@@ -153,10 +183,10 @@ PyEngine open_engine(const std::string& kind, const std::vector<PySpillFile*>& f
                         num_threads, queue_depth,    host_nbytes};
   // The destructor waits for what is in flight, which must not stop other Python threads.
   auto destroy = [](Engine* engine) {
-    py::gil_scoped_release released;
+    GilReleased released;
     delete engine;
   };
-  py::gil_scoped_release released;
+  GilReleased released;
   return PyEngine(std::shared_ptr<Engine>(new Engine(std::move(shared), options), destroy),
                   "an engine");
 }
@@ -202,7 +232,7 @@ py::tuple read_moments(const PyRead& read) {
 }
 
 void bind_devices(py::module_& module) {
-  using Released = py::call_guard<py::gil_scoped_release>;
+  using Released = py::call_guard<GilReleased>;
   py::class_<DeviceDriver, PythonDriver, std::shared_ptr<DeviceDriver>>(module, "DeviceDriver")
       .def(py::init<>())
       .def("index", &DeviceDriver::index);
@@ -217,25 +247,17 @@ void bind_devices(py::module_& module) {
       .def_property_readonly("device_index", [](const Fence& f) { return f.driver()->index(); });
 }
 
-bool is_finalizing() {
-#if PY_VERSION_HEX >= 0x030D0000
-  return Py_IsFinalizing();
-#else
-  return _Py_IsFinalizing();
-#endif
-}
-
 PySpillFile open_spill_file(const std::string& directory, std::optional<uint64_t> cap_nbytes,
                             size_t user) {
   // Closing may block for as long as the drive does, which must not stop other Python threads. The
   // last owner may be an engine that has let go of the interpreter.
   auto destroy = [](SpillFile* file) {
     if (is_finalizing()) return;  // the end of the process closes it
-    std::optional<py::gil_scoped_release> released;
+    std::optional<GilReleased> released;
     if (PyGILState_Check()) released.emplace();
     delete file;
   };
-  py::gil_scoped_release released;  // the probe writes a block
+  GilReleased released;  // the probe writes a block
   return PySpillFile(
       std::shared_ptr<SpillFile>(new SpillFile(directory, cap_nbytes, user), destroy),
       "a spill file");
@@ -249,20 +271,20 @@ void bind_spill_file(py::module_& module) {
           "grow",
           [](const PySpillFile& file, uint64_t nbytes) {
             SpillFile* target = file.get().get();
-            py::gil_scoped_release released;
+            GilReleased released;
             target->grow(nbytes);
           },
           py::arg("nbytes"))
       .def("shrink_to_nothing",
            [](const PySpillFile& file) {
              SpillFile* target = file.get().get();
-             py::gil_scoped_release released;
+             GilReleased released;
              target->shrink_to_nothing();
            })
       .def("close",
            [](const PySpillFile& file) {
              SpillFile* target = file.get().get();
-             py::gil_scoped_release released;
+             GilReleased released;
              target->close();
            })
       .def_property_readonly("directory", [](const PySpillFile& f) { return f->directory(); })
@@ -374,7 +396,7 @@ void bind_engine_methods(py::class_<PyEngine>& engine) {
           "add_device",
           [](const PyEngine& engine, std::shared_ptr<DeviceDriver> driver) {
             Engine* target = engine.get().get();
-            py::gil_scoped_release released;
+            GilReleased released;
             return target->add_device(std::move(driver));
           },
           py::arg("driver"))
@@ -382,7 +404,7 @@ void bind_engine_methods(py::class_<PyEngine>& engine) {
           "grow_host",
           [](const PyEngine& engine, size_t nbytes) {
             Engine* target = engine.get().get();
-            py::gil_scoped_release released;
+            GilReleased released;
             return target->grow_host(nbytes);
           },
           py::arg("nbytes"))
@@ -420,7 +442,7 @@ void bind_engine_methods(py::class_<PyEngine>& engine) {
            })
       .def("close", [](const PyEngine& engine) {
         Engine* target = engine.get().get();
-        py::gil_scoped_release released;
+        GilReleased released;
         target->close();
       });
 }

@@ -298,7 +298,7 @@ def test_layouts_and_what_is_noted_on_parameters(
         @torch.no_grad()
         def step(self, closure: Any = None) -> Any:
             for group in self.param_groups:
-                for p in group["params"]:
+                for p in [p for p in group["params"] if p.grad is not None]:
                     p.mul_(getattr(p, "shrink", 1.0))
             return super().step(closure)
 
