@@ -236,7 +236,7 @@ class Masked(torch.optim.SGD):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
-            for weight in group["params"]:
+            for weight in [weight for weight in group["params"] if weight.grad is not None]:
                 if not getattr(weight, "_no_decay", False):
                     weight.mul_(0.5)
         return super().step(closure)

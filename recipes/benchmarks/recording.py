@@ -53,7 +53,7 @@ class Trainer:
 
 def handing_over(offload: ssdtrain.ActivationOffload) -> list[float]:
     """Has the seconds of the training thread in every review of a step noted from now on."""
-    watch, seconds = offload._watch, []
+    watch, seconds = offload._observers, []
     tell = watch._tell
 
     def timed(finished: Any) -> None:
