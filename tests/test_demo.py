@@ -31,7 +31,7 @@ from ssdtrain.tools.demo.text import Text, standard_library
 RECIPE = Path(__file__).parent.parent / "recipes" / "train_gpt.py"
 SECONDS = 120
 POLICY = {"mode": "all", "min_nbytes": "64KiB", "staging_nbytes": "4MiB", "prefetch_nbytes": "4MiB"}
-SHAPE = ["--layers=4", "--width=128", "--heads=4", "--batch=8", "--sequence=256", "--steps=2", "--threads=1"]
+SHAPE = ["--layers=6", "--width=128", "--heads=4", "--batch=8", "--sequence=256", "--steps=2", "--threads=1"]
 TINY = ["--layers=1", "--width=32", "--heads=1", "--batch=1", "--sequence=32", "--steps=1", "--threads=1"]
 OPTIONS = [*SHAPE, *(f"--policy={name}={value}" for name, value in POLICY.items())]
 
