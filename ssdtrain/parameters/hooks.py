@@ -21,12 +21,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch._compile import _disable_dynamo
+from torch._subclasses import FakeTensor
 from torch.autograd.graph import register_multi_grad_hook, saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from ssdtrain.parameters.blocks import Block
-from ssdtrain.parameters.parameter import Residence
-from ssdtrain.parameters.placeholder import SHARDED
+from ssdtrain.parameters.parameter import Residence, not_real
+from ssdtrain.parameters.placeholder import SHARDED, is_differentiated
 from ssdtrain.parameters.working_set import Uses, is_in_backward
 from ssdtrain.stats import Counters
 from ssdtrain.store.identity import ViewSpec, view_spec
@@ -62,7 +63,7 @@ class _Register(dict[str, Any]):
 
     def __setitem__(self, name: str, value: Any) -> None:
         if value is not self.get(name):
-            self._refuse_to_lose(name)
+            self._refuse_to_lose(name, value)
         super().__setitem__(name, value)
 
     def __delitem__(self, name: str) -> None:
@@ -73,9 +74,11 @@ class _Register(dict[str, Any]):
         self._refuse_to_lose(name)
         return super().pop(name, *default)
 
-    def _refuse_to_lose(self, name: str) -> None:
+    def _refuse_to_lose(self, name: str, value: Any = None) -> None:
         parameter = self.get(name)
         for r in self._uses.find([parameter] if parameter is not None else []):
+            if isinstance(value, FakeTensor):
+                raise not_real(r)
             raise RuntimeError(
                 f"Expected parameter {r.name} to stay the same object while it is offloaded, got another in its place "
                 "or none: shard, parametrise, quantise or replace it before offload_parameters()"
@@ -198,6 +201,7 @@ class Hooks:
 
     def _before_block(self, block: Block, module: torch.nn.Module, args: Any) -> None:
         block.check()
+        check_differentiable(block.residences)
         self._uses.use(block)
         self._begin(block)
         self._running.entries.append((block, self._enter()))
@@ -257,8 +261,10 @@ class Hooks:
 
     def _enter(self) -> saved_tensors_hooks | None:
         """Takes what autograd saves of our parameters from here on, unless we do already."""
-        outer = innermost_hooks() if torch.is_grad_enabled() else None
-        if not torch.is_grad_enabled() or (outer is not None and getattr(outer[0], "func", None) == self._pack):
+        if not torch.is_grad_enabled() or is_differentiated():
+            return None
+        outer = innermost_hooks()
+        if outer is not None and getattr(outer[0], "func", None) == self._pack:
             return None
         pack, unpack = outer if outer is not None else (self._hold, unpack_resident)
         hooks = saved_tensors_hooks(partial(self._pack, pack), partial(self._unpack, unpack))
@@ -335,6 +341,16 @@ class Hooks:
             self._uses.residences.note_changed(mine)
             self._uses.let_go(mine)
             self.when_loaded(mine)
+
+
+def check_differentiable(residences: Iterable[Residence]) -> None:
+    """Raises where a `torch.func` transform would keep one that leaves, see `is_differentiated`."""
+    if is_differentiated():
+        for r in [r for r in residences if not r.num_pins]:
+            raise RuntimeError(
+                f"Expected parameters in memory inside torch.func.grad, vjp, jacrev and hessian, got {r.name}, "
+                "which is offloaded: call them inside parameter_offload(model).gathered(), or take torch.autograd.grad"
+            )
 
 
 def _fits(r: Residence, value: Any) -> bool:

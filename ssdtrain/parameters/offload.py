@@ -16,7 +16,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ssdtrain.parameters.blocks import Block, choose_blocks, choose_parameters
-from ssdtrain.parameters.hooks import Hooks
+from ssdtrain.parameters.hooks import Hooks, check_differentiable
 from ssdtrain.parameters.parameter import Residence, Residences
 from ssdtrain.parameters.placeholder import OWNER
 from ssdtrain.parameters.working_set import Uses
@@ -223,14 +223,15 @@ class ParameterOffload:
                 self._uses.let_go(chosen)
 
     @contextlib.contextmanager
-    def accessed(self, parameters: Iterable[torch.Tensor], *, to_change: bool) -> Iterator[None]:
+    def accessed(self, parameters: Iterable[torch.Tensor], *, to_change: bool, stays: bool = False) -> Iterator[None]:
         """See `ssdtrain.placeholder.Owner`."""
         chosen = list({id(r): r for r in self._uses.find(parameters)}.values())
         with self._lock:
+            check_differentiable(chosen)
             for r in chosen:
                 r.hold()
             try:
-                self._uses.access(chosen)
+                self._uses.access(chosen, stays=stays)
             except BaseException:
                 self._release(chosen)
                 raise

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ssdtrain.devices.base import Device
-from ssdtrain.parameters.placeholder import OWNER, OffloadedParameter, Owner, is_intact, is_poison, poison_of
+from ssdtrain.parameters.placeholder import OWNER, OffloadedParameter, Owner, is_intact, is_poison, plainly, poison_of
 from ssdtrain.state_stats import StateCounters
 from ssdtrain.store.identity import ViewSpec, spec_nbytes, view_of, view_spec, whole
 from ssdtrain.store.slots import Arrival, Slot
@@ -64,7 +64,8 @@ class Residence:
     def view(self, spec: ViewSpec) -> torch.Tensor:
         """A view of its memory, with a version counter of its own."""
         assert self.storage is not None, f"{self.name} is away"
-        return view_of(self.storage, spec)
+        with plainly():
+            return view_of(self.storage, spec)
 
     def show(self, storage: torch.UntypedStorage, brought: Arrival | None = None) -> None:
         """The parameter has this memory, which is new or was `brought`."""
@@ -92,7 +93,7 @@ class Residence:
 
     def set_data(self, data: torch.Tensor) -> None:
         """`parameter.data = data`, whatever class it has."""
-        with torch._C.DisableTorchFunctionSubclass():
+        with plainly():
             self.parameter.data = data
 
     @property
@@ -171,7 +172,7 @@ class Residence:
             )
 
     def _take_poison(self) -> torch.Tensor:
-        with torch._C.DisableTorchFunctionSubclass():
+        with plainly():
             poison, self._poison_address = poison_of(self.spec.dtype, self.spec.size, self.torch_device)
         self._shown = poison.untyped_storage()
         return poison
@@ -328,9 +329,15 @@ class Residences:
 
 
 def _check_real(r: Residence) -> None:
-    """Raises where tensors have no values, as while a module is exported."""
-    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
-        raise RuntimeError(
-            f"Expected parameter {r.name} in memory where tensors are fake (torch.export), got one that is offloaded: "
-            "export copy.deepcopy(model), which is all in memory, or call parameter_offload(model).close() first"
-        )
+    """Raises where tensors have no values or are recorded, as while a module is exported."""
+    kinds = torch._C._TorchDispatchModeKey
+    if any(torch._C._get_dispatch_mode(kind) is not None for kind in (kinds.FAKE, kinds.PROXY)):
+        raise not_real(r)
+
+
+def not_real(r: Residence) -> RuntimeError:
+    """What is said where one is wanted as a tensor without a value."""
+    return RuntimeError(
+        f"Expected parameter {r.name} in memory where tensors are fake (torch.export), got one that is offloaded: "
+        "export copy.deepcopy(model), which is all in memory, or call parameter_offload(model).close() first"
+    )

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -31,13 +31,22 @@ SHARDED = (
 )
 
 
+_SHARED = (
+    "Expected parameters in memory for share_memory(), got one that is offloaded: what other processes write to its "
+    "memory would be lost when it leaves. Call parameter_offload(model).close() first"
+)
+
+
 class Owner(Protocol):
     """Who has the bytes of a parameter."""
 
     def accessed(
-        self, parameters: Iterable[torch.Tensor], *, to_change: bool
+        self, parameters: Iterable[torch.Tensor], *, to_change: bool, stays: bool = False
     ) -> contextlib.AbstractContextManager[None]:
-        """Inside, these are in memory and plain parameters. `to_change`: perhaps behind version counters."""
+        """Inside, these are in memory and plain parameters. `to_change`: perhaps behind version counters.
+
+        `stays`: they are in memory for some time after it, too.
+        """
 
     def assign(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
         """`parameter.data = value`."""
@@ -69,10 +78,12 @@ class OffloadedParameter(torch.nn.Parameter):
                     f"{func.__name__} of one that is offloaded: its memory may leave before others have answered"
                 )
             if owners or not found:
-                to_change = is_collective or func in _PAST_COUNTERS
+                if owners and func is torch.Tensor.share_memory_:
+                    raise RuntimeError(_SHARED)
+                to_change, stays = is_collective or func in _PAST_COUNTERS, func in _ADDRESSES
                 with contextlib.ExitStack() as stack:
                     for owner in owners.values():
-                        stack.enter_context(owner.accessed(found, to_change=to_change))
+                        stack.enter_context(owner.accessed(found, to_change=to_change, stays=stays))
                     return func(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -92,6 +103,20 @@ class OffloadedParameter(torch.nn.Parameter):
     def _fsdp_flattened(self) -> NoReturn:
         """FullyShardedDataParallel looks at this before it takes a parameter."""
         raise ValueError(SHARDED)
+
+
+@contextlib.contextmanager
+def plainly() -> Iterator[None]:
+    """Tensors made inside are plain ones: no wrappers of a `torch.func` transform, and with version counters."""
+    with torch._C.DisableTorchFunctionSubclass(), torch._C._DisableFuncTorch(), torch.inference_mode(mode=False):
+        yield
+
+
+def is_differentiated() -> bool:
+    """Whether `torch.func.grad` or one of its kin runs, which keep a parameter itself and allow no hooks."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    return any(i.key() == torch._C._functorch.TransformType.Grad for i in torch._C._functorch.get_interpreter_stack())
 
 
 def poison_of(dtype: torch.dtype, size: torch.Size, device: torch.device) -> tuple[torch.Tensor, int]:
@@ -145,9 +170,13 @@ def _properties(names: str, kind: str) -> set[Any]:
 
 
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+_ADDRESSES = {getattr(torch.Tensor, name) for name in ("data_ptr", "untyped_storage", "storage")}
+"""What gives out addresses: two parameters that are looked at one after the other have two."""
 _PAST_COUNTERS = {
     torch.Tensor.data.__get__,  # type: ignore[attr-defined]
-    *(getattr(torch.Tensor, name) for name in ("data_ptr", "untyped_storage", "storage", "numpy", "__dlpack__")),
+    *_ADDRESSES,
+    torch.Tensor.numpy,
+    torch.Tensor.__dlpack__,
 }
 """What is given out by these can be changed without a version counter."""
 _WITHOUT_VALUES = {

@@ -13,7 +13,7 @@ first, when a block is needed, and at `flush`: but those whose memory somebody e
 graph) stay as long as that is so, for leaving would free nothing and lose what is written there. One that was taken
 out of its module (``block.fc.weight``) counts as changed, and may be used past PyTorch's Python functions, where
 autograd saves the parameter itself: it stays until the second forward from then begins, when that graph has been
-used.
+used. So does one whose address somebody has: addresses tell parameters apart.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from ssdtrain.parameters.block_order import UseOrder
 from ssdtrain.parameters.blocks import Block
 from ssdtrain.parameters.parameter import Residence, Residences
 from ssdtrain.state_stats import StateCounters
+
+_NUM_FORWARDS = 2  # that begin before those leave that may be used past PyTorch's Python functions
 
 
 class Uses:
@@ -148,16 +150,16 @@ class Uses:
         if known is None or known[1].num_running:
             return
         if not self._pass_through(known[1]):
-            self.invite([known[0]], 2 if torch.is_grad_enabled() else 0)
+            self.invite([known[0]], _NUM_FORWARDS if torch.is_grad_enabled() else 0)
             self.residences.note_changed([known[0]])  # through `.data`, perhaps
 
-    def access(self, residences: Sequence[Residence]) -> None:
-        """Somebody computes with parameters, and holds them meanwhile."""
+    def access(self, residences: Sequence[Residence], *, stays: bool) -> None:
+        """Somebody computes with parameters, and holds them meanwhile. `stays`: and knows where they are."""
         with self.lock:
             for r in residences:
                 known = self._by_id.get(id(r.parameter))
                 if known is not None and not self._pass_through(known[1]):
-                    self.invite([r])
+                    self.invite([r], _NUM_FORWARDS if stays else 0)
 
     def _pass_through(self, block: Block) -> bool:
         """Within a forward of the module or a backward, its whole block comes; false: neither runs."""
