@@ -769,7 +769,7 @@ def test_an_interrupted_step_is_not_saved_as_a_whole_one(tmp_path: Path) -> None
     """Some of the module's parameters are updated and others are not: its state_dict says so until one is loaded."""
 
     class Failing(torch.optim.SGD):
-        num_good = 2
+        num_good = 1 << 30
 
         def step(self, closure: Any = None) -> Any:
             Failing.num_good -= 1
@@ -782,6 +782,7 @@ def test_an_interrupted_step_is_not_saved_as_a_whole_one(tmp_path: Path) -> None
     offloaded(model, tmp_path)
     policy = EAGER_STATE | {"chunk_nbytes": 1}
     optimizer = ssdtrain.offload_optimizer(Failing(model.parameters(), lr=0.1), tmp_path, policy)
+    Failing.num_good = 2  # after the trial in the constructor
     model(batch(0)).backward()
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()
