@@ -53,7 +53,7 @@ test-standin: $(STANDIN_VENV)/.standin
 # An environment of its own: the pinned torch of the other one is for the CPU.
 $(STANDIN_VENV)/.standin:
 	[ -x $(STANDIN_VENV)/bin/python ] || $(PYTHON) -m venv $(STANDIN_VENV)
-	env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT $(STANDIN_VENV)/bin/pip install torch==2.11.0 'setuptools>=77' pybind11 \
+	env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT $(STANDIN_VENV)/bin/pip install torch==2.11.0 'setuptools>=77,<82' pybind11 \
 	    pydantic typer rich numpy pytest pytest-xdist hypothesis expecttest scipy psutil
 	@touch $@
 

@@ -43,14 +43,16 @@ class OnCopies:
     def __init__(self, model: nn.Module, make: Any, dtype: torch.dtype | None = None) -> None:
         self.parameters = trainable(model)
         self.copies = [nn.Parameter(p.detach().to("cpu", dtype, copy=True)) for p in self.parameters]
-        self.optimizer: torch.optim.Optimizer = make(self.copies)
+        with torch.device("cpu"):
+            self.optimizer: torch.optim.Optimizer = make(self.copies)
         self.param_groups = self.optimizer.param_groups
 
     @torch.no_grad()
     def step(self) -> None:
         for parameter, there in zip(self.parameters, self.copies, strict=True):
             there.grad = None if parameter.grad is None else parameter.grad.to("cpu", there.dtype)
-        self.optimizer.step()
+        with torch.device("cpu"):
+            self.optimizer.step()
         for parameter, there in zip(self.parameters, self.copies, strict=True):
             parameter.copy_(there)
 

@@ -34,7 +34,8 @@ class Late(OnCopies):
         self.flush()
         for parameter, there in zip(self.parameters, self.copies, strict=True):
             there.grad = None if parameter.grad is None else parameter.grad.to("cpu", there.dtype)
-        self.optimizer.step()
+        with torch.device("cpu"):
+            self.optimizer.step()
 
 
 def late(optimizer: torch.optim.Optimizer, folder: Path | None, device: Any, **fields: Any) -> OffloadedOptimizer:

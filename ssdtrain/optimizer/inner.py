@@ -122,7 +122,7 @@ def predict_state_nbytes(optimizer: torch.optim.Optimizer, min_nbytes: int, *, h
         optimizer.state, optimizer.param_groups = defaultdict(dict), [{**groups[0], "params": [tiny]}]
         plain_step(optimizer)
         found = [v.nbytes for v in optimizer.state[tiny].values() if isinstance(v, torch.Tensor) and v.numel() == 64]
-    except (RuntimeError, ValueError, TypeError):  # wants other gradients
+    except (RuntimeError, ValueError, TypeError, KeyError):  # wants other gradients, or state from the beginning
         return 0
     finally:
         optimizer.state, optimizer.param_groups = state, groups

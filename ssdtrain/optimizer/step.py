@@ -54,7 +54,9 @@ class Updates:
             ValueError: they cannot; the message says why.
         """
         if group_of.keys() - self.group_of.keys():
-            trial = try_out(self._inner, self._on_cpu.place, self._state_of, may_take_all=policy.update_on == "device")
+            is_on_cpu = policy.update_on == "cpu"  # whose thread has no default device
+            with torch.device("cpu") if is_on_cpu else contextlib.nullcontext():
+                trial = try_out(self._inner, self._on_cpu.place, self._state_of, may_take_all=not is_on_cpu)
             nbytes = int(trial.state_ratio * sum(nbytes_of(p) for p in group_of if p.requires_grad))
             check_trial(type(self._inner), trial, policy, nbytes)
             self._trial, self._shared.changing = trial, trial.changing

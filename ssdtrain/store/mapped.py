@@ -38,9 +38,9 @@ def mapped_copy(
     """
     nbytes = spec_nbytes(spec)
     if directory is None or not nbytes:
-        return torch.empty_strided(spec.size, spec.stride, dtype=spec.dtype).copy_(tensor)
+        return torch.empty_strided(spec.size, spec.stride, dtype=spec.dtype, device="cpu").copy_(tensor)
     storage = run(partial(_mapped, nbytes, directory), io_timeout_seconds, directory, "a file for a state dict")
-    copy = torch.empty(0, dtype=spec.dtype).set_(storage, 0, spec.size, spec.stride).copy_(tensor)
+    copy = torch.empty(0, dtype=spec.dtype, device="cpu").set_(storage, 0, spec.size, spec.stride).copy_(tensor)
     for start in range(0, nbytes, _SYNC_NBYTES):
         write_out = partial(_write_out, storage.data_ptr() + start, min(_SYNC_NBYTES, nbytes - start), storage)
         run(write_out, io_timeout_seconds, directory, "to write a state dict out")
