@@ -398,12 +398,19 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._vault.checkpoint = text
 
     def close(self) -> None:
-        """Brings the state back to the optimizer it came from, and gives the drive's space back. Idempotent."""
+        """Brings the state back to the optimizer it came from, and gives the drive's space back. Idempotent.
+
+        Raises:
+            StateLostError: the drive does not have some state any more; all else is there.
+            RuntimeError: a step was interrupted, and nobody will know any more: load a checkpoint before the next.
+        """
         if self._is_closed:
             return
         lost: BaseException | None = None
         try:
             self._finish()
+            self._progress.end_backwards()
+            self._check_whole(in_step=True)
         except Exception as error:
             lost = error
         for parameter in self._pages:

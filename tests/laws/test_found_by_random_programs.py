@@ -102,3 +102,23 @@ def test_an_offload_that_is_collected_in_the_middle_of_somebodys_step(tmp_path: 
     num_hooks = len(handle.hooks_dict_ref())
     ssdtrain.parameter_offload(ssdtrain.offload_parameters(model_of("mlp"), tmp_path)).close()
     assert len(handle.hooks_dict_ref()) <= num_hooks - 2  # what is gone is cleared away
+
+
+def test_closing_in_the_middle_of_a_step_says_so(tmp_path: Path) -> None:
+    """A backward that raises leaves some parameters updated: whoever closes and offloads anew would train on."""
+    model = model_of("mlp")
+    inner = torch.optim.AdamW(model.parameters())
+    policy: dict[str, Any] = {"min_nbytes": 0, "chunk_nbytes": 1, "step_in_backward": True}
+    optimizer = ssdtrain.offload_optimizer(inner, tmp_path, policy)
+    first = next(model.parameters())
+
+    def fail(_: torch.Tensor) -> None:
+        raise ZeroDivisionError
+
+    first.register_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        model(batch(0)).square().mean().backward()
+    with pytest.raises(RuntimeError, match=r"got one that was interrupted: step 1, .* load a checkpoint"):
+        optimizer.close()
+    optimizer.close()  # it is closed
+    assert "step" not in vars(inner)  # the optimizer is the user's again
