@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fault_tools import check_holdings, holdings
 
 import ssdtrain
 
@@ -158,8 +159,7 @@ class Fuzz:
         assert stats.num_live_records == 0, stats
         assert offload._counters.held_nbytes == offload._counters.prefetched_nbytes == 0, stats
         offload.close()
-        after = holdings()
-        assert after[0] == before[0] and after[1] <= before[1], (after, before)  # a joined thread lingers in /proc
+        check_holdings(before)
         assert os.listdir(self.directory) == []
 
     def judge(self, program: Program, expected: Outcome, offload: ssdtrain.ActivationOffload, is_patient: bool) -> None:
@@ -191,11 +191,6 @@ def flush_failed_backward() -> None:
 def nothing() -> Any:
     """A null context."""
     return ssdtrain.offload_activations(".", {"enabled": False})
-
-
-def holdings() -> tuple[int, int]:
-    """Descriptors and threads of this process."""
-    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
 
 
 def assert_equal(got: Outcome, expected: Outcome) -> None:
