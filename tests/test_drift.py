@@ -23,7 +23,7 @@ KEPT = Measured(40 * MIB, TOWER.seconds, 0.0)
 
 
 class Run:
-    """Steps of one kind, told to an replanner, on a drive of a bandwidth that is ours to choose."""
+    """Steps of one kind, told to a replanner, on a drive of a bandwidth that is ours to choose."""
 
     def __init__(self) -> None:
         self.replanner = Replanner(Machine(Tier(1.0, 1.0)), Goal(), join=lambda: None)

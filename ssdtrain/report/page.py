@@ -208,7 +208,7 @@ def _modules_section(modules: Sequence[Mapping[str, Any]]) -> str:
         )
         for row in modules
     ]
-    hint = " PassTrace model=... to offload_activations to see modules by name." if len(rows) == 1 else ""
+    hint = " Pass model=... to offload_activations to see modules by name." if len(rows) == 1 else ""
     return (
         f"<section><h2>By module</h2><p class=caption>What each module saved in a step, where it went, and how"
         f" long backward waited for it: averages over the run.{hint}</p>"

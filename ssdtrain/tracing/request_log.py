@@ -24,7 +24,7 @@ StallRow = tuple[str, int, float, float]
 
 
 class Requested(Protocol):
-    """What the request_log asks of a record."""
+    """What the request log asks of a record."""
 
     @property
     def nbytes(self) -> int:

@@ -33,7 +33,7 @@ class Text:
             ValueError: `data` is empty.
         """
         if not data:
-            raise ValueError("Expected text to train on, got 0 bytes. PassTrace a file with something in it.")
+            raise ValueError("Expected text to train on, got 0 bytes. Pass a file with something in it.")
         self._tokens = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         self._seed = seed
 
