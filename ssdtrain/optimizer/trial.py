@@ -57,6 +57,8 @@ class Trial:
     """Kinds of shared values that a step changes in place."""
     counts_empty_steps: bool = False
     """A step without any gradient changes something, too."""
+    draws: bool = False
+    """A step draws random numbers: those of a parameter depend on its turn."""
     state_ratio: float = 0.0
     """Bytes of state for a byte of a parameter."""
 
@@ -104,7 +106,7 @@ def try_out(optimizer: torch.optim.Optimizer, like: Like, state_of: StateOf, *, 
         state_of: a parameter's state, wherever it is.
         may_take_all: whether parameters without a gradient can be updated.
     """
-    with _leaving_no_trace(optimizer, like) as start_anew:
+    with _leaving_no_trace(optimizer, like) as (start_anew, has_drawn):
         why = ""
         for setting in _SETTINGS:
             if setting.begins_with and not callable(getattr(optimizer, setting.begins_with, None)):
@@ -113,10 +115,11 @@ def try_out(optimizer: torch.optim.Optimizer, like: Like, state_of: StateOf, *, 
             try:
                 cast = _cast(optimizer, like, state_of, setting)
                 expected, changing, counts = _rehearse_plain(cast, setting)
+                draws = has_drawn()
             except Exception as error:
                 why = why or f"{type(error).__name__}: {_first_line(error)}"
                 continue
-            trial = Trial(changing=changing, counts_empty_steps=counts, state_ratio=_state_ratio(cast))
+            trial = Trial(changing=changing, counts_empty_steps=counts, draws=draws, state_ratio=_state_ratio(cast))
             for is_whole, takes_all in ((False, False), (False, True), (True, False), (True, True)):
                 if takes_all and not may_take_all:
                     continue
@@ -383,10 +386,16 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
 
 
 @contextlib.contextmanager
-def _leaving_no_trace(optimizer: torch.optim.Optimizer, like: Like) -> Iterator[Callable[[], None]]:
-    """Inside, random numbers may be drawn and warnings given; what is yielded goes back to where they began."""
+def _leaving_no_trace(
+    optimizer: torch.optim.Optimizer, like: Like
+) -> Iterator[tuple[Callable[[], None], Callable[[], bool]]]:
+    """Inside, random numbers may be drawn and warnings given.
+
+    What is yielded goes back to where they began, and tells whether PyTorch's have moved since.
+    """
     devices = {like(p).device for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-    restorers = [_random_numbers_of(device) for device in devices if device.type != "cpu"]
+    modules = {device: torch.get_device_module(device) for device in devices if device.type != "cpu"}
+    states = {device: module.get_rng_state(device) for device, module in modules.items()}
     cpu, own = torch.get_rng_state(), random.getstate()
     numpy = sys.modules.get("numpy")
     theirs = numpy.random.get_state() if numpy is not None else None
@@ -396,18 +405,16 @@ def _leaving_no_trace(optimizer: torch.optim.Optimizer, like: Like) -> Iterator[
         random.setstate(own)
         if numpy is not None:
             numpy.random.set_state(theirs)
-        for restore in restorers:
-            restore()
+        for device, module in modules.items():
+            module.set_rng_state(states[device], device)
+
+    def has_drawn() -> bool:
+        now = {device: module.get_rng_state(device) for device, module in modules.items()}
+        return not (torch.equal(torch.get_rng_state(), cpu) and all(map(torch.equal, now.values(), states.values())))
 
     try:
         with warnings.catch_warnings(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             warnings.simplefilter("ignore")
-            yield start_anew
+            yield start_anew, has_drawn
     finally:
         start_anew()
-
-
-def _random_numbers_of(device: torch.device) -> Callable[[], None]:
-    module = torch.get_device_module(device)
-    state = module.get_rng_state(device)
-    return lambda: module.set_rng_state(state, device)

@@ -56,6 +56,12 @@ def check_trial(kind: type, trial: Trial, policy: OptimizerPolicy, state_nbytes:
             f"Expected an optimizer whose state can leave memory between steps, got {kind.__name__}: {trial.reason}; "
             "use it without offload_optimizer"
         )
+    mode = next((m for m in ("step_in_backward", "delayed_update") if getattr(policy, m)), None)
+    if trial.draws and mode:
+        raise ValueError(
+            f"Expected {mode}=False with {kind.__name__}, whose step draws random numbers: parameters would be updated "
+            "in another order, or beside others who draw, and get other numbers"
+        )
     if not trial.is_whole:
         return
     apart = f"{kind.__name__}, which cannot update parameters apart (in a trial on small tensors: {trial.reason})"

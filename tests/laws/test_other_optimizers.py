@@ -222,3 +222,30 @@ def test_existing_state_is_part_of_the_trial(tmp_path: Path) -> None:
     expected, optimizer = run(plain, None), run(model, tmp_path)
     check_same(values(model), values(plain))
     check_same_state(optimizer.state_dict(), expected.state_dict())
+
+
+class Langevin(torch.optim.SGD):
+    """Adds noise to every parameter, in their order."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for p in [p for group in self.param_groups for p in group["params"] if p.grad is not None]:
+            p.add_(torch.randn_like(p), alpha=1e-3)
+        return super().step(closure)
+
+
+def test_one_that_draws_random_numbers(tmp_path: Path) -> None:
+    """In the step the order is that of the parameters; in backward every parameter got another one's noise."""
+
+    def run(model: nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
+        torch.manual_seed(7)
+        train(model, optimizer, 3)
+        return values(model)
+
+    plain, model = model_of("mlp"), model_of("mlp")
+    expected = run(plain, Langevin(plain.parameters(), lr=0.1))
+    check_same(run(model, offloaded(Langevin(model.parameters(), lr=0.1), tmp_path)), expected)
+    with pytest.raises(
+        ValueError, match="Expected step_in_backward=False with Langevin, whose step draws random numbers"
+    ):
+        offloaded(Langevin(model.parameters(), lr=0.1), tmp_path, step_in_backward=True)
