@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import _global_optimizer_post_hooks, register_optimizer_step_post_hook
 
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.stats import Counters
@@ -48,6 +48,7 @@ class Witness:
         if policy.enabled:
             weakref.finalize(offload, self._finish)
             own = weakref.ref(self)
+            _clear_away()
             self._handles.append(register_optimizer_step_post_hook(partial(_after_step, own)))
 
     def enter(self) -> None:
@@ -91,15 +92,23 @@ class Witness:
     def end(self) -> None:
         """No step follows, as somebody says who knows of the context."""
         if self._num_entered or self._num_steps:
-            self._finish()
+            self._judge_end()
         self._stop()
 
     def _finish(self) -> None:
-        """The same, for one that is dropped, or when the process ends."""
+        """The same, for one that is dropped, or when the process ends.
+
+        Perhaps in the middle of an optimizer's step, while PyTorch goes through its hooks: ours stays, see
+        `_clear_away`.
+        """
+        self._judge_end()
+        self._stop_looking()
+        self._is_over, self._handles = True, []
+
+    def _judge_end(self) -> None:
         has_failed = not self._num_entered and getattr(sys, "last_value", None) is not None  # which tells enough
         if not self._is_over and not has_failed and os.getpid() == self._pid:
             self._judge(is_over=True)
-        self._stop()
 
     def _judge_step(self) -> None:
         if not self._has_met_step:
@@ -146,6 +155,17 @@ class Witness:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+def _clear_away() -> None:
+    """Takes away the hooks of those that were dropped."""
+    for key, hook in list(_global_optimizer_post_hooks.items()):
+        if isinstance(hook, partial) and hook.func is _after_step and _is_done(hook.args[0]()):
+            del _global_optimizer_post_hooks[key]
+
+
+def _is_done(witness: Witness | None) -> bool:
+    return witness is None or not witness._handles
 
 
 def _after_step(witness: weakref.ref[Witness], *_: object) -> None:

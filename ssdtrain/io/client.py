@@ -299,6 +299,9 @@ class Drive:
             if is_over(max(left, _GRACE_SECONDS)):
                 return True
             has_moved = silent_seconds or self.silent_seconds(file) or self.engine.num_events != num_events
+            own = self.engine.silent_seconds(file) if file is not None else 0.0
+            if left <= _GRACE_SECONDS and 0.0 < own < timeout_seconds:
+                continue  # it was another drive that owed an answer, and by now this one has begun
             if left <= _GRACE_SECONDS or (must_move and not has_moved):
                 return False
 

@@ -148,8 +148,8 @@ def narrowed(
     """Inside, the optimizer has these parameters, by group, and these attributes; its groups are copies."""
     groups = optimizer.param_groups
     with _having(optimizer, attributes):
-        optimizer.param_groups = parts_of(groups, chosen)
-        try:
+        try:  # first: Ctrl-C must not leave it with one chunk
+            optimizer.param_groups = parts_of(groups, chosen)
             yield
         finally:
             optimizer.param_groups = groups
@@ -173,12 +173,12 @@ def having_only(
 
 @contextlib.contextmanager
 def _having(optimizer: torch.optim.Optimizer, attributes: Mapping[str, Any]) -> Iterator[None]:
-    vars(optimizer).update(attributes)
     try:
+        vars(optimizer).update(attributes)
         yield
     finally:
         for name in attributes:
-            delattr(optimizer, name)
+            vars(optimizer).pop(name, None)
 
 
 def parts_of(groups: list[dict[str, Any]], chosen: Mapping[int, list[torch.Tensor]]) -> list[dict[str, Any]]:

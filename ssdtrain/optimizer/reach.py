@@ -82,7 +82,8 @@ class Reach:
 def _is_reached(parameter: torch.Tensor) -> bool:
     if not parameter.requires_grad or torch._C._current_graph_task_id() < 0:
         return False
-    return torch._C._will_engine_execute_node(get_gradient_edge(parameter).node)
+    with torch._C.DisableTorchFunctionSubclass():  # nobody's values are wanted
+        return torch._C._will_engine_execute_node(get_gradient_edge(parameter).node)
 
 
 def has_reentrant_checkpoints() -> bool:

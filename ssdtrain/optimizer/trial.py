@@ -306,14 +306,14 @@ def _cast(optimizer: torch.optim.Optimizer, like: Like, state_of: StateOf, setti
     known: dict[str, int] = {}
     for group in optimizer.param_groups:
         settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        kind = repr([(key, v if isinstance(v, bool | str) else type(v)) for key, v in settings.items()])
+        kind = repr([(key, _kind_of_setting(value)) for key, value in settings.items()])
         known[kind] = known.get(kind, 0) + 1
         is_cast = known[kind] <= _NUM_OF_A_KIND
         stand_ins: list[torch.Tensor] = []
         for parameter in group["params"]:
             same_kind = [p for p in stand_ins if p.dim() == parameter.dim() and p.dtype == like(parameter).dtype]
-            is_enough = len(same_kind) >= _NUM_OF_A_KIND or len(group_of) >= _MAX_STAND_INS
-            if is_enough or not is_cast or not parameter.requires_grad:
+            are_many = len(group_of) >= _MAX_STAND_INS and len(stand_ins) >= _NUM_OF_A_KIND
+            if are_many or len(same_kind) >= _NUM_OF_A_KIND or not is_cast or not _may_train(parameter):
                 memo[id(parameter)] = same_kind[-1] if same_kind else next(iter(group_of), None)
                 continue
             stand_in = _stand_in(parameter, like(parameter), setting.cap, generator)
@@ -338,6 +338,19 @@ def _cast(optimizer: torch.optim.Optimizer, like: Like, state_of: StateOf, setti
         if state is not None:
             twin.state[stand_in] = _copied(state, memo)
     return _Cast(twin, group_of)
+
+
+def _kind_of_setting(value: Any) -> Any:
+    """What of a group's setting may take an optimizer another way: 0 often means that something is off."""
+    if isinstance(value, bool | str):
+        return value
+    return (type(value), bool(value)) if isinstance(value, int | float) else type(value)
+
+
+def _may_train(parameter: torch.Tensor) -> bool:
+    """Whether it has or may later get a gradient: what is frozen now may be thawed."""
+    is_plain = type(parameter.data) is torch.Tensor and (parameter.is_floating_point() or parameter.is_complex())
+    return parameter.requires_grad or (is_plain and not parameter.is_meta)
 
 
 def _stand_in(parameter: torch.Tensor, like: torch.Tensor, cap: int, generator: torch.Generator) -> torch.Tensor:
@@ -391,7 +404,7 @@ def _leaving_no_trace(
 ) -> Iterator[tuple[Callable[[], None], Callable[[], bool]]]:
     """Inside, random numbers may be drawn and warnings given.
 
-    What is yielded goes back to where they began, and tells whether PyTorch's have moved since.
+    What is yielded goes back to where they began, and tells whether any have moved since.
     """
     devices = {like(p).device for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
     modules = {device: torch.get_device_module(device) for device in devices if device.type != "cpu"}
@@ -410,7 +423,9 @@ def _leaving_no_trace(
 
     def has_drawn() -> bool:
         now = {device: module.get_rng_state(device) for device, module in modules.items()}
-        return not (torch.equal(torch.get_rng_state(), cpu) and all(map(torch.equal, now.values(), states.values())))
+        is_numpy_same = numpy is None or repr(numpy.random.get_state()) == repr(theirs)
+        is_same = torch.equal(torch.get_rng_state(), cpu) and random.getstate() == own and is_numpy_same
+        return not (is_same and all(map(torch.equal, now.values(), states.values())))
 
     try:
         with warnings.catch_warnings(), torch.no_grad(), torch.compiler.set_stance("force_eager"):

@@ -11,7 +11,11 @@ import torch
 from fuzz_models import Lion, LooksAtAll
 from state_tools import batch, check_same, model_of, values
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    _global_optimizer_post_hooks,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 import ssdtrain
 
@@ -102,6 +106,23 @@ def test_an_offload_that_is_collected_in_the_middle_of_somebodys_step(tmp_path: 
     num_hooks = len(handle.hooks_dict_ref())
     ssdtrain.parameter_offload(ssdtrain.offload_parameters(model_of("mlp"), tmp_path)).close()
     assert len(handle.hooks_dict_ref()) <= num_hooks - 2  # what is gone is cleared away
+
+
+def test_a_context_that_is_collected_in_the_middle_of_somebodys_step(tmp_path: Path) -> None:
+    """The same for an offload of activations, whose hook says when a step is over."""
+    held: list[Any] = [ssdtrain.offload_activations(tmp_path)]
+    handle = register_optimizer_step_post_hook(lambda *_: (held.clear(), gc.collect())[1])
+    other = ssdtrain.offload_activations(tmp_path)  # whose hook follows
+    try:
+        p = nn.Parameter(torch.ones(3))
+        p.grad = torch.ones(3)
+        torch.optim.SGD([p], lr=1.0).step()
+    finally:
+        handle.remove()
+    assert torch.equal(p.detach(), torch.zeros(3))
+    other.close()
+    ssdtrain.offload_activations(tmp_path).close()
+    assert not [hook for hook in _global_optimizer_post_hooks.values() if "witness" in repr(hook)]
 
 
 def test_closing_in_the_middle_of_a_step_says_so(tmp_path: Path) -> None:

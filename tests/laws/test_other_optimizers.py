@@ -249,3 +249,36 @@ def test_one_that_draws_random_numbers(tmp_path: Path) -> None:
         ValueError, match="Expected step_in_backward=False with Langevin, whose step draws random numbers"
     ):
         offloaded(Langevin(model.parameters(), lr=0.1), tmp_path, step_in_backward=True)
+
+
+class JointNorm(torch.optim.Optimizer):
+    """Divides the updates of a group by their common norm where the group says so."""
+
+    def __init__(self, groups: Any) -> None:
+        super().__init__(groups, {"joint": 0.0, "name": ""})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            ours = [p for p in group["params"] if p.grad is not None]
+            if group["joint"] and ours:
+                norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in ours if p.grad is not None]))
+                torch._foreach_add_(ours, torch._foreach_div([p.grad for p in ours if p.grad is not None], -norm))
+            for p in ours:
+                self.state[p].setdefault("seen", torch.zeros_like(p)).add_(1)
+        return None
+
+
+@pytest.mark.parametrize("how", ["frozen first", "only the third group", "only the last of many names"])
+def test_what_couples_parameters_is_tried_wherever_it_hides(how: str, tmp_path: Path) -> None:
+    """In parameters that are thawed later, in one group of many alike, or in the last of many kinds."""
+    names = 12 if how.endswith("names") else 3
+    parameters = [[nn.Parameter(torch.randn(8, 8)) for _ in range(3)] for _ in range(names)]
+    groups: list[dict[str, Any]] = [{"params": own} for own in parameters]
+    groups[-1]["joint"] = 1.0
+    for number, group in enumerate(groups):
+        group["name"] = str(number) if names > 3 else ""
+        for p in group["params"]:
+            p.requires_grad_(how != "frozen first" or group.get("joint", 0.0) == 0.0)
+    with pytest.raises(ValueError, match="JointNorm, which cannot update parameters apart"):
+        offloaded(JointNorm(groups), tmp_path, chunk_nbytes=300)
