@@ -100,6 +100,11 @@ class Updates:
             yield
 
     def _check_lending(self, parameter: torch.Tensor) -> None:
+        if parameter in self._on_cpu and self._on_cpu.is_busy:
+            raise RuntimeError(
+                f"Expected flush() or step() before a look at optimizer.state that was kept, got the state of "
+                f"{self._name_of(parameter)} while the CPU updates it"
+            )
         if parameter in self._on_cpu and self.live.is_in_place:
             raise RuntimeError(
                 f"Expected update_on='device' for methods beside step() that need state, got 'cpu': that of "

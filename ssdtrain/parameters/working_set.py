@@ -124,7 +124,11 @@ class Uses:
     def _dismiss(self, blocks: Sequence[Block]) -> None:
         gone = [block for block in blocks if not block.num_running]
         self._active = [block for block in self._active if block not in gone]
-        self.let_go(r for block in gone for r in block.residences)
+        leaving = [r for block in gone for r in block.residences]
+        lent = [r for r in leaving if r.is_shared]  # who has their memory may write there: they stay meanwhile
+        self.invite(lent)
+        self.residences.note_changed(lent)
+        self.let_go(leaving)
 
     def _prefetch(self) -> None:
         """Reads ahead within the budget, and forgets what was read ahead in error."""

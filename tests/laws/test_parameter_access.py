@@ -460,3 +460,20 @@ def test_compiled_modules(tmp_path: Path) -> None:
                 optimizer.zero_grad()
         check_same(values(model), values(plain))
         torch.compiler.reset()
+
+
+def test_memory_that_a_hook_of_a_block_keeps_is_the_parameters(tmp_path: Path) -> None:
+    """What is written there after the block has run was lost without a word."""
+    model = model_of("mlp")
+    home = offloaded(model, tmp_path)
+    kept: list[torch.Tensor] = []
+    module = model.blocks[1].up  # type: ignore[union-attr, index]
+    handle = module.register_forward_hook(lambda m, *_: kept.append(m.weight.data))
+    with torch.no_grad():
+        model(batch(0))
+        kept[0].fill_(7.0)
+        kept.clear()
+        handle.remove()
+        model(batch(0))
+    assert (dict(model.named_parameters())["blocks.1.up.weight"] == 7.0).all()
+    home.close()
