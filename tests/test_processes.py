@@ -183,6 +183,7 @@ def exceptions(directory: str, engine: str) -> None:
             check_equal(trainer.step(offload), expected)
         del trainer, handle
         check_nothing_left(offload, before)
+        offload.close()
 
 
 @every_engine
