@@ -21,6 +21,7 @@ import pytest
 import torch
 from conftest import EAGER, send
 from engine_tools import descriptors, eventually, num_threads
+from fault_tools import num_kept_files
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -473,7 +474,8 @@ class RecordLife(RuleBasedStateMachine):
         assert transport.engine.staging_in_use_nbytes <= EAGER["staging_nbytes"]
 
     def teardown(self) -> None:
-        """The last handles go: nothing is on any account, and the engine is closed, although the offload is alive."""
+        """The last handles go: nothing is on any account, and the engine is closed, although the offload is alive; it
+        keeps its spill file, which is empty."""
         if not hasattr(self, "offload"):
             return
         if self.is_entered:
@@ -486,9 +488,11 @@ class RecordLife(RuleBasedStateMachine):
         assert store._transport is None
         self.held.clear()
         assert all(memory.expired() for memory in self.memories)
-        assert not descriptors() - self.holdings[0]
+        assert len(descriptors() - self.holdings[0]) == num_kept_files(self.offload) <= 1
         assert eventually(lambda: num_threads() <= self.holdings[1])
         assert os.listdir(self.directory) == []
+        self.offload.close()
+        assert not descriptors() - self.holdings[0]
 
 
 @pytest.mark.parametrize("engine", ["io_uring", "threads", "python"])
