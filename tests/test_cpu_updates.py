@@ -630,7 +630,7 @@ def test_a_drive_without_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """State and gradients stay where they are, and training goes on."""
-    monkeypatch.setattr("ssdtrain.io.space._SHARE", 1 << 20)  # no room is taken ahead
+    monkeypatch.setattr("ssdtrain.io.spill_space._SHARE", 1 << 20)  # no room is taken ahead
     losses, _, plain = run_on_copies(adamw, kind="gpt")
     model = model_of("gpt")
     optimizer = on_cpu(adamw(model.parameters()), Path(small_ext4.directory), device, **HOW[how])

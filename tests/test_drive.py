@@ -23,8 +23,8 @@ import ssdtrain
 from ssdtrain.activations.offload import ActivationOffload
 from ssdtrain.devices.simulated import SimulatedDevice
 from ssdtrain.io.client import Drive
+from ssdtrain.io.host_space import HostShare, HostSpace
 from ssdtrain.io.open_engine import open_engine
-from ssdtrain.io.space import HostShare, HostSpace
 from ssdtrain.policy import ActivationPolicy, OptimizerPolicy
 from ssdtrain.store.tensor_store import Vault
 

@@ -371,7 +371,7 @@ def test_a_drive_that_is_too_small_says_so_before_training(small_ext4: Drive) ->
 
 def test_a_drive_that_fills_up_keeps_state_in_memory(small_ext4: Drive, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is lost: training goes on in memory, and says so."""
-    monkeypatch.setattr("ssdtrain.io.space._SHARE", 1 << 20)  # no room is taken ahead
+    monkeypatch.setattr("ssdtrain.io.spill_space._SHARE", 1 << 20)  # no room is taken ahead
     plain, model = model_of("gpt"), model_of("gpt")
     losses = train(plain, adamw(plain.parameters()), 4)
     optimizer = offloaded(adamw(model.parameters()), small_ext4.directory)

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from ssdtrain.devices.registry import Devices
 from ssdtrain.io.client import Drive, open_drive
 from ssdtrain.io.engine import SpillFile
+from ssdtrain.io.host_space import host_limit_nbytes
 from ssdtrain.io.kept_files import KeptFiles
 from ssdtrain.io.open_engine import close_files
-from ssdtrain.io.space import host_limit_nbytes
 from ssdtrain.policy import ActivationPolicy
 
 Join = Callable[[Callable[[str], None], int | None, int | None, Iterable[str]], Drive]

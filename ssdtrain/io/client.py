@@ -18,8 +18,10 @@ from typing import Any
 
 from ssdtrain.io.engine import Direction, SpillFile
 from ssdtrain.io.errands import run_all
+from ssdtrain.io.extents import Extent
+from ssdtrain.io.host_space import HostShare, HostSpace
 from ssdtrain.io.open_engine import EngineChoice, open_engine
-from ssdtrain.io.space import NO_SPACE, Extent, HostShare, HostSpace, SpillSpace
+from ssdtrain.io.spill_space import NO_SPACE, SpillSpace
 
 _GRACE_SECONDS = 0.1  # an answer may be there that no thread has had the time to take
 

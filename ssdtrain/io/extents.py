@@ -1,4 +1,4 @@
-"""Byte ranges of one spill file: first fit at the lowest offset, neighbours merge when released.
+"""Byte ranges of a spill file or of the host tier: first fit at the lowest offset, neighbours merge when released.
 
 Knows nothing of files; the caller grows the file and then tells the allocator with `extend`. The lowest free offset
 is taken first, so that the blocks of the file are reused rather than spread.
@@ -7,6 +7,17 @@ is taken first, so that the blocks of the file are reused rather than spread.
 from __future__ import annotations
 
 from bisect import bisect_left
+from typing import NamedTuple
+
+BLOCK_NBYTES = 512  # where no file asks for more
+
+
+class Extent(NamedTuple):
+    """Room for `nbytes` (whole blocks) at `offset` of one file, or of the host tier."""
+
+    file: int
+    offset: int
+    nbytes: int
 
 
 class ExtentAllocator:

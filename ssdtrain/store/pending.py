@@ -27,8 +27,8 @@ import torch
 from ssdtrain.devices.base import Allocation, Device
 from ssdtrain.io.client import Drive
 from ssdtrain.io.engine import Fence, Read, Write
+from ssdtrain.io.extents import Extent
 from ssdtrain.io.open_engine import fence
-from ssdtrain.io.space import Extent
 
 Piece = tuple[int, int, int]
 """Address, bytes, offset in the extent."""

@@ -41,8 +41,9 @@ from ssdtrain.devices.base import CpuDevice, Device
 from ssdtrain.devices.registry import Devices
 from ssdtrain.io.client import open_drive
 from ssdtrain.io.errands import run
+from ssdtrain.io.extents import Extent
+from ssdtrain.io.host_space import host_limit_nbytes
 from ssdtrain.io.open_engine import slab_nbytes_for
-from ssdtrain.io.space import Extent, host_limit_nbytes
 from ssdtrain.policy import StatePolicy
 from ssdtrain.state_stats import StateCounters
 from ssdtrain.stats import nbytes_text

@@ -23,7 +23,7 @@ from collections.abc import Callable
 
 from ssdtrain.io.client import Drive, DriveTotals
 from ssdtrain.io.engine import Fence
-from ssdtrain.io.space import Extent
+from ssdtrain.io.extents import Extent
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.store.pending import Pending, PendingRead, PendingWrite, Piece, Segment
 from ssdtrain.store.record import Record

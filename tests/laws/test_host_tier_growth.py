@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ssdtrain.devices.simulated import SimulatedDevice
-from ssdtrain.io import space
+from ssdtrain.io import host_space
 from ssdtrain.policy import OptimizerPolicy
 from ssdtrain.store.slots import Slot
 from ssdtrain.store.tensor_store import Vault
@@ -20,7 +20,7 @@ KIB = 1024
 
 def test_bytes_on_both_sides_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of 64 KiB and tensors of 20 KiB: some lie across, and CUDA refuses to copy them in one go."""
-    monkeypatch.setattr(space, "_GROW_NBYTES", 64 * KIB)
+    monkeypatch.setattr(host_space, "_GROW_NBYTES", 64 * KIB)
     device = SimulatedDevice(seed=1)
     vault = Vault([str(tmp_path)], OptimizerPolicy(staging_nbytes=64 * KIB, host_nbytes=1 << 20, min_nbytes=0))
     slots = [Slot(f"slot {i}") for i in range(12)]

@@ -8,8 +8,8 @@ import resource
 import tempfile
 from pathlib import Path
 
+from ssdtrain.io.host_space import available_nbytes
 from ssdtrain.io.open_engine import io_uring_problem
-from ssdtrain.io.space import available_nbytes
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.stats import nbytes_text
 from ssdtrain.tools.doctor.finding import Finding, Verdict, read_text
