@@ -294,7 +294,7 @@ def test_what_is_waited_for_gets_the_next_slab(make: Make, device: SimulatedDevi
         device.release(device.driver.in_stream())
         assert all(read.wait(30) for read in reads)
         begun = [read.moments[1] for read in reads]
-        assert sum(moment < begun[-1] for moment in begun) <= num_staged
+        assert sum(0 < moment < begun[-1] for moment in begun) <= num_staged  # 0: forwarded, it needed no slab
         loss.backward()
     assert torch.equal(x.grad, grad_of(32))  # type: ignore[arg-type]
 

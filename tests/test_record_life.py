@@ -541,3 +541,42 @@ def test_no_extent_is_given_away_under_a_write(tmp_path: Path, monkeypatch: pyte
         assert transport.space.in_use_nbytes == 0
         del second
     assert offload.stats.num_live_records == 0
+
+
+@pytest.mark.parametrize("engine", ["io_uring", "threads", "python"])
+def test_a_failed_prefetch_is_tried_again(tmp_path: Path, engine: str) -> None:
+    """A drive refuses reads for a while; what was asked for ahead of need in that while is still there when needed."""
+    offload = ssdtrain.offload_activations(tmp_path, EAGER | {"engine": engine})
+    leaf = torch.ones(1, requires_grad=True)
+    with offload:
+        handle = offload._pack(torch.arange(1500.0))
+        leaf + 1  # the sequence number moves on
+        other = offload._pack(torch.arange(1500.0) + 1)
+        transport = offload._store._transport
+        assert transport is not None
+        transport.engine.drain()
+        offload.stats  # noqa: B018  takes note of what the engine did
+        record = handle.record
+        assert record.residency is Residency.DISK
+        with reads_refused(transport.drive.files[0].fd):
+            assert offload._store.prefetch(record)
+            transport.engine.drain()
+        assert record.reads[0].error is not None
+        assert torch.equal(offload._unpack(handle), torch.arange(1500.0))
+        assert any("Bad file descriptor" in text for text in offload.stats.fallbacks)
+        del handle, other, record
+    assert offload.stats.num_live_records == 0
+
+
+@contextlib.contextmanager
+def reads_refused(fd: int) -> Iterator[None]:
+    """Meanwhile a file can only be written."""
+    original = os.dup(fd)
+    other = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0))
+    os.dup2(other, fd, inheritable=False)
+    os.close(other)
+    try:
+        yield
+    finally:
+        os.dup2(original, fd, inheritable=False)
+        os.close(original)

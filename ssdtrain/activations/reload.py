@@ -80,7 +80,8 @@ class Reloads:
             self.begin(record)
         except (MemoryError, torch.OutOfMemoryError, ClosedError):  # not needed yet, and then there may be room
             return False
-        record.is_prefetched = True
+        assert record.landing is not None
+        record.landing.is_ahead = record.is_prefetched = True
         self._prefetched.append(record)
         self._counters.num_prefetched += 1
         self._counters.prefetched_nbytes += record.nbytes
@@ -164,14 +165,18 @@ class Reloads:
         record.move(Residency.RELOADING)
         self._hold(record.nbytes, record.device.idle_nbytes())
 
-    def _finish(self, record: Record) -> torch.UntypedStorage:
+    def _finish(self, record: Record) -> torch.UntypedStorage | None:
+        """The bytes that came. None when they did not, but nobody had waited for them yet: a demand tries again."""
         assert record.landing is not None
-        reads, memory = record.reads, record.landing.memory
+        reads, memory, is_ahead = record.reads, record.landing.memory, record.landing.is_ahead
         failed = next((read for read in reads if read.error is not None), None)
         self._forget_reads(record, is_handed_over=failed is None)
         for place, read in zip(record.places, reads, strict=True):
             if read.error is not None:
-                self._fail(record, place, read.error)
+                self._note_failed(record, place, read.error)
+                if is_ahead:
+                    return None
+                raise _read_error(record, place, read.error)
             if self._home(record) is Residency.HOST:
                 self._counters.host_read_nbytes += read.forwarded_nbytes
             else:
@@ -186,12 +191,11 @@ class Reloads:
             self._abandon_places(record)
         return memory.storage
 
-    def _fail(self, record: Record, place: Segment, error: tuple[int, int, int, str]) -> None:
+    def _note_failed(self, record: Record, place: Segment, error: tuple[int, int, int, str]) -> None:
         record.move(self._home(record))
         self._counters.hold(-record.nbytes)
         if error[0] != errno.EREMOTEIO:  # that one is the device's, not the drive's
             place.drive.space.note_read_error(place.extent.file, error)
-        raise _read_error(record, place, error)
 
     def _forget_reads(self, record: Record, *, is_handed_over: bool = False) -> None:
         record.reads, record.landing = (), None

@@ -93,6 +93,7 @@ class PendingRead:
     memory: Allocation
     stream: int
     reads: list[Read] = field(default_factory=list)
+    is_ahead: bool = False  # begun before anybody needed it: where it fails, it is tried again when somebody does
 
     @property
     def is_over(self) -> bool:
