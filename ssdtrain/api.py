@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ssdtrain.activations.offload import ActivationOffload
-from ssdtrain.io.directories import check_directories
-from ssdtrain.io.paths import absolute_directories, absolute_path
+from ssdtrain.io.files.directories import check_directories
+from ssdtrain.io.files.paths import absolute_directories, absolute_path
 from ssdtrain.optimizer.optimizer import OffloadedOptimizer
 from ssdtrain.parameters.offload import ParameterOffload
 from ssdtrain.policy import ActivationPolicy, OptimizerPolicy, ParameterPolicy, StatePolicy

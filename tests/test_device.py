@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ssdtrain.devices.base import Allocation, CpuDevice
+from ssdtrain.devices.base import Allocation
+from ssdtrain.devices.cpu import CpuDevice
 
 KIB = 1024
 LARGE = 256 * KIB

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Sequence
 
 from ssdtrain.activations.writeback import Store
-from ssdtrain.io.paths import absolute_path
+from ssdtrain.io.files.paths import absolute_path
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.run_log import Recorder
 from ssdtrain.run_log.place import record_path

@@ -29,9 +29,10 @@ from ssdtrain.activations.recompute import recompute_for
 from ssdtrain.activations.storage_index import Index
 from ssdtrain.activations.witness import Witness
 from ssdtrain.activations.writeback import Store
-from ssdtrain.devices.base import CpuDevice, Device
+from ssdtrain.devices.base import Device
+from ssdtrain.devices.cpu import CpuDevice
 from ssdtrain.devices.registry import Devices
-from ssdtrain.io.directories import check_directories
+from ssdtrain.io.files.directories import check_directories
 from ssdtrain.planner import Plan
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.scheduling.replanner import replanner_for

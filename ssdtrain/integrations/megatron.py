@@ -33,7 +33,7 @@ from ssdtrain.activations.offload import ActivationOffload
 from ssdtrain.api import offload_activations
 from ssdtrain.integrations import TESTED_VERSIONS, check_version
 from ssdtrain.integrations.arguments import add_arguments, asked_for, fill_in
-from ssdtrain.io.paths import absolute_directories
+from ssdtrain.io.files.paths import absolute_directories
 from ssdtrain.policy import ActivationPolicy
 
 __all__ = ["add_arguments", "offload_schedule", "wrap_forward_step"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ssdtrain.optimizer.shared import copied
+from ssdtrain.optimizer.shared_values import copied
 from ssdtrain.store.frames import tensors_of
 from ssdtrain.store.identity import why_not
 

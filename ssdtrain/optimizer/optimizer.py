@@ -16,18 +16,18 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
-from ssdtrain.optimizer.closures import check_closure
-from ssdtrain.optimizer.cpu_step import CpuUpdates
-from ssdtrain.optimizer.gradients import Gradients
+from ssdtrain.optimizer.cpu.cpu_step import CpuUpdates
+from ssdtrain.optimizer.gradients.gradients import Gradients
+from ssdtrain.optimizer.gradients.reach import Reach, has_reentrant_checkpoints, weakly
 from ssdtrain.optimizer.inner import predict_state_nbytes, take_over, what_stayed
 from ssdtrain.optimizer.live_state import LiveState
 from ssdtrain.optimizer.methods import paged
 from ssdtrain.optimizer.progress import StepProgress
-from ssdtrain.optimizer.reach import Reach, has_reentrant_checkpoints, weakly
 from ssdtrain.optimizer.state import Pages
 from ssdtrain.optimizer.state_dict import whole_state_dict
 from ssdtrain.optimizer.step import Updates
-from ssdtrain.optimizer.validation import check_alone, check_devices, check_optimizer, check_settings
+from ssdtrain.optimizer.trial.closures import check_closure
+from ssdtrain.optimizer.trial.validation import check_alone, check_devices, check_optimizer, check_settings
 from ssdtrain.parameters.offload import homes_of
 from ssdtrain.policy import OptimizerPolicy
 from ssdtrain.state_stats import StateCounters, StateStats

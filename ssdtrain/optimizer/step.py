@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from ssdtrain.optimizer.cpu_step import CpuUpdates
-from ssdtrain.optimizer.gradients import Gradients
+from ssdtrain.optimizer.cpu.cpu_step import CpuUpdates
+from ssdtrain.optimizer.gradients.gradients import Gradients
 from ssdtrain.optimizer.inner import having_only, load_part, narrowed, plain_step
 from ssdtrain.optimizer.live_state import LiveState
 from ssdtrain.optimizer.state import Pages
 from ssdtrain.optimizer.state_dict import load_chunks, loads_apart, parameters_with_entries
-from ssdtrain.optimizer.trial import Trial, try_out
-from ssdtrain.optimizer.validation import check_trial
+from ssdtrain.optimizer.trial.trial import Trial, try_out
+from ssdtrain.optimizer.trial.validation import check_trial
 from ssdtrain.parameters.offload import homes_of
 from ssdtrain.policy import OptimizerPolicy
 from ssdtrain.store.frames import nbytes_of

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ssdtrain.io.paths import absolute_path
-from ssdtrain.io.replacing import replacing
+from ssdtrain.io.files.paths import absolute_path
+from ssdtrain.io.files.replacing import replacing
 from ssdtrain.parameters.offload import homes_of
 from ssdtrain.parameters.safetensors_format import check_entry, files_of, header_of, opened
 

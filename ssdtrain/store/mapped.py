@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ssdtrain.io.errands import run
-from ssdtrain.io.unlinked import open_unlinked
+from ssdtrain.io.files.unlinked import open_unlinked
 from ssdtrain.stats import nbytes_text
 from ssdtrain.store.identity import ViewSpec, spec_nbytes
 

@@ -37,7 +37,8 @@ from collections.abc import Sequence
 import torch
 from torch.profiler import record_function
 
-from ssdtrain.devices.base import CpuDevice, Device
+from ssdtrain.devices.base import Device
+from ssdtrain.devices.cpu import CpuDevice
 from ssdtrain.devices.registry import Devices
 from ssdtrain.io.client import open_drive
 from ssdtrain.io.errands import run

@@ -13,7 +13,7 @@ from state_tools import EAGER_STATE
 from torch import nn
 
 import ssdtrain
-from ssdtrain.optimizer.shared import same_bits
+from ssdtrain.optimizer.shared_values import same_bits
 
 SMALL = EAGER_STATE | {"min_nbytes": 512, "chunk_nbytes": 12_000}
 OPTIONS: dict[str, dict[str, Any]] = {"ranger21": {"num_iterations": 100, "lr": 1e-3}, "bsam": {"num_data": 100}}

@@ -81,7 +81,7 @@ def test_a_full_drive_leaves_the_old_checkpoint_and_says_where(tmp_path: Path, k
 
 def test_ranks_that_save_to_one_path_are_told(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Both files are whole; which one stays is a matter of chance, and it is said."""
-    from ssdtrain.io.replacing import replacing
+    from ssdtrain.io.files.replacing import replacing
 
     with caplog.at_level(logging.WARNING, "ssdtrain"), replacing(path) as file:
         file.write(b"first")

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Protocol
 
-from ssdtrain.io.unlinked import open_unlinked
+from ssdtrain.io.files.unlinked import open_unlinked
 
 MAX_USERS = 2  # who share an engine, each with files of its own
 _PAGE_NBYTES = 4096

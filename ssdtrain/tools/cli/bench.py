@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from ssdtrain.io.directories import check_directories
-from ssdtrain.io.paths import absolute_directories
+from ssdtrain.io.files.directories import check_directories
+from ssdtrain.io.files.paths import absolute_directories
 from ssdtrain.policy import parse_nbytes
 from ssdtrain.stats import nbytes_text
 from ssdtrain.tools.bench import Advice, Options, Report, advise, bench_drive

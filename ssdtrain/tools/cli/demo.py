@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from ssdtrain.io.directories import check_directories
-from ssdtrain.io.paths import absolute_path
+from ssdtrain.io.files.directories import check_directories
+from ssdtrain.io.files.paths import absolute_path
 from ssdtrain.policy import ActivationPolicy, parse_nbytes
 from ssdtrain.tools.cli.ending import end, one_line
 from ssdtrain.tools.demo.compare import Comparison, LimitError, compare

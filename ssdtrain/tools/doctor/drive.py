@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from ssdtrain.io.directories import check_directories, file_system_of
+from ssdtrain.io.files.directories import check_directories, file_system_of
 from ssdtrain.io.open_engine import open_engine
 from ssdtrain.stats import nbytes_text
 from ssdtrain.tools.doctor.block import Drive, drives_below

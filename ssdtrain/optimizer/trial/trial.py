@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ssdtrain.optimizer.inner import having_only, narrowed, plain_step
-from ssdtrain.optimizer.shared import Key, SharedValues, copied, is_of_others, kind_of, read, same_bits, words
+from ssdtrain.optimizer.shared_values import Key, SharedValues, copied, is_of_others, kind_of, read, same_bits, words
 from ssdtrain.store.frames import nbytes_of, put_together, take_apart
 
 _NUM_STEPS = 12  # what happens every ten steps is seen

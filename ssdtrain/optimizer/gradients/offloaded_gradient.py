@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from ssdtrain.optimizer.gradient_record import ITSELF, Change, GradientRecord
+from ssdtrain.optimizer.gradients.gradient_record import ITSELF, Change, GradientRecord
 
 _NOTED = frozenset(
     f"{prefix}{name}_" for name in ("mul", "div", "clamp_min", "clamp_max", "zero") for prefix in ("", "_foreach_")

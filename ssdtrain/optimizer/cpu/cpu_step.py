@@ -28,14 +28,14 @@ from torch.profiler import record_function
 from torch.utils._pytree import tree_map_only
 
 from ssdtrain.devices.base import Accelerator
-from ssdtrain.optimizer.cpu_jobs import Entry, Job, Wait
-from ssdtrain.optimizer.gradient_record import Change
+from ssdtrain.optimizer.cpu.jobs import Entry, Job, Wait
+from ssdtrain.optimizer.cpu.pinned import HostCopies, HostCopy
+from ssdtrain.optimizer.gradients.gradient_record import Change
+from ssdtrain.optimizer.gradients.offloaded_gradient import record_of
 from ssdtrain.optimizer.inner import LOW_PRECISION, load_own_state, parts_of, plain_step, twin_of
-from ssdtrain.optimizer.offloaded_gradient import record_of
-from ssdtrain.optimizer.pinned import HostCopies, HostCopy
-from ssdtrain.optimizer.shared import SharedValues
+from ssdtrain.optimizer.shared_values import SharedValues
 from ssdtrain.optimizer.state import Pages
-from ssdtrain.optimizer.validation import check_apart
+from ssdtrain.optimizer.trial.validation import check_apart
 from ssdtrain.parameters.offload import homes_of
 from ssdtrain.store.identity import why_not
 from ssdtrain.store.tensor_store import Vault

@@ -6,7 +6,7 @@ Knows optimizers, and neither drives nor pages.
 The plain step changes shared values once, a counter from 6 to 7. Of a step in chunks each chunk finds them as they were
 before the step; what it has made of them is noted and taken back; when the step is over, what was noted takes their
 place. Chunks that come to different values are not one step: that is an error. Whether an optimizer has such values is
-found out before, see `ssdtrain.optimizer.trial`.
+found out before, see `ssdtrain.optimizer.trial.trial`.
 """
 
 from __future__ import annotations

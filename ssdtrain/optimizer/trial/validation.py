@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ssdtrain.optimizer.trial import Trial
+from ssdtrain.optimizer.trial.trial import Trial
 from ssdtrain.parameters.offload import homes_of
 from ssdtrain.policy import OptimizerPolicy
 from ssdtrain.stats import nbytes_text

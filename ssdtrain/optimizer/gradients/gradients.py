@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable
 import torch
 
 from ssdtrain.devices.base import Device
-from ssdtrain.optimizer.gradient_record import GradientRecord
-from ssdtrain.optimizer.offloaded_gradient import OffloadedGradient, UsedGradient, record_of
+from ssdtrain.optimizer.gradients.gradient_record import GradientRecord
+from ssdtrain.optimizer.gradients.offloaded_gradient import OffloadedGradient, UsedGradient, record_of
 from ssdtrain.store.slots import Slot
 from ssdtrain.store.tensor_store import StateLostError, Vault
 

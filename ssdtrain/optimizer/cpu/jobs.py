@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ssdtrain.optimizer.gradient_record import GradientRecord
+from ssdtrain.optimizer.gradients.gradient_record import GradientRecord
 
 Wait = Callable[[], torch.Tensor]  # for a tensor on its way to host memory
 
