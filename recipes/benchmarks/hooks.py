@@ -8,6 +8,9 @@ that slows down slows all of them. A row is the median over the rounds of (this 
 round), per saved tensor, and the quarters of the rounds below and above. "moving" is the time spent waiting for the
 drive; it is not part of the overhead and stands beside it. "CPU" is the processor time of the training thread alone:
 on a busy machine the wall clock counts other programs too. Writes end outside the clock.
+
+"calls" are Python functions of the package that one saved tensor enters in forward and in backward, and "locks" how
+often it takes the lock of the bookkeeping; both are counted in rounds of their own, outside every clock.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,6 +40,8 @@ import ssdtrain
 NUM_NODES = 32
 SAVED_PER_NODE = 8
 NUM_SAVED = NUM_NODES * SAVED_PER_NODE
+NUM_COUNTED = 3  # rounds in which calls are counted
+PACKAGE = str(Path(ssdtrain.__file__).parent)
 
 
 class Save(torch.autograd.Function):
@@ -72,6 +78,11 @@ def transposed_weights() -> list[torch.Tensor]:
 def travelling() -> list[torch.Tensor]:
     """Activations of one page each."""
     return [torch.zeros(1024) for _ in range(NUM_SAVED)]
+
+
+def travelling_alone() -> list[torch.Tensor]:
+    """Activations of half a slab."""
+    return [torch.zeros(1 << 14) for _ in range(NUM_SAVED)]
 
 
 def bare() -> AbstractContextManager[Any]:
@@ -117,6 +128,14 @@ CASES = [
         {"min_nbytes": 0, "mode": "all", "staging_nbytes": "2MiB"},
         travels=True,
     ),
+    Case(
+        "activation of 64 KiB, travels alone",
+        travelling_alone,
+        50.0,
+        # Half a slab each, so that every one is a request. Packing waits while 2 MiB are in flight.
+        {"min_nbytes": 0, "mode": "all", "staging_nbytes": "2MiB"},
+        travels=True,
+    ),
 ]
 
 
@@ -135,15 +154,56 @@ class Row:
     moving_us: float
     target_us: float | None
     travelled: float
+    pack_calls: float | None = None
+    unpack_calls: float | None = None
+    pack_locks: float | None = None
+    unpack_locks: float | None = None
+
+
+@dataclass
+class Calls:
+    """Python functions of the package that were entered, and how often its lock was taken."""
+
+    num: int = 0
+    num_locks: int = 0
+
+    def __call__(self, frame: Any, event: str, argument: object) -> None:
+        """Told by the interpreter of every call."""
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(PACKAGE):
+            self.num += 1
+            self.num_locks += code.co_name == "__enter__" and code.co_filename.endswith("poison.py")
+
+
+def count(make: Callable[[], list[torch.Tensor]], hooks: AbstractContextManager[Any]) -> tuple[Calls, Calls]:
+    """Calls of one forward and of its backward."""
+    forward, backward = Calls(), Calls()
+    groups = grouped(make())
+    anchor = torch.zeros((), requires_grad=True)
+    with hooks:
+        sys.setprofile(forward)
+        for group in groups:
+            anchor = Save.apply(anchor, *group)
+            del group
+        sys.setprofile(None)
+    groups.clear()
+    sys.setprofile(backward)
+    anchor.backward()
+    del anchor
+    sys.setprofile(None)
+    return forward, backward
+
+
+def grouped(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """What every node saves."""
+    return [tensors[i : i + SAVED_PER_NODE] for i in range(0, NUM_SAVED, SAVED_PER_NODE)]
 
 
 def run(
     make: Callable[[], list[torch.Tensor]], hooks: AbstractContextManager[Any], after_forward: Callable[[], float]
 ) -> Round:
     """One forward and one backward; `after_forward` runs between them and `waiting` is how its result grew."""
-    tensors = make()
-    groups = [tensors[i : i + SAVED_PER_NODE] for i in range(0, NUM_SAVED, SAVED_PER_NODE)]
-    del tensors
+    groups = grouped(make())
     anchor = torch.zeros((), requires_grad=True)
     begin, cpu_begin = time.perf_counter(), time.thread_time()
     with hooks:
@@ -161,12 +221,12 @@ def run(
 
 
 def settle(offload: ssdtrain.ActivationOffload) -> float:
-    """Waits until the drive has written what was handed to it; the seconds waited for reloads so far."""
+    """Waits until the drive has written what was handed to it; the seconds waited for the drive so far."""
     before = -1
     while (stats := offload.stats).written_nbytes != before:
         before = stats.written_nbytes
         time.sleep(0.005)
-    return stats.stalls.get("read", 0.0)
+    return sum(stats.stalls.values())
 
 
 def measure(case: Case, directory: str, repeats: int) -> list[Row]:
@@ -186,10 +246,11 @@ def measure(case: Case, directory: str, repeats: int) -> list[Row]:
         for name in names[i % len(names) :] + names[: i % len(names)]:
             hooks, after_forward = kinds[name]
             rounds[name].append(run(case.make, hooks(), after_forward))
-    del keeper
     stats = offload.stats
-    offload.close()
     travelled = stats.num_offloaded / (NUM_SAVED * (repeats + 2))
+    counts = [count(case.make, offload) for _ in range(NUM_COUNTED)]
+    del keeper
+    offload.close()
     return [
         row_of(
             case,
@@ -197,14 +258,22 @@ def measure(case: Case, directory: str, repeats: int) -> list[Row]:
             rounds[name][2:],
             rounds["bare hooks"][2:],
             travelled if name == "ssdtrain" else 0.0,
+            counts if name == "ssdtrain" else [],
         )
         for name in kinds
         if name != "bare hooks"
     ]
 
 
-def row_of(case: Case, name: str, rounds: list[Round], base: list[Round], travelled: float) -> Row:
-    """Medians of the differences, round by round."""
+def row_of(
+    case: Case,
+    name: str,
+    rounds: list[Round],
+    base: list[Round],
+    travelled: float,
+    counts: list[tuple[Calls, Calls]],
+) -> Row:
+    """Medians of the differences, round by round, and the least that was counted: another thread may add to it."""
 
     def per_tensor(seconds: list[float]) -> list[float]:
         return statistics.quantiles([s / NUM_SAVED * 1e6 for s in seconds], n=4) if len(seconds) > 1 else seconds * 3
@@ -223,7 +292,17 @@ def row_of(case: Case, name: str, rounds: list[Round], base: list[Round], travel
         round(per_tensor([ours.waiting for ours, _ in pairs])[1], 3),
         case.target if name == "ssdtrain" else None,
         round(travelled, 3),
+        *least(counts),
     )
+
+
+def least(counts: list[tuple[Calls, Calls]]) -> list[float]:
+    """Calls and locks per saved tensor, of forward and of backward."""
+    if not counts:
+        return []
+    ways = [[way[i] for way in counts] for i in (0, 1)]
+    calls = [round(min(c.num for c in way) / NUM_SAVED, 1) for way in ways]
+    return [*calls, *[round(min(c.num_locks for c in way) / NUM_SAVED, 2) for way in ways]]
 
 
 def processor() -> str:
@@ -251,6 +330,11 @@ def machine() -> dict[str, object]:
     }
 
 
+def pair(forward: float | None, backward: float | None) -> str:
+    """Two counts, where there are any."""
+    return "" if forward is None else f"{f'{forward:g} + {backward:g}':>14}"
+
+
 def main() -> None:
     """Prints the table; the last line is JSON."""
     parser = argparse.ArgumentParser(description="Cost of ssdtrain per saved tensor, above bare hooks.")
@@ -262,6 +346,7 @@ def main() -> None:
     place = machine()
     print("\n".join(f"{name}: {value}" for name, value in place.items()))
     columns = "".join(f"{name:>8}" for name in ("pack", "unpack", "CPU", "moving", "target"))
+    columns += f"{'calls':>14}{'locks':>13}"
     head = f"{'saved tensor':36}{'hooks':13}{'us':>8}{'quarters':>17}{columns}"
     print(f"\nmicroseconds per saved tensor above bare hooks\n\n{head}\n{'-' * len(head)}")
     rows: list[Row] = []
@@ -275,7 +360,8 @@ def main() -> None:
                 target = f"{row.target_us:g}" if row.target_us is not None else ""
                 print(
                     f"{row.case:36}{row.hooks:13}{row.median_us:>8.2f}{quarters:>17}{row.forward_us:>8.2f}"
-                    f"{row.backward_us:>8.2f}{row.cpu_us:>8.2f}{row.moving_us:>8.2f}{target:>8}",
+                    f"{row.backward_us:>8.2f}{row.cpu_us:>8.2f}{row.moving_us:>8.2f}{target:>8}"
+                    f"{pair(row.pack_calls, row.unpack_calls)}{pair(row.pack_locks, row.unpack_locks)}",
                     flush=True,
                 )
             gc.collect()
