@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ssdtrain.state_stats import StateStats
     from ssdtrain.stats import Skipped, Stats
     from ssdtrain.store.saved_tensors import keep_resident
-    from ssdtrain.store.tensor_store import StateLostError
+    from ssdtrain.store.state_store import StateLostError
 
 __version__ = "0.1.0"
 

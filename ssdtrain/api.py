@@ -15,7 +15,7 @@ from ssdtrain.io.files.paths import absolute_directories, absolute_path
 from ssdtrain.optimizer.optimizer import OffloadedOptimizer
 from ssdtrain.parameters.offload import ParameterOffload
 from ssdtrain.policy import ActivationPolicy, OptimizerPolicy, ParameterPolicy, StatePolicy
-from ssdtrain.store.tensor_store import Vault
+from ssdtrain.store.state_store import StateStore
 
 Directories = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -67,18 +67,18 @@ def offload_activations(
     if record is not None:
         chosen = chosen.model_copy(update={"record": absolute_path(record, "a file for the record")})
     if isinstance(directory, ParameterOffload | OffloadedOptimizer):
-        return _join(directory.vault, chosen, model)
+        return _join(directory.store, chosen, model)
     return ActivationOffload(None if directory is None else absolute_directories(directory), chosen, model)
 
 
-def _join(vault: Vault, policy: ActivationPolicy, model: torch.nn.Module | None) -> ActivationOffload:
+def _join(store: StateStore, policy: ActivationPolicy, model: torch.nn.Module | None) -> ActivationOffload:
     """On the drive of parameters or optimizer state."""
-    drive = vault.drive
+    drive = store.drive
     if policy.checksum and not drive.has_checksum:
         text = "Expected checksum=True where the shared drive was opened, got False there: pass it there, or not here"
         raise ValueError(text)
-    simulated = vault.cpu if vault.cpu.driver is not None else None
-    offload = ActivationOffload(vault.directories or None, policy, model, simulated, drive.join, vault.met)
+    simulated = store.cpu if store.cpu.driver is not None else None
+    offload = ActivationOffload(store.directories or None, policy, model, simulated, drive.join, store.met)
     if policy.engine not in ("auto", drive.kind):
         offload.note(f"engine={policy.engine!r} is not used: the drive is shared, its engine is {drive.kind}")
     return offload
@@ -124,7 +124,7 @@ def offload_parameters(
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"Expected a torch.nn.Module, got {type(module).__name__}")
     if chosen.enabled:
-        ParameterOffload(module, partial(_vault, directory, chosen), chosen, blocks)
+        ParameterOffload(module, partial(_store_for, directory, chosen), chosen, blocks)
     return module
 
 
@@ -175,16 +175,18 @@ def offload_optimizer(
     chosen = OptimizerPolicy.of(policy)
     if not chosen.enabled:
         return optimizer
-    return OffloadedOptimizer(optimizer, partial(_vault, directory, chosen), chosen)
+    return OffloadedOptimizer(optimizer, partial(_store_for, directory, chosen), chosen)
 
 
-def _vault(directory: Directories | ParameterOffload | OffloadedOptimizer | None, policy: StatePolicy) -> Vault:
+def _store_for(
+    directory: Directories | ParameterOffload | OffloadedOptimizer | None, policy: StatePolicy
+) -> StateStore:
     """A new one on a drive, or that of another offload."""
     if isinstance(directory, ParameterOffload | OffloadedOptimizer):
-        return directory.vault.share()
+        return directory.store.share()
     paths = absolute_directories(directory) if directory is not None else []
     unwise = check_directories(paths, policy.io_timeout_seconds) if paths else []
-    vault = Vault(paths, policy)
+    store = StateStore(paths, policy)
     for text in unwise:
-        vault.note(text)
-    return vault
+        store.note(text)
+    return store

@@ -15,7 +15,7 @@ from ssdtrain.stats import EngineTotals, Skipped, nbytes_text, rate_text
 
 
 class StateCounters:
-    """Running totals of a user of a vault, or of the vault; attributes are the fields of `StateStats`."""
+    """Running totals of a user of a store, or of the store; attributes are the fields of `StateStats`."""
 
     def __init__(self, what: str) -> None:
         """`what`: the word for what is away, such as ``"parameters"``."""
@@ -45,7 +45,7 @@ class StateCounters:
         self.read_busy_seconds += engine.read_busy_seconds
 
     def add_drive(self, drive: StateCounters) -> None:
-        """Takes over what a vault has counted for all of its users."""
+        """Takes over what a store has counted for all of its users."""
         for name in ("written_nbytes", "read_nbytes", "write_busy_seconds", "read_busy_seconds"):
             setattr(self, name, getattr(self, name) + getattr(drive, name))
         self.peak_memory_nbytes, self.peak_disk_nbytes = drive.peak_memory_nbytes, drive.peak_disk_nbytes

@@ -250,7 +250,7 @@ def test_memory_of_a_dropped_reload_is_kept_until_it_is_filled(make: Make, devic
         assert store.prefetch(record) and record.reads[0].wait_issued(30)
         del loss, x, record
         assert offload.stats.num_live_records == 0
-        assert store._transport.pending.reads and not store._transport._landings
+        assert store._transport.pending.reads and not store._transport._pending_reads
         device.release(device.driver.in_stream())
 
 

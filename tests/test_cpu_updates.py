@@ -32,7 +32,7 @@ from ssdtrain.devices.simulated import SimulatedDevice
 from ssdtrain.optimizer.optimizer import OffloadedOptimizer
 from ssdtrain.parameters.offload import ParameterOffload
 from ssdtrain.policy import OptimizerPolicy, ParameterPolicy
-from ssdtrain.store.tensor_store import Vault
+from ssdtrain.store.state_store import StateStore
 
 ON_CPU = EAGER_STATE | {"chunk_nbytes": 40_000, "update_on": "cpu"}
 
@@ -61,18 +61,18 @@ class OnCopies:
             parameter.grad = None
 
 
-def vault_of(folder: Path | None, device: SimulatedDevice | None, policy: Any) -> Vault:
-    vault = Vault([] if folder is None else [str(folder)], policy)
+def store_of(folder: Path | None, device: SimulatedDevice | None, policy: Any) -> StateStore:
+    store = StateStore([] if folder is None else [str(folder)], policy)
     if device is not None:
-        vault.cpu = device
-    return vault
+        store.cpu = device
+    return store
 
 
 def on_cpu(
     optimizer: torch.optim.Optimizer, folder: Path | None, device: SimulatedDevice | None, **fields: Any
 ) -> OffloadedOptimizer:
     policy = OptimizerPolicy(**(ON_CPU | fields))
-    return OffloadedOptimizer(optimizer, lambda: vault_of(folder, device, policy), policy)
+    return OffloadedOptimizer(optimizer, lambda: store_of(folder, device, policy), policy)
 
 
 def run_on_copies(make: Any, num_steps: int = 4, kind: str = "mlp") -> tuple[list[torch.Tensor], Any, nn.Module]:
@@ -150,10 +150,10 @@ def test_parameters_that_are_away_are_updated_where_they_are(
     model = model_of(kind)
     policy = ParameterPolicy(**EAGER_STATE, prefetch_nbytes=40_000)
     home = ParameterOffload(
-        model, lambda: vault_of(tmp_path if where == "drive" else None, device, policy), policy, None
+        model, lambda: store_of(tmp_path if where == "drive" else None, device, policy), policy, None
     )
     chosen = OptimizerPolicy(**(ON_CPU | HOW[how]))
-    optimizer = OffloadedOptimizer(adamw(trainable(model)), home.vault.share, chosen)
+    optimizer = OffloadedOptimizer(adamw(trainable(model)), home.store.share, chosen)
     num_reads: list[int] = []
 
     def settle() -> None:
@@ -182,9 +182,9 @@ def test_a_graph_that_saved_an_updated_parameter_says_so(
     for is_away in (False, True):
         model = model_of("mlp")
         policy = ParameterPolicy(**EAGER_STATE, prefetch_nbytes=0)
-        vault = vault_of(tmp_path, device, policy)
-        home = ParameterOffload(model, vault.share, policy, None) if is_away else None
-        optimizer = OffloadedOptimizer(adamw(trainable(model)), vault.share, OptimizerPolicy(**ON_CPU))
+        store = store_of(tmp_path, device, policy)
+        home = ParameterOffload(model, store.share, policy, None) if is_away else None
+        optimizer = OffloadedOptimizer(adamw(trainable(model)), store.share, OptimizerPolicy(**ON_CPU))
         loss = model(batch(0).to(device_kind if device_kind == "cuda" else "cpu"))
         loss.backward(retain_graph=True)
         if home is not None:

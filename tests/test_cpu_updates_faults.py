@@ -268,7 +268,7 @@ def test_close_without_room_on_the_device_closes(
     monkeypatch.setattr("ssdtrain.optimizer.cpu.cpu_step.load_own_state", refuse)
     with pytest.raises(torch.OutOfMemoryError):
         optimizer.close()
-    assert optimizer.vault.is_closed and inner.state[weight]["exp_avg"].count_nonzero() > 0
+    assert optimizer.store.is_closed and inner.state[weight]["exp_avg"].count_nonzero() > 0
     optimizer.close()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from state_tools import adamw, batch, check_same, check_same_state, model_of, train, trainable, values
-from test_cpu_updates import Gated, OnCopies, low_precision, on_cpu, train_low, vault_of
+from test_cpu_updates import Gated, OnCopies, low_precision, on_cpu, store_of, train_low
 from test_optimizer import Failing
 from torch import nn
 
@@ -75,9 +75,9 @@ def test_parameters_that_are_away(device: SimulatedDevice | None, device_kind: s
     plain, model = model_of("mlp"), model_of("mlp")
     expected = Late(plain, adamw)
     policy = ParameterPolicy(min_nbytes=1024, staging_nbytes=64 * 1024, prefetch_nbytes=40_000)
-    home = ParameterOffload(model, lambda: vault_of(tmp_path, device, policy), policy, None)
+    home = ParameterOffload(model, lambda: store_of(tmp_path, device, policy), policy, None)
     chosen = OptimizerPolicy(min_nbytes=1024, chunk_nbytes=40_000, update_on="cpu", delayed_update=True)
-    optimizer = OffloadedOptimizer(adamw(trainable(model)), home.vault.share, chosen)
+    optimizer = OffloadedOptimizer(adamw(trainable(model)), home.store.share, chosen)
     check_same(train(model, optimizer, 4), train(plain, expected, 4))  # type: ignore[arg-type]
     optimizer.close()
     home.close()

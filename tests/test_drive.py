@@ -26,7 +26,7 @@ from ssdtrain.io.client import Drive
 from ssdtrain.io.host_space import HostShare, HostSpace
 from ssdtrain.io.open_engine import open_engine
 from ssdtrain.policy import ActivationPolicy, OptimizerPolicy
-from ssdtrain.store.tensor_store import Vault
+from ssdtrain.store.state_store import StateStore
 
 KIB = 1024
 EAGER = {"mode": "all", "min_nbytes": 1, "staging_nbytes": STAGING_NBYTES}
@@ -136,11 +136,11 @@ def test_everything_on_one_drive_equals_plain_training(tmp_path: Path, kind: str
     home, optimizer = offloaded(tmp_path, model, engine=engine)
     with ssdtrain.offload_activations(home, EAGER, model) as offload:
         assert steps(model, optimizer, 6) == expected
-    home.vault.engine.drain()
+    home.store.engine.drain()
     own, theirs = offload.stats, home.stats
     assert own.written_nbytes > 0 and own.shared_written_nbytes > 0 and own.engine == engine
     assert "for parameters and optimizer state wrote" in str(own)
-    engine_now = home.vault.engine
+    engine_now = home.store.engine
     assert own.written_nbytes + theirs.written_nbytes == engine_now.written_nbytes, "nothing is counted twice"
     assert own.read_nbytes + theirs.read_nbytes == engine_now.read_nbytes
     offload.close()
@@ -163,7 +163,7 @@ def test_entered_again_and_closed_in_any_order(tmp_path: Path) -> None:
         with offload:
             losses += steps(model, optimizer, 1, step)
     assert losses == expected
-    engine = home.vault.engine
+    engine = home.store.engine
     with offload:
         loss = model(batch(9))
         optimizer.close()  # type: ignore[attr-defined]
@@ -182,7 +182,7 @@ def test_left_and_entered_again_nothing_is_counted_twice(tmp_path: Path) -> None
     """Optimizer steps outside the context count too; another offload starts from nothing."""
     model = model_of("gpt")
     home, optimizer = offloaded(tmp_path, model)
-    home.vault.engine.drain()
+    home.store.engine.drain()
     before = optimizer.stats.written_nbytes  # type: ignore[attr-defined]
     offload = ssdtrain.offload_activations(home, EAGER, model)
     for step in range(4):
@@ -190,7 +190,7 @@ def test_left_and_entered_again_nothing_is_counted_twice(tmp_path: Path) -> None
             model(batch(step)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    stats, engine = offload.stats, home.vault.engine
+    stats, engine = offload.stats, home.store.engine
     engine.drain()
     stats = offload.stats
     assert stats.written_nbytes + optimizer.stats.written_nbytes == engine.written_nbytes  # type: ignore[attr-defined]
@@ -234,15 +234,15 @@ def close_with_an_unlisted_write(directory: str) -> None:
 def test_a_host_tier_only_is_shared_up_to_a_bound(tmp_path: Path) -> None:
     """Of a simulated accelerator: the home has no directory."""
     with SimulatedDevice(seed=0) as device:
-        vault = Vault([], OptimizerPolicy(staging_nbytes=64 * KIB, host_nbytes=1 << 20))
-        vault.cpu = device
-        drive = vault.drive.join(noted, host_nbytes=64 * KIB)
+        store = StateStore([], OptimizerPolicy(staging_nbytes=64 * KIB, host_nbytes=1 << 20))
+        store.cpu = device
+        drive = store.drive.join(noted, host_nbytes=64 * KIB)
         assert drive.host is not None
         assert drive.allocate(32 * KIB, prefers_host=True) and drive.allocate(32 * KIB, prefers_host=True)
         assert drive.allocate(32 * KIB, prefers_host=True) == []
-        assert vault.drive.allocate(32 * KIB, prefers_host=True)
+        assert store.drive.allocate(32 * KIB, prefers_host=True)
         assert drive.close(10)
-        offload = ActivationOffload(None, ActivationPolicy(**EAGER), None, device, vault.drive.join, vault.met)
+        offload = ActivationOffload(None, ActivationPolicy(**EAGER), None, device, store.drive.join, store.met)
         with offload:
             x = torch.randn(64, 64, requires_grad=True)
             loss = x.exp().exp().sum()
@@ -253,7 +253,7 @@ def test_a_host_tier_only_is_shared_up_to_a_bound(tmp_path: Path) -> None:
             loss.backward()
         del loss
         offload.close()
-        vault.close()
+        store.close()
     device.close()
 
 

@@ -45,7 +45,7 @@ def test_keeps_the_promises_of_all_engines(kvikio_environment: Mapping[str, str]
 @pytest.mark.slow
 def test_keeps_parameters_and_optimizer_state(kvikio_environment: Mapping[str, str]) -> None:
     """Also with activations on the same engine."""
-    assert run_pytest(kvikio_environment, "tests/test_vault.py", "tests/test_drive.py") >= 10
+    assert run_pytest(kvikio_environment, "tests/test_state_store.py", "tests/test_drive.py") >= 10
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ from hypothesis import strategies as st
 import ssdtrain
 from ssdtrain.devices.base import Allocation
 from ssdtrain.policy import MIN_STAGING_NBYTES
-from ssdtrain.store.record import Record
+from ssdtrain.store.record import SavedRecord
 
 every_engine = pytest.mark.parametrize("engine", ENGINES)
 
@@ -116,7 +116,7 @@ def no_memory_for_reloads(directory: str, engine: str) -> None:
     allocate = device.allocate
     is_ahead, num_refused = False, 0
 
-    def watch(record: Record) -> bool:
+    def watch(record: SavedRecord) -> bool:
         nonlocal is_ahead
         is_ahead = True
         result = prefetch(record)
@@ -306,10 +306,10 @@ def secrets(directory: str, engine: str) -> None:
         drain(offload)
         free = contents(fd)
         extents = [
-            place.extent
+            segment.extent
             for record in offload._thread.pass_.records  # type: ignore[union-attr]
             if record is not None
-            for place in record.places
+            for segment in record.segments
         ]
         assert len(extents) > 40
         for extent in extents:

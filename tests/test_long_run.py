@@ -31,7 +31,7 @@ def holdings(offload: ssdtrain.ActivationOffload) -> dict[str, int]:
         "slabs": transport.engine.staging_in_use_nbytes,
         "writes": len(transport.pending.writes),
         "reads": len(transport.pending.reads),
-        "landings": len(transport._landings),
+        "pending_reads": len(transport._pending_reads),
         "filed": len(store.index._records),
         "descriptors": len(os.listdir("/proc/self/fd")),
         "threads": len(os.listdir("/proc/self/task")),

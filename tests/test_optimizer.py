@@ -388,7 +388,7 @@ def test_a_lost_read_names_the_state_and_the_checkpoint(tmp_path: Path) -> None:
     optimizer.state_dict()
     train(model, optimizer, 1, first=2)
     optimizer.flush()
-    file = optimizer._vault.drive.files[0]
+    file = optimizer._store.drive.files[0]
     with open(f"/proc/self/fd/{file.fd}", "r+b", buffering=0) as raw:
         for offset in range(0, file.nbytes, 4096):
             byte = os.pread(raw.fileno(), 1, offset + 8)
@@ -531,7 +531,7 @@ def test_what_is_closed_or_replaced_says_so(tmp_path: Path) -> None:
         offloaded(inner, tmp_path / "nowhere")
     home = ssdtrain.offload_parameters(model, tmp_path, EAGER_STATE)
     shared = ssdtrain.parameter_offload(home)
-    in_use = shared.vault._space.in_use_nbytes
+    in_use = shared.store._space.in_use_nbytes
     for _ in range(3):
         optimizer = ssdtrain.offload_optimizer(inner, shared, SMALL_CHUNKS)
         assert isinstance(optimizer, ssdtrain.OffloadedOptimizer)
@@ -544,7 +544,7 @@ def test_what_is_closed_or_replaced_says_so(tmp_path: Path) -> None:
             with pytest.raises(RuntimeError, match="after close"):
                 call()
     shared.flush()
-    assert shared.vault._space.in_use_nbytes <= in_use + 4096 * 8
+    assert shared.store._space.in_use_nbytes <= in_use + 4096 * 8
     train(model, inner, 1)
 
 
@@ -556,9 +556,9 @@ def test_a_lost_read_at_the_end_loses_nothing_else(tmp_path: Path) -> None:
     train(model, optimizer, 2)
     optimizer.flush()
     page = next(iter(optimizer._pages._pages.values()))["exp_avg"].leaves[0]
-    file = optimizer._vault.drive.files[0]
+    file = optimizer._store.drive.files[0]
     with open(f"/proc/self/fd/{file.fd}", "r+b", buffering=0) as raw:
-        offset = page.slot.parts[0].extent.offset
+        offset = page.record.segments[0].extent.offset
         os.pwrite(raw.fileno(), bytes([os.pread(raw.fileno(), 1, offset)[0] ^ 1]), offset)
     with pytest.raises(ssdtrain.StateLostError):
         optimizer.close()

@@ -755,7 +755,7 @@ def test_a_lost_read_names_the_parameter(tmp_path: Path) -> None:
     home = offloaded(model, tmp_path, engine="threads", prefetch_nbytes=0)
     home.note_checkpoint("/checkpoints/step-40.pt")
     home.flush()
-    file = home._vault.drive.files[0]
+    file = home._store.drive.files[0]
     for offset in range(0, file.nbytes, 4096):
         with open(f"/proc/self/fd/{file.fd}", "r+b", buffering=0) as raw:
             byte = os.pread(raw.fileno(), 1, offset + 8)

@@ -119,12 +119,12 @@ def interrupted_anywhere(directory: str, engine: str) -> None:
                 trainer.finish(trainer.forward())
         except KeyboardInterrupt:
             num_interrupts += 1
-        except ClosedError:  # it came inside a destructor, where Python swallows it, and tore the books
+        except ClosedError:  # it came inside a destructor, where Python swallows it, and poisoned the lock
             assert any("interrupted" in text for text in offload.stats.fallbacks)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        assert offload._store.lock.acquire(timeout=10), "the lock is free"
-        offload._store.lock.release()
+        assert offload._store.lock.mutex.acquire(timeout=10), "the lock is free"
+        offload._store.lock.mutex.release()
     assert num_interrupts > 0
     check_equal(Trainer().step(offload), steps[0])
 
@@ -271,7 +271,7 @@ def fork_under_the_lock(directory: str, engine: str) -> None:
     is_held, may_go = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with offload._store.lock:
+        with offload._store.lock.mutex:
             is_held.set()
             may_go.wait()
 

@@ -35,7 +35,7 @@ from hypothesis.stateful import (
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import ssdtrain
-from ssdtrain.store.record import Handle, Record, Residency
+from ssdtrain.store.record import Handle, Residency, SavedRecord
 
 DTYPES = [torch.float32, torch.int16, torch.uint8, torch.complex64, torch.bfloat16]
 NUM_EXAMPLES = 20
@@ -62,7 +62,7 @@ class Held:
 class Filed:
     """What is known of a record: which bytes it stands for, and in which memory they were last seen."""
 
-    record: Record
+    record: SavedRecord
     source: StorageWeakRef
     version: int
     start: int
@@ -315,7 +315,9 @@ class RecordLife(RuleBasedStateMachine):
             self.filed.remove(filed)
             record = filed.record
             assert record.residency is Residency.RELEASED
-            assert record.storage is None and record.landing is None and record.places == () and record.reads == ()
+            assert (
+                record.storage is None and record.pending_read is None and record.segments == () and record.reads == ()
+            )
 
     @precondition(lambda self: self.is_entered)
     @rule(size=st.integers(1, 3000), retain=st.booleans())
@@ -447,11 +449,11 @@ class RecordLife(RuleBasedStateMachine):
         assert [record.num_handles for record in records] == [filed.num_handles for filed in self.filed]
         assert all(record.pass_.records[record.index] is record for record in records)
         in_memory = [r.nbytes for r in records if r.storage is not None or r.residency is Residency.RELOADING]
-        lent = [record.nbytes for record in records if record.is_lent]
+        lent = [record.nbytes for record in records if record.is_shared]
         resident = [saved.resident_nbytes for saved in self.saved]
         assert counters.held_nbytes == sum(in_memory) + sum(lent) + sum(resident)
         reloads = store._reloads
-        assert set(reloads._lent) == {record for record in records if record.is_lent}
+        assert set(reloads._shared) == {record for record in records if record.is_shared}
         prefetched = [record for record in records if record.is_prefetched]
         assert set(reloads._prefetched) == set(prefetched) and len(reloads._prefetched) == len(prefetched)
         assert all(record.residency is Residency.RELOADING for record in prefetched)
@@ -463,7 +465,7 @@ class RecordLife(RuleBasedStateMachine):
         transport = self.offload._store._transport
         if transport is None:
             return
-        extents = [place.extent for filed in self.filed for place in filed.record.places]
+        extents = [segment.extent for filed in self.filed for segment in filed.record.segments]
         extents += [segment.extent for segment in transport.pending._unwanted]
         assert transport.space.in_use_nbytes == sum(extent.nbytes for extent in extents)
         assert self.policy["disk_nbytes"] is None or transport.space.in_use_nbytes <= CAP_NBYTES
@@ -484,7 +486,7 @@ class RecordLife(RuleBasedStateMachine):
             self.forget(self.saved.pop())
         counters, store = self.offload._counters, self.offload._store
         assert (counters.num_live_records, counters.held_nbytes, counters.prefetched_nbytes) == (0, 0, 0)
-        assert not (store.index._records or store._reloads._lent or store._reloads._prefetched or store._bereaved)
+        assert not (store.index._records or store._reloads._shared or store._reloads._prefetched or store._to_release)
         assert store._transport is None
         self.held.clear()
         assert all(memory.expired() for memory in self.memories)

@@ -16,8 +16,8 @@ from ssdtrain.devices.simulated import SimulatedDevice
 from ssdtrain.optimizer.optimizer import OffloadedOptimizer
 from ssdtrain.parameters.offload import ParameterOffload
 from ssdtrain.policy import OptimizerPolicy, ParameterPolicy
-from ssdtrain.store.slots import Slot
-from ssdtrain.store.tensor_store import Vault
+from ssdtrain.store.record import Record
+from ssdtrain.store.state_store import StateStore
 
 
 @pytest.mark.parametrize("engine", ["io_uring", "threads", "python", "host"])
@@ -32,13 +32,13 @@ def test_equal_to_the_bit(
     losses = train(plain, expected, 3)
     model = model_of(kind)
     policy: dict[str, Any] = EAGER_STATE | {"engine": "auto" if engine == "host" else engine}
-    vault = Vault([] if engine == "host" else [str(tmp_path)], ParameterPolicy(**policy, prefetch_nbytes=40_000))
+    store = StateStore([] if engine == "host" else [str(tmp_path)], ParameterPolicy(**policy, prefetch_nbytes=40_000))
     if device is not None:
-        vault.cpu = device
-    home = ParameterOffload(model, lambda: vault, ParameterPolicy(**policy, prefetch_nbytes=40_000), None)
+        store.cpu = device
+    home = ParameterOffload(model, lambda: store, ParameterPolicy(**policy, prefetch_nbytes=40_000), None)
     more = {how: True} if "_" in how else {}
     optimizer = OffloadedOptimizer(
-        adamw(trainable(model)), vault.share, OptimizerPolicy(**policy, chunk_nbytes=40_000, **more)
+        adamw(trainable(model)), store.share, OptimizerPolicy(**policy, chunk_nbytes=40_000, **more)
     )
     check_same(train(model, optimizer, 3), losses)
     check_same_state(optimizer.state_dict(), expected.state_dict())
@@ -67,10 +67,10 @@ def test_the_host_tier_first_then_the_drive(device: SimulatedDevice | None, devi
     losses = train(plain, adamw(plain.parameters()), 3)
     model = model_of("mlp")
     policy = OptimizerPolicy(**EAGER_STATE, host_nbytes=100_000, chunk_nbytes=40_000)
-    vault = Vault([str(tmp_path)], policy)
+    store = StateStore([str(tmp_path)], policy)
     if device is not None:
-        vault.cpu = device
-    optimizer = OffloadedOptimizer(adamw(model.parameters()), lambda: vault, policy)
+        store.cpu = device
+    optimizer = OffloadedOptimizer(adamw(model.parameters()), lambda: store, policy)
     check_same(train(model, optimizer, 3), losses)
     stats = optimizer.stats
     assert 50_000 < stats.peak_host_nbytes <= 102_400 and stats.written_nbytes > 0, str(stats)
@@ -86,15 +86,15 @@ def test_host_memory_reads_what_has_been_copied(
     if device is None:
         pytest.skip("the stream of a real device is not held")
     policy = OptimizerPolicy(**EAGER_STATE, host_nbytes=1 << 20 if has_host_tier else None)
-    vault = Vault([str(tmp_path)], policy)
-    slot = Slot("x")
+    store = StateStore([str(tmp_path)], policy)
+    record = Record("x")
     device.hold(device.current_stream())
     source = torch.arange(4000.0) * 2
-    vault.write(slot, source.untyped_storage(), device)
+    store.write(record, source.untyped_storage(), device)
     timer = threading.Timer(0.2, device.release, [device.current_stream()])
     timer.start()
-    storage = vault.take(vault.read(slot, vault.host))
+    storage = store.take(store.read(record, store.host))
     timer.join()
     found = torch.frombuffer(bytearray(ctypes.string_at(storage.data_ptr(), 16000)), dtype=torch.float32)
     assert torch.equal(found, torch.arange(4000.0) * 2)
-    vault.close()
+    store.close()

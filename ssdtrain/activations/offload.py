@@ -49,7 +49,7 @@ from ssdtrain.store.identity import (
     view_spec,
     why_not,
 )
-from ssdtrain.store.record import Handle, Record, Resident
+from ssdtrain.store.record import Handle, Resident, SavedRecord
 from ssdtrain.store.saved_tensors import (
     HookScope,
     innermost_hooks,
@@ -71,7 +71,7 @@ class _Thread(threading.local):
     """What belongs to one forward thread."""
 
     def __init__(self) -> None:
-        self.pending: list[Record] = []  # saved by an operator that may not be over
+        self.pending: list[SavedRecord] = []  # saved by an operator that may not be over
         self.sequence_number = -1
         self.pass_: PassTrace | None = None
         self.entered: list[contextlib.ExitStack] = []  # what undoes each `__enter__`, the latest last
@@ -115,8 +115,8 @@ class ActivationOffload:
         cpu = cpu or CpuDevice(policy.idle_nbytes)
         self._devices = Devices(cpu, has_host_tier_only=directories is None, met=met)
         self._store = Store(directories or (), policy, self._counters, self._index, self._devices, join)
-        self._store.when_torn = self._schedule.start_afresh
-        self._store.when_forked = self._schedule.forget_accelerators
+        self._store.on_reset = self._schedule.reset
+        self._store.on_fork = self._schedule.forget_accelerators
         self._observers = StepObservers(policy, directories or (), self._schedule, self._store)
         if policy.enabled:
             for text in check_directories(directories, policy.io_timeout_seconds) if directories is not None else ():
@@ -179,7 +179,7 @@ class ActivationOffload:
     @property
     def is_busy(self) -> bool:
         """Whether a thread, perhaps this one, is in the middle of something; a destructor must not wait for it."""
-        return self._store.lock.locked()
+        return self._store.lock.mutex.locked()
 
     def keep_open(self) -> None:
         """Keeps engine, slabs and spill files until `close()`, also while the context is left and no graph is alive.
@@ -195,7 +195,7 @@ class ActivationOffload:
 
     def mark_weights(self, tensors: Iterable[torch.Tensor]) -> None:
         """Says that these are weights: whatever shares a storage with one of them, as it is now, stays in memory."""
-        with self._store.lock, self._store.books:
+        with self._store.lock.mutex, self._store.lock:
             self._index.mark_weights(tensors)
 
     def leave_alone(self, nodes: Iterable[str]) -> None:
@@ -310,7 +310,7 @@ class ActivationOffload:
         self, tensor: torch.Tensor, storage: torch.UntypedStorage, span: tuple[int, int], device: Device
     ) -> Resident | Handle:
         spec, probe = view_spec(tensor), version_probe(tensor)
-        with self._store.lock, self._store.books:
+        with self._store.lock.mutex, self._store.lock:
             version = tensor._version  # under the lock, as `shares_version_counter` asks
             record = self._index.find(storage._cdata, tensor, *span)
             if record is not None:
@@ -328,8 +328,8 @@ class ActivationOffload:
             handle = None
             if record is not None:
                 record.num_handles += 1
-                handle = Handle(record, tensor, spec, probe, version, self._store.bereave)
-        self._store.tidy()
+                handle = Handle(record, tensor, spec, probe, version, self._store.release_later)
+        self._store.process_releases()
         self._prefetch(self._schedule.due())
         if handle is None:
             assert reason is not None
@@ -343,13 +343,13 @@ class ActivationOffload:
             return "outlives its graph"
         return None
 
-    def _new_record(self, storage: torch.UntypedStorage, span: tuple[int, int], device: Device) -> Record:
+    def _new_record(self, storage: torch.UntypedStorage, span: tuple[int, int], device: Device) -> SavedRecord:
         thread = self._thread
         if thread.pass_ is None or not thread.pass_.is_open:
             thread.pass_ = self._schedule.new_pass()
-        return Record(storage, StorageWeakRef(storage), span, device, thread.pass_)
+        return SavedRecord(storage, StorageWeakRef(storage), span, device, thread.pass_)
 
-    def _adopt(self, record: Record) -> None:
+    def _adopt(self, record: SavedRecord) -> None:
         self._store.adopt(record)
         self._schedule.note_saved(record)
         if record.device.driver is not None:
@@ -368,7 +368,7 @@ class ActivationOffload:
                 due, thread.pending = thread.pending, []
                 self._send([record for record in due if not is_resized(record)])
 
-    def _send(self, due: list[Record]) -> None:
+    def _send(self, due: list[SavedRecord]) -> None:
         """Sends what the plan does not keep."""
         kept = [record for record in due if self._schedule.keeps(record)]
         if kept:
@@ -376,7 +376,7 @@ class ActivationOffload:
         leaving = [record for record in due if record not in kept] if kept else due
         self._store.offload(leaving, is_planned=self._schedule.is_planned)
 
-    def _prefetch(self, upcoming: Iterator[Record]) -> None:
+    def _prefetch(self, upcoming: Iterator[SavedRecord]) -> None:
         for record in upcoming:
             if not self._store.prefetch(record):
                 break
@@ -395,7 +395,7 @@ class ActivationOffload:
 
     def _check_version(self, probe: torch.Tensor, version: int, what: object) -> None:
         """Under the lock no other thread is just asking whose counter this is, see `shares_version_counter`."""
-        with self._store.lock:
+        with self._store.lock.mutex:
             current = probe._version
         if current != version:
             raise modified(what, current, version)
@@ -405,15 +405,15 @@ class ActivationOffload:
         is_first, record.is_unpacked = not record.is_unpacked, True
         # An accelerator waits in its streams, from here to where the bytes are handed over.
         moment = record.pass_.step.mark() if record.device.driver is not None and record.storage is None else None
-        loan, is_miss = store.request(record, handle.epoch)
+        handed_out, is_miss = store.request(record, handle.epoch)
         self._schedule.note_unpacked(record, is_first=is_first, is_miss=is_miss, moment=moment)
-        if moment is not None and loan is not None and record.arrivals:
+        if moment is not None and handed_out is not None and record.queued_reads:
             record.pass_.step.note_wait(moment, is_for_reload=True)
         self._prefetch(self._schedule.upcoming(record.pass_))
-        if loan is None:
-            loan = store.wait(record, handle.epoch)
+        if handed_out is None:
+            handed_out = store.wait(record, handle.epoch)
             if moment is not None:
                 record.pass_.step.note_wait(moment, is_for_reload=True)
-        storage, shift, handle.epoch = loan
-        store.tidy()
+        storage, shift, handle.epoch = handed_out
+        store.process_releases()
         return rebuild(storage, handle.spec, shift, handle.probe, handle.source)

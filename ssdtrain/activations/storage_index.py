@@ -12,7 +12,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ssdtrain.store.identity import shares_version_counter
-from ssdtrain.store.record import Record, Residency
+from ssdtrain.store.record import Residency, SavedRecord
 
 _PURGE_AT = 256
 
@@ -22,12 +22,12 @@ class Index:
 
     def __init__(self) -> None:
         """Empty."""
-        self._records: dict[int, list[Record]] = {}
+        self._records: dict[int, list[SavedRecord]] = {}
         self._weights: dict[int, StorageWeakRef] = {}
         self._lasting: dict[int, StorageWeakRef] = {}
         self._purge_weights_at = _PURGE_AT
 
-    def find(self, key: int, tensor: torch.Tensor, start: int, end: int) -> Record | None:
+    def find(self, key: int, tensor: torch.Tensor, start: int, end: int) -> SavedRecord | None:
         """The record that holds bytes [start, end) of this storage as `tensor` sees them now."""
         for record in self._records.get(key, ()):
             is_inside = record.start <= start and end <= record.start + record.nbytes
@@ -35,11 +35,11 @@ class Index:
                 return record
         return None
 
-    def add(self, record: Record) -> None:
+    def add(self, record: SavedRecord) -> None:
         """Files a new record."""
         self._records.setdefault(record.identity.cdata, []).append(record)
 
-    def forget(self, record: Record) -> None:
+    def forget(self, record: SavedRecord) -> None:
         """Takes a released record out. A storage that lives on although its graph is gone is somebody else's."""
         assert record.residency is Residency.RELEASED
         key = record.identity.cdata

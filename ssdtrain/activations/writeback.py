@@ -4,9 +4,9 @@ It does not know why a record travels or which one is next; `activations` and `s
 `ssdtrain.activations.reload`, driven from here. Everything it owns (engine, counters aside) lives and ends with it.
 
 [Note: the lock]
-One lock guards records, extents and requests; every change is also bracketed, see [Note: torn books]. It is never held
-while bytes move or a thread waits, and nothing that runs in a destructor waits for it: a dying handle leaves a note in
-`_bereaved`, which the next holder works off.
+One lock guards records, extents and requests; every change is also bracketed, see [Note: unfinished changes]. It is
+never held while bytes move or a thread waits, and nothing that runs in a destructor waits for it: a dying handle leaves
+a note in `_to_release`, which the next holder works off.
 
 [Note: opening]
 A drive may be stuck when files are opened on it, or never answer. Whoever opens waits for `io_timeout_seconds` at most,
@@ -37,7 +37,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from ssdtrain.activations.drive_source import DriveSource, Join
-from ssdtrain.activations.reload import Loan, Reloads, wait_for_reads
+from ssdtrain.activations.reload import HandedOut, Reloads, wait_for_reads
 from ssdtrain.activations.storage_index import Index
 from ssdtrain.devices.base import Device
 from ssdtrain.devices.registry import Devices
@@ -46,9 +46,9 @@ from ssdtrain.io.engine import Fence
 from ssdtrain.io.open_engine import slab_nbytes_for
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.stats import Counters
-from ssdtrain.store.poison import Books
-from ssdtrain.store.record import Record, Residency
-from ssdtrain.store.transfers import Transport
+from ssdtrain.store.poison import PoisonableLock
+from ssdtrain.store.record import Residency, SavedRecord
+from ssdtrain.store.tensor_store import TensorStore
 from ssdtrain.tracing.request_log import RequestLog
 
 logger = logging.getLogger("ssdtrain")
@@ -70,10 +70,9 @@ class Store:
         join: Join | None = None,
     ) -> None:
         """Remembers what to open; `open` opens it. `join`: joins another's drive instead."""
-        self.lock = threading.Lock()
-        self.books = Books(self)
-        self.when_torn: Callable[[], None] = _nothing  # under the lock, when all that is filed is given up
-        self.when_forked: Callable[[], None] = _nothing  # in the child
+        self.lock = PoisonableLock(self.reset)
+        self.on_reset: Callable[[], None] = _nothing  # under the lock, when all that is filed is given up
+        self.on_fork: Callable[[], None] = _nothing  # in the child
         _leave_to_parent_in_child(self)
         self.counters = counters
         self.note_fallback = partial(_note_fallback, counters)  # knows no store: nothing here keeps itself alive
@@ -88,11 +87,11 @@ class Store:
         self._why_closed = ""  # to be said when more is saved
         self._policy = policy
         self._slab_nbytes = slab_nbytes_for(policy.staging_nbytes)
-        self._transport: Transport | None = None
+        self._transport: TensorStore | None = None
         self._drive: Drive | None = None  # the transport's
         self._opening = threading.Lock()  # see [Note: opening]
-        self._bereaved: deque[tuple[Record, int]] = deque()
-        self._batch: list[Record] = []
+        self._to_release: deque[tuple[SavedRecord, int]] = deque()
+        self._batch: list[SavedRecord] = []
         self._batch_nbytes = 0
 
     # -- life ----------------------------------------------------------------------------------------------------
@@ -120,31 +119,31 @@ class Store:
 
     def enter(self) -> None:
         """A context becomes active: the engine is open from here on, unless the drive has become unusable meanwhile."""
-        with self.lock, self.books:
+        with self.lock.mutex, self.lock:
             self._num_entered += 1
         try:
             with self._opening:
                 self._open_again(self._ensure_open)
         except BaseException:  # Ctrl-C: no `leave` will follow
-            with self.lock, self.books:
+            with self.lock.mutex, self.lock:
                 self._num_entered -= 1
             raise
 
     def leave(self) -> None:
         """A context ends; the engine lives on while records do."""
-        with self.lock, self.books:
+        with self.lock.mutex, self.lock:
             self._num_entered -= 1
             self._settle()
             self._close_if_idle()
-        self.tidy()
+        self.process_releases()
         self._source.settle()
 
     def close(self) -> None:
         """Ends the engine and frees slabs and spill files. Records whose bytes were only there are lost."""
         self._why_closed = "closed inside its context: nothing that is saved in it from here on moves"
-        with self.lock, self.books:
+        with self.lock.mutex, self.lock:
             self._close()
-        self.tidy()
+        self.process_releases()
         self._source.close()
 
     def __del__(self) -> None:
@@ -157,12 +156,12 @@ class Store:
 
     def engine_totals(self) -> Counters:
         """A copy of the counters with what the open engine has done so far."""
-        with self.lock, self.books:
+        with self.lock.mutex, self.lock:
             self._settle()
-            self._reloads.reclaim_lent()
+            self._reloads.drop_expired()
             totals = self.counters.copy()
             self._add_totals(totals)
-        self.tidy()
+        self.process_releases()
         return totals
 
     def _add_totals(self, counters: Counters) -> None:
@@ -181,7 +180,7 @@ class Store:
         if drive is None:
             return
         try:
-            with self.lock, self.books:
+            with self.lock.mutex, self.lock:
                 if self._transport is None:
                     self._take_over(drive)
         finally:
@@ -189,7 +188,8 @@ class Store:
                 drive.discard()
 
     def _take_over(self, drive: Drive) -> None:
-        self._transport = self._reloads.transport = Transport(drive, self._policy, self.note_fallback, self.request_log)
+        transport = TensorStore(drive, self._policy, self.note_fallback, self.request_log)
+        self._transport = self._reloads.transport = transport
         self._drive = drive
         self._slab_nbytes = drive.engine.slab_nbytes
         if self.counters.engine != drive.kind:
@@ -214,7 +214,7 @@ class Store:
         if transport is not None:
             for record in transport.records_under_way():
                 if record.residency is Residency.OFFLOADING and record.storage is not None:
-                    self._reloads.recall(record)
+                    self._reloads.forward(record)
             if not transport.pending.close():
                 self.note_fallback("the drive is stuck: memory and threads of its requests stay until the process ends")
             self._settle()
@@ -222,8 +222,8 @@ class Store:
             self._source.take_back(self._drive, transport.space.retired)
         self.forget_engine()
 
-    def start_afresh(self) -> None:
-        """See [Note: torn books]. What is in memory stays with its handles; what only the drive has is lost."""
+    def reset(self) -> None:
+        """See [Note: unfinished changes]. What is in memory stays with its handles; what only the drive has is lost."""
         transport = self._transport
         if transport is not None:
             transport.pending.close()
@@ -231,7 +231,7 @@ class Store:
                 self._reloads.give_up(record)
             self._add_totals(self.counters)
             self._source.take_back(self._drive, transport.space.retired)
-        self.when_torn()
+        self.on_reset()
         self.index.forget_records()
         self._reloads.forget_records()
         self.forget_engine()
@@ -245,9 +245,10 @@ class Store:
 
         The lock is a new one: a thread that only the parent has may hold the inherited one.
         """
-        self.lock, self._opening = threading.Lock(), threading.Lock()
+        self.lock.renew()
+        self._opening = threading.Lock()
         self._source.leave_to_parent()
-        self.when_forked()
+        self.on_fork()
         self._why_closed = (
             "this is a forked child: the engine is the parent's, and nothing that is saved here moves; enter the "
             "context, or make another, in the child"
@@ -276,7 +277,7 @@ class Store:
 
     # -- records come and go ---------------------------------------------------------------------------------------
 
-    def adopt(self, record: Record) -> None:
+    def adopt(self, record: SavedRecord) -> None:
         """Takes a new record under management. The caller holds the lock."""
         if record.index == 0:  # a forward begins: no reload is near
             self.devices.trim()
@@ -284,30 +285,30 @@ class Store:
         self.counters.num_live_records += 1
         self.counters.hold(record.nbytes, self._staging_in_use())
 
-    def bereave(self, note: tuple[Record, int]) -> None:
+    def release_later(self, note: tuple[SavedRecord, int]) -> None:
         """A handle of a record died. Called from destructors, on any thread: see [Note: the lock]."""
-        self._bereaved.append(note)
-        self.tidy()
+        self._to_release.append(note)
+        self.process_releases()
 
-    def tidy(self) -> None:
+    def process_releases(self) -> None:
         """Works off notes that could not be worked off when they were left: whoever had the lock calls this after."""
-        while self._bereaved and not self.lock.locked():
-            with self.lock, self.books:  # not acquire(): Ctrl-C could come before the `try` that releases
-                self._bury()
+        while self._to_release and not self.lock.mutex.locked():
+            with self.lock.mutex, self.lock:  # not acquire(): Ctrl-C could come before the `try` that releases
+                self._release_all()
                 self._close_if_idle()
 
-    def _bury(self) -> None:
-        while self._bereaved:
-            record, epoch = self._bereaved.popleft()
+    def _release_all(self) -> None:
+        while self._to_release:
+            record, epoch = self._to_release.popleft()
             record.num_handles -= 1
             if epoch != record.epoch:
                 record.num_unseen -= 1
             if record.num_handles == 0:
                 self._release(record)
             elif record.num_unseen <= 0:
-                self._reloads.lend(record)
+                self._reloads.share(record)
 
-    def _release(self, record: Record) -> None:
+    def _release(self, record: SavedRecord) -> None:
         """The graph let go: everything the record held is free again."""
         if record.pass_.is_abandoned:
             record.storage = None
@@ -323,48 +324,48 @@ class Store:
 
     # -- out -----------------------------------------------------------------------------------------------------
 
-    def offload(self, records: list[Record], *, is_planned: bool = False) -> None:
+    def offload(self, records: list[SavedRecord], *, is_planned: bool = False) -> None:
         """Starts the trip down, small neighbours together; may decide to keep a record instead.
 
         In mode ``"all"`` it waits for the drive while `staging_nbytes` are in flight. `is_planned`: see
         [Note: the queue].
         """
-        with self.lock, self.books:
-            loads = [load for record in records for load in self._load(record)]
-        for cargo in loads:
-            while (wait := self._try_ship(cargo, is_planned=is_planned)) is not None:
-                self._wait_for_room(wait, cargo[0])
+        with self.lock.mutex, self.lock:
+            batches = [batch for record in records for batch in self._batches_of(record)]
+        for records in batches:
+            while (wait := self._try_submit(records, is_planned=is_planned)) is not None:
+                self._wait_for_room(wait, records[0])
 
-    def _load(self, record: Record) -> list[list[Record]]:
+    def _batches_of(self, record: SavedRecord) -> list[list[SavedRecord]]:
         """What leaves now that this record may: nothing yet while small ones gather."""
         if not _may_leave(record):
             return []
         if record.nbytes * 2 >= self._slab_nbytes:
             return [[record]]
-        loads = []
+        batches = []
         if self._batch and not _travel_alike(record, self._batch[0]):
-            loads.append(self._take_batch())
+            batches.append(self._take_batch())
         self._batch.append(record)
         self._batch_nbytes += record.nbytes
         if self._batch_nbytes >= self._slab_nbytes:
-            loads.append(self._take_batch())
-        return loads
+            batches.append(self._take_batch())
+        return batches
 
-    def _take_batch(self) -> list[Record]:
-        cargo, self._batch, self._batch_nbytes = self._batch, [], 0
-        return cargo
+    def _take_batch(self) -> list[SavedRecord]:
+        records, self._batch, self._batch_nbytes = self._batch, [], 0
+        return records
 
-    def _try_ship(self, cargo: list[Record], *, is_planned: bool) -> int | Fence | None:
-        """Ships or keeps `cargo`; or returns what to wait for before trying again: room for bytes, or a device."""
-        with self.lock, self.books:
+    def _try_submit(self, records: list[SavedRecord], *, is_planned: bool) -> int | Fence | None:
+        """Ships or keeps `records`; or returns what to wait for before trying again: room for bytes, or a device."""
+        with self.lock.mutex, self.lock:
             self._settle()
-            cargo = [record for record in cargo if _may_leave(record)]
+            records = [record for record in records if _may_leave(record)]
             transport = self._transport
-            if transport is None or not cargo:
+            if transport is None or not records:
                 return None
-            need = sum(record.nbytes for record in cargo)
+            need = sum(record.nbytes for record in records)
             if transport.pending.has_room(need):
-                self._ship(transport, cargo)
+                self._submit(transport, records)
                 return None
             if self._is_patient:
                 return need
@@ -372,28 +373,28 @@ class Store:
             if point is not None:
                 return point
             if transport.pending.retire_silent():
-                self._keep(cargo, "drive stuck")
+                self._keep(records, "drive stuck")
             elif is_planned and len(transport.pending.writes) < _MAX_QUEUE:
-                self._ship(transport, cargo)
+                self._submit(transport, records)
             else:
-                self._keep(cargo, "drive behind")
+                self._keep(records, "drive behind")
         return None
 
-    def _ship(self, transport: Transport, cargo: list[Record]) -> None:
+    def _submit(self, transport: TensorStore, records: list[SavedRecord]) -> None:
         if transport.space.is_exhausted and transport.host is None:
-            self._keep(cargo, "no directory left")
-        elif transport.send(cargo):
-            self._note_departed(cargo)
+            self._keep(records, "no directory left")
+        elif transport.send(records):
+            self._note_departed(records)
         else:
-            self._keep(cargo, "no spill space" if self._source.has_directories else "host tier full")
+            self._keep(records, "no spill space" if self._source.has_directories else "host tier full")
 
-    def _note_departed(self, cargo: list[Record]) -> None:
-        for record in cargo:
+    def _note_departed(self, records: list[SavedRecord]) -> None:
+        for record in records:
             record.move(Residency.OFFLOADING)
             self.counters.num_offloaded += 1
             self.counters.offloaded_nbytes += record.nbytes
 
-    def _wait_for_room(self, wait: int | Fence, record: Record) -> None:
+    def _wait_for_room(self, wait: int | Fence, record: SavedRecord) -> None:
         """See [Note: waiting for an accelerator]."""
         begin = time.perf_counter()
         if not isinstance(wait, int):
@@ -404,24 +405,24 @@ class Store:
         if transport is None:
             return
         if not transport.pending.wait_for_room(wait):
-            with self.lock, self.books:
+            with self.lock.mutex, self.lock:
                 transport.pending.retire_silent()
             self._is_patient = False
             self.note_fallback("the drive is stuck: mode 'all' keeps tensors like mode 'auto' from here on")
         self._stall("write", time.perf_counter() - begin, record)
 
-    def _stall(self, tier: str, seconds: float, record: Record) -> None:
+    def _stall(self, tier: str, seconds: float, record: SavedRecord) -> None:
         self.counters.stall(tier, seconds)
         if self.request_log is not None:
             self.request_log.note_stall(tier, time.monotonic() - seconds, seconds, record)
 
-    def keep(self, records: list[Record], reason: str) -> None:
+    def keep(self, records: list[SavedRecord], reason: str) -> None:
         """Keeps records in memory that have not left."""
-        with self.lock, self.books:
+        with self.lock.mutex, self.lock:
             self._keep([record for record in records if _may_leave(record)], reason)
 
-    def _keep(self, cargo: list[Record], reason: str) -> None:
-        for record in cargo:
+    def _keep(self, records: list[SavedRecord], reason: str) -> None:
+        for record in records:
             record.is_wanted = True
             self.counters.keep(reason, record.nbytes)
 
@@ -429,8 +430,8 @@ class Store:
 
     def _settle(self) -> None:
         """Takes note of what the engine finished: lets sources go, frees extents."""
-        self._bury()
-        self._reloads.reclaim_many_lent()
+        self._release_all()
+        self._reloads.drop_many_expired()
         transport = self._transport
         news = transport.collect() if transport is not None else ()
         if news:
@@ -443,9 +444,9 @@ class Store:
             for record in transport.let_go(self._policy.staging_nbytes // _HELD_SHARE, only_if_behind=only_if_behind):
                 self._let_go(record)
 
-    def _note_copied(self, record: Record, has_arrived: bool) -> None:
-        if record.storage is not None and any([place.write.is_lost for place in record.places]):
-            self._reloads.recall(record)
+    def _note_copied(self, record: SavedRecord, has_arrived: bool) -> None:
+        if record.storage is not None and any([place.write.is_lost for place in record.segments]):
+            self._reloads.forward(record)
             return
         self._let_go(record)
         if has_arrived:
@@ -454,23 +455,23 @@ class Store:
             record.move(Residency.HOST if is_in_host else Residency.DISK)
             self.counters.hosted_nbytes += record.nbytes if is_in_host else 0
 
-    def _let_go(self, record: Record) -> None:
+    def _let_go(self, record: SavedRecord) -> None:
         if record.storage is not None and record.residency is Residency.OFFLOADING:
             record.storage = None
             self.counters.hold(-record.nbytes)
 
     # -- back ----------------------------------------------------------------------------------------------------
 
-    def request(self, record: Record, epoch: int) -> tuple[Loan | None, bool]:
+    def request(self, record: SavedRecord, epoch: int) -> tuple[HandedOut | None, bool]:
         """Backward wants a record: its bytes if they are in memory, else a reload is begun or on its way.
 
         `epoch` is the reload the asking handle saw last. The second value is whether a reload had to be begun.
         """
-        with self.lock, self.books:
+        with self.lock.mutex, self.lock:
             self._settle()
             return self._reloads.request(record, epoch)
 
-    def wait(self, record: Record, epoch: int) -> Loan:
+    def wait(self, record: SavedRecord, epoch: int) -> HandedOut:
         """The bytes of a requested record, when they are there.
 
         Raises:
@@ -478,20 +479,20 @@ class Store:
             RuntimeError: the context was closed, or this is a forked child.
         """
         while True:
-            with self.lock, self.books:
-                loan = self._reloads.take_or_demand(record, epoch)
-                places, reads = record.places, record.reads
-            if loan is not None:
-                return loan
+            with self.lock.mutex, self.lock:
+                handed_out = self._reloads.take_or_demand(record, epoch)
+                places, reads = record.segments, record.reads
+            if handed_out is not None:
+                return handed_out
             seconds, are_there = wait_for_reads(places, reads, self._policy.io_timeout_seconds)
             self._stall("read", seconds, record)
             if not are_there:
-                with self.lock, self.books:
+                with self.lock.mutex, self.lock:
                     self._reloads.check_stuck(record, reads)
 
-    def prefetch(self, record: Record) -> bool:
+    def prefetch(self, record: SavedRecord) -> bool:
         """Begins a reload ahead of need; False when the budget is used up."""
-        with self.lock, self.books:
+        with self.lock.mutex, self.lock:
             return self._reloads.prefetch(record)
 
     # -- accounts ------------------------------------------------------------------------------------------------
@@ -520,11 +521,11 @@ def _leave_to_parent_in_child(store: Store) -> None:
     os.register_at_fork(after_in_child=leave)
 
 
-def _may_leave(record: Record) -> bool:
+def _may_leave(record: SavedRecord) -> bool:
     return record.residency is Residency.DEVICE and not record.is_wanted and record.num_handles > 0
 
 
-def _travel_alike(record: Record, other: Record) -> bool:
+def _travel_alike(record: SavedRecord, other: SavedRecord) -> bool:
     """Whether two records can be one request."""
     mine = (record.device, record.stream, record.prefers_host)
     return mine == (other.device, other.stream, other.prefers_host)

@@ -31,7 +31,7 @@ from ssdtrain.optimizer.trial.validation import check_alone, check_devices, chec
 from ssdtrain.parameters.offload import homes_of
 from ssdtrain.policy import OptimizerPolicy
 from ssdtrain.state_stats import StateCounters, StateStats
-from ssdtrain.store.tensor_store import StateLostError, Vault
+from ssdtrain.store.state_store import StateLostError, StateStore
 from ssdtrain.verdict import on_optimizer
 
 _AHEAD = 2  # chunks whose state is read before their turn
@@ -43,7 +43,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     pages_parameters = True  # for `offload_parameters`: no need to bring all parameters for a step
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, open_vault: Callable[[], Vault], policy: OptimizerPolicy
+        self, optimizer: torch.optim.Optimizer, open_store: Callable[[], StateStore], policy: OptimizerPolicy
     ) -> None:
         """Takes over the groups, the hooks and the state of `optimizer`, and moves the state to the drive."""
         check_optimizer(optimizer)
@@ -62,12 +62,12 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         check_alone(self.policy)
         check_settings(self.policy, self.param_groups)
         state_nbytes = predict_state_nbytes(optimizer, policy.min_nbytes, has_masters=policy.master_weights)
-        self._vault = open_vault()
-        self._pages = Pages(self._vault, self._counters, policy.min_nbytes)
-        self._gradients = Gradients(self._vault, self._name)
+        self._store = open_store()
+        self._pages = Pages(self._store, self._counters, policy.min_nbytes)
+        self._gradients = Gradients(self._store, self._name)
         self._cpu_updates = CpuUpdates(
             optimizer,
-            self._vault,
+            self._store,
             self._pages,
             has_masters=policy.master_weights,
             is_delayed=policy.delayed_update,
@@ -76,9 +76,9 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             optimizer, self._pages, self._gradients, self._cpu_updates, self._name, policy.chunk_nbytes
         )
         try:
-            check_devices(self._vault, self.param_groups)
-            if policy.update_on == "device" or self._vault.directory is not None:  # else it stays in host memory
-                self._vault.reserve(state_nbytes, "optimizer state")
+            check_devices(self._store, self.param_groups)
+            if policy.update_on == "device" or self._store.directory is not None:  # else it stays in host memory
+                self._store.reserve(state_nbytes, "optimizer state")
             self._regroup()
             for parameter in self._group_of:
                 self._updates.send_away(parameter)
@@ -87,7 +87,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 self._pages.bring(parameter, optimizer.state[parameter])
             self._cpu_updates.settle()
             self._unhook()
-            self._vault.close()
+            self._store.close()
             raise
         self._release = take_over(optimizer)
 
@@ -241,11 +241,11 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         if self._is_judged or not self._progress.has_updated:
             return
         self._is_judged = True
-        if self.policy.update_on == "device" or self._vault.directory is not None:
+        if self.policy.update_on == "device" or self._store.directory is not None:
             left = what_stayed(self._inner, self.policy.min_nbytes)
             verdict = on_optimizer(self._counters, type(self._inner).__name__, left)
             if verdict is not None:
-                self._vault.note(verdict)
+                self._store.note(verdict)
 
     def _scaler(self) -> dict[str, Any]:
         """What a GradScaler told this optimizer: fused ones unscale by themselves."""
@@ -318,7 +318,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             self._regroup()
             self._reach.check()
             if progress.count_arrivals(has_reentrant_checkpoints):
-                self._vault.note("a checkpoint is reentrant: all gradients of the first step stay in memory until it")
+                self._store.note("a checkpoint is reentrant: all gradients of the first step stay in memory until it")
         if parameter not in self._group_of or progress.is_late(parameter):
             return
         progress.arrive(parameter, self._name(parameter))
@@ -348,7 +348,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 "delayed: call optimizer.flush(), then model.state_dict() and optimizer.state_dict()"
             )
         found = whole_state_dict(self._inner, self._pages)
-        self._vault.checkpoint = f"the last state_dict() was taken after step {self._counters.num_steps}"
+        self._store.checkpoint = f"the last state_dict() was taken after step {self._counters.num_steps}"
         return found
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -376,12 +376,12 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     @property
     def stats(self) -> StateStats:
         """What it did and what it cost so far."""
-        return StateStats.of(self._vault.totals(self._counters))
+        return StateStats.of(self._store.totals(self._counters))
 
     @property
-    def vault(self) -> Vault:
+    def store(self) -> StateStore:
         """Its drive, for others to share."""
-        return self._vault
+        return self._store
 
     def flush(self) -> None:
         """Blocks until the drive has all state, and parameters have the values of an update that was delayed.
@@ -391,11 +391,11 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """
         self._check_open()
         self._finish()
-        self._vault.flush()
+        self._store.flush()
 
     def note_checkpoint(self, text: str) -> None:
         """Says which checkpoint to go back to, for messages of lost bytes."""
-        self._vault.checkpoint = text
+        self._store.checkpoint = text
 
     def close(self) -> None:
         """Brings the state back to the optimizer it came from, and gives the drive's space back. Idempotent.
@@ -430,7 +430,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._unhook()
         self._release()
         self._is_closed = True
-        self._vault.close()
+        self._store.close()
         if lost is not None:
             raise lost
 
@@ -482,4 +482,4 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             raise RuntimeError("Expected an open offload, got one after close(): use the optimizer it was made of")
 
     def _check_whole(self, *, in_step: bool = False) -> None:
-        self._progress.check_whole(self._vault.checkpoint, may_go_on=in_step and bool(self.policy.step_in_backward))
+        self._progress.check_whole(self._store.checkpoint, may_go_on=in_step and bool(self.policy.step_in_backward))

@@ -1,6 +1,6 @@
 """Tensors of optimizer state on the drive: a page per parameter and key, brought to a state dictionary and sent away.
 
-Knows parameters as keys and the vault; not when an optimizer steps.
+Knows parameters as keys and the store; not when an optimizer steps.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from ssdtrain.devices.base import Device
 from ssdtrain.state_stats import StateCounters
 from ssdtrain.store.frames import has_gaps, nbytes_of, put_together, take_apart
 from ssdtrain.store.identity import ViewSpec, view_of, view_spec, whole, why_not
-from ssdtrain.store.slots import Arrival, Slot
-from ssdtrain.store.tensor_store import StateLostError, Vault
+from ssdtrain.store.record import Record
+from ssdtrain.store.state_store import Arrival, StateLostError, StateStore
 
 
 @dataclass(eq=False)
 class _Leaf:
     """One tensor of a page."""
 
-    slot: Slot
+    record: Record
     spec: ViewSpec
     device: Device
     arrival: Arrival | None = None
@@ -40,10 +40,10 @@ class _Page:
 class Pages:
     """The state of all parameters of one optimizer, as far as it is on the drive."""
 
-    def __init__(self, vault: Vault, counters: StateCounters, min_nbytes: int) -> None:
+    def __init__(self, store: StateStore, counters: StateCounters, min_nbytes: int) -> None:
         """There is none yet."""
-        self._vault, self._counters, self._min_nbytes = vault, counters, min_nbytes
-        self._devices = vault.devices()
+        self._store, self._counters, self._min_nbytes = store, counters, min_nbytes
+        self._devices = store.devices()
         self._pages: dict[torch.Tensor, dict[str, _Page]] = {}
         self.lent: dict[torch.Tensor, int] = {}  # parameters whose state somebody may be looking at, and its bytes
 
@@ -60,7 +60,7 @@ class Pages:
 
     def nbytes(self, parameter: torch.Tensor) -> int:
         """Bytes of a parameter's pages; a guess, twice the parameter, while there are none."""
-        return sum([leaf.slot.nbytes for leaf in self._leaves(parameter)]) or 2 * nbytes_of(parameter)
+        return sum([leaf.record.nbytes for leaf in self._leaves(parameter)]) or 2 * nbytes_of(parameter)
 
     def fetch(self, parameter: torch.Tensor, device: Device | None = None) -> int:
         """Begins to read a parameter's pages, to where they came from or to another device; how many."""
@@ -69,14 +69,14 @@ class Pages:
             to = device or leaf.device
             if leaf.arrival is not None and leaf.arrival.device is not to:
                 leaf.arrival = None
-            if leaf.arrival is None and leaf.slot.is_filled:
-                leaf.arrival = self._vault.read(leaf.slot, to)
+            if leaf.arrival is None and leaf.record.is_filled:
+                leaf.arrival = self._store.read(leaf.record, to)
                 num_begun += 1
         return num_begun
 
     def is_kept(self, parameter: torch.Tensor) -> bool:
         """Whether the drive had no room for some of it, which is where it came from."""
-        return any(leaf.slot.kept is not None for leaf in self._leaves(parameter))
+        return any(leaf.record.storage is not None for leaf in self._leaves(parameter))
 
     def bring(self, parameter: torch.Tensor, state: dict[str, Any], device: Device | None = None) -> None:
         """Puts a parameter's pages where the optimizer looks for its state, in memory as `fetch` says.
@@ -91,7 +91,7 @@ class Pages:
             for leaf in page.leaves:
                 leaf.arrival = None
             try:
-                storages = [self._vault.take(arrival) for arrival in arrivals if arrival is not None]
+                storages = [self._store.take(arrival) for arrival in arrivals if arrival is not None]
             except StateLostError as error:
                 lost = lost or error
                 continue
@@ -140,14 +140,14 @@ class Pages:
         page.frame = frame
         while len(page.leaves) > len(sources):
             self._drop(page.leaves.pop())
-        for i, (source, device, slot_name) in enumerate(sources):
+        for i, (source, device, record_name) in enumerate(sources):
             if i == len(page.leaves):
-                page.leaves.append(_Leaf(Slot(slot_name), view_spec(source), device))
+                page.leaves.append(_Leaf(Record(record_name), view_spec(source), device))
                 self._counters.go(0)
             leaf = page.leaves[i]
-            self._counters.go(source.untyped_storage().nbytes() - leaf.slot.nbytes, 0)
+            self._counters.go(source.untyped_storage().nbytes() - leaf.record.nbytes, 0)
             leaf.spec, leaf.device = view_spec(source), device
-            self._vault.write(leaf.slot, source.untyped_storage(), device, prefers_host=host is not None)
+            self._store.write(leaf.record, source.untyped_storage(), device, prefers_host=host is not None)
         return True
 
     def _device_of(self, tensor: torch.Tensor, what: str, host: Device | None) -> Device | None:
@@ -158,7 +158,7 @@ class Pages:
         reason = why_not(tensor) or ("a parameter or part of a graph" if is_special else None)
         device = reason or host or self._devices.of(tensor)
         if isinstance(device, str):
-            self._vault.note(f"{what} of a parameter stays in memory: {device}")
+            self._store.note(f"{what} of a parameter stays in memory: {device}")
             return None
         return device
 
@@ -174,15 +174,15 @@ class Pages:
 
     def mapped(self, parameter: torch.Tensor) -> dict[str, Any]:
         """A parameter's pages in files that are mapped to memory, for state dicts."""
-        return self._read(parameter, self._vault.mapped_copy)
+        return self._read(parameter, self._store.mapped_copy)
 
     def _read(
         self, parameter: torch.Tensor, copied: Callable[[torch.Tensor, ViewSpec], torch.Tensor]
     ) -> dict[str, Any]:
-        vault, found = self._vault, {}
+        store, found = self._store, {}
         for key, page in self._pages.get(parameter, {}).items():
             tensors = [
-                copied(view_of(vault.take(vault.read(leaf.slot, leaf.device)), leaf.spec), leaf.spec)
+                copied(view_of(store.take(store.read(leaf.record, leaf.device)), leaf.spec), leaf.spec)
                 for leaf in page.leaves
             ]
             found[key] = put_together(page.frame, tensors)
@@ -200,8 +200,8 @@ class Pages:
             self._drop(leaf)
 
     def _drop(self, leaf: _Leaf) -> None:
-        self._vault.free(leaf.slot)
-        self._counters.go(-leaf.slot.nbytes, -1)
+        self._store.free(leaf.record)
+        self._counters.go(-leaf.record.nbytes, -1)
 
     def forget(self) -> None:
         """Frees all of them."""

@@ -23,7 +23,7 @@ from ssdtrain.parameters.working_set import Uses
 from ssdtrain.policy import ParameterPolicy
 from ssdtrain.state_stats import StateCounters, StateStats
 from ssdtrain.store.identity import spec_nbytes, view_spec
-from ssdtrain.store.tensor_store import StateLostError, Vault
+from ssdtrain.store.state_store import StateLostError, StateStore
 from ssdtrain.verdict import on_parameters
 
 _ATTRIBUTE = "_ssdtrain_parameters"
@@ -35,7 +35,7 @@ class ParameterOffload:
     def __init__(
         self,
         module: torch.nn.Module,
-        open_vault: Callable[[], Vault],
+        open_store: Callable[[], StateStore],
         policy: ParameterPolicy,
         names: Sequence[str] | None,
     ) -> None:
@@ -49,15 +49,15 @@ class ParameterOffload:
         self._is_closed = False
         chosen = choose_blocks(module, names)
         leaving = choose_parameters(module, chosen, policy.min_nbytes, self._counters)
-        self._vault = open_vault()
-        self._residences = Residences(self._vault, self._counters)
+        self._store = open_store()
+        self._residences = Residences(self._store, self._counters)
         self._uses = Uses(self._residences, self._counters, policy.prefetch_nbytes, len(chosen))
         self._lock = self._uses.lock
-        self._hooks = Hooks(module, self._uses, self._vault.mapped_copy, self.check_whole)
+        self._hooks = Hooks(module, self._uses, self._store.mapped_copy, self.check_whole)
         self._hooks.when_loaded = self._note_loaded
         self._optimizer_hooks = self._watch_optimizers()
         try:
-            self._vault.reserve(sum(spec_nbytes(view_spec(p)) for p in leaving.values()), "parameters")
+            self._store.reserve(sum(spec_nbytes(view_spec(p)) for p in leaving.values()), "parameters")
             self._settle_in(chosen, leaving)
         except BaseException:
             self.close()
@@ -65,7 +65,7 @@ class ParameterOffload:
         module.__dict__[_ATTRIBUTE] = self
         verdict = on_parameters(self._counters)
         if verdict is not None:
-            self._vault.note(verdict)
+            self._store.note(verdict)
 
     @classmethod
     def of(cls, module: torch.nn.Module) -> ParameterOffload:
@@ -80,7 +80,7 @@ class ParameterOffload:
     # -- life ----------------------------------------------------------------------------------------------------
 
     def _settle_in(self, chosen: Mapping[str, torch.nn.Module], leaving: Mapping[str, torch.nn.Parameter]) -> None:
-        devices = self._vault.devices()
+        devices = self._store.devices()
         names = {id(parameter): name for name, parameter in leaving.items()}
         for name, module in chosen.items():
             owners = [m for m in module.modules() if any(id(p) in names for p in m._parameters.values())]
@@ -125,24 +125,24 @@ class ParameterOffload:
                 r.owner, r.num_pins = None, 0
                 r.guard()
                 vars(r.parameter).pop(OWNER, None)
-                self._vault.free(r.slot)
+                self._store.free(r.record)
             self._uses.clear()
             if vars(self._module).get(_ATTRIBUTE) is self:
                 del self._module.__dict__[_ATTRIBUTE]
             self._is_closed = True
-            self._vault.close()
+            self._store.close()
         if lost is not None:
             raise lost
 
     @property
     def stats(self) -> StateStats:
         """What it did and what it cost so far."""
-        return StateStats.of(self._vault.totals(self._counters))
+        return StateStats.of(self._store.totals(self._counters))
 
     @property
-    def vault(self) -> Vault:
+    def store(self) -> StateStore:
         """Its drive, for others to share."""
-        return self._vault
+        return self._store
 
     def flush(self) -> None:
         """Blocks until the drive has all that has changed.
@@ -152,12 +152,12 @@ class ParameterOffload:
         """
         with self._lock:
             self._residences.write(self._uses)
-            self._vault.flush()
+            self._store.flush()
             self._uses.dismiss_idle()
 
     def note_checkpoint(self, text: str) -> None:
         """Says which checkpoint to go back to, for messages of lost bytes."""
-        self._vault.checkpoint = text
+        self._store.checkpoint = text
 
     def note_torn(self, what: str) -> None:
         """Says that some parameters were updated and others not: until all are loaded, none is saved. Empty: not so."""
@@ -174,7 +174,7 @@ class ParameterOffload:
         if self._torn:
             raise RuntimeError(
                 f"Expected whole steps, got one that was interrupted: {self._torn}. Some parameters are updated and "
-                f"others are not: load a checkpoint ({self._vault.checkpoint})"
+                f"others are not: load a checkpoint ({self._store.checkpoint})"
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -326,7 +326,7 @@ class ParameterOffload:
             self._after_step()  # of a step that raised
             mine = self._uses.find(p for group in optimizer.param_groups for p in group["params"] if _may_change(p))
             if mine:
-                self._vault.note(
+                self._store.note(
                     f"{type(optimizer).__name__} updates all parameters at once: they are in memory during its step; "
                     "ssdtrain.offload_optimizer() pages through them"
                 )

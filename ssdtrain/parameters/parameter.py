@@ -1,6 +1,6 @@
 """Where each offloaded parameter is, and how it comes and goes.
 
-Knows parameters and the vault, neither modules nor the order in which they are needed.
+Knows parameters and the store, neither modules nor the order in which they are needed.
 
 [Note: what a parameter is while it is away]
 A parameter that comes back gets the memory it was read to; one that leaves lets go of its memory, which lives on for as
@@ -23,8 +23,8 @@ from ssdtrain.devices.base import Device
 from ssdtrain.parameters.placeholder import OWNER, OffloadedParameter, Owner, is_intact, is_poison, plainly, poison_of
 from ssdtrain.state_stats import StateCounters
 from ssdtrain.store.identity import ViewSpec, spec_nbytes, view_of, view_spec, whole
-from ssdtrain.store.slots import Arrival, Slot
-from ssdtrain.store.tensor_store import Vault
+from ssdtrain.store.record import Record
+from ssdtrain.store.state_store import Arrival, StateStore
 
 _PAGE = 4096
 _OWN_USES = 2  # of a storage: ours and the parameter's
@@ -42,7 +42,7 @@ class Residence:
         data = parameter.data if parameter.is_meta else whole(parameter.data)
         self.spec: ViewSpec = view_spec(data)._replace(storage_offset=0)
         self.nbytes = spec_nbytes(self.spec)
-        self.slot = Slot(name, self.nbytes)
+        self.record = Record(name, self.nbytes)
         self.version = -1  # at the last write
         self.arrival: Arrival | None = None
         self.storage: torch.UntypedStorage | None = None
@@ -181,9 +181,9 @@ class Residence:
 class Residences:
     """The offloaded parameters of one module."""
 
-    def __init__(self, vault: Vault, counters: StateCounters) -> None:
+    def __init__(self, store: StateStore, counters: StateCounters) -> None:
         """None yet. `by_storage` finds those in memory by the address of their storage object."""
-        self.vault = vault
+        self.store = store
         self.by_storage: dict[int, Residence] = {}
         self._counters = counters
 
@@ -192,7 +192,7 @@ class Residences:
         num_begun = 0
         for r in residences:
             if r.storage is None and r.arrival is None and r.is_valid and not r.is_replaced:
-                r.arrival = self.vault.read(r.slot, r.device)
+                r.arrival = self.store.read(r.record, r.device)
                 num_begun += 1
         return num_begun
 
@@ -230,7 +230,7 @@ class Residences:
                     "checkpoint first, with load_safetensors() or load_state_dict()"
                 )
             arrival, r.arrival = r.arrival, None
-            self._show(r, self.vault.take(arrival), arrival)
+            self._show(r, self.store.take(arrival), arrival)
 
     def adopt(self, r: Residence) -> None:
         """Takes one that is new, and in memory or without a value."""
@@ -258,14 +258,14 @@ class Residences:
         Raises:
             RuntimeError: it cannot have that.
         """
-        r.check_data(data, self.vault.devices().of)
+        r.check_data(data, self.store.devices().of)
         r.set_data(data)
         if r.is_replaced:
             self._adopt_replaced(r, is_trusted=True)
 
     def _adopt_replaced(self, r: Residence, *, is_trusted: bool = False) -> None:
         old = r.storage
-        r.take_over(self.vault.devices().of, is_trusted=is_trusted)
+        r.take_over(self.store.devices().of, is_trusted=is_trusted)
         if old is not None:
             self.by_storage.pop(old._cdata, None)
         self.adopt(r)
@@ -280,22 +280,22 @@ class Residences:
         """
         arrival = None
         if r.storage is None and r.is_valid and not r.is_replaced:
-            arrival = self.vault.read(r.slot, self.vault.host)
+            arrival = self.store.read(r.record, self.store.host)
         if arrival is None or arrival.pending is None:  # the drive had no room for it
             self.bring([r])
             return None
-        return lambda: view_of(self.vault.take(arrival), r.spec)
+        return lambda: view_of(self.store.take(arrival), r.spec)
 
     def replace(self, r: Residence, value: torch.Tensor) -> bool:
         """Writes the new value of one that is away, from host memory; false: it is in memory of its device.
 
-        The value's memory is the vault's from here on.
+        The value's memory is the store's from here on.
         """
         is_whole = view_spec(value) == r.spec and value.untyped_storage().nbytes() == r.nbytes
         if r.storage is not None or r.is_replaced or not is_whole:
             self.bring([r])
             return False
-        self.vault.write(r.slot, value.untyped_storage(), self.vault.host, prefers_host=True)
+        self.store.write(r.record, value.untyped_storage(), self.store.host, prefers_host=True)
         r.arrival = None  # of the old value
         torch.autograd.graph.increment_version(r.parameter)  # a graph that has saved it learns of the change
         r.version = r.parameter._version
@@ -310,9 +310,9 @@ class Residences:
                 r.check_placeholder()
                 continue
             version = r.parameter._version
-            if version != r.version or not r.slot.is_filled:
+            if version != r.version or not r.record.is_filled:
                 may_change = r.is_visiting and r.is_shared
-                self.vault.write(r.slot, r.storage, r.device)
+                self.store.write(r.record, r.storage, r.device)
                 r.version = -1 if may_change else version
 
     def leave(self, residences: Iterable[Residence]) -> None:

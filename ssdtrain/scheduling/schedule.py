@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ssdtrain.devices.base import TimedEvent
     from ssdtrain.planner import Plan
     from ssdtrain.stats import Counters
-    from ssdtrain.store.record import Record
+    from ssdtrain.store.record import SavedRecord
 
 
 class Schedule:
@@ -67,7 +67,7 @@ class Schedule:
         self.review.end(step, prepared.plan if prepared is not None and is_followed else None)
         self._passes = []
 
-    def start_afresh(self) -> None:
+    def reset(self) -> None:
         """Gives the running step up; what is being saved from here on belongs to another."""
         self._step.is_abandoned = True
         self._step, self._passes = self._new_step(), []
@@ -99,7 +99,7 @@ class Schedule:
 
     # -- what stays ------------------------------------------------------------------------------------------------
 
-    def note_saved(self, record: Record) -> None:
+    def note_saved(self, record: SavedRecord) -> None:
         """Follows the plan past a new record, or leaves it."""
         position, cursor = record.pass_.places[record.index], self._cursor
         if cursor.prepared is None:
@@ -114,19 +114,19 @@ class Schedule:
         """Whether a plan is followed."""
         return self._cursor.prepared is not None
 
-    def keeps(self, record: Record) -> bool:
+    def keeps(self, record: SavedRecord) -> bool:
         """Whether the plan, if one is followed, has a record stay in memory."""
         prepared, pass_ = self._cursor.prepared, record.pass_
         return prepared is not None and pass_.step is self._step and prepared.keeps(pass_.places[record.index])
 
-    def goes_to_host(self, record: Record, nbytes: int | None) -> bool:
+    def goes_to_host(self, record: SavedRecord, nbytes: int | None) -> bool:
         """Whether a record is for the host tier, where there is room: by plan, else the `nbytes` needed first."""
         prepared = self._cursor.prepared
         if prepared is not None and record.pass_.step is self._step:
             return prepared.is_for_host(record.pass_.places[record.index])
         return self._is_needed_soon(record, nbytes)
 
-    def _is_needed_soon(self, record: Record, nbytes: int | None) -> bool:
+    def _is_needed_soon(self, record: SavedRecord, nbytes: int | None) -> bool:
         """Whether backward, if it goes as last time, wants the record among the first `nbytes` of its pass.
 
         True while there is nothing to go by, or no bound.
@@ -142,7 +142,9 @@ class Schedule:
         pass_.order = self._history.order_of(pass_.signature) or list(range(len(pass_.records) - 1, -1, -1))
         pass_.rank = {index: rank for rank, index in enumerate(pass_.order)}
 
-    def note_unpacked(self, record: Record, *, is_first: bool, is_miss: bool, moment: TimedEvent | None = None) -> None:
+    def note_unpacked(
+        self, record: SavedRecord, *, is_first: bool, is_miss: bool, moment: TimedEvent | None = None
+    ) -> None:
         """Adds a backward event. `moment`: when an accelerator gets there, if that was marked already.
 
         A miss (bytes neither in memory nor on their way) means that backward went elsewhere than predicted, to another
@@ -162,38 +164,38 @@ class Schedule:
         if rank is not None and (is_miss or rank >= pass_.cursor):
             pass_.cursor = rank + 1
 
-    def _note_needed(self, record: Record, moment: TimedEvent | None) -> None:
+    def _note_needed(self, record: SavedRecord, moment: TimedEvent | None) -> None:
         pass_ = record.pass_
         position = pass_.places[record.index]
         pass_.step.need(position, record.num_handles, moment)
         if pass_.step is self._step:
             self._cursor.note_needed(position)
 
-    def upcoming(self, pass_: PassTrace) -> Iterator[Record]:
+    def upcoming(self, pass_: PassTrace) -> Iterator[SavedRecord]:
         """Records to reload next, soonest first. The caller asks for one more only after it began the last one."""
         if self._cursor.prepared is not None and pass_.step is self._step and not self._cursor.is_lost:
             return self.due()
         return self._next_of(pass_) if not pass_.is_abandoned else iter(())
 
-    def due(self) -> Iterator[Record]:
+    def due(self) -> Iterator[SavedRecord]:
         """Records whose reloads the plan wants begun by now, the earliest deadline first; none without a plan."""
         step = self._step
         for position in self._cursor.due():
             record = step.records[position] if position < len(step.records) else None
             if record is not None:
-                yield cast("Record", record)
+                yield cast("SavedRecord", record)
 
-    def hinted(self, micro_batch: int) -> Iterator[Record]:
+    def hinted(self, micro_batch: int) -> Iterator[SavedRecord]:
         """Records of a micro-batch of this step in the order of the last one: its backward comes next."""
         for pass_ in [pass_ for pass_ in self._passes if pass_.number == micro_batch]:
             if not pass_.order:
                 self.begin_backward(pass_)
             yield from self._next_of(pass_)
 
-    def _next_of(self, pass_: PassTrace) -> Iterator[Record]:
+    def _next_of(self, pass_: PassTrace) -> Iterator[SavedRecord]:
         order = pass_.order
         while (cursor := pass_.cursor) < len(order):  # read once: another thread may walk the same graph
-            record = cast("Record | None", pass_.records[order[cursor]])
+            record = cast("SavedRecord | None", pass_.records[order[cursor]])
             if record is not None:
                 yield record
             pass_.cursor = max(pass_.cursor, cursor + 1)

@@ -63,10 +63,10 @@ class Segment:
 
 @dataclass(eq=False, slots=True)
 class PendingWrite:
-    """A write and the memory it may still read, whose bytes belong to `cargo`: its i-th is piece i."""
+    """A write and the memory it may still read, whose bytes belong to `records`: its i-th is piece i."""
 
     extent: Extent
-    cargo: Sequence[Any]
+    records: Sequence[Any]
     sources: list[torch.UntypedStorage]
     stream: int
     producer: Fence | None  # of an accelerator: the sources are computed after this point
@@ -279,7 +279,7 @@ class Pending:
         """Whether all requests have ended, those that an interrupt kept from being listed included."""
         for pending in self.writes:
             if pending.write is not None:
-                for piece in range(len(pending.cargo)):
+                for piece in range(len(pending.records)):
                     pending.write.cancel(piece)
         reads = [*self._handed_over, *[read for pending in self.reads for read in pending.reads]]
         waits = [p.write.wait for p in self.writes if p.write is not None] + [read.wait for read in reads]

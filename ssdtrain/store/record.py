@@ -1,7 +1,9 @@
-"""One object per offloaded storage range: where its bytes are, and who still needs them.
+"""One object per offloaded range of bytes: where they are, and who still needs them.
 
-A record is created when autograd saves a tensor of a storage range nobody filed yet, is shared by all saved tensors of
-that range, and is released when the last of their handles is gone. Only the store changes its residency.
+The record of a parameter, a gradient or optimizer state lives as long as its owner, and is written anew whenever that
+has changed. A `SavedRecord` is created when autograd saves a tensor of a storage range nobody filed yet, is shared by
+all saved tensors of that range, and is released when the last of their handles is gone. Only what moves a record
+changes its residency.
 """
 
 from __future__ import annotations
@@ -52,31 +54,64 @@ _NEXT: dict[int, int] = {
 
 
 class Record:
-    """One offloaded storage range. Attributes belong to the store, which guards them with its lock."""
+    """Bytes that travel as one: of a saved activation, a parameter, a gradient, or optimizer state.
+
+    What moves it guards its attributes with its lock.
+    """
+
+    __slots__ = ("__weakref__", "_name", "nbytes", "residency", "segments", "storage")
+
+    def __init__(self, name: str, nbytes: int = 0) -> None:
+        """Its bytes are in its owner's memory, and were never written."""
+        self._name = name
+        self.nbytes = nbytes
+        self.residency = Residency.DEVICE
+        self.storage: torch.UntypedStorage | None = None  # memory of its own that has the bytes
+        self.segments: tuple[Segment, ...] = ()  # where they went
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return self._name
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether it was ever written."""
+        return bool(self.segments) or self.storage is not None
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether the memory it was written from may be changed."""
+        return self.storage is None and all([segment.write.is_copied for segment in self.segments])
+
+    def move(self, residency: Residency) -> None:
+        """Changes the residency; an impossible change is a bug here, never the user's."""
+        assert residency & _NEXT[self.residency], f"{self.name}: {self.residency} -> {residency}"
+        self.residency = residency
+
+
+class SavedRecord(Record):
+    """One storage range that autograd has saved."""
 
     __slots__ = (
-        "arrivals",
         "device",
         "epoch",
         "identity",
         "index",
-        "is_lent",
         "is_prefetched",
+        "is_shared",
         "is_unpacked",
         "is_wanted",
-        "landing",
-        "nbytes",
         "num_handles",
         "num_unseen",
         "pass_",
-        "places",
+        "pending_read",
         "prefers_host",
         "probe",
+        "queued_reads",
         "reads",
-        "residency",
         "spec",
         "start",
-        "storage",
         "storage_nbytes",
         "stream",
         "version",
@@ -93,21 +128,21 @@ class Record:
         pass_: PassTrace,
     ) -> None:
         """A record of bytes `span` of `storage`, which it holds until they are safe elsewhere."""
+        super().__init__("", span[1] - span[0])
         self.device = device
         self.stream = device.current_stream()  # that last allocated, or used first, the memory that holds the bytes
-        self.storage: torch.UntypedStorage | None = storage
+        self.storage = storage
         self.storage_nbytes: int = storage.nbytes()
         self.identity = identity  # of the source, for as long as the record is filed under its address
         self.weak = identity  # of the memory that last held the bytes: the source, or the latest reload
-        self.start, end = span
-        self.nbytes = end - self.start
+        self.start = span[0]
         self.version: int  # at the save, and
         self.probe: torch.Tensor  # a tensor that shares the counter
         self.residency = Residency.DEVICE
-        self.places: tuple[Segment, ...] = ()
+        self.segments: tuple[Segment, ...] = ()
         self.reads: tuple[Read, ...] = ()
-        self.landing: PendingRead | None = None  # reads under way
-        self.arrivals: tuple[Read, ...] = ()  # reads of memory handed out, whose copies a stream may still run
+        self.pending_read: PendingRead | None = None  # reads under way
+        self.queued_reads: tuple[Read, ...] = ()  # reads of memory handed out, whose copies a stream may still run
         self.pass_ = pass_
         self.index = pass_.append(self)
         self.spec: ViewSpec | None = None  # of the tensor it was made for, and where in the model: for messages
@@ -119,14 +154,10 @@ class Record:
         self.is_wanted = False  # in memory or soon, and does not travel any more
         self.is_unpacked = False  # backward has asked for it
         self.is_prefetched = False
-        self.is_lent = False  # storage given to autograd and no longer held here
+        self.is_shared = False  # storage given to autograd and no longer held here
 
-    def move(self, residency: Residency) -> None:
-        """Changes the residency; an impossible change is a bug here, never the user's."""
-        assert residency & _NEXT[self.residency], f"{self}: {self.residency} -> {residency}"
-        self.residency = residency
-
-    def __repr__(self) -> str:
+    @property
+    def name(self) -> str:
         """``record 3 (float32[8, 512] of h.0.mlp), 16384 bytes``."""
         return f"record {self.index} ({self.spec}{self.where}), {self.nbytes} bytes"
 
@@ -155,29 +186,29 @@ class Resident:
 class Handle:
     """What autograd holds for one saved tensor that may travel. When it dies, the record learns of it."""
 
-    __slots__ = ("bereaved", "epoch", "probe", "record", "source", "spec", "version")
+    __slots__ = ("epoch", "probe", "record", "release_later", "source", "spec", "version")
 
     def __init__(
         self,
-        record: Record,
+        record: SavedRecord,
         tensor: torch.Tensor,
         spec: ViewSpec,
         probe: torch.Tensor,
         version: int,
-        bereaved: Any,
+        release_later: Any,
     ) -> None:
         """Keeps nothing of `tensor` alive, and knows the object where autograd gives it back: without grad.
 
-        `bereaved(record, epoch)` is called when autograd lets go; it must not block.
+        `release_later(record, epoch)` is called when autograd lets go; it must not block.
         """
         self.record = record
         self.spec = spec
         self.probe = probe
         self.version = version
         self.epoch = -1
-        self.bereaved = bereaved
+        self.release_later = release_later
         self.source = None if tensor.requires_grad else weakref.ref(tensor)
 
     def __del__(self) -> None:
         """Runs on any thread, in the middle of anything: only leaves a note."""
-        self.bereaved((self.record, self.epoch))
+        self.release_later((self.record, self.epoch))

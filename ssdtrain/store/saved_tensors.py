@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from ssdtrain.stats import Counters
-from ssdtrain.store.record import Record, Resident
+from ssdtrain.store.record import Resident, SavedRecord
 
 _ALIGNMENT = 16  # of the first byte of a record: a multiple of every element size
 _WHOLE_STORAGE_FRACTION = 4  # a view of at least a quarter of its storage takes the whole storage along
 
 
-def is_resized(record: Record) -> bool:
+def is_resized(record: SavedRecord) -> bool:
     """Whether the source was freed behind autograd's back: whoever did that refills it before backward."""
     return record.storage is not None and record.storage.nbytes() != record.storage_nbytes
 

@@ -1,400 +1,222 @@
-"""Bytes that must not be lost, on the drive: parameters and optimizer state, each tensor in a slot with a name.
+"""One open engine with its files and host tier: sends records and brings them back.
 
-Knows storages and extents, neither modules nor optimizers. Unlike a saved activation, what is here has no graph that
-lets it go: it stays until it is written anew or freed.
+Knows where records lie, but neither why they travel nor what their residency is: that is the store's, which also holds
+the lock for every call except `wait_for_room`. What is under way, and what it holds, is in `pending`.
 
-    vault = Vault(["/mnt/nvme"], OptimizerPolicy())
-    slot = Slot("exp_avg of h.0.attn.weight")
-    vault.write(slot, tensor.untyped_storage())     # begins; the storage is held until its bytes are copied
-    arrival = vault.read(slot)                      # begins
-    storage = vault.take(arrival)                   # waits, verifies; raises `StateLostError`
+[Note: who keeps source memory alive]
+A record holds its storage until the engine has copied the bytes to a slab; if the record is released before that, the
+`PendingWrite` still holds the storage until the engine says it does not read it any more. Likewise the `PendingRead`
+holds the destination of every read until the read is over, whatever becomes of its record.
 
-[Note: when old bytes may go]
-A slot is written anew from memory that holds all its bytes. From then on that memory is the truth: it is held until the
-engine has copied it, then the slab holds it, and then the file, or the heap when the write fails. So the extent of the
-old bytes is free as soon as the new write has begun.
-
-[Note: interrupts]
-Ctrl-C may come between any two lines. Memory is therefore filed before the engine is told of it, and a slot points to
-its new bytes only when the request exists: an interrupt may cost space until the vault closes, never bytes. See also
-[Note: what an interrupt may cost].
-
-[Note: waiting]
-The lock is never held while a thread waits for the drive or an accelerator: other bytes can be read and written
-meanwhile. Whoever has waited looks again, under the lock, whether what it waited for is still so.
+[Note: letting go in stream order]
+The process that trains runs ahead of an accelerator: it asks for the memory of the tenth layer when the first is being
+computed. A source that goes only when its copy is over then goes too late to be the tenth layer's memory. So once its
+copies are queued, the stream it was saved on is told to wait for them, and the source goes at once: PyTorch gives the
+memory to later work of that stream, which the device runs after the copy. Where another stream allocated the memory,
+PyTorch gives it to that one: it was told of the stream that saved (`Device.share`) and waits for what is queued there.
 """
 
 from __future__ import annotations
 
-import errno
-import logging
-import os
-import threading
-import time
-import weakref
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable
 
-import torch
-from torch.profiler import record_function
-
-from ssdtrain.devices.base import Device
-from ssdtrain.devices.cpu import CpuDevice
-from ssdtrain.devices.registry import Devices
-from ssdtrain.io.client import open_drive
-from ssdtrain.io.errands import run
+from ssdtrain.io.client import Drive, DriveTotals
+from ssdtrain.io.engine import Fence
 from ssdtrain.io.extents import Extent
-from ssdtrain.io.host_space import host_limit_nbytes
-from ssdtrain.io.open_engine import slab_nbytes_for
-from ssdtrain.policy import StatePolicy
-from ssdtrain.state_stats import StateCounters
-from ssdtrain.stats import nbytes_text
-from ssdtrain.store.identity import ViewSpec
-from ssdtrain.store.mapped import mapped_copy
-from ssdtrain.store.pending import Pending, PendingWrite, Segment
-from ssdtrain.store.slots import Arrival, Slot
-
-logger = logging.getLogger("ssdtrain")
+from ssdtrain.policy import ActivationPolicy
+from ssdtrain.store.pending import Pending, PendingRead, PendingWrite, Piece, Segment
+from ssdtrain.store.record import SavedRecord
+from ssdtrain.tracing.request_log import RequestLog
 
 
-class StateLostError(OSError):
-    """Bytes of a parameter or of optimizer state cannot be had any more; errno and filename are set."""
+class TensorStore:
+    """What exists between the opening and the closing of an engine."""
 
-
-class Vault:
-    """An open engine, its files, and what is in flight. Thread-safe; unusable in a forked child."""
-
-    def __init__(self, directories: Sequence[str], policy: StatePolicy) -> None:
-        """Opens spill files and an engine, for one user; see `share`.
-
-        Raises:
-            OSError: a directory cannot be used; errno and filename say which and why.
-            RuntimeError: the engine asked for by name is not available.
-        """
-        self.policy = policy
-        self.counters = counters = StateCounters("bytes")
-        self._num_users = 1
-        self.host: Device = CpuDevice(policy.staging_nbytes)  # what the CPU computes on
-        self.cpu: Device = self.host
-        self.met: dict[torch.device, Device | str] = {}  # one object per accelerator: the engine has threads for it
-        self.checkpoint = "no checkpoint was taken in this process"  # for messages: where to go back to
-        self.directories = list(directories)
-        self._lock = threading.RLock()
-        self._pid = os.getpid()
-        self._is_closing = False
-        self._slots: weakref.WeakSet[Slot] = weakref.WeakSet()  # that were written
-        self.drive = open_drive(
-            policy.engine,
-            self.directories,
-            policy.staging_nbytes,
-            slab_nbytes_for(policy.staging_nbytes),
-            note_fallback=self.note,
-            leave_out=_nothing,
-            checksum=policy.checksum,
-            disk_nbytes=policy.disk_nbytes,
-            host_nbytes=host_limit_nbytes(policy.host_nbytes, has_directories=bool(self.directories)),
-            device_index=Devices.gpu_index(),
-            is_shared=True,
-            timeout_seconds=policy.io_timeout_seconds,
-        )
-        self.engine, self._space = self.drive.engine, self.drive.space
-        self._pending = Pending(
-            self.drive,
-            self.note,
+    def __init__(
+        self,
+        drive: Drive,
+        policy: ActivationPolicy,
+        note_fallback: Callable[[str], None],
+        request_log: RequestLog | None = None,
+    ) -> None:
+        """Takes a drive over. `request_log` is told of every request that is over."""
+        self.engine, self.space, self.host = drive.engine, drive.space, drive.host
+        self.cancelled_nbytes = 0
+        self.moves_host_memory_only = drive.kind == "python"
+        self.pending = Pending(
+            drive,
+            note_fallback,
             staging_nbytes=policy.staging_nbytes,
             timeout_seconds=policy.io_timeout_seconds,
         )
-        counters.engine, counters.engine_reason = self.drive.kind, self.drive.reason
-        for text in self.drive.shortcomings():
-            self.note(text)
-
-    def mapped_copy(self, tensor: torch.Tensor, spec: ViewSpec) -> torch.Tensor:
-        """A copy for a state dict: in a file in the first directory, or with a host tier only in plain memory.
-
-        Raises:
-            OSError: there is no room, or no answer from the drive.
-        """
-        return mapped_copy(tensor, spec, self.directory, self.policy.io_timeout_seconds)
-
-    @property
-    def directory(self) -> str | None:
-        """Where files of others may go; None with a host tier only."""
-        in_use = [file.directory for file in self.drive.files if file.directory not in self._space.retired]
-        return next(iter([*in_use, *self.directories]), None)
-
-    def devices(self) -> Devices:
-        """The devices that tensors may leave from."""
-        return Devices(self.cpu, has_host_tier_only=not self.directories, met=self.met)
-
-    def share(self) -> Vault:
-        """Another user: it closes when the last one closes it."""
-        with self._lock:
-            self._check_usable()
-            self._num_users += 1
-        return self
-
-    def note(self, text: str) -> None:
-        """Counts what did not go the best way, and warns of it once."""
-        if self.counters.fall_back(text):
-            logger.warning(text)
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether `close` was called."""
-        return self.drive.is_closed
+        self._request_log = request_log
+        self._note_fallback = note_fallback
+        self.drive = drive
+        self._pending_reads: dict[SavedRecord, PendingRead] = {}
 
     # -- out -----------------------------------------------------------------------------------------------------
 
-    def write(
-        self, slot: Slot, source: torch.UntypedStorage, device: Device | None = None, *, prefers_host: bool = False
-    ) -> None:
-        """Begins to write all of `source`; waits while too much is in flight. The slot's old bytes are gone.
+    def send(self, records: list[SavedRecord]) -> bool:
+        """Begins to write one record, striped when it is large, or several small ones as one request.
 
-        What comes from an accelerator, or `prefers_host`, goes to the host tier while there is room.
-
-        `source` may not change before `slot.is_copied`. Where the drive has no room or does not answer, the slot holds
-        `source` itself: then it must not change at all.
+        All of them are of one device, stream and preference for the host tier. False when there is no room; else every
+        record has its places.
         """
-        device, has_room = device or self.cpu, True
-        prefers_host = prefers_host or device.driver is not None
-        with record_function("ssdtrain::write_state"):
-            while not self._try_write(slot, source, device, prefers_host=prefers_host, may_wait=has_room):
-                has_room = self._wait_for_room(source.nbytes())
-
-    def _try_write(
-        self, slot: Slot, source: torch.UntypedStorage, device: Device, *, prefers_host: bool, may_wait: bool
-    ) -> bool:
-        """False when it is better to wait first: too much is in flight. Without that the slot holds `source` itself."""
-        nbytes = source.nbytes()
-        with self._lock:
-            self._check_usable()
-            self._reap()
-            has_room = self._pending.has_room(nbytes)
-            if may_wait and not has_room:
-                return False
-            extents = self.drive.allocate(nbytes, prefers_host=prefers_host) if has_room and nbytes else []
-            parts = self._send(slot, source, extents, device)
-            old = slot.parts
-            self._slots.add(slot)
-            slot.parts, slot.kept, slot.nbytes = parts, None if parts or not nbytes else source, nbytes
-            self._pending.release(old)
-            if not parts and nbytes:
-                why = "no room on the drive" if has_room else "no answer from the drive"
-                self.note(f"{why} for {slot.name}: it stays in memory")
-            self.counters.saw(
-                disk_nbytes=self._space.peak_nbytes,
-                memory_nbytes=self._in_memory_nbytes(),
-                host_nbytes=self.drive.peak_host_nbytes,
-            )
+        sizes = [self.space.rounded(record.nbytes) for record in records]
+        extents = self.drive.allocate(sum(sizes), prefers_host=records[0].prefers_host, stripe=len(records) == 1)
+        if not extents:
+            return False
+        first = records[0]
+        producer = self.pending.producer(first.device, first.stream)
+        for record in records if producer is not None else ():
+            assert record.storage is not None
+            record.device.share(record.storage, record.stream)  # see [Note: letting go in stream order]
+        if len(records) == 1:
+            self._send_alone(first, extents, producer)
+        else:
+            self._send_together(records, sizes, extents[0], producer)
         return True
 
-    def _send(self, slot: Slot, source: torch.UntypedStorage, extents: list[Extent], device: Device) -> list[Segment]:
-        if not extents:
-            return []
-        stream = device.current_stream()
-        producer = self._pending.producer(device, stream)
-        if producer is not None:
-            device.share(source, stream)  # which may not have allocated it, and be the one that uses it last
-        start, parts = 0, list[Segment]()
+    def totals(self) -> DriveTotals:
+        """What the drive has done so far."""
+        return self.drive.totals()
+
+    @property
+    def has_accelerators(self) -> bool:
+        """Whether memory of an accelerator was ever sent."""
+        return self.pending.has_accelerators
+
+    def is_in_host(self, record: SavedRecord) -> bool:
+        """Whether the bytes of a record that was sent are in the host tier."""
+        return record.segments[0].is_in_host
+
+    def _send_alone(self, record: SavedRecord, extents: list[Extent], producer: Fence | None) -> None:
+        start, places = 0, []
         for extent in extents:
-            piece = (source.data_ptr() + start, min(extent.nbytes, source.nbytes() - start), 0)
-            write = self._pending.write(PendingWrite(extent, [slot], [source], stream, producer), [piece])
-            parts.append(Segment(self.drive, write, 0, extent, start))
+            nbytes = min(extent.nbytes, record.nbytes - start)
+            places.append(self._write(extent, [record], [(_address(record) + start, nbytes, 0)], producer))
+            places[-1].start = start
             start += extent.nbytes
-        return parts
+        record.segments = tuple(places)
 
-    def _wait_for_room(self, nbytes: int) -> bool:
-        """Whether the bytes in flight are few enough, after a while. See [Note: waiting]."""
-        begin = time.monotonic()
-        has_room = self._pending.wait_for_room(nbytes)
-        with self._lock:
-            self.counters.wait("writes", time.monotonic() - begin)
-            if not has_room:
-                self._pending.retire_silent()
-        return has_room
+    def _send_together(
+        self, records: list[SavedRecord], sizes: list[int], extent: Extent, producer: Fence | None
+    ) -> None:
+        starts = [0, *itertools.accumulate(sizes)]
+        pieces = [(_address(record), record.nbytes, start) for record, start in zip(records, starts, strict=False)]
+        write = self._write(extent, records, pieces, producer).write
+        for i, record in enumerate(records):
+            own = Extent(extent.file, extent.offset + starts[i], sizes[i])
+            record.segments = (Segment(self.drive, write, i, own, 0),)
 
-    def _reap(self) -> None:
-        """Lets go of what the engine has copied, written and read."""
-        for pending in self._pending.reap():
-            if not pending.is_lost or not pending.sources:
-                continue
-            for slot in pending.cargo:  # what could not be copied is only where it was: the slot holds it
-                if any(part.write is pending.write for part in slot.parts):
-                    slot.kept = pending.sources[0]
+    def _write(
+        self, extent: Extent, records: list[SavedRecord], pieces: list[Piece], producer: Fence | None
+    ) -> Segment:
+        sources = [record.storage for record in records if record.storage is not None]
+        write = self.pending.write(PendingWrite(extent, records, sources, records[0].stream, producer), pieces)
+        return Segment(self.drive, write, 0, extent, 0)
 
-    def _in_memory_nbytes(self) -> int:
-        sources = {id(source): source for pending in self._pending.writes for source in pending.sources}
-        leaving = sum(source.nbytes() for source in sources.values())
-        coming = sum(pending.memory.capacity for pending in self._pending.reads)
-        return leaving + coming + self.engine.staging_in_use_nbytes
+    def next_point(self) -> Fence | None:
+        """The next point an accelerator has yet to pass before something that was sent can be copied, if there is one.
+
+        While there is, the accelerator has work queued: training is ahead of it.
+        """
+        points = (p.producer for p in self.pending.writes if p.write is not None and not p.write.is_copied)
+        return next((point for point in points if point is not None and not point.is_complete), None)
+
+    def let_go(self, max_held_nbytes: int, *, only_if_behind: bool) -> list[SavedRecord]:
+        """Lets sources beyond `max_held_nbytes` go that an accelerator is yet to copy, the oldest first.
+
+        See [Note: letting go in stream order]. `only_if_behind`: not those that it could be copying by now, where a
+        stream might really have to wait. Returns the records whose sources are free.
+        """
+        free: list[SavedRecord] = []
+        held = [p for p in self.pending.writes if p.producer is not None and p.sources]
+        nbytes = sum(p.extent.nbytes for p in held)
+        for pending in held:
+            if nbytes <= max_held_nbytes or not _can_let_go(pending, only_if_behind):
+                break
+            _make_wait(pending)
+            pending.sources = []
+            nbytes -= pending.extent.nbytes
+            free += pending.records
+        return free
+
+    # -- what the engine has done ------------------------------------------------------------------------------------
+
+    def collect(self) -> list[tuple[SavedRecord, bool]]:
+        """Records whose bytes the engine has all copied since the last call, and whether they are also all written."""
+        news: list[tuple[SavedRecord, bool]] = []
+        for pending in self.pending.reap():
+            for record in pending.records:
+                if all([place.write.is_copied for place in record.segments]):
+                    news.append((record, all([place.write.is_done for place in record.segments])))
+            if pending.is_over:
+                self._note_over(pending)
+        return news
+
+    def _note_over(self, pending: PendingWrite) -> None:
+        write, extent = pending.write, pending.extent
+        assert write is not None
+        self.cancelled_nbytes += write.cancelled_nbytes
+        if self._request_log is not None:
+            is_in_host = self.drive.is_in_host(extent)
+            self._request_log.note_written(write, pending.records, extent.nbytes, is_in_host=is_in_host)
+        if write.is_lost:
+            self._note_fallback("an accelerator could not copy saved tensors out; they stay where they are")
 
     # -- back ----------------------------------------------------------------------------------------------------
 
-    def read(self, slot: Slot, device: Device | None = None) -> Arrival:
-        """Begins to bring a slot's bytes to fresh memory.
+    def read(self, record: SavedRecord) -> PendingRead:
+        """Begins to bring a record's bytes to fresh memory, which is held until they are there.
 
         Raises:
-            MemoryError: there is none.
+            MemoryError, torch.OutOfMemoryError: there is none.
         """
-        device = device or self.cpu
-        while (arrival := self._try_read(slot, device)) is None:
-            silent = self._pending.wait_readable(slot.parts, device)  # see [Note: waiting]
-            if silent is not None:
-                raise self._lost(slot, silent.extent, (errno.ETIMEDOUT, 0, 0, "no answer from the drive"))
-        return arrival
+        pending = self.pending.read(record.segments, record.device, record.nbytes)
+        self._pending_reads[record] = pending
+        return pending
 
-    def _try_read(self, slot: Slot, device: Device) -> Arrival | None:
-        """None while it cannot begin: an engine reads back what it has copied."""
-        with self._lock:
-            self._check_usable()
-            self._reap()
-            if slot.kept is not None or not slot.parts:
-                return Arrival(slot, device, None)
-            if not all([part.is_readable(device) for part in slot.parts]):
-                return None
-            arrival = Arrival(slot, device, self._pending.read(slot.parts, device, slot.nbytes))
-            self.counters.saw(memory_nbytes=self._in_memory_nbytes())
-            return arrival
+    def forget_reads(self, record: SavedRecord, *, is_handed_over: bool) -> None:
+        """The record's reads are over, or nobody waits for them any more. Memory still being written to stays.
 
-    def take(self, arrival: Arrival) -> torch.UntypedStorage:
-        """Waits for a slot's bytes. The memory is the caller's, but for a slot that never left: that is only lent.
-
-        Raises:
-            StateLostError: they cannot be had, or are not what was written; the message names slot, file and offset.
+        `is_handed_over`: whoever uses the memory next waits for the copies, in stream order.
         """
-        pending = arrival.pending
-        if pending is None:
-            storage = arrival.slot.kept
-            assert storage is not None, f"{arrival.slot.name} was never written"
-            return storage
-        begin = time.monotonic()
-        is_late = not all([read.is_issued for read in pending.reads])
-        if is_late:
-            for read in pending.reads:
-                read.expedite()
-        with record_function("ssdtrain::wait_state"):
-            for part, read in zip(pending.segments, pending.reads, strict=True):
-                has_come = self.drive.wait(read.wait_issued, self.policy.io_timeout_seconds, file=part.extent.file)
-                problem = read.error if has_come else (errno.ETIMEDOUT, 0, 0, "no answer from the drive")
-                if problem is not None:
-                    raise self._lost(arrival.slot, part.extent, problem)
-        if is_late:
-            self.counters.wait("reads", time.monotonic() - begin)
-        arrival.use()
-        with self._lock:
-            self._pending.hand_over(pending)
-        return pending.memory.storage
+        pending = self._pending_reads.pop(record)
+        if self._request_log is not None:
+            self._request_log.note_reads(record, pending.reads)
+        if is_handed_over:
+            self.pending.hand_over(pending)
 
-    def _lost(self, slot: Slot, extent: Extent, problem: tuple[int, int, int, str]) -> StateLostError:
-        number, _, _, message = problem
-        what = "what was written, got other bytes" if number == errno.EBADMSG else f"to read it back, got {message}"
-        return StateLostError(
-            number,
-            f"Expected {what} ({os.strerror(number)}): {slot.name}, {extent.nbytes} bytes at offset {extent.offset}; "
-            f"go back to a checkpoint: {self.checkpoint}",
-            "host memory" if self.drive.is_in_host(extent) else self._space.directory(extent.file),
-        )
+    def records_coming_back(self) -> list[SavedRecord]:
+        """Records that are being read, or have been and were not asked for yet."""
+        return list(self._pending_reads)
 
-    # -- all of it -----------------------------------------------------------------------------------------------
-
-    def free(self, slot: Slot) -> None:
-        """The bytes are not needed any more."""
-        with self._lock:
-            old, slot.parts, slot.kept = slot.parts, [], None
-            if not self.is_closed:
-                self._pending.release(old)
-
-    def reserve(self, nbytes: int, what: str) -> None:
-        """Makes sure that there is room for `nbytes` more, before anything depends on it.
-
-        Raises:
-            OSError: there is not (ENOSPC); the message says how much there is.
-        """
-        if not nbytes:
-            return
-        cap = self.policy.disk_nbytes
-        names = ", ".join(self.directories)
-        free = run(self._left_nbytes, self.policy.io_timeout_seconds, names, "to be told the room left")
-        free += self._space.free_nbytes
-        room = free if cap is None else max(0, min(free, cap - self._space.in_use_nbytes))
-        room += self.drive.host_nbytes
-        if nbytes > room:
-            remedy = "free some space, pass another directory or more of them"
-            if cap is not None and room < free:
-                remedy = f"raise disk_nbytes ({nbytes_text(cap)})"
-            raise OSError(
-                errno.ENOSPC,
-                f"Expected room for {nbytes_text(nbytes)} of {what}, got {nbytes_text(room)}: {remedy}",
-                names,
-            )
-
-    def _left_nbytes(self) -> int:
-        drives = {os.fstat(file.fd).st_dev: os.fstatvfs(file.fd) for file in self.drive.files}
-        return sum(d.f_bavail * d.f_frsize for d in drives.values())
-
-    def flush(self) -> None:
-        """Blocks until everything that was written is on the drive.
-
-        Raises:
-            OSError: some of it is not: it is in memory, and training may go on.
-        """
-        with self._lock:
-            self._check_usable()
-            writes = list(self._pending.writes)
-        is_quiet = self._pending.wait_written(writes)  # see [Note: waiting]
-        with self._lock:
-            self._reap()
-            if not is_quiet:
-                seconds = f"{self.policy.io_timeout_seconds:g} s"
-                text = f"Expected all writes to end, got no answer for {seconds}: look after the drive, and flush again"
-                raise TimeoutError(errno.ETIMEDOUT, text, ", ".join(self.directories))
-            rescued = sum(part.write.rescued_nbytes for slot in self._slots for part in slot.parts)
-            if rescued:
-                text = (
-                    f"Expected everything on the drive, got {nbytes_text(rescued)} whose write failed: it is in memory "
-                    "and goes out with its next change; free some space or look after the drive"
-                )
-                raise OSError(errno.EIO, text, ", ".join(self.directories))
-
-    def totals(self, own: StateCounters) -> StateCounters:
-        """What one user has counted, with what the drive has done so far for all of them."""
-        with self._lock:
-            if not self.is_closed:
-                self._reap()
-            totals = own.copy()
-            totals.add_drive(self.counters)
-            if not self.is_closed:
-                totals.add_engine(self.drive.totals())
-            return totals
-
-    def close(self) -> None:
-        """The last user ends the engine and gives the spill space back: what is only there is lost. Idempotent."""
-        with self._lock:
-            self._num_users -= 1
-            if self._num_users > 0 or self.is_closed or os.getpid() != self._pid:
-                return
-            self._is_closing = True
-        is_quiet = self._pending.close()
-        self._reap()
-        self.counters.add_engine(self.drive.totals())
-        if not is_quiet:
-            self.note("the drive is stuck: memory and threads of its requests stay")
-        for slot in self._slots if is_quiet else ():  # their requests hold what the engine had
-            slot.parts = []
-
-    def __del__(self) -> None:
-        """Nobody is left to close it."""
-        try:
-            self._num_users = 1
-            self.close()
-        except Exception:
-            pass
-
-    def _check_usable(self) -> None:
-        if os.getpid() != self._pid:
-            raise RuntimeError("Expected the process that offloaded, got a forked child: offload there, or use spawn")
-        if self._is_closing or self.is_closed:
-            raise RuntimeError("Expected an open offload, got one after close()")
+    def records_under_way(self) -> list[SavedRecord]:
+        """Records some of whose bytes may not be written yet."""
+        return [record for pending in self.pending.writes for record in pending.records]
 
 
-def _nothing(directory: str) -> None:
-    pass
+def _make_wait(pending: PendingWrite) -> None:
+    """What is queued later on the stream of the sources runs after the copies."""
+    first: SavedRecord = pending.records[0]
+    step = first.pass_.step
+    began = step.mark() if first.device.current_stream() == pending.stream else None
+    for write in {place.write for record in pending.records for place in record.segments} | {pending.write}:
+        assert write is not None
+        write.make_wait(pending.stream)
+    if began is not None:
+        step.note_wait(began, is_for_reload=False)
+
+
+def _can_let_go(pending: PendingWrite, only_if_behind: bool) -> bool:
+    assert pending.producer is not None and pending.write is not None
+    if only_if_behind and pending.producer.is_complete:
+        return False
+    return pending.write.is_issued and all(p.write.is_issued for r in pending.records for p in r.segments)
+
+
+def _address(record: SavedRecord) -> int:
+    assert record.storage is not None
+    return record.storage.data_ptr() + record.start

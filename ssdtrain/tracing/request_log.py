@@ -60,12 +60,12 @@ class RequestLog:
         self._reads: list[tuple[StepTrace, int, int, Read]] = []
         self._stalls: list[tuple[StepTrace, StallRow]] = []
 
-    def note_written(self, write: Write, cargo: Sequence[Requested], nbytes: int, *, is_in_host: bool) -> None:
-        """A write of `nbytes` is over; each record of `cargo` has its own row."""
+    def note_written(self, write: Write, records: Sequence[Requested], nbytes: int, *, is_in_host: bool) -> None:
+        """A write of `nbytes` is over; each record of `records` has its own row."""
         if len(self._writes) >= _MAX_ROWS:
             return
         was_called_off = write.cancelled_nbytes > 0 and not write.written_nbytes
-        for record in cargo:
+        for record in records:
             own_nbytes = min(nbytes, record.nbytes)  # less than the record's: one of several stripes
             row = (_place(record), own_nbytes, int(is_in_host), int(was_called_off), *write.moments)
             self._writes.append((record.pass_.step, row))

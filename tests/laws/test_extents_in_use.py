@@ -14,8 +14,8 @@ from engine_tools import eventually
 import ssdtrain
 from ssdtrain.devices.simulated import SimulatedDevice
 from ssdtrain.policy import ActivationPolicy, OptimizerPolicy
-from ssdtrain.store.slots import Slot
-from ssdtrain.store.tensor_store import Vault
+from ssdtrain.store.record import Record
+from ssdtrain.store.state_store import StateStore
 
 pytest.importorskip("ssdtrain._C", reason="an accelerator needs the extension")
 
@@ -95,43 +95,43 @@ def in_use(offload: Any) -> int:
 def test_state_that_is_copied_back_keeps_its_place(device: SimulatedDevice, tmp_path: Path, kind: str) -> None:
     """The same for parameters and optimizer state: read, taken, and written anew while the copy back is queued."""
     host_nbytes = 1 << 20 if kind == "host" else 0
-    vault = Vault([str(tmp_path)], OptimizerPolicy(staging_nbytes=64 * KIB, host_nbytes=host_nbytes))
-    slot, others = Slot("read"), [Slot(f"other {i}") for i in range(4)]
+    store = StateStore([str(tmp_path)], OptimizerPolicy(staging_nbytes=64 * KIB, host_nbytes=host_nbytes))
+    record, others = Record("read"), [Record(f"other {i}") for i in range(4)]
     with device:
-        vault.write(slot, torch.full((SIZE,), 1.0).untyped_storage(), device)
+        store.write(record, torch.full((SIZE,), 1.0).untyped_storage(), device)
         device.synchronize()
-        vault.flush()
+        store.flush()
         device.hold(device.driver.in_stream())
-        arrival = vault.read(slot, device)
-        back = torch.empty(0).set_(vault.take(arrival), 0, (SIZE,), (1,)) * 1
-        vault.free(slot)
-        assert vault._space.in_use_nbytes + in_host(vault) == SIZE * 4
+        arrival = store.read(record, device)
+        back = torch.empty(0).set_(store.take(arrival), 0, (SIZE,), (1,)) * 1
+        store.free(record)
+        assert store._space.in_use_nbytes + in_host(store) == SIZE * 4
         for i, other in enumerate(others):
-            vault.write(other, torch.full((SIZE,), 2.0 + i).untyped_storage(), device)
+            store.write(other, torch.full((SIZE,), 2.0 + i).untyped_storage(), device)
         device.release(device.driver.in_stream())
         device.synchronize()
         assert torch.equal(back, torch.full((SIZE,), 1.0))
-        vault.flush()
-        assert vault._space.in_use_nbytes + in_host(vault) == 4 * SIZE * 4
-    vault.close()
+        store.flush()
+        assert store._space.in_use_nbytes + in_host(store) == 4 * SIZE * 4
+    store.close()
 
 
-def in_host(vault: Vault) -> int:
-    return sum(nbytes for _, nbytes in vault.drive.host._held) if vault.drive.host is not None else 0
+def in_host(store: StateStore) -> int:
+    return sum(nbytes for _, nbytes in store.drive.host._held) if store.drive.host is not None else 0
 
 
 def test_state_that_a_device_could_not_copy_out_stays_where_it_is(device: SimulatedDevice, tmp_path: Path) -> None:
-    """Nothing is lost: the slot holds the memory itself, as where the drive has no room."""
-    vault, slot = Vault([str(tmp_path)], OptimizerPolicy(staging_nbytes=64 * KIB)), Slot("exp_avg")
+    """Nothing is lost: the record holds the memory itself, as where the drive has no room."""
+    store, record = StateStore([str(tmp_path)], OptimizerPolicy(staging_nbytes=64 * KIB)), Record("exp_avg")
 
     def broken(*_: int) -> None:
         raise RuntimeError("the device is gone")
 
     right, device.driver.copy_out = device.driver.copy_out, broken  # type: ignore[method-assign]
     with device:
-        vault.write(slot, torch.arange(float(SIZE)).untyped_storage(), device)
-        vault.engine.drain()
+        store.write(record, torch.arange(float(SIZE)).untyped_storage(), device)
+        store.engine.drain()
         device.driver.copy_out = right  # type: ignore[method-assign]
-        back = torch.empty(0).set_(vault.take(vault.read(slot, device)), 0, (SIZE,), (1,)) * 1
+        back = torch.empty(0).set_(store.take(store.read(record, device)), 0, (SIZE,), (1,)) * 1
     assert torch.equal(back, torch.arange(float(SIZE)))
-    vault.close()
+    store.close()

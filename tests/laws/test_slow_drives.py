@@ -15,8 +15,8 @@ import torch
 import ssdtrain
 from ssdtrain.devices.simulated import SimulatedDevice
 from ssdtrain.policy import OptimizerPolicy
-from ssdtrain.store.slots import Arrival, Slot
-from ssdtrain.store.tensor_store import Vault
+from ssdtrain.store.record import Record
+from ssdtrain.store.state_store import Arrival, StateStore
 
 MIB = 1 << 20
 TIMEOUT_SECONDS = 0.6
@@ -71,16 +71,16 @@ def test_a_slow_drive_takes_all_activations(tmp_path: Path, slow: Callable[[], N
 
 def test_a_slow_drive_takes_and_gives_all_state(tmp_path: Path, slow: Callable[[], None]) -> None:
     """Writes, a flush, reads and the end: each waits for more requests than fit into the timeout of one."""
-    vault, slots = Vault([str(tmp_path)], OptimizerPolicy(**SLOW)), [Slot(f"slot {i}") for i in range(3)]
+    store, records = StateStore([str(tmp_path)], OptimizerPolicy(**SLOW)), [Record(f"record {i}") for i in range(3)]
     slow()
-    for i, slot in enumerate(slots):
-        vault.write(slot, some(float(i)))
-    vault.flush()
-    for i, arrival in enumerate([vault.read(slot) for slot in slots]):
-        assert torch.equal(as_tensor(vault.take(arrival)), as_tensor(some(float(i))))
-    vault.write(slots[0], some(7.0))
-    vault.close()
-    assert vault.is_closed and unhappy(vault.counters.fallbacks) == []
+    for i, record in enumerate(records):
+        store.write(record, some(float(i)))
+    store.flush()
+    for i, arrival in enumerate([store.read(record) for record in records]):
+        assert torch.equal(as_tensor(store.take(arrival)), as_tensor(some(float(i))))
+    store.write(records[0], some(7.0))
+    store.close()
+    assert store.is_closed and unhappy(store.counters.fallbacks) == []
 
 
 class Gate:
@@ -106,43 +106,43 @@ def test_other_bytes_are_read_while_a_thread_waits_for_the_drive(
 ) -> None:
     """The drive does not answer for now. One thread waits for room, or until all is written; what another thread needs
     begins to come meanwhile, so that backward is not held up by an update."""
-    vault = Vault([str(tmp_path)], OptimizerPolicy(engine="python", staging_nbytes=MIB, min_nbytes=0))
-    small, big = Slot("small"), [Slot(f"big {i}") for i in range(3)]
-    vault.write(small, torch.arange(1024.0).untyped_storage())
-    vault.flush()
+    store = StateStore([str(tmp_path)], OptimizerPolicy(engine="python", staging_nbytes=MIB, min_nbytes=0))
+    small, big = Record("small"), [Record(f"big {i}") for i in range(3)]
+    store.write(small, torch.arange(1024.0).untyped_storage())
+    store.flush()
     gate = Gate(monkeypatch)
-    vault.write(big[0], some(0.0))
+    store.write(big[0], some(0.0))
     assert gate.has_come.wait(60)
-    read_beside(vault, small, vault.flush if waits == "flush" else lambda: vault.write(big[1], some(1.0)), gate.open)
-    assert torch.equal(as_tensor(vault.take(vault.read(big[0]))), as_tensor(some(0.0)))
-    vault.close()
+    read_beside(store, small, store.flush if waits == "flush" else lambda: store.write(big[1], some(1.0)), gate.open)
+    assert torch.equal(as_tensor(store.take(store.read(big[0]))), as_tensor(some(0.0)))
+    store.close()
 
 
 def test_other_bytes_are_read_while_a_thread_waits_for_an_accelerator(tmp_path: Path) -> None:
     """Host memory is to get what an accelerator has not copied yet."""
     pytest.importorskip("ssdtrain._C", reason="an accelerator needs the extension")
-    vault, device = Vault([str(tmp_path)], OptimizerPolicy(staging_nbytes=MIB)), SimulatedDevice()
-    small, far = Slot("small"), Slot("far")
-    vault.write(small, torch.arange(1024.0).untyped_storage())
+    store, device = StateStore([str(tmp_path)], OptimizerPolicy(staging_nbytes=MIB)), SimulatedDevice()
+    small, far = Record("small"), Record("far")
+    store.write(small, torch.arange(1024.0).untyped_storage())
     with device:
         device.hold(device.driver.out_stream())
-        vault.write(far, torch.full((1024,), 3.0).untyped_storage(), device)
+        store.write(far, torch.full((1024,), 3.0).untyped_storage(), device)
         storages: list[torch.UntypedStorage] = []
 
         def fetch() -> None:
-            storages.append(vault.take(vault.read(far, vault.host)))
+            storages.append(store.take(store.read(far, store.host)))
 
-        read_beside(vault, small, fetch, lambda: device.release(device.driver.out_stream()))
+        read_beside(store, small, fetch, lambda: device.release(device.driver.out_stream()))
     assert torch.equal(as_tensor(storages[0]), torch.full((1024,), 3.0))
-    vault.close()
+    store.close()
     device.close()
 
 
-def read_beside(vault: Vault, slot: Slot, wait: Callable[[], object], end: Callable[[], object]) -> None:
-    """Begins to read a slot while another thread is in `wait`, which returns only after `end`."""
+def read_beside(store: StateStore, record: Record, wait: Callable[[], object], end: Callable[[], object]) -> None:
+    """Begins to read a record while another thread is in `wait`, which returns only after `end`."""
     is_over, arrivals = threading.Event(), list[Arrival]()
     waiting = threading.Thread(target=lambda: (wait(), is_over.set()))
-    reading = threading.Thread(target=lambda: arrivals.append(vault.read(slot, vault.host)))
+    reading = threading.Thread(target=lambda: arrivals.append(store.read(record, store.host)))
     waiting.start()
     waiting.join(0.2)  # it is in the middle of it, or will be: either way the read may not wait for it
     reading.start()
@@ -152,4 +152,4 @@ def read_beside(vault: Vault, slot: Slot, wait: Callable[[], object], end: Calla
     waiting.join(60)
     reading.join(60)
     assert has_begun and not is_late and is_over.is_set()
-    assert torch.equal(as_tensor(vault.take(arrivals[0])), torch.arange(1024.0))
+    assert torch.equal(as_tensor(store.take(arrivals[0])), torch.arange(1024.0))

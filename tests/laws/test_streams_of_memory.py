@@ -19,8 +19,8 @@ import ssdtrain
 from ssdtrain.devices import cuda
 from ssdtrain.devices.simulated import SimulatedDevice
 from ssdtrain.policy import ActivationPolicy, OptimizerPolicy
-from ssdtrain.store.slots import Slot
-from ssdtrain.store.tensor_store import Vault
+from ssdtrain.store.record import Record
+from ssdtrain.store.state_store import StateStore
 
 pytest.importorskip("ssdtrain._C", reason="an accelerator needs the extension")
 
@@ -114,17 +114,17 @@ def test_parameters_that_two_streams_use(device: SimulatedDevice, tmp_path: Path
     x = torch.randn(8, 64)
     with torch.no_grad():
         expected = [model(x), model[0](x)]
-    vault = Vault([str(tmp_path)], OptimizerPolicy(staging_nbytes=64 * KIB, min_nbytes=0))
+    store = StateStore([str(tmp_path)], OptimizerPolicy(staging_nbytes=64 * KIB, min_nbytes=0))
     with device, torch.no_grad():
         a, b = device.current_stream(), device.new_stream()
         weight = model[0][0].weight.detach() * 1
         device.synchronize()
-        slot = Slot("weight")
-        vault.write(slot, weight.untyped_storage(), device)
-        vault.flush()
+        record = Record("weight")
+        store.write(record, weight.untyped_storage(), device)
+        store.flush()
         del weight
         device.hold(device.driver.in_stream())
-        with gathered(vault, slot, device) as parameter:
+        with gathered(store, record, device) as parameter:
             on_a = x @ parameter.parameter.t()
             device.hold(b)
             with device.stream(b):
@@ -137,18 +137,18 @@ def test_parameters_that_two_streams_use(device: SimulatedDevice, tmp_path: Path
         device.synchronize()
         assert junk and torch.equal(on_a, on_b)
         assert torch.allclose(on_a + model[0][0].bias, expected[1])
-    vault.close()
+    store.close()
 
 
 @contextlib.contextmanager
-def gathered(vault: Vault, slot: Slot, device: SimulatedDevice) -> Iterator[Any]:
-    """A parameter in memory that a slot was read to."""
+def gathered(store: StateStore, record: Record, device: SimulatedDevice) -> Iterator[Any]:
+    """A parameter in memory that a record was read to."""
     from ssdtrain.parameters.parameter import Residence
 
     made = Residence("weight", nn.Parameter(torch.empty(64, 64), requires_grad=False), device)  # type: ignore[arg-type]
     made.hide()
-    arrival = vault.read(slot, device)
-    made.show(vault.take(arrival), arrival)
+    arrival = store.read(record, device)
+    made.show(store.take(arrival), arrival)
     made.use()
     yield made
     made.hide()

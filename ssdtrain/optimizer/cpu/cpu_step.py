@@ -38,7 +38,7 @@ from ssdtrain.optimizer.state import Pages
 from ssdtrain.optimizer.trial.validation import check_apart
 from ssdtrain.parameters.offload import homes_of
 from ssdtrain.store.identity import why_not
-from ssdtrain.store.tensor_store import Vault
+from ssdtrain.store.state_store import StateStore
 
 _MAX_JOBS = 3  # chunks that are copied, updated or written
 _MASTER = "master_param"
@@ -50,18 +50,18 @@ class CpuUpdates:
     def __init__(
         self,
         inner: torch.optim.Optimizer,
-        vault: Vault,
+        store: StateStore,
         pages: Pages,
         *,
         has_masters: bool,
         is_delayed: bool,
     ) -> None:
         """No parameter is met yet. For `has_masters` and `is_delayed` see `OptimizerPolicy`."""
-        self._inner, self._vault, self._pages = inner, vault, pages
+        self._inner, self._store, self._pages = inner, store, pages
         self._has_masters, self._is_delayed = has_masters, is_delayed
         self._devices: dict[torch.Tensor, Accelerator] = {}
         self.shared = SharedValues()
-        self._copies = HostCopies(vault.note)
+        self._copies = HostCopies(store.note)
         self._jobs: deque[Job] = deque()
         self._pool: ThreadPoolExecutor | None = None
         self._pid = os.getpid()
@@ -81,7 +81,7 @@ class CpuUpdates:
         check_apart({parameter: name for parameter, name in names.items() if parameter in self._devices})
 
     def _meet(self, parameter: torch.Tensor, name: str) -> None:
-        device = self._vault.devices().of(parameter)
+        device = self._store.devices().of(parameter)
         if isinstance(device, str) or device.driver is None:
             if self._is_delayed:
                 raise ValueError(
@@ -171,7 +171,7 @@ class CpuUpdates:
         record = record_of(parameter)
         if record is not None and record.is_away:
             changes = tree_map_only(torch.Tensor, lambda t: self._setting(t, parameter), record.changes)
-            return lambda: _changed(record.load_to(self._vault.host), changes)
+            return lambda: _changed(record.load_to(self._store.host), changes)
         grad = record.load() if record is not None else parameter.grad
         assert grad is not None
         if grad.layout is not torch.strided:  # small
@@ -217,7 +217,7 @@ class CpuUpdates:
         """Reads what is not being read yet, also for the jobs that follow."""
         for entry in job.entries:
             if entry.record is not None:  # not through the parameter: another thread may set its gradient
-                entry.record.fetch(self._vault.host)
+                entry.record.fetch(self._store.host)
         ahead: Job | None = job
         for _ in range(_MAX_JOBS):
             if ahead is not None:
@@ -253,8 +253,8 @@ class CpuUpdates:
 
     def _write(self, parameter: torch.Tensor, name: str, state: dict[str, Any] | None) -> None:
         """Begins to write state that is in host memory; without a drive it stays there."""
-        if self._vault.directory is not None and (state or parameter in self._pages):
-            self._pages.send_away(parameter, name, state if state is not None else {}, self._vault.host)
+        if self._store.directory is not None and (state or parameter in self._pages):
+            self._pages.send_away(parameter, name, state if state is not None else {}, self._store.host)
 
     # -- after it ------------------------------------------------------------------------------------------------
 

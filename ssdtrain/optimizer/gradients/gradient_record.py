@@ -1,6 +1,6 @@
 """A gradient on the drive: where its bytes are, and how they are to be changed when they are read.
 
-Knows the vault; not who looks at the gradient, and not optimizers.
+Knows the store; not who looks at the gradient, and not optimizers.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from ssdtrain.devices.base import Device
 from ssdtrain.store.identity import view_of, view_spec, whole
-from ssdtrain.store.slots import Arrival, Slot
-from ssdtrain.store.tensor_store import Vault
+from ssdtrain.store.record import Record
+from ssdtrain.store.state_store import Arrival, StateStore
 
 ITSELF = object()
 """Stands for the gradient among the arguments of a change."""
@@ -39,12 +39,12 @@ class Change(NamedTuple):
 class GradientRecord:
     """One gradient: where its bytes are, and how they are to be changed."""
 
-    def __init__(self, vault: Vault, name: str, grad: torch.Tensor, device: Device) -> None:
+    def __init__(self, store: StateStore, name: str, grad: torch.Tensor, device: Device) -> None:
         """Begins to write it."""
-        self.slot = Slot(f"grad of {name}")
+        self.record = Record(f"grad of {name}")
         self.changes: list[Change] = []
         self._norm: torch.Tensor | None = None  # of the bytes that were written
-        self._vault, self._device = vault, device
+        self._store, self._device = store, device
         self._arrival: Arrival | None = None
         self._here: torch.Tensor | None = None  # in memory until it is dropped
         self._empty = torch.empty(0, dtype=grad.dtype, device=grad.device)
@@ -54,7 +54,7 @@ class GradientRecord:
     @property
     def is_away(self) -> bool:
         """Whether it has to be read."""
-        return self._here is None and self.slot.kept is None
+        return self._here is None and self.record.storage is None
 
     def store(self, grad: torch.Tensor) -> None:
         """Begins to write what it is now."""
@@ -63,14 +63,14 @@ class GradientRecord:
         self._norm = torch.linalg.vector_norm(grad)
         source = whole(grad)
         self.spec, self._arrival, self.changes = view_spec(source), None, []
-        self._vault.write(self.slot, source.untyped_storage(), self._device)
+        self._store.write(self.record, source.untyped_storage(), self._device)
 
     def fetch(self, device: Device | None = None) -> int:
         """Begins to read it, to where it came from or to another device; how many reads."""
         to = device or self._device
         if self._here is not None or (self._arrival is not None and self._arrival.device is to):
             return 0
-        self._arrival = self._vault.read(self.slot, to)
+        self._arrival = self._store.read(self.record, to)
         return int(self._arrival.pending is not None)
 
     def load(self) -> torch.Tensor:
@@ -107,18 +107,18 @@ class GradientRecord:
     def lend(self) -> torch.Tensor:
         """Has it in memory for somebody who may read and write it at any time."""
         if self._here is None:
-            self._vault.note("gradients of which a view or the memory is used stay in memory until they are dropped")
+            self._store.note("gradients of which a view or the memory is used stay in memory until they are dropped")
         return self.hold()
 
     def _read(self, device: Device) -> tuple[torch.Tensor, bool]:
         self.fetch(device)
         arrival, self._arrival = self._arrival, None
         assert arrival is not None
-        return view_of(self._vault.take(arrival), self.spec), arrival.pending is None
+        return view_of(self._store.take(arrival), self.spec), arrival.pending is None
 
     def _stay(self, grad: torch.Tensor) -> None:
         self._here, self.changes = grad, []
-        self._vault.free(self.slot)
+        self._store.free(self.record)
 
     def like(self) -> dict[str, Any]:
         """What a tensor is to look like that stands for it."""
@@ -133,14 +133,15 @@ class GradientRecord:
         """
         if view_spec(grad)[:3] != self.spec[:3]:
             raise RuntimeError(
-                f"Expected {self.slot.name} as {self.spec}, got {view_spec(grad)}: set parameter.grad to another tensor"
+                f"Expected {self.record.name} as {self.spec}, got {view_spec(grad)}: set parameter.grad to another "
+                "tensor"
             )
         self.store(grad)
 
     def in_place_of(self, grad: torch.Tensor) -> GradientRecord:
         """That of another gradient, which stays in memory."""
         found = copy.copy(self)
-        found.slot, found.spec, found.changes, found._arrival = Slot(self.slot.name), view_spec(grad), [], None
+        found.record, found.spec, found.changes, found._arrival = Record(self.record.name), view_spec(grad), [], None
         found._here, found._empty = grad, grad.new_empty(0)
         return found
 

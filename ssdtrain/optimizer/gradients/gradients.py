@@ -1,6 +1,6 @@
 """Gradients on the drive between backward and the optimizer step.
 
-Knows parameters and the vault; not how an optimizer steps. What stands in `parameter.grad` is the truth: it says
+Knows parameters and the store; not how an optimizer steps. What stands in `parameter.grad` is the truth: it says
 whether there is a gradient, and which; see [Note: gradients that are looked at].
 """
 
@@ -15,17 +15,17 @@ import torch
 from ssdtrain.devices.base import Device
 from ssdtrain.optimizer.gradients.gradient_record import GradientRecord
 from ssdtrain.optimizer.gradients.offloaded_gradient import OffloadedGradient, UsedGradient, record_of
-from ssdtrain.store.slots import Slot
-from ssdtrain.store.tensor_store import StateLostError, Vault
+from ssdtrain.store.record import Record
+from ssdtrain.store.state_store import StateLostError, StateStore
 
 
 class Gradients:
     """The gradients of one optimizer's parameters, as far as they are on the drive."""
 
-    def __init__(self, vault: Vault, name_of: Callable[[torch.Tensor], str]) -> None:
+    def __init__(self, store: StateStore, name_of: Callable[[torch.Tensor], str]) -> None:
         """There is none yet."""
-        self._vault, self._name_of = vault, name_of
-        self._slots: dict[weakref.ref[GradientRecord], Slot] = {}
+        self._store, self._name_of = store, name_of
+        self._records: dict[weakref.ref[GradientRecord], Record] = {}
         self._dead: list[weakref.ref[GradientRecord]] = []  # nobody looks at them any more
         self._in_use: dict[torch.Tensor, tuple[OffloadedGradient, torch.Tensor, int]] = {}
 
@@ -43,13 +43,13 @@ class Gradients:
             return  # a sparse one is small
         if type(grad) is not torch.Tensor or grad.requires_grad:
             kind = "with a graph" if grad.requires_grad else f"that are {type(grad).__name__}s"
-            self._vault.note(f"gradients {kind} stay in memory")
+            self._store.note(f"gradients {kind} stay in memory")
             return
-        device = self._vault.devices().of(grad)
+        device = self._store.devices().of(grad)
         if isinstance(device, str):
             return
-        record = GradientRecord(self._vault, self._name_of(parameter), grad.detach(), device)
-        self._slots[weakref.ref(record, self._dead.append)] = record.slot
+        record = GradientRecord(self._store, self._name_of(parameter), grad.detach(), device)
+        self._records[weakref.ref(record, self._dead.append)] = record.record
         parameter.grad = OffloadedGradient(record)
 
     def fetch(self, parameter: torch.Tensor, device: Device | None = None) -> int:
@@ -100,7 +100,7 @@ class Gradients:
         """Gives the drive's space back of those that nobody looks at any more."""
         with contextlib.suppress(IndexError):  # autograd has a thread for each device
             while True:
-                self._vault.free(self._slots.pop(self._dead.pop()))
+                self._store.free(self._records.pop(self._dead.pop()))
 
     def close(self, parameters: Iterable[torch.Tensor]) -> None:
         """Has all of them in memory, whoever looks at them.
@@ -110,7 +110,7 @@ class Gradients:
         """
         self.forget_used(parameters)
         lost: StateLostError | None = None
-        for record in [record for reference in list(self._slots) if (record := reference()) is not None]:
+        for record in [record for reference in list(self._records) if (record := reference()) is not None]:
             try:
                 record.hold()
             except StateLostError as error:

@@ -17,7 +17,7 @@ from ssdtrain.parameters.offload import homes_of
 from ssdtrain.policy import OptimizerPolicy
 from ssdtrain.stats import nbytes_text
 from ssdtrain.store.identity import byte_range
-from ssdtrain.store.tensor_store import Vault
+from ssdtrain.store.state_store import StateStore
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
@@ -110,11 +110,11 @@ def check_settings(policy: OptimizerPolicy, groups: Iterable[Mapping[str, Any]])
         raise ValueError("Expected capturable=False with update_on='cpu', got True: the CPU captures no graph")
 
 
-def check_devices(vault: Vault, groups: Iterable[Mapping[str, Any]]) -> None:
+def check_devices(store: StateStore, groups: Iterable[Mapping[str, Any]]) -> None:
     """Parameters may be where nothing travels from."""
-    devices = vault.devices()
+    devices = store.devices()
     for parameter in [p for group in groups for p in group["params"] if not p.is_meta]:
         reason = devices.of(parameter)
         if isinstance(reason, str):
-            where = "memory of the CPU or of CUDA" if vault.directory else "memory of an accelerator"
+            where = "memory of the CPU or of CUDA" if store.directory else "memory of an accelerator"
             raise ValueError(f"Expected parameters in {where}, got {reason}: pass another directory or device")

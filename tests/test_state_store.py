@@ -15,16 +15,16 @@ from engine_tools import KINDS, eventually
 from fault_tools import KIB, Lab, tell
 
 from ssdtrain.policy import OptimizerPolicy
-from ssdtrain.store.slots import Slot
-from ssdtrain.store.tensor_store import StateLostError, Vault
+from ssdtrain.store.record import Record
+from ssdtrain.store.state_store import StateLostError, StateStore
 
 SIZES = [1, 511, 512, 513, 4095, 4096, 4097, 64 * KIB, 300 * KIB + 7]
 every_engine = pytest.mark.parametrize("engine", KINDS)
 
 
-def vault_of(*directories: object, **policy: Any) -> Vault:
+def store_of(*directories: object, **policy: Any) -> StateStore:
     chosen = OptimizerPolicy(**({"staging_nbytes": 64 * KIB} | policy))
-    return Vault([str(directory) for directory in directories], chosen)
+    return StateStore([str(directory) for directory in directories], chosen)
 
 
 def some(nbytes: int, seed: int = 0) -> torch.UntypedStorage:
@@ -43,171 +43,171 @@ def test_every_size_comes_back(engine: str, num_directories: int, tmp_path: Path
     folders = [tmp_path / str(i) for i in range(num_directories)]
     for folder in folders:
         folder.mkdir()
-    vault = vault_of(*folders, engine=engine)
-    slots = {nbytes: Slot(f"{nbytes} bytes") for nbytes in SIZES}
+    store = store_of(*folders, engine=engine)
+    records = {nbytes: Record(f"{nbytes} bytes") for nbytes in SIZES}
     for seed in range(3):
-        for nbytes, slot in slots.items():
-            vault.write(slot, some(nbytes, seed))
-        arrivals = {nbytes: vault.read(slot) for nbytes, slot in slots.items()}
+        for nbytes, record in records.items():
+            store.write(record, some(nbytes, seed))
+        arrivals = {nbytes: store.read(record) for nbytes, record in records.items()}
         for nbytes, arrival in arrivals.items():
-            assert as_bytes(vault.take(arrival)) == as_bytes(some(nbytes, seed)), (nbytes, seed)
-    vault.flush()
-    in_use = vault._space.in_use_nbytes
+            assert as_bytes(store.take(arrival)) == as_bytes(some(nbytes, seed)), (nbytes, seed)
+    store.flush()
+    in_use = store._space.in_use_nbytes
     assert sum(SIZES) <= in_use < sum(SIZES) + len(SIZES) * num_directories * 4096
-    for slot in slots.values():
-        vault.free(slot)
-    vault.flush()
-    assert vault._space.in_use_nbytes == 0
+    for record in records.values():
+        store.free(record)
+    store.flush()
+    assert store._space.in_use_nbytes == 0
     assert [path for folder in folders for path in folder.iterdir()] == []
-    vault.close()
+    store.close()
 
 
 @every_engine
 def test_a_slot_may_be_written_anew_before_it_is_written(engine: str, tmp_path: Path) -> None:
     """Many times in a row: the last bytes count, and the space of the others is free in the end."""
-    vault, slot = vault_of(tmp_path, engine=engine), Slot("often")
+    store, record = store_of(tmp_path, engine=engine), Record("often")
     for seed in range(50):
-        vault.write(slot, some(40 * KIB, seed))
+        store.write(record, some(40 * KIB, seed))
         if seed % 7 == 0:
-            assert as_bytes(vault.take(vault.read(slot))) == as_bytes(some(40 * KIB, seed))
-    assert as_bytes(vault.take(vault.read(slot))) == as_bytes(some(40 * KIB, 49))
-    vault.flush()
-    assert vault._space.in_use_nbytes == 40 * KIB
-    vault.close()
+            assert as_bytes(store.take(store.read(record))) == as_bytes(some(40 * KIB, seed))
+    assert as_bytes(store.take(store.read(record))) == as_bytes(some(40 * KIB, 49))
+    store.flush()
+    assert store._space.in_use_nbytes == 40 * KIB
+    store.close()
 
 
 @every_engine
 def test_memory_in_flight_is_bounded(engine: str, tmp_path: Path) -> None:
     """Sources are held until they are copied: with staging of 64 KiB never more than that and the largest one."""
-    vault = vault_of(tmp_path, engine=engine)
+    store = store_of(tmp_path, engine=engine)
     for i in range(40):
-        vault.write(Slot(str(i)), some(32 * KIB, i))
-        held = {id(source): source for pending in vault._pending.writes for source in pending.sources}
+        store.write(Record(str(i)), some(32 * KIB, i))
+        held = {id(source): source for pending in store._pending.writes for source in pending.sources}
         assert sum(source.nbytes() for source in held.values()) <= 64 * KIB + 32 * KIB
-    vault.close()
+    store.close()
 
 
 @every_engine
 def test_a_failed_write_keeps_the_bytes(engine: str, small_ext4: Drive) -> None:
     """The drive answers with errors: bytes stay in memory, are read from there, and flush says that they are."""
-    vault = vault_of(small_ext4.directory, engine=engine)
-    slots = [Slot(f"slot {i}") for i in range(6)]
-    vault.write(slots[0], some(100 * KIB, 0))
-    vault.flush()
+    store = store_of(small_ext4.directory, engine=engine)
+    records = [Record(f"record {i}") for i in range(6)]
+    store.write(records[0], some(100 * KIB, 0))
+    store.flush()
     small_ext4.pull()
-    for i, slot in enumerate(slots[1:], start=1):
-        vault.write(slot, some(100 * KIB, i))
+    for i, record in enumerate(records[1:], start=1):
+        store.write(record, some(100 * KIB, i))
     with pytest.raises(OSError, match="in memory") as caught:
-        vault.flush()
+        store.flush()
     assert caught.value.errno in (errno.EIO, errno.ETIMEDOUT)
-    for i, slot in enumerate(slots[1:], start=1):
-        assert as_bytes(vault.take(vault.read(slot))) == as_bytes(some(100 * KIB, i))
-    assert any("write failed" in text for text in vault.counters.fallbacks), vault.counters.fallbacks
+    for i, record in enumerate(records[1:], start=1):
+        assert as_bytes(store.take(store.read(record))) == as_bytes(some(100 * KIB, i))
+    assert any("write failed" in text for text in store.counters.fallbacks), store.counters.fallbacks
     small_ext4.plug()
-    vault.close()
+    store.close()
 
 
 @every_engine
 def test_a_full_drive_keeps_the_bytes(engine: str, small_ext4: Drive) -> None:
     """What has no room stays in memory, and is read from there; with room again it goes out with the next write."""
-    vault = vault_of(small_ext4.directory, engine=engine)
+    store = store_of(small_ext4.directory, engine=engine)
     filler = fill(small_ext4.directory)
-    slots = [Slot(f"slot {i}") for i in range(4)]
-    for i, slot in enumerate(slots):
-        vault.write(slot, some(3000 * KIB, i))
-        assert as_bytes(vault.take(vault.read(slot))) == as_bytes(some(3000 * KIB, i))
-    assert any("no room on the drive for slot 3: it stays in memory" in text for text in vault.counters.fallbacks)
+    records = [Record(f"record {i}") for i in range(4)]
+    for i, record in enumerate(records):
+        store.write(record, some(3000 * KIB, i))
+        assert as_bytes(store.take(store.read(record))) == as_bytes(some(3000 * KIB, i))
+    assert any("no room on the drive for record 3: it stays in memory" in text for text in store.counters.fallbacks)
     filler.unlink()
-    vault._space._no_growth_before = [0.0]  # it tries again after some seconds
-    vault.write(slots[3], some(3000 * KIB, 9))
-    assert slots[3].kept is None
-    assert as_bytes(vault.take(vault.read(slots[3]))) == as_bytes(some(3000 * KIB, 9))
-    vault.close()
+    store._space._no_growth_before = [0.0]  # it tries again after some seconds
+    store.write(records[3], some(3000 * KIB, 9))
+    assert records[3].storage is None
+    assert as_bytes(store.take(store.read(records[3]))) == as_bytes(some(3000 * KIB, 9))
+    store.close()
 
 
 @every_engine
 def test_bytes_that_the_drive_changed_are_an_error(engine: str, tmp_path: Path) -> None:
     """Checksums are on by default; without them the other bytes come back."""
     for checksum in (True, False):
-        vault, slot = vault_of(tmp_path, engine=engine, checksum=checksum), Slot("exp_avg of h.0")
-        vault.checkpoint = "step-7.pt"
-        vault.write(slot, some(64 * KIB))
-        vault.flush()
-        with open(f"/proc/self/fd/{vault.drive.files[0].fd}", "r+b", buffering=0) as raw:
-            offset = slot.parts[0].extent.offset + 100
+        store, record = store_of(tmp_path, engine=engine, checksum=checksum), Record("exp_avg of h.0")
+        store.checkpoint = "step-7.pt"
+        store.write(record, some(64 * KIB))
+        store.flush()
+        with open(f"/proc/self/fd/{store.drive.files[0].fd}", "r+b", buffering=0) as raw:
+            offset = record.segments[0].extent.offset + 100
             os.pwrite(raw.fileno(), bytes([os.pread(raw.fileno(), 1, offset)[0] ^ 4]), offset)
         if checksum:
             with pytest.raises(StateLostError, match=r"exp_avg of h.0, \d+ bytes at offset \d+.*step-7.pt") as caught:
-                vault.take(vault.read(slot))
+                store.take(store.read(record))
             assert (caught.value.errno, caught.value.filename) == (errno.EBADMSG, str(tmp_path))
         else:
-            assert as_bytes(vault.take(vault.read(slot))) != as_bytes(some(64 * KIB))
-        vault.close()
+            assert as_bytes(store.take(store.read(record))) != as_bytes(some(64 * KIB))
+        store.close()
 
 
 @every_engine
 def test_reads_that_fail_are_an_error(engine: str, small_ext4: Drive) -> None:
-    vault, slot = vault_of(small_ext4.directory, engine=engine), Slot("h.0.weight")
-    vault.write(slot, some(500 * KIB))
-    vault.flush()
+    store, record = store_of(small_ext4.directory, engine=engine), Record("h.0.weight")
+    store.write(record, some(500 * KIB))
+    store.flush()
     small_ext4.pull()
     with pytest.raises(StateLostError, match=r"h.0.weight") as caught:
-        vault.take(vault.read(slot))
+        store.take(store.read(record))
     assert caught.value.errno == errno.EIO
     small_ext4.plug()
-    vault.close()
+    store.close()
 
 
 def test_what_was_dropped_is_not_written_to(tmp_path: Path) -> None:
     """An arrival nobody takes: its memory is held until the read is over, then free."""
-    vault, slot = vault_of(tmp_path), Slot("dropped")
-    vault.write(slot, some(2000 * KIB))
-    vault.flush()
+    store, record = store_of(tmp_path), Record("dropped")
+    store.write(record, some(2000 * KIB))
+    store.flush()
     for _ in range(5):
-        vault.read(slot)
-    vault.engine.drain()
-    vault._reap()
-    assert vault._pending.reads == []
-    vault.close()
+        store.read(record)
+    store.engine.drain()
+    store._reap()
+    assert store._pending.reads == []
+    store.close()
 
 
 def test_reserve(small_ext4: Drive) -> None:
-    vault = vault_of(small_ext4.directory)
-    vault.reserve(1 << 20, "things")
+    store = store_of(small_ext4.directory)
+    store.reserve(1 << 20, "things")
     with pytest.raises(OSError, match=r"Expected room for 32.0 MiB of things, got \d+.*: free some space") as caught:
-        vault.reserve(32 << 20, "things")
+        store.reserve(32 << 20, "things")
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(small_ext4.directory))
-    capped = vault_of(small_ext4.directory, disk_nbytes="1MiB")
+    capped = store_of(small_ext4.directory, disk_nbytes="1MiB")
     with pytest.raises(OSError, match=r"raise disk_nbytes \(1.0 MiB\)"):
         capped.reserve(2 << 20, "things")
-    vault.close()
+    store.close()
     capped.close()
 
 
 def test_closed(tmp_path: Path) -> None:
-    vault, slot = vault_of(tmp_path), Slot("late")
-    vault.write(slot, some(KIB))
-    vault.close()
-    vault.close()
-    for call in (lambda: vault.read(slot), lambda: vault.write(slot, some(KIB)), vault.flush):
+    store, record = store_of(tmp_path), Record("late")
+    store.write(record, some(KIB))
+    store.close()
+    store.close()
+    for call in (lambda: store.read(record), lambda: store.write(record, some(KIB)), store.flush):
         with pytest.raises(RuntimeError, match="after close"):
             call()
-    vault.free(slot)
+    store.free(record)
 
 
 def in_a_forked_child(directory: str) -> None:
-    vault, slot = vault_of(directory), Slot("parent's")
-    vault.write(slot, some(100 * KIB))
+    store, record = store_of(directory), Record("parent's")
+    store.write(record, some(100 * KIB))
     child = os.fork()
     if child == 0:
         try:
-            vault.read(slot)
+            store.read(record)
         except RuntimeError as error:
             os._exit(7 if "forked child" in str(error) else 8)
         os._exit(9)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    assert as_bytes(vault.take(vault.read(slot))) == as_bytes(some(100 * KIB))
-    vault.close()
+    assert as_bytes(store.take(store.read(record))) == as_bytes(some(100 * KIB))
+    store.close()
 
 
 def test_a_forked_child_is_told(lab: Lab, tmp_path: Path) -> None:
@@ -215,10 +215,10 @@ def test_a_forked_child_is_told(lab: Lab, tmp_path: Path) -> None:
 
 
 def killed(directory: str) -> None:
-    vault = vault_of(directory)
-    slots = [Slot(str(i)) for i in range(8)]
-    for i, slot in enumerate(slots):
-        vault.write(slot, some(1000 * KIB, i))
+    store = store_of(directory)
+    records = [Record(str(i)) for i in range(8)]
+    for i, record in enumerate(records):
+        store.write(record, some(1000 * KIB, i))
     tell("written")
     os.kill(os.getpid(), 9)
 
@@ -233,11 +233,11 @@ def test_a_killed_process_leaves_nothing(lab: Lab, small_ext4: Drive) -> None:
 
 
 def test_nothing_is_left_without_close(tmp_path: Path, small_ext4: Drive) -> None:
-    """The vault is dropped: its files and its engine go with it."""
+    """The store is dropped: its files and its engine go with it."""
     before = small_ext4.used_nbytes
-    vault = vault_of(small_ext4.directory)
-    vault.write(Slot("x"), some(1000 * KIB))
-    vault.engine.drain()
-    del vault
+    store = store_of(small_ext4.directory)
+    store.write(Record("x"), some(1000 * KIB))
+    store.engine.drain()
+    del store
     gc.collect()
     eventually(lambda: small_ext4.used_nbytes == before)

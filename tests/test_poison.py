@@ -1,4 +1,4 @@
-"""An interrupt at every single step of a change: the books are torn, and what follows is right all the same."""
+"""An interrupt at every single step of a change: the lock is poisoned, and what follows is right all the same."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ import pytest
 import torch
 
 import ssdtrain
-from ssdtrain.store.poison import Books, ClosedError
+from ssdtrain.store.poison import ClosedError, PoisonableLock
 
 MIB = 1 << 20
 POLICY = {"min_nbytes": 0, "staging_nbytes": MIB, "mode": "all", "engine": "threads"}
 OUR_FILES = (
     "activations/writeback.py",
-    "store/transfers.py",
+    "store/tensor_store.py",
+    "store/pending.py",
     "io/client.py",
     "activations/reload.py",
     "io/host_space.py",
@@ -34,32 +35,32 @@ OUR_FILES = (
 
 class Owner:
     def __init__(self) -> None:
-        self.num_starts = 0
-        self.books = Books(self)
+        self.num_resets = 0
+        self.lock = PoisonableLock(self.reset)
 
-    def start_afresh(self) -> None:
-        self.num_starts += 1
+    def reset(self) -> None:
+        self.num_resets += 1
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError, TimeoutError, AssertionError])
-def test_a_change_that_was_not_finished_tears_the_books(error: type[BaseException]) -> None:
+def test_a_change_that_was_not_finished_poisons_the_lock(error: type[BaseException]) -> None:
     owner = Owner()
-    with pytest.raises(error), owner.books:
+    with pytest.raises(error), owner.lock:
         raise error
-    assert owner.num_starts == 0
-    with owner.books:
-        assert owner.num_starts == 1
-    with owner.books:
-        assert owner.num_starts == 1
+    assert owner.num_resets == 0
+    with owner.lock:
+        assert owner.num_resets == 1
+    with owner.lock:
+        assert owner.num_resets == 1
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), ClosedError("closed"), MemoryError()])
 def test_errors_that_are_part_of_the_contract_do_not(error: Exception) -> None:
     owner = Owner()
-    with pytest.raises(type(error)), owner.books:
+    with pytest.raises(type(error)), owner.lock:
         raise error
-    with owner.books:
-        assert owner.num_starts == 0
+    with owner.lock:
+        assert owner.num_resets == 0
 
 
 class Interrupter:
@@ -72,7 +73,7 @@ class Interrupter:
         code = frame.f_code
         if not code.co_filename.endswith(tuple(f"ssdtrain/{name}" for name in OUR_FILES)):
             return None
-        if code.co_name in ("bereave", "__del__"):  # Python drops what is raised there: the record stays until `close`
+        if code.co_name in ("release_later", "__del__"):  # Python drops what is raised there: the record stays
             return None
         if event == "line":
             self.num_lines += 1
