@@ -42,13 +42,13 @@ test: $(VENV)/.package $(VENV)/.tests
 STANDIN_VENV ?= .venv-standin
 STANDIN_BUILD := build/standin
 STANDIN ?=
-STANDIN_SUITES := $(shell sed -n '/--devices cuda/,/[^\\]$$/p' recipes/benchmarks/gpu.sh | grep -o 'tests/[a-z_]*\.py' | sort -u)
+STANDIN_SUITES := $(shell sed -n '/--devices cuda/,/[^\\]$$/p' recipes/benchmarks/gpu.sh | grep -o 'tests/[a-z_/]*\.py' | sort -u)
 
 test-standin: $(STANDIN_VENV)/.standin
 	tests/standin/build.sh $(STANDIN_VENV)/bin/python $(STANDIN_BUILD)
 	$(STANDIN_VENV)/bin/python setup.py -q build_ext --inplace
 	PYTHONPATH=$(CURDIR) FAIL_WITHOUT_CUDA=1 tests/standin/run.sh $(STANDIN_BUILD) $(STANDIN_VENV)/bin/python -m pytest \
-	    -n $${JOBS:-2} --dist loadfile --devices cuda tests/standin tests/test_cuda.py $(STANDIN_SUITES) $(STANDIN)
+	    -n $${JOBS:-2} --dist loadfile --devices cuda tests/standin tests/devices/test_cuda.py $(STANDIN_SUITES) $(STANDIN)
 
 # An environment of its own: the pinned torch of the other one is for the CPU.
 $(STANDIN_VENV)/.standin:

@@ -1,5 +1,5 @@
 // A program that drives the engine hard, to be run under sanitizers
-// (tests/test_engine_sanitizers.py):
+// (tests/stress/test_engine_sanitizers.py):
 //
 //     stress_test DIRECTORY KIND NUM_ROUNDS SEED
 //

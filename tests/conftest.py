@@ -17,6 +17,7 @@ import pytest
 import torch
 from drives import Drive, ext4_drive, tmpfs_drive
 from fault_tools import Lab
+from folders import HELPERS
 from run_tools import browser
 
 import ssdtrain
@@ -216,7 +217,7 @@ def _compile(source: str, target: Path) -> Path:
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         pytest.skip(f"no C compiler for {source}")
-    command = [compiler, "-shared", "-fPIC", "-O1", "-pthread", "-o", target, Path(__file__).parent / source, "-ldl"]
+    command = [compiler, "-shared", "-fPIC", "-O1", "-pthread", "-o", target, HELPERS / source, "-ldl"]
     subprocess.run(command, check=True)
     return target
 

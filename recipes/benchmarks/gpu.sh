@@ -67,25 +67,26 @@ one() {
   fi
   part 90 build env SSDTRAIN_BUILD_JOBS="$(nproc)" "$python" setup.py build_ext --inplace
   part 60 smoke "$python" recipes/benchmarks/gpu_smoke.py "$results/smoke.json" "${smoke[@]}"
-  suite 110 cuda $some tests/test_cuda.py
+  suite 110 cuda $some tests/devices/test_cuda.py
   bench 120 host-8192 --tier host $([ -n "$toy" ] || echo --hidden 8192 --heads 64 --layers 4 --sequence 4096 --batch 4)
 }
 
 two() {
   budget=300
-  suite 130 suites $most --devices cuda tests/test_accelerator.py tests/test_accelerator_plans.py tests/test_autograd.py \
-    tests/test_inplace.py tests/test_saved_tensors.py tests/test_weights.py tests/test_checkpoint.py \
-    tests/test_training.py tests/test_state_devices.py tests/test_cpu_updates.py tests/test_delayed_update.py
+  suite 130 suites $most --devices cuda tests/devices/test_accelerator.py tests/scheduling/test_accelerator_plans.py \
+    tests/activations/test_autograd.py tests/activations/test_inplace.py tests/activations/test_saved_tensors.py \
+    tests/activations/test_weights.py tests/activations/test_checkpoint.py tests/activations/test_training.py \
+    tests/devices/test_state_devices.py tests/optimizer/test_cpu_updates.py tests/optimizer/test_delayed_update.py
   sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
   if [ -n "$sanitizer" ]; then
-    part 60 memcheck "$sanitizer" --tool memcheck --error-exitcode 9 "$python" tests/cuda_small.py "$directory"
+    part 60 memcheck "$sanitizer" --tool memcheck --error-exitcode 9 "$python" tests/helpers/cuda_small.py "$directory"
   fi
   bench 80 drive-8192 --tier drive $([ -n "$toy" ] || echo --hidden 8192 --heads 64 --layers 2 --sequence 2048 --batch 2)
   part 30 doctor "$python" -m ssdtrain doctor "$directory"
   bench 110 host-16384 --tier host $([ -n "$toy" ] || echo --hidden 16384 --heads 128 --layers 2 --sequence 2048 --batch 4)
   if [ -n "$sanitizer" ] && [ "$(left)" -gt 20 ]; then
     part 40 stream-races env PYTORCH_CUDA_ALLOC_CONF=backend:cudaMallocAsync "$sanitizer" --tool memcheck \
-      --track-stream-ordered-races all --error-exitcode 9 "$python" tests/cuda_small.py "$directory"
+      --track-stream-ordered-races all --error-exitcode 9 "$python" tests/helpers/cuda_small.py "$directory"
   fi
 }
 

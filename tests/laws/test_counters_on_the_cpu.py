@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from cpu_update_tools import on_cpu, run_on_copies
 from other_optimizers import FusedAdam, Prodigy, Sophia, TensorCounting
 from state_tools import check_same, check_same_state, model_of, train, values
-from test_cpu_updates import on_cpu, run_on_copies
 
 from ssdtrain.devices.simulated import SimulatedDevice
 

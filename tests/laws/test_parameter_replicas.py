@@ -7,12 +7,11 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from folders import HELPERS, JOBS, ROOT
 
-WORKER = Path(__file__).parents[1] / "replicas_worker.py"
 LIMIT_SECONDS = 300
 
 
@@ -26,12 +25,12 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(WORKER), str(folder), str(rank)],
+            [sys.executable, "-W", "ignore", str(JOBS / "replicas_worker.py"), str(folder), str(rank)],
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ
             | shared
-            | {"PYTHONPATH": str(WORKER.parents[1])}
+            | {"PYTHONPATH": f"{ROOT}{os.pathsep}{HELPERS}"}
             | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(2)

@@ -15,17 +15,16 @@ from typing import Any
 
 import pytest
 import torch
+from folders import JOBS
 from state_tools import MLP, check_same, model_of, values
 from torch import nn
 
 import ssdtrain
 
-JOBS = Path(__file__).parents[1] / "checkpoint_jobs.py"
-
 
 def job(name: str, folder: Path, kind: str = "nameless") -> Any:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(JOBS), name, str(folder), kind]
+    command = [sys.executable, str(JOBS / "checkpoint_jobs.py"), name, str(folder), kind]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from folders import JOBS
 from state_tools import EAGER_STATE, check_same, model_of, train, values
 
 import ssdtrain
 
-WORKER = Path(__file__).parents[1] / "sharded_worker.py"
+WORKER = JOBS / "sharded_worker.py"
 
 
 def offloaded(optimizer: torch.optim.Optimizer, folder: Path, **policy: Any) -> Any:
