@@ -71,6 +71,13 @@ class Filed:
     num_handles: int = 0
     may_be_home: bool = False  # somebody may have found the source alive and called the trip off
 
+    def may_hold(self, storage: StorageWeakRef) -> bool:
+        """Whether the record may be what keeps `storage` alive: as its source, or until all handles saw its reload."""
+        is_reloaded = self.memory.cdata != self.source.cdata
+        return (self.may_be_home and self.source.cdata == storage.cdata) or (
+            is_reloaded and self.memory.cdata == storage.cdata
+        )
+
 
 @dataclass(eq=False)
 class Saved:
@@ -371,9 +378,7 @@ class RecordLife(RuleBasedStateMachine):
             if not filed.may_be_home and filed.memory.cdata == filed.source.cdata:  # never reloaded
                 assert filed.record.residency in (Residency.DISK, Residency.RELOADING)
                 owners = [held for held in self.held if held.tensor.untyped_storage()._cdata == filed.source.cdata]
-                others = [
-                    other for other in self.filed if other.may_be_home and other.source.cdata == filed.source.cdata
-                ]
+                others = [other for other in self.filed if other is not filed and other.may_hold(filed.source)]
                 assert filed.source.expired() or owners or others, "the memory of a record on the drive is not free"
 
     # -- faults ----------------------------------------------------------------------------------------------------
@@ -416,7 +421,7 @@ class RecordLife(RuleBasedStateMachine):
             try:
                 self.unpack(which=which, keep=False, times=1)
             except OSError as error:
-                failure = error
+                failure = error.with_traceback(None)  # whose frames hold the handle
         if failure is not None:
             assert failure.errno == errno.EBADF and failure.filename == str(self.directory)
             assert "record" in str(failure)
@@ -492,7 +497,9 @@ class RecordLife(RuleBasedStateMachine):
         assert all(memory.expired() for memory in self.memories)
         num_kept = num_kept_files(self.offload)
         assert num_kept <= 1
-        assert eventually(lambda: len(descriptors() - self.holdings[0]) == num_kept)  # a file of no use closes meanwhile
+        assert eventually(
+            lambda: len(descriptors() - self.holdings[0]) == num_kept
+        )  # a file of no use closes meanwhile
         assert eventually(lambda: num_threads() <= self.holdings[1])
         assert os.listdir(self.directory) == []
         self.offload.close()
