@@ -53,12 +53,12 @@ class StateCounters:
         self.waits, self.fallbacks = dict(drive.waits), list(drive.fallbacks)
         self.engine, self.engine_reason = drive.engine, drive.engine_reason
 
-    def go(self, nbytes: int, num: int = 1) -> None:
+    def offload(self, nbytes: int, num: int = 1) -> None:
         """Counts a tensor whose place is the drive from now on, or, negative, is not any more."""
         self.num_away += num
         self.away_nbytes += nbytes
 
-    def stay(self, reason: str, nbytes: int) -> None:
+    def keep(self, reason: str, nbytes: int) -> None:
         """Counts a tensor that stays in memory."""
         entry = self.stays.setdefault(reason, [0, 0])
         entry[0] += 1

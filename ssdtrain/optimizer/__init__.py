@@ -1,1 +1,1 @@
-"""Optimizer state on the drive, paged through the step a few parameters at a time. Knows no modules."""
+"""Optimizer state on the drive, in memory for a few parameters at a time during the step. Knows no modules."""

@@ -1,6 +1,6 @@
 """The optimizer that does the arithmetic: how much state it will have, its step for a few parameters.
 
-Knows optimizers, and neither drives nor pages.
+Knows optimizers, and neither drives nor state that is away.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ def take_over(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     return release
 
 
-def plain_step(optimizer: torch.optim.Optimizer) -> Any:
+def inner_step(optimizer: torch.optim.Optimizer) -> Any:
     """The optimizer's own step, without the hooks around it."""
     step: Any = type(optimizer).step
     return (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)
 
 
-def twin_of(
+def shadow_of(
     optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]], attributes: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
     """One of the same kind and with the same settings, for a step of its own: other groups, no parameter's state."""
-    twin = object.__new__(type(optimizer))
-    vars(twin).update({**vars(optimizer), **attributes})
-    twin.state, twin.param_groups = defaultdict(dict), groups
-    twin.state.update({k: copied(v) for k, v in optimizer.state.items() if not isinstance(k, torch.Tensor)})
-    return twin
+    shadow = object.__new__(type(optimizer))
+    vars(shadow).update({**vars(optimizer), **attributes})
+    shadow.state, shadow.param_groups = defaultdict(dict), groups
+    shadow.state.update({k: copied(v) for k, v in optimizer.state.items() if not isinstance(k, torch.Tensor)})
+    return shadow
 
 
 @contextlib.contextmanager
@@ -120,7 +120,7 @@ def predict_state_nbytes(optimizer: torch.optim.Optimizer, min_nbytes: int, *, h
     tiny.grad = torch.zeros_like(tiny)
     try:
         optimizer.state, optimizer.param_groups = defaultdict(dict), [{**groups[0], "params": [tiny]}]
-        plain_step(optimizer)
+        inner_step(optimizer)
         found = [v.nbytes for v in optimizer.state[tiny].values() if isinstance(v, torch.Tensor) and v.numel() == 64]
     except (RuntimeError, ValueError, TypeError, KeyError):  # wants other gradients, or state from the beginning
         return 0

@@ -1,6 +1,6 @@
 """`optimizer.state` of an optimizer whose state is on a drive: a mapping that reads and writes through.
 
-Knows the optimizer that does the arithmetic and the pages; not when it steps.
+Knows the optimizer that does the arithmetic and where its state is; not when it steps.
 
 [Note: state that is lent]
 What is handed out is the optimizer's own dictionary with the state itself in memory, and nothing of it on the drive: so
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ssdtrain.optimizer.state import Pages
+from ssdtrain.optimizer.state import OffloadedState
 from ssdtrain.store.frames import nbytes_of, tensors_of
 
 
@@ -29,8 +29,8 @@ class LiveState(MutableMapping[Any, Any]):
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        pages: Pages,
-        send_away: Callable[[torch.Tensor], None],
+        offloaded: OffloadedState,
+        offload: Callable[[torch.Tensor], None],
         check: Callable[[torch.Tensor], None],
         max_nbytes: int,
     ) -> None:
@@ -38,7 +38,7 @@ class LiveState(MutableMapping[Any, Any]):
 
         `check` is called before state comes to memory.
         """
-        self._optimizer, self._pages, self._send_away, self._check = optimizer, pages, send_away, check
+        self._optimizer, self._offloaded, self._offload, self._check = optimizer, offloaded, offload, check
         self._max_nbytes = max_nbytes
         self._own: dict[Any, Any] | None = None
 
@@ -71,17 +71,17 @@ class LiveState(MutableMapping[Any, Any]):
     def __getitem__(self, key: Any) -> Any:
         """A parameter's state; it gets an empty one while it has none."""
         found = self.own[key]
-        if isinstance(key, torch.Tensor) and key not in self._pages.lent:
+        if isinstance(key, torch.Tensor) and key not in self._offloaded.lent:
             self._check(key)
-            self._pages.lend(key, found)
+            self._offloaded.lend(key, found)
             self.settle(self._max_nbytes)
         return found
 
     def __setitem__(self, key: Any, value: Any) -> None:
         """Gives a parameter other state."""
         if isinstance(key, torch.Tensor):
-            self._pages.drop(key)
-            self._pages.lent[key] = nbytes_of(value)
+            self._offloaded.drop(key)
+            self._offloaded.lent[key] = nbytes_of(value)
         self.own[key] = value
         self.settle(self._max_nbytes)
 
@@ -119,16 +119,16 @@ class LiveState(MutableMapping[Any, Any]):
 
     def _forget(self, key: Any) -> None:
         if isinstance(key, torch.Tensor):
-            self._pages.drop(key)
-            self._pages.lent.pop(key, None)
+            self._offloaded.drop(key)
+            self._offloaded.lent.pop(key, None)
 
     def __contains__(self, key: object) -> bool:
         """Whether a parameter has state."""
-        return key in self.own or (isinstance(key, torch.Tensor) and key in self._pages)
+        return key in self.own or (isinstance(key, torch.Tensor) and key in self._offloaded)
 
     def __iter__(self) -> Iterator[Any]:
         """Parameters with state, and what else the optimizer files there."""
-        return iter({**self.own, **dict.fromkeys(self._pages)})
+        return iter({**self.own, **dict.fromkeys(self._offloaded)})
 
     def __len__(self) -> int:
         """How many those are."""
@@ -149,7 +149,7 @@ class LiveState(MutableMapping[Any, Any]):
 
     def settle(self, max_nbytes: int = 0) -> None:
         """Sends away what nobody holds, until no more than this is lent."""
-        lent, state = self._pages.lent, self.own
+        lent, state = self._offloaded.lent, self.own
         total = sum(lent.values())
         for parameter, nbytes in list(lent.items()):
             if total <= max_nbytes and max_nbytes:
@@ -158,7 +158,7 @@ class LiveState(MutableMapping[Any, Any]):
                 continue
             del lent[parameter]
             total -= nbytes
-            self._send_away(parameter)
+            self._offload(parameter)
 
 
 def _plain(state: dict[Any, Any]) -> dict[Any, Any]:

@@ -1,4 +1,4 @@
-"""`offload_optimizer`: optimizer state lives on the drive and is paged through the step, a few parameters at a time.
+"""`offload_optimizer`: optimizer state lives on the drive and is in memory for a few parameters at a time.
 
 The optimizer itself does the arithmetic: it is shown the parameters of one chunk, with their state in memory, and
 takes its step for those; meanwhile the state of the next chunk is read and that of the last one written. So the result
@@ -8,33 +8,26 @@ is the same to the bit, for every optimizer whose update of a parameter depends 
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
-from torch.profiler import record_function
 
 from ssdtrain.optimizer.cpu.cpu_step import CpuUpdates
 from ssdtrain.optimizer.gradients.gradients import Gradients
-from ssdtrain.optimizer.gradients.reach import Reach, has_reentrant_checkpoints, weakly
-from ssdtrain.optimizer.inner import predict_state_nbytes, take_over, what_stayed
+from ssdtrain.optimizer.gradients.reach import weakly
+from ssdtrain.optimizer.inner import predict_state_nbytes, take_over
 from ssdtrain.optimizer.live_state import LiveState
-from ssdtrain.optimizer.methods import paged
-from ssdtrain.optimizer.progress import StepProgress
-from ssdtrain.optimizer.state import Pages
+from ssdtrain.optimizer.state import OffloadedState
 from ssdtrain.optimizer.state_dict import whole_state_dict
-from ssdtrain.optimizer.step import Updates
+from ssdtrain.optimizer.step import Updates, read_through
+from ssdtrain.optimizer.stepper import Stepper
 from ssdtrain.optimizer.trial.closures import check_closure
 from ssdtrain.optimizer.trial.validation import check_alone, check_devices, check_optimizer, check_settings
-from ssdtrain.parameters.offload import homes_of
+from ssdtrain.parameters.offload import offloads_of
 from ssdtrain.policy import OptimizerPolicy
 from ssdtrain.state_stats import StateCounters, StateStats
 from ssdtrain.store.state_store import StateLostError, StateStore
-from ssdtrain.verdict import on_optimizer
-
-_AHEAD = 2  # chunks whose state is read before their turn
 
 
 class OffloadedOptimizer(torch.optim.Optimizer):
@@ -51,11 +44,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._inner = optimizer
         self._counters = StateCounters("optimizer state")
         self._names: dict[torch.Tensor, str] = {}
-        self._progress = StepProgress()
-        self._is_closed = self._is_judged = False
+        self._is_closed = False
         self._hooked: set[torch.Tensor] = set()
-        self._reach = Reach(policy, type(optimizer).__name__, self._name)
-        self._lock = threading.RLock()  # of what happens in backward
         self._handles: list[Any] = []
         hooks = {name: value for name, value in vars(optimizer).items() if name.endswith("_hooks")}
         self.__setstate__({"defaults": dict(optimizer.defaults), **hooks})  # which adds to them
@@ -63,28 +53,30 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         check_settings(self.policy, self.param_groups)
         state_nbytes = predict_state_nbytes(optimizer, policy.min_nbytes, has_masters=policy.master_weights)
         self._store = open_store()
-        self._pages = Pages(self._store, self._counters, policy.min_nbytes)
+        self._offloaded = OffloadedState(self._store, self._counters, policy.min_nbytes)
         self._gradients = Gradients(self._store, self._name)
         self._cpu_updates = CpuUpdates(
             optimizer,
             self._store,
-            self._pages,
+            self._offloaded,
             has_masters=policy.master_weights,
             is_delayed=policy.delayed_update,
         )
         self._updates = Updates(
-            optimizer, self._pages, self._gradients, self._cpu_updates, self._name, policy.chunk_nbytes
+            optimizer, self._offloaded, self._gradients, self._cpu_updates, self._name, policy.chunk_nbytes
         )
+        self._stepper = Stepper(optimizer, self._store, self._updates, self._counters, policy, self._scaler)
+        self._progress = self._stepper.progress
         try:
             check_devices(self._store, self.param_groups)
             if policy.update_on == "device" or self._store.directory is not None:  # else it stays in host memory
                 self._store.reserve(state_nbytes, "optimizer state")
             self._regroup()
             for parameter in self._group_of:
-                self._updates.send_away(parameter)
+                self._updates.offload(parameter)
         except BaseException:
-            for parameter in self._pages:
-                self._pages.bring(parameter, optimizer.state[parameter])
+            for parameter in self._offloaded:
+                self._offloaded.reload(parameter, optimizer.state[parameter])
             self._cpu_updates.settle()
             self._unhook()
             self._store.close()
@@ -109,7 +101,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         Until the next step a chunk of it may stay.
         """
         self._check_open()
-        self._finish()
+        self._stepper.finish()
         return self._updates.live
 
     @state.setter
@@ -120,15 +112,15 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """Whatever else the optimizer has; its methods find the state."""
         if name.startswith("__") or name in ("_inner", "_updates"):
             raise AttributeError(name)
-        return paged(self._inner, name, getattr(self._inner, name), self._updates, self._begin_call)
+        return read_through(self._inner, name, getattr(self._inner, name), self._updates, self._begin_call)
 
     def _begin_call(self) -> None:
         """A method of the optimizer is about to change what it likes."""
         self._check_open()
         self._regroup()
         self._progress.end_backwards()
-        self._check_whole()
-        self._finish()
+        self._stepper.check_complete()
+        self._stepper.finish()
 
     def __repr__(self) -> str:
         return f"Offloaded{self._inner!r}"
@@ -140,7 +132,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """See `torch.optim.Optimizer.add_param_group`.
 
         Raises:
-            ValueError: with it the optimizer cannot be paged as the policy says; the groups are as they were.
+            ValueError: with it the optimizer cannot be offloaded as the policy says; the groups are as they were.
         """
         self._check_open()
         self._inner.add_param_group(param_group)
@@ -163,89 +155,15 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._check_open()
         self._regroup()
         self._progress.end_backwards()
-        self._check_whole(in_step=True)
+        self._stepper.check_complete(in_step=True)
         if self.policy.delayed_update:
-            self._finish()
+            self._stepper.finish()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad(), record_function("ssdtrain::optimizer_step"):
-            with self._noting_errors():
-                self._update_all(self._updates.due(self._progress.updated))
-                if not self._cpu_updates.is_busy or not self.policy.delayed_update:
-                    self._updates.finish()
-        self._finish_step()
+        self._stepper.step()
         return loss
-
-    def _update_all(self, parameters: Iterable[torch.Tensor]) -> None:
-        chunks = self._updates.chunks(parameters)
-        if not chunks and not self._progress.updated:
-            self._updates.update_none(self._scaler())
-        for i, chunk in enumerate(chunks):
-            for parameter in [p for ahead in chunks[i : i + 1 + _AHEAD] for p in ahead if p not in self._cpu_updates]:
-                self._fetch(parameter)
-            self._update(chunk)
-
-    def _fetch(self, parameter: torch.Tensor) -> None:
-        self._counters.num_prefetched += self._updates.fetch(parameter)
-
-    def _update(self, chunk: list[torch.Tensor]) -> None:
-        """Updates these, and frees their gradients where gradients do not stay until the step is over.
-
-        Those that the CPU updates have their new values after `finish`.
-        """
-        begin = partial(self._progress.begin_update, self._name(chunk[0]), self._group_of)
-        self._updates.update(chunk, self._scaler(), begin)
-        if self.policy.step_in_backward or self.policy.offload_gradients or self.policy.delayed_update:
-            self._progress.updated.update(chunk)
-        for parameter in chunk if self.policy.step_in_backward else []:
-            self._gradients.note_used(parameter, self._progress.explain_used(self._name(parameter)))
-        for parameter in chunk if self.policy.delayed_update else []:
-            parameter.grad = None
-
-    @contextlib.contextmanager
-    def _noting_errors(self) -> Iterator[None]:
-        """What is raised inside leaves a step that is not whole, and nothing that goes on."""
-        try:
-            yield
-        except BaseException:
-            self._progress.note_error()
-            self._cpu_updates.abandon()
-            raise
-
-    def _finish(self) -> None:
-        """All that the CPU updates has its new values."""
-        is_late = self.policy.delayed_update and self._cpu_updates.is_busy
-        if is_late:
-            self._cpu_updates.wait()
-        with self._noting_errors():
-            if is_late:
-                late = f"step {self._progress.num_steps}, whose update was delayed"
-                self._progress.note_torn(late, self._group_of)
-                self._updates.finish()
-            self._cpu_updates.finish()
-        if is_late:
-            self._progress.note_torn("", self._group_of)
-            self._judge()
-
-    def _finish_step(self) -> None:
-        self._progress.finish_step(self._group_of)
-        self._counters.num_steps = self._progress.num_steps
-        self._inner._opt_called = True  # type: ignore[attr-defined]  # for schedulers that were made with it
-        if not self._cpu_updates.is_busy:
-            self._judge()
-
-    def _judge(self) -> None:
-        """Once some state was made: whether any of it has left. Without a directory the CPU's stays with it."""
-        if self._is_judged or not self._progress.has_updated:
-            return
-        self._is_judged = True
-        if self.policy.update_on == "device" or self._store.directory is not None:
-            left = what_stayed(self._inner, self.policy.min_nbytes)
-            verdict = on_optimizer(self._counters, type(self._inner).__name__, left)
-            if verdict is not None:
-                self._store.note(verdict)
 
     def _scaler(self) -> dict[str, Any]:
         """What a GradScaler told this optimizer: fused ones unscale by themselves."""
@@ -294,7 +212,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             >>> model(second).backward(); optimizer.step()
         """
         self._check_open()
-        with self._reach.accumulate():
+        with self._stepper.reach.accumulate():
             yield
 
     def _on_gradient(self, parameter: torch.Tensor) -> None:
@@ -304,31 +222,9 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         if self.policy.offload_gradients:
             with torch.no_grad():
                 check_alone(self.policy)
-                self._gradients.take(parameter)
+                self._gradients.offload(parameter)
             return
-        if not self._reach.is_accumulating:
-            with self._lock:  # autograd has a thread for each device
-                self._update_in_backward(parameter)
-
-    def _update_in_backward(self, parameter: torch.Tensor) -> None:
-        self._check_whole(in_step=True)
-        progress = self._progress
-        if progress.follow_backward():
-            check_alone(self.policy)
-            self._regroup()
-            self._reach.check()
-            if progress.count_arrivals(has_reentrant_checkpoints):
-                self._store.note("a checkpoint is reentrant: all gradients of the first step stay in memory until it")
-        if parameter not in self._group_of or progress.is_late(parameter):
-            return
-        progress.arrive(parameter, self._name(parameter))
-        with torch.no_grad():
-            for following in progress.following(parameter, self._pages.nbytes, _AHEAD * self.policy.chunk_nbytes):
-                self._fetch(following)
-            if sum(self._pages.nbytes(p) for p in progress.arrived) >= self.policy.chunk_nbytes:
-                arrived, progress.arrived = list(progress.arrived), {}
-                with self._noting_errors():
-                    self._update(arrived)
+        self._stepper.update_in_backward(parameter, self._regroup)
 
     # -- all of it ------------------------------------------------------------------------------------------
 
@@ -340,14 +236,14 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """
         self._check_open()
         if self._cpu_updates.has_failed:
-            self._finish()
-        self._check_whole()
+            self._stepper.finish()
+        self._stepper.check_complete()
         if self._cpu_updates.is_busy:
             raise RuntimeError(
                 f"Expected flush() before a checkpoint, got the update of step {self._progress.num_steps}, which was "
                 "delayed: call optimizer.flush(), then model.state_dict() and optimizer.state_dict()"
             )
-        found = whole_state_dict(self._inner, self._pages)
+        found = whole_state_dict(self._inner, self._offloaded)
         self._store.checkpoint = f"the last state_dict() was taken after step {self._counters.num_steps}"
         return found
 
@@ -390,7 +286,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             OSError: it could not take some of it, which is in memory.
         """
         self._check_open()
-        self._finish()
+        self._stepper.finish()
         self._store.flush()
 
     def note_checkpoint(self, text: str) -> None:
@@ -408,14 +304,14 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             return
         lost: BaseException | None = None
         try:
-            self._finish()
+            self._stepper.finish()
             self._progress.end_backwards()
-            self._check_whole(in_step=True)
+            self._stepper.check_complete(in_step=True)
         except Exception as error:
             lost = error
-        for parameter in self._pages:
+        for parameter in self._offloaded:
             try:
-                self._pages.bring(parameter, self._inner.state[parameter])
+                self._offloaded.reload(parameter, self._inner.state[parameter])
             except StateLostError as error:
                 lost = lost or error
         try:
@@ -426,7 +322,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             self._gradients.close(self._group_of)
         except StateLostError as error:
             lost = lost or error
-        self._pages.forget()
+        self._offloaded.forget()
         self._unhook()
         self._release()
         self._is_closed = True
@@ -437,7 +333,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._reach.leave()
+        self._stepper.reach.leave()
         self._handles, self._hooked = [], set()
 
     def _regroup(self) -> None:
@@ -446,22 +342,22 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         found = {parameter: i for i, group in enumerate(groups) for parameter in group["params"]}
         if list(map(id, found)) == list(map(id, self._group_of)) and found == self._group_of:
             return
-        self._finish()
+        self._stepper.finish()
         self._gradients.forget_used(self._group_of.keys() - found.keys())
         for parameter in set(self._group_of) - set(found):
-            self._pages.drop(parameter)
+            self._offloaded.drop(parameter)
             self._cpu_updates.forget(parameter)
         check_settings(self.policy, self.param_groups)
         for i, group in enumerate(groups):
             names = group.get("param_names") or [f"parameter {k} of group {i}" for k in range(len(group["params"]))]
             for name, parameter in zip(names, group["params"], strict=False):
-                self._watch(name, parameter)
+                self._hook(name, parameter)
         if self.policy.update_on == "cpu":
-            self._cpu_updates.meet({parameter: self._names[parameter] for parameter in found})
+            self._cpu_updates.attach({parameter: self._names[parameter] for parameter in found})
         self._updates.regroup(found, self.policy)
-        self._reach.parameters = found
+        self._stepper.reach.note_parameters(found)
 
-    def _watch(self, name: str, parameter: torch.Tensor) -> None:
+    def _hook(self, name: str, parameter: torch.Tensor) -> None:
         if parameter.is_meta:
             raise ValueError(f"Expected parameters with values, got {name} on the meta device: load them first")
         self._names[parameter] = name
@@ -475,11 +371,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         return self._updates.group_of
 
     def _name(self, parameter: torch.Tensor) -> str:
-        return next((home.name_of(parameter) for home in homes_of([parameter])), None) or self._names[parameter]
+        return next((owner.name_of(parameter) for owner in offloads_of([parameter])), None) or self._names[parameter]
 
     def _check_open(self) -> None:
         if self._is_closed:
             raise RuntimeError("Expected an open offload, got one after close(): use the optimizer it was made of")
-
-    def _check_whole(self, *, in_step: bool = False) -> None:
-        self._progress.check_whole(self._store.checkpoint, may_go_on=in_step and bool(self.policy.step_in_backward))

@@ -1,10 +1,10 @@
-"""What has happened since the last whole step: which parameters are updated, and whether the rest may follow.
+"""What has happened since the last complete step: which parameters are updated, and whether the rest may follow.
 
 Knows parameters as keys, and neither state nor drives.
 
 [Note: a step that was interrupted]
 An exception in the middle of a step leaves some parameters updated and others not. Nothing can undo that; but nothing
-may take it for a whole step either: until a checkpoint is loaded, further steps and state dicts raise.
+may take it for a complete step either: until a checkpoint is loaded, further steps and state dicts raise.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from ssdtrain.parameters.offload import homes_of
+from ssdtrain.parameters.offload import offloads_of
 
 _MAX_AHEAD = 64  # parameters
 _ONE_BACKWARD = (
@@ -38,13 +38,13 @@ class StepProgress:
     """The step of one optimizer that is under way, if one is."""
 
     def __init__(self) -> None:
-        """None is."""
+        """No step is under way."""
         self.num_steps = 0
         self.has_updated = False  # a parameter, ever
         self.updated: set[torch.Tensor] = set()  # in backward, since the last step
         self.arrived: dict[torch.Tensor, None] = {}  # with a gradient, in backward, not updated yet
-        self._torn = ""  # what was interrupted
-        self._is_aborted = False  # that step will never be whole
+        self._incomplete = ""  # what was interrupted
+        self._is_aborted = False  # that step will never be complete
         self._backwards: set[int] = set()  # that began and are not over
         self._last_order: list[torch.Tensor] = []
         self._order: list[torch.Tensor] = []  # of gradients, in this step; before: in the last
@@ -53,40 +53,40 @@ class StepProgress:
         self._num_arrivals: Counter[torch.Tensor] | None = None  # in the first step, if they are to be counted
         self._has_begun = False
 
-    # -- whole or not ---------------------------------------------------------------------------------------
+    # -- complete or not ---------------------------------------------------------------------------------------
 
     def begin_update(self, first: str, parameters: Iterable[torch.Tensor]) -> None:
         """Of `parameters` the one named `first`, and perhaps others, are about to change."""
         self.has_updated = True
-        if not self._torn:
-            self.note_torn(f"step {self.num_steps + 1}, which began with {first}", parameters)
+        if not self._incomplete:
+            self.note_incomplete(f"step {self.num_steps + 1}, which began with {first}", parameters)
 
-    def note_torn(self, what: str, parameters: Iterable[torch.Tensor]) -> None:
-        """From here on the step is not whole; empty: it is."""
-        self._torn = what
-        for home in homes_of(parameters):
-            home.note_torn(what)
+    def note_incomplete(self, what: str, parameters: Iterable[torch.Tensor]) -> None:
+        """The step is incomplete from here on: `what` was interrupted. Empty: it is complete."""
+        self._incomplete = what
+        for owner in offloads_of(parameters):
+            owner.note_incomplete(what)
 
     def note_error(self) -> None:
         """What was raised keeps the rest from being updated."""
-        self._is_aborted = bool(self._torn)
+        self._is_aborted = bool(self._incomplete)
 
-    def check_whole(self, checkpoint: str, *, may_go_on: bool = False) -> None:
+    def check_complete(self, checkpoint: str, *, may_go_on: bool = False) -> None:
         """Raises when a step was interrupted, or, unless it may go on, is under way."""
         is_going_on = may_go_on and bool(self.updated)
-        if self._is_aborted or (self._torn and not is_going_on):
+        if self._is_aborted or (self._incomplete and not is_going_on):
             raise RuntimeError(
-                f"Expected whole steps, got one that was interrupted: {self._torn}. Some parameters are updated and "
-                f"others are not: load a checkpoint of the model and of the optimizer ({checkpoint})"
+                f"Expected whole steps, got one that was interrupted: {self._incomplete}. Some parameters are updated "
+                f"and others are not: load a checkpoint of the model and of the optimizer ({checkpoint})"
             )
 
     def begin_load(self) -> None:
         """State is about to change, not that of the parameters."""
-        self._torn = "load_state_dict()"
+        self._incomplete = "load_state_dict()"
 
     def finish_load(self) -> None:
         """All state is loaded: nothing is left of what was interrupted."""
-        self._torn, self._is_aborted = "", False
+        self._incomplete, self._is_aborted = "", False
         self.begin_anew()
 
     def finish_step(self, parameters: Iterable[torch.Tensor]) -> None:
@@ -95,7 +95,7 @@ class StepProgress:
         if self._num_arrivals is not None:
             self._late = {parameter for parameter, count in self._num_arrivals.items() if count > 1}
             self._num_arrivals = None
-        self.note_torn("", parameters)
+        self.note_incomplete("", parameters)
         if self._order:
             self._last_order, self._order = self._order, []
             self._position = {p: i + 1 for i, p in enumerate(self._last_order)}
@@ -133,6 +133,11 @@ class StepProgress:
             raise RuntimeError(_ONE_BACKWARD.format(name))
         self.arrived[parameter] = None
         self._order.append(parameter)
+
+    def take_arrived(self) -> list[torch.Tensor]:
+        """Those that have arrived, which are updated next."""
+        arrived, self.arrived = list(self.arrived), {}
+        return arrived
 
     def explain_used(self, name: str) -> Callable[[bool], str]:
         """What to tell who reads the gradient of this name, which was used, or a backward that wants to add to it.

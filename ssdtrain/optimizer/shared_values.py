@@ -1,6 +1,6 @@
 """What an optimizer keeps for all of its parameters together: entries of groups, attributes, state under other keys.
 
-Knows optimizers, and neither drives nor pages.
+Knows optimizers, and neither drives nor state that is away.
 
 [Note: one step in several chunks]
 The plain step changes shared values once, a counter from 6 to 7. Of a step in chunks each chunk finds them as they were
@@ -122,6 +122,10 @@ class SharedValues:
                 _assign(old, value)
             else:
                 put(optimizer, key, value.to(old.device) if isinstance(old, torch.Tensor) else value)
+
+    def expect(self, changing: frozenset[Key]) -> None:
+        """Kinds of those whose objects a step changes in place, as far as is known by now."""
+        self.changing = changing
 
     def forget(self) -> None:
         """The step will never be over."""

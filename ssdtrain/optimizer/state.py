@@ -1,4 +1,4 @@
-"""Tensors of optimizer state on the drive: a page per parameter and key, brought to a state dictionary and sent away.
+"""Tensors of optimizer state on the drive: reloaded into a state dictionary, and offloaded from there.
 
 Knows parameters as keys and the store; not when an optimizer steps.
 """
@@ -21,7 +21,7 @@ from ssdtrain.store.state_store import Arrival, StateLostError, StateStore
 
 @dataclass(eq=False)
 class _Leaf:
-    """One tensor of a page."""
+    """One tensor of a value."""
 
     record: Record
     spec: ViewSpec
@@ -30,40 +30,40 @@ class _Leaf:
 
 
 @dataclass(eq=False)
-class _Page:
+class _StateValue:
     """One value of a parameter's state: a tensor, or what has tensors inside."""
 
     frame: Any = None
     leaves: list[_Leaf] = field(default_factory=list)
 
 
-class Pages:
+class OffloadedState:
     """The state of all parameters of one optimizer, as far as it is on the drive."""
 
     def __init__(self, store: StateStore, counters: StateCounters, min_nbytes: int) -> None:
-        """There is none yet."""
+        """No state is on the drive yet."""
         self._store, self._counters, self._min_nbytes = store, counters, min_nbytes
         self._devices = store.devices()
-        self._pages: dict[torch.Tensor, dict[str, _Page]] = {}
+        self._entries: dict[torch.Tensor, dict[str, _StateValue]] = {}
         self.lent: dict[torch.Tensor, int] = {}  # parameters whose state somebody may be looking at, and its bytes
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """Parameters with state on the drive."""
-        return iter(list(self._pages))
+        return iter(list(self._entries))
 
     def __contains__(self, parameter: torch.Tensor) -> bool:
         """Whether a parameter has state on the drive."""
-        return parameter in self._pages
+        return parameter in self._entries
 
     def _leaves(self, parameter: torch.Tensor) -> list[_Leaf]:
-        return [leaf for page in self._pages.get(parameter, {}).values() for leaf in page.leaves]
+        return [leaf for entry in self._entries.get(parameter, {}).values() for leaf in entry.leaves]
 
     def nbytes(self, parameter: torch.Tensor) -> int:
-        """Bytes of a parameter's pages; a guess, twice the parameter, while there are none."""
+        """Bytes of a parameter's state on the drive; while there is none a guess, twice the parameter."""
         return sum([leaf.record.nbytes for leaf in self._leaves(parameter)]) or 2 * nbytes_of(parameter)
 
-    def fetch(self, parameter: torch.Tensor, device: Device | None = None) -> int:
-        """Begins to read a parameter's pages, to where they came from or to another device; how many."""
+    def prefetch(self, parameter: torch.Tensor, device: Device | None = None) -> int:
+        """Begins to read a parameter's state, to where they came from or to another device; how many reads."""
         num_begun = 0
         for leaf in self._leaves(parameter):
             to = device or leaf.device
@@ -78,17 +78,17 @@ class Pages:
         """Whether the drive had no room for some of it, which is where it came from."""
         return any(leaf.record.storage is not None for leaf in self._leaves(parameter))
 
-    def bring(self, parameter: torch.Tensor, state: dict[str, Any], device: Device | None = None) -> None:
-        """Puts a parameter's pages where the optimizer looks for its state, in memory as `fetch` says.
+    def reload(self, parameter: torch.Tensor, state: dict[str, Any], device: Device | None = None) -> None:
+        """Puts a parameter's state where the optimizer looks for it, in memory as `prefetch` says.
 
         Raises:
             StateLostError: the drive does not have one any more.
         """
-        self._counters.num_demand_reads += self.fetch(parameter, device)
+        self._counters.num_demand_reads += self.prefetch(parameter, device)
         lost: StateLostError | None = None
-        for key, page in self._pages.get(parameter, {}).items():
-            arrivals = [leaf.arrival for leaf in page.leaves]
-            for leaf in page.leaves:
+        for key, entry in self._entries.get(parameter, {}).items():
+            arrivals = [leaf.arrival for leaf in entry.leaves]
+            for leaf in entry.leaves:
                 leaf.arrival = None
             try:
                 storages = [self._store.take(arrival) for arrival in arrivals if arrival is not None]
@@ -96,12 +96,12 @@ class Pages:
                 lost = lost or error
                 continue
             if len(storages) == len(arrivals):
-                tensors = [view_of(s, leaf.spec) for s, leaf in zip(storages, page.leaves, strict=True)]
-                state[key] = put_together(page.frame, tensors)
+                tensors = [view_of(s, leaf.spec) for s, leaf in zip(storages, entry.leaves, strict=True)]
+                state[key] = put_together(entry.frame, tensors)
         if lost is not None:
             raise lost
 
-    def send_away(
+    def offload(
         self,
         parameter: torch.Tensor,
         name: str,
@@ -115,15 +115,15 @@ class Pages:
         """
         if parameter in self.lent:
             return
-        for key in [key for key in self._pages.get(parameter, {}) if key not in state]:
+        for key in [key for key in self._entries.get(parameter, {}) if key not in state]:
             self._discard(parameter, key)  # the optimizer has done away with it
         for key in list(state):
-            if not self._send(parameter, key, name, state[key], host):
+            if not self._offload_value(parameter, key, name, state[key], host):
                 self._discard(parameter, key)
             else:
                 del state[key]
 
-    def _send(self, parameter: torch.Tensor, key: str, name: str, value: Any, host: Device | None) -> bool:
+    def _offload_value(self, parameter: torch.Tensor, key: str, name: str, value: Any, host: Device | None) -> bool:
         sources: list[tuple[torch.Tensor, Device, str]] = []
 
         def leave(tensor: torch.Tensor, where: str) -> int | None:
@@ -136,16 +136,16 @@ class Pages:
         frame = take_apart(value, leave)
         if not has_gaps(frame):
             return False
-        page = self._pages.setdefault(parameter, {}).setdefault(key, _Page())
-        page.frame = frame
-        while len(page.leaves) > len(sources):
-            self._drop(page.leaves.pop())
+        entry = self._entries.setdefault(parameter, {}).setdefault(key, _StateValue())
+        entry.frame = frame
+        while len(entry.leaves) > len(sources):
+            self._drop(entry.leaves.pop())
         for i, (source, device, record_name) in enumerate(sources):
-            if i == len(page.leaves):
-                page.leaves.append(_Leaf(Record(record_name), view_spec(source), device))
-                self._counters.go(0)
-            leaf = page.leaves[i]
-            self._counters.go(source.untyped_storage().nbytes() - leaf.record.nbytes, 0)
+            if i == len(entry.leaves):
+                entry.leaves.append(_Leaf(Record(record_name), view_spec(source), device))
+                self._counters.offload(0)
+            leaf = entry.leaves[i]
+            self._counters.offload(source.untyped_storage().nbytes() - leaf.record.nbytes, 0)
             leaf.spec, leaf.device = view_spec(source), device
             self._store.write(leaf.record, source.untyped_storage(), device, prefers_host=host is not None)
         return True
@@ -164,44 +164,44 @@ class Pages:
 
     def lend(self, parameter: torch.Tensor, state: dict[str, Any]) -> None:
         """Puts a parameter's state in memory, where it stays while it is in `lent`, the only place it is then."""
-        self.bring(parameter, state)
+        self.reload(parameter, state)
         self.drop(parameter)
         self.lent[parameter] = nbytes_of(state)
 
     def copies(self, parameter: torch.Tensor) -> dict[str, Any]:
-        """A parameter's pages, in memory of their own."""
+        """A parameter's state on the drive, as copies in memory."""
         return self._read(parameter, lambda tensor, _: tensor.clone())
 
     def mapped(self, parameter: torch.Tensor) -> dict[str, Any]:
-        """A parameter's pages in files that are mapped to memory, for state dicts."""
+        """A parameter's state on the drive, in files that are mapped to memory, for state dicts."""
         return self._read(parameter, self._store.mapped_copy)
 
     def _read(
         self, parameter: torch.Tensor, copied: Callable[[torch.Tensor, ViewSpec], torch.Tensor]
     ) -> dict[str, Any]:
         store, found = self._store, {}
-        for key, page in self._pages.get(parameter, {}).items():
+        for key, entry in self._entries.get(parameter, {}).items():
             tensors = [
                 copied(view_of(store.take(store.read(leaf.record, leaf.device)), leaf.spec), leaf.spec)
-                for leaf in page.leaves
+                for leaf in entry.leaves
             ]
-            found[key] = put_together(page.frame, tensors)
+            found[key] = put_together(entry.frame, tensors)
         return found
 
     def drop(self, parameter: torch.Tensor) -> None:
-        """Frees a parameter's pages."""
-        for key in list(self._pages.get(parameter, {})):
+        """Frees the space of a parameter's state."""
+        for key in list(self._entries.get(parameter, {})):
             self._discard(parameter, key)
-        self._pages.pop(parameter, None)
+        self._entries.pop(parameter, None)
 
     def _discard(self, parameter: torch.Tensor, key: str) -> None:
-        page = self._pages.get(parameter, {}).pop(key, None)
-        for leaf in page.leaves if page is not None else ():
+        entry = self._entries.get(parameter, {}).pop(key, None)
+        for leaf in entry.leaves if entry is not None else ():
             self._drop(leaf)
 
     def _drop(self, leaf: _Leaf) -> None:
         self._store.free(leaf.record)
-        self._counters.go(-leaf.record.nbytes, -1)
+        self._counters.offload(-leaf.record.nbytes, -1)
 
     def forget(self) -> None:
         """Frees all of them."""

@@ -1,6 +1,6 @@
 """An optimizer's state as a whole, saved and loaded, although it is on the drive.
 
-Knows the optimizer that does the arithmetic and the pages; not when it steps.
+Knows the optimizer that does the arithmetic and where its state is; not when it steps.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from ssdtrain.optimizer.inner import load_part
-from ssdtrain.optimizer.state import Pages
+from ssdtrain.optimizer.state import OffloadedState
 
 
-def whole_state_dict(optimizer: torch.optim.Optimizer, pages: Pages) -> dict[str, Any]:
-    """The optimizer's own `state_dict`, with its pages in files that are mapped to memory."""
+def whole_state_dict(optimizer: torch.optim.Optimizer, offloaded: OffloadedState) -> dict[str, Any]:
+    """The optimizer's own `state_dict`, with what is on the drive in files that are mapped to memory."""
     resident = optimizer.state
     whole = dict(resident)
-    for parameter in pages:
-        whole[parameter] = {**resident.get(parameter, {}), **pages.mapped(parameter)}
+    for parameter in offloaded:
+        whole[parameter] = {**resident.get(parameter, {}), **offloaded.mapped(parameter)}
     try:
         optimizer.state = defaultdict(dict, whole)
         found: dict[str, Any] = optimizer.state_dict()
@@ -47,7 +47,7 @@ def load_chunks(
     entries: Mapping[Any, Any],
     groups: list[dict[str, Any]],
     chunks: Iterable[Mapping[torch.Tensor, Any]],
-    send_away: Callable[[torch.Tensor], None],
+    offload: Callable[[torch.Tensor], None],
     places: Mapping[torch.Tensor, torch.Tensor],
 ) -> None:
     """Loads the entries of some parameters after the other, and sends them away before the next ones come.
@@ -58,6 +58,6 @@ def load_chunks(
     for chunk in chunks:
         load_part(optimizer, {key: entries[key] for key in chunk.values()}, groups, places)
         for parameter in chunk:
-            send_away(parameter)
+            offload(parameter)
         kept |= {parameter: optimizer.state[parameter] for parameter in chunk}  # others may have been looked up
     optimizer.state = defaultdict(dict, kept)

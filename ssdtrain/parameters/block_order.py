@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 
-class UseOrder:
+class BlockOrder:
     """After two uses in a row comes what came after them last time; else the next block of the definition."""
 
     def __init__(self, num_blocks: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ssdtrain.blocks import find_blocks
-from ssdtrain.parameters.parameter import Residence
+from ssdtrain.parameters.parameter import ParameterRecord
 from ssdtrain.parameters.placeholder import OWNER
 from ssdtrain.state_stats import StateCounters
 
@@ -21,8 +21,8 @@ from ssdtrain.state_stats import StateCounters
 class Block:
     """One block of the module and its parameters."""
 
-    def __init__(self, index: int, name: str, module: torch.nn.Module, residences: list[Residence]) -> None:
-        self.index, self.name, self.module, self.residences = index, name, module, residences
+    def __init__(self, index: int, name: str, module: torch.nn.Module, records: list[ParameterRecord]) -> None:
+        self.index, self.name, self.module, self.records = index, name, module, records
         self.num_running = 0  # forwards
         self.seen: list[tuple[Mapping[str, Any], str, Any]] = []
 
@@ -39,7 +39,7 @@ class Block:
                     f"Expected block {self.name} to have the parameters it had when it was offloaded, got another "
                     f"{key!r}: parametrise, quantise or replace it before offload_parameters()"
                 )
-        for r in self.residences:
+        for r in self.records:
             p = r.parameter
             if p.dtype != r.spec.dtype or p.device != r.torch_device or p.shape != r.spec.size:
                 raise RuntimeError(
@@ -103,7 +103,7 @@ def choose_parameters(
             _check_kind(name, parameter)
             leaving[name] = parameter
         else:
-            counters.stay(reason, _nbytes(parameter))
+            counters.keep(reason, _nbytes(parameter))
     devices = {str(parameter.device) for parameter in leaving.values()}
     if len(devices) > 1:
         raise ValueError(

@@ -3,9 +3,9 @@
 [Note: how a parameter is found missing]
 Forward: every block has a hook before its forward. Whatever takes a parameter out of a module of a block without that
 (`functional.linear(x, block.fc.weight)`) finds `_Register` in the place of the module's dictionary of parameters, which
-brings it; whatever else computes with one, see [Note: how a parameter is reached]. Backward: while the module or a
-block runs forward, what autograd saves of an offloaded parameter becomes a `_Saved`, which brings it when it is
-unpacked. Everything else that is saved goes to whoever would have had it. A block's outputs bring it a little earlier,
+reloads it; whatever else computes with one, see [Note: how a parameter is reached]. Backward: while the module or a
+block runs forward, what autograd saves of an offloaded parameter becomes a `_Saved`, which reloads it when it is
+unpacked. Everything else that is saved goes to whoever would have had it. A block's outputs reload it a little earlier,
 for custom functions that keep a parameter without autograd.
 """
 
@@ -26,9 +26,9 @@ from torch.autograd.graph import register_multi_grad_hook, saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from ssdtrain.parameters.blocks import Block
-from ssdtrain.parameters.parameter import Residence, not_real
+from ssdtrain.parameters.parameter import ParameterRecord, not_real
 from ssdtrain.parameters.placeholder import SHARDED, is_differentiated
-from ssdtrain.parameters.working_set import Uses, is_in_backward
+from ssdtrain.parameters.working_set import WorkingSet, is_in_backward
 from ssdtrain.stats import Counters
 from ssdtrain.store.identity import ViewSpec, view_spec
 from ssdtrain.store.record import Resident
@@ -42,23 +42,23 @@ _MAX_RESHAPES = 3
 class _Saved(NamedTuple):
     """What autograd saved of an offloaded parameter."""
 
-    residence: Residence
+    record: ParameterRecord
     spec: ViewSpec
     version: int
     cast: torch.dtype | None  # of autocast's copy: made again rather than held
 
 
 class _Register(dict[str, Any]):
-    """A module's dictionary of parameters, which brings what is taken out of it."""
+    """A module's dictionary of parameters, which has what is taken out of it reloaded."""
 
-    def __init__(self, parameters: Mapping[str, Any], uses: Uses) -> None:
+    def __init__(self, parameters: Mapping[str, Any], working_set: WorkingSet) -> None:
         super().__init__(parameters)
-        self._uses = uses
+        self._working_set = working_set
 
     def __getitem__(self, name: str) -> Any:
         parameter = super().__getitem__(name)
         if parameter is not None:
-            self._uses.visit(parameter)
+            self._working_set.gather_taken_out(parameter)
         return parameter
 
     def __setitem__(self, name: str, value: Any) -> None:
@@ -76,7 +76,7 @@ class _Register(dict[str, Any]):
 
     def _refuse_to_lose(self, name: str, value: Any = None) -> None:
         parameter = self.get(name)
-        for r in self._uses.find([parameter] if parameter is not None else []):
+        for r in self._working_set.find([parameter] if parameter is not None else []):
             if isinstance(value, FakeTensor):
                 raise not_real(r)
             raise RuntimeError(
@@ -138,17 +138,22 @@ class Hooks:
     def __init__(
         self,
         module: torch.nn.Module,
-        uses: Uses,
+        working_set: WorkingSet,
         mapped_copy: Callable[[torch.Tensor, ViewSpec], torch.Tensor],
-        check_whole: Callable[[], None],
+        check_complete: Callable[[], None],
+        on_loaded: Callable[[list[ParameterRecord]], None],
     ) -> None:
-        """Follows the forwards of `module`; `install` follows a block. `mapped_copy` makes values of state dicts."""
-        self.when_loaded: Callable[[list[Residence]], None] = lambda _: None
-        self._uses, self._mapped_copy, self._check_whole = uses, mapped_copy, check_whole
+        """Follows the forwards of `module`; `install` follows a block.
+
+        `mapped_copy` makes values of state dicts. `check_complete` raises when none may be saved. `on_loaded` is told
+        what `load_state_dict` has loaded.
+        """
+        self._on_loaded = on_loaded
+        self._working_set, self._mapped_copy, self._check_complete = working_set, mapped_copy, check_complete
         self._running = _Running()
-        self._loading: dict[torch.nn.Module, list[Residence]] = {}
+        self._loading: dict[torch.nn.Module, list[ParameterRecord]] = {}
         self._idle_counters = Counters()
-        self._saving: dict[torch.nn.Module, list[tuple[Residence, int]]] = {}  # and their versions
+        self._saving: dict[torch.nn.Module, list[tuple[ParameterRecord, int]]] = {}  # and their versions
         self._handles: list[Any] = [
             module.register_forward_pre_hook(_Hook(self._before_module), prepend=True),
             module.register_forward_hook(_Hook(self._after_module), always_call=True),
@@ -159,7 +164,7 @@ class Hooks:
     def install(self, block: Block, owners: Iterable[torch.nn.Module]) -> None:
         """Follows a block, whose parameters are those of `owners`."""
         for owner in owners:
-            owner.__dict__["_parameters"] = _Register(owner._parameters, self._uses)
+            owner.__dict__["_parameters"] = _Register(owner._parameters, self._working_set)
             self._handles += [
                 owner.register_state_dict_pre_hook(_Hook(self._before_state_dict)),
                 owner.register_state_dict_post_hook(_Hook(self._fill_state_dict)),
@@ -182,7 +187,7 @@ class Hooks:
         self._handles = []
         for module in self._marked:
             _allow_sharding(module)
-        for block in self._uses.blocks:
+        for block in self._working_set.blocks:
             for module in block.module.modules():
                 if isinstance(module._parameters, _Register):
                     module.__dict__["_parameters"] = dict(module._parameters)
@@ -192,7 +197,7 @@ class Hooks:
     def _before_module(self, module: torch.nn.Module, args: Any) -> None:
         if not is_in_backward():
             self._leave_until(None)  # Ctrl-C in an earlier forward: PyTorch runs no hooks after it
-        self._uses.begin_forward()
+        self._working_set.begin_forward()
         self._running.entries.append((None, self._enter()))
 
     def _after_module(self, module: torch.nn.Module, args: Any, output: Any) -> None:
@@ -201,8 +206,8 @@ class Hooks:
 
     def _before_block(self, block: Block, module: torch.nn.Module, args: Any) -> None:
         block.check()
-        check_differentiable(block.residences)
-        self._uses.use(block)
+        check_differentiable(block.records)
+        self._working_set.use(block)
         self._begin(block)
         self._running.entries.append((block, self._enter()))
 
@@ -215,8 +220,8 @@ class Hooks:
         if torch.is_grad_enabled():
             needing = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.grad_fn is not None]
             if needing:
-                register_multi_grad_hook(needing, lambda _: self._uses.use(block), mode="any")
-        self._uses.leave(block)
+                register_multi_grad_hook(needing, lambda _: self._working_set.use(block), mode="any")
+        self._working_set.end_use(block)
 
     def _leave_until(self, last: Block | None) -> None:
         """Ends forwards of this thread, the latest first, up to one of `last`, or of the module."""
@@ -226,26 +231,26 @@ class Hooks:
             if hooks is not None:
                 take_off(hooks.pack_hook)
             if block is None:
-                self._uses.end_forward()
+                self._working_set.end_forward()
             else:
                 self._end(block)
             if block is last:
                 break
 
     def _begin(self, block: Block) -> None:
-        with self._uses.lock:
+        with self._working_set.lock:
             block.num_running += 1
             if block.num_running == 1:
-                for r in block.residences:
-                    r.hold()
+                for r in block.records:
+                    r.pin()
 
     def _end(self, block: Block) -> None:
-        with self._uses.lock:
+        with self._working_set.lock:
             block.num_running -= 1
             if block.num_running == 0:
-                for r in block.residences:
+                for r in block.records:
                     if r.num_pins:  # not closed meanwhile
-                        r.release()
+                        r.unpin()
 
     @contextlib.contextmanager
     def following(self) -> Iterator[None]:
@@ -274,47 +279,47 @@ class Hooks:
     # -- what autograd saves -------------------------------------------------------------------------------------------
 
     def _pack(self, outer: Callable[[torch.Tensor], Any], tensor: torch.Tensor) -> Any:
-        found = self._uses.residences.by_storage.get(_storage_address(tensor))
+        found = self._working_set.records.by_storage.get(_storage_address(tensor))
         if found is not None:
             return _Saved(found, view_spec(tensor), found.parameter._version, None)
         original = _autocast_source(tensor)
-        for residence in self._uses.find([original]) if original is not None else ():
-            return _Saved(residence, view_spec(tensor), residence.parameter._version, tensor.dtype)
+        for record in self._working_set.find([original]) if original is not None else ():
+            return _Saved(record, view_spec(tensor), record.parameter._version, tensor.dtype)
         return outer(tensor)
 
     def _unpack(self, outer: Callable[[Any], torch.Tensor], saved: Any) -> torch.Tensor:
         if type(saved) is not _Saved:
             return outer(saved)
-        residence, spec, version, cast = saved
-        self._uses.use_parameter(residence)
-        if residence.parameter._version != version:
-            raise modified(residence.spec, residence.parameter._version, version)
+        record, spec, version, cast = saved
+        self._working_set.use_parameter(record)
+        if record.parameter._version != version:
+            raise modified(record.spec, record.parameter._version, version)
         if cast is not None:
-            copy = residence.view(residence.spec).to(cast)
+            copy = record.view(record.spec).to(cast)
             return copy.as_strided(spec.size, spec.stride, spec.storage_offset)
-        return residence.view(spec)  # not the parameter, which might leave while the operator runs
+        return record.view(spec)  # not the parameter, which might leave while the operator runs
 
     def _hold(self, tensor: torch.Tensor) -> Resident:
         return Resident(tensor, 0, self._idle_counters)
 
     # -- state dicts ---------------------------------------------------------------------------------------------------
 
-    def _mine(self, module: torch.nn.Module) -> dict[str, Residence]:
+    def _mine(self, module: torch.nn.Module) -> dict[str, ParameterRecord]:
         named = {name: p for name, p in module._parameters.items() if p is not None}
-        return {name: r for name, p in named.items() for r in self._uses.find([p])}
+        return {name: r for name, p in named.items() for r in self._working_set.find([p])}
 
     def _before_state_dict(self, module: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
         self._saving[module] = [(r, r.version) for r in self._mine(module).values()]
 
     def _fill_state_dict(self, module: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         """Copies in files in the place of parameters that come and go."""
-        self._check_whole()
+        self._check_complete()
         for name, r in self._mine(module).items():
             if prefix + name in state:
-                with self._uses.lock, torch.no_grad():
-                    self._uses.residences.bring([r])
+                with self._working_set.lock, torch.no_grad():
+                    self._working_set.records.reload([r])
                     state[prefix + name] = self._mapped_copy(r.view(r.spec), r.spec)
-                    self._uses.let_go([r])
+                    self._working_set.release([r])
         for r, version in self._saving.pop(module, []):
             if not r.is_shared:
                 r.version = version  # what the module took out of it to put into the dict was not changed
@@ -328,32 +333,32 @@ class Hooks:
                 f"Expected load_state_dict(assign=False) where parameters are offloaded, got assign=True for "
                 f"{mine[0].name}, which has to stay the same object"
             )
-        with self._uses.lock:
+        with self._working_set.lock:
             for r in mine:
                 if not r.is_valid:
-                    self._uses.residences.accept(r)
-            self._uses.residences.bring(mine)
+                    self._working_set.records.materialize_empty(r)
+            self._working_set.records.reload(mine)
             self._loading[module] = mine
 
     def _after_load(self, module: torch.nn.Module, incompatible: Any) -> None:
-        with self._uses.lock:
+        with self._working_set.lock:
             mine = self._loading.pop(module, [])
-            self._uses.residences.note_changed(mine)
-            self._uses.let_go(mine)
-            self.when_loaded(mine)
+            self._working_set.records.note_changed(mine)
+            self._working_set.release(mine)
+            self._on_loaded(mine)
 
 
-def check_differentiable(residences: Iterable[Residence]) -> None:
+def check_differentiable(records: Iterable[ParameterRecord]) -> None:
     """Raises where a `torch.func` transform would keep one that leaves, see `is_differentiated`."""
     if is_differentiated():
-        for r in [r for r in residences if not r.num_pins]:
+        for r in [r for r in records if not r.num_pins]:
             raise RuntimeError(
                 f"Expected parameters in memory inside torch.func.grad, vjp, jacrev and hessian, got {r.name}, "
                 "which is offloaded: call them inside parameter_offload(model).gathered(), or take torch.autograd.grad"
             )
 
 
-def _fits(r: Residence, value: Any) -> bool:
+def _fits(r: ParameterRecord, value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.shape == r.spec.size
 
 

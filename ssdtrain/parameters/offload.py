@@ -1,7 +1,7 @@
 """`ParameterOffload`: a module's blocks live on the drive, and are in memory only while they are used.
 
-What the user, the optimizer and checkpoints ask of offloaded parameters. Which block is in memory is `uses`', how a
-missing one is found out is `parameter_hooks`', where a parameter is `residence`'s.
+What the user, the optimizer and checkpoints ask of offloaded parameters. `working_set` says which block is in memory,
+`hooks` finds out that a parameter is needed, and `parameter` knows where the bytes of each one are.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from ssdtrain.parameters.blocks import Block, choose_blocks, choose_parameters
 from ssdtrain.parameters.hooks import Hooks, check_differentiable
-from ssdtrain.parameters.parameter import Residence, Residences
+from ssdtrain.parameters.parameter import ParameterRecord, ParameterRecords
 from ssdtrain.parameters.placeholder import OWNER
-from ssdtrain.parameters.working_set import Uses
+from ssdtrain.parameters.working_set import WorkingSet
 from ssdtrain.policy import ParameterPolicy
 from ssdtrain.state_stats import StateCounters, StateStats
 from ssdtrain.store.identity import spec_nbytes, view_spec
@@ -43,22 +43,21 @@ class ParameterOffload:
         self.policy = policy
         self._module = module
         self._counters = StateCounters("parameters")
-        self._torn = ""  # what was interrupted
-        self._stale: set[Residence] = set()  # since then not loaded
-        self._stepping: list[Residence] = []  # pinned for a plain optimizer
+        self._incomplete = ""  # what was interrupted
+        self._stale: set[ParameterRecord] = set()  # since then not loaded
+        self._stepping: list[ParameterRecord] = []  # pinned for a plain optimizer
         self._is_closed = False
         chosen = choose_blocks(module, names)
         leaving = choose_parameters(module, chosen, policy.min_nbytes, self._counters)
         self._store = open_store()
-        self._residences = Residences(self._store, self._counters)
-        self._uses = Uses(self._residences, self._counters, policy.prefetch_nbytes, len(chosen))
-        self._lock = self._uses.lock
-        self._hooks = Hooks(module, self._uses, self._store.mapped_copy, self.check_whole)
-        self._hooks.when_loaded = self._note_loaded
-        self._optimizer_hooks = self._watch_optimizers()
+        self._records = ParameterRecords(self._store, self._counters)
+        self._working_set = WorkingSet(self._records, self._counters, policy.prefetch_nbytes, len(chosen))
+        self._lock = self._working_set.lock
+        self._hooks = Hooks(module, self._working_set, self._store.mapped_copy, self.check_complete, self._note_loaded)
+        self._optimizer_hooks = self._hook_optimizers()
         try:
             self._store.reserve(sum(spec_nbytes(view_spec(p)) for p in leaving.values()), "parameters")
-            self._settle_in(chosen, leaving)
+            self._offload_blocks(chosen, leaving)
         except BaseException:
             self.close()
             raise
@@ -79,12 +78,12 @@ class ParameterOffload:
 
     # -- life ----------------------------------------------------------------------------------------------------
 
-    def _settle_in(self, chosen: Mapping[str, torch.nn.Module], leaving: Mapping[str, torch.nn.Parameter]) -> None:
+    def _offload_blocks(self, chosen: Mapping[str, torch.nn.Module], leaving: Mapping[str, torch.nn.Parameter]) -> None:
         devices = self._store.devices()
         names = {id(parameter): name for name, parameter in leaving.items()}
         for name, module in chosen.items():
             owners = [m for m in module.modules() if any(id(p) in names for p in m._parameters.values())]
-            residences = []
+            records = []
             for p in {id(p): p for m in owners for p in m._parameters.values() if id(p) in names}.values():
                 assert p is not None
                 device = devices.cpu if p.is_meta else devices.of(p)
@@ -93,13 +92,12 @@ class ParameterOffload:
                         f"Expected parameters in memory of the CPU, given a directory, or of CUDA, got {device}: "
                         f"{names[id(p)]}"
                     )
-                residences.append(Residence(names[id(p)], p, device))
-            block = Block(len(self._uses.blocks), name, module, residences)
-            for r in residences:
-                r.owner = self
+                records.append(ParameterRecord(names[id(p)], p, device, self))
+            block = Block(len(self._working_set.blocks), name, module, records)
+            for r in records:
                 r.guard()
-                self._counters.go(r.nbytes)
-            self._uses.add(block)
+                self._counters.offload(r.nbytes)
+            self._working_set.add(block)
             self._hooks.install(block, owners)
 
     def close(self) -> None:
@@ -112,21 +110,19 @@ class ParameterOffload:
             if self._is_closed:
                 return
             lost: StateLostError | None = None
-            for r in self._uses:
+            for r in self._working_set:
                 try:
                     if r.is_valid:
-                        self._residences.bring([r])
+                        self._records.reload([r])
                 except StateLostError as error:
                     lost = lost or error
             for handle in self._optimizer_hooks:
                 handle.remove()
             self._hooks.remove()
-            for r in self._uses:
-                r.owner, r.num_pins = None, 0
-                r.guard()
-                vars(r.parameter).pop(OWNER, None)
+            for r in self._working_set:
+                r.disown()
                 self._store.free(r.record)
-            self._uses.clear()
+            self._working_set.clear()
             if vars(self._module).get(_ATTRIBUTE) is self:
                 del self._module.__dict__[_ATTRIBUTE]
             self._is_closed = True
@@ -151,30 +147,30 @@ class ParameterOffload:
             OSError: it could not take some of it, which is in memory.
         """
         with self._lock:
-            self._residences.write(self._uses)
+            self._records.write(self._working_set)
             self._store.flush()
-            self._uses.dismiss_idle()
+            self._working_set.dismiss_idle()
 
     def note_checkpoint(self, text: str) -> None:
         """Says which checkpoint to go back to, for messages of lost bytes."""
         self._store.checkpoint = text
 
-    def note_torn(self, what: str) -> None:
+    def note_incomplete(self, what: str) -> None:
         """Says that some parameters were updated and others not: until all are loaded, none is saved. Empty: not so."""
-        self._torn = what
-        self._stale = set(self._uses) if what else set()
+        self._incomplete = what
+        self._stale = set(self._working_set) if what else set()
 
-    def _note_loaded(self, residences: Iterable[Residence]) -> None:
-        self._stale.difference_update(residences)
+    def _note_loaded(self, records: Iterable[ParameterRecord]) -> None:
+        self._stale.difference_update(records)
         if not self._stale:
-            self._torn = ""
+            self._incomplete = ""
 
-    def check_whole(self) -> None:
+    def check_complete(self) -> None:
         """Raises when a step was interrupted."""
-        if self._torn:
+        if self._incomplete:
             raise RuntimeError(
-                f"Expected whole steps, got one that was interrupted: {self._torn}. Some parameters are updated and "
-                f"others are not: load a checkpoint ({self._store.checkpoint})"
+                f"Expected whole steps, got one that was interrupted: {self._incomplete}. Some parameters are updated "
+                f"and others are not: load a checkpoint ({self._store.checkpoint})"
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -195,7 +191,7 @@ class ParameterOffload:
             >>> with offload.gathered("blocks.0.*"):
             ...     print(model.blocks[0].fc.weight.norm())
         """
-        chosen = [r for r in self._uses if not patterns or _matches(r.name, patterns)]
+        chosen = [r for r in self._working_set if not patterns or _matches(r.name, patterns)]
         if patterns and not chosen and not self._is_closed:
             raise ValueError(f"Expected names of offloaded parameters, got {', '.join(patterns)}, which match none")
         with self.in_memory([r.parameter for r in chosen]):
@@ -204,55 +200,55 @@ class ParameterOffload:
     @contextlib.contextmanager
     def in_memory(self, parameters: Iterable[torch.Tensor], *, to_change: bool = True) -> Iterator[None]:
         """Inside, these are in memory; those that are not its own do not matter."""
-        chosen = self._uses.find(parameters)
+        chosen = self._working_set.find(parameters)
         with self._lock:
             for r in chosen:
-                r.hold()
+                r.pin()
             try:
-                self._residences.bring(chosen)
+                self._records.reload(chosen)
             except BaseException:
-                self._release(chosen)
+                self._unpin(chosen)
                 raise
         try:
             yield
         finally:
             with self._lock:
                 if to_change:
-                    self._residences.note_changed(chosen)
-                self._release(chosen)
-                self._uses.let_go(chosen)
+                    self._records.note_changed(chosen)
+                self._unpin(chosen)
+                self._working_set.release(chosen)
 
     @contextlib.contextmanager
     def accessed(self, parameters: Iterable[torch.Tensor], *, to_change: bool, stays: bool = False) -> Iterator[None]:
         """See `ssdtrain.placeholder.Owner`."""
-        chosen = list({id(r): r for r in self._uses.find(parameters)}.values())
+        chosen = list({id(r): r for r in self._working_set.find(parameters)}.values())
         with self._lock:
             check_differentiable(chosen)
             for r in chosen:
-                r.hold()
+                r.pin()
             try:
-                self._uses.access(chosen, stays=stays)
+                self._working_set.access(chosen, stays=stays)
             except BaseException:
-                self._release(chosen)
+                self._unpin(chosen)
                 raise
         try:
             with self._hooks.following():
                 yield
         finally:
             with self._lock:
-                self._residences.note_changed([r for r in chosen if to_change or r.is_shared])
-                self._release(chosen)
-                self._uses.limit_visitors()
+                self._records.note_changed([r for r in chosen if to_change or r.is_shared])
+                self._unpin(chosen)
+                self._working_set.limit_gathered()
 
     def assign(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
         """See `ssdtrain.placeholder.Owner`."""
         with self._lock, contextlib.ExitStack() as stack:
-            for r in self._uses.find([parameter]):
-                for home in homes_of([value]):
-                    stack.enter_context(home.accessed([value], to_change=False))
-                self._residences.assign(r, value)
-                self._uses.invite([r])
-                self._uses.limit_visitors()
+            for r in self._working_set.find([parameter]):
+                for offload in offloads_of([value]):
+                    stack.enter_context(offload.accessed([value], to_change=False))
+                self._records.assign(r, value)
+                self._working_set.gather([r])
+                self._working_set.limit_gathered()
 
     def values(self, parameter: torch.Tensor) -> torch.nn.Parameter:
         """See `ssdtrain.placeholder.Owner`."""
@@ -261,48 +257,48 @@ class ParameterOffload:
 
     def name_of(self, parameter: torch.Tensor) -> str | None:
         """The parameter's name in the module; None for one that is not its own."""
-        return next((r.name for r in self._uses.find([parameter])), None)
+        return next((r.name for r in self._working_set.find([parameter])), None)
 
     def prefetch(self, parameters: Iterable[torch.Tensor]) -> None:
         """Begins to read those of these that are away."""
         with self._lock:
-            self._counters.num_prefetched += self._residences.fetch(self._uses.find(parameters))
+            self._counters.num_prefetched += self._records.prefetch(self._working_set.find(parameters))
 
     def read_to_host(self, parameter: torch.Tensor) -> Callable[[], torch.Tensor] | None:
         """Begins to read one that is away to host memory; what is returned waits for it. None: it is in memory."""
         with self._lock:
-            (r,) = self._uses.find([parameter])
-            return self._residences.read_to_host(r)
+            (r,) = self._working_set.find([parameter])
+            return self._records.read_to_host(r)
 
     def replace(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
         """Gives a parameter a new value of its dtype, which is in host memory: on the drive if that is where it is."""
         with self._lock, torch.no_grad():
-            (r,) = self._uses.find([parameter])
-            if not self._residences.replace(r, value):
-                r.hold()
+            (r,) = self._working_set.find([parameter])
+            if not self._records.replace(r, value):
+                r.pin()
                 r.parameter.copy_(value, non_blocking=True)
-                r.release()
-                self._residences.note_changed([r])
-                self._uses.let_go([r])
+                r.unpin()
+                self._records.note_changed([r])
+                self._working_set.release([r])
 
     def fill(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
         """Gives a parameter a new value without reading the old one; it is cast to the parameter's dtype."""
         with self._lock, torch.no_grad():
-            (r,) = self._uses.find([parameter])
-            self._residences.accept(r)
-            r.hold()
+            (r,) = self._working_set.find([parameter])
+            self._records.materialize_empty(r)
+            r.pin()
             r.parameter.copy_(value)  # not its memory alone: a graph that has saved it learns of the change
-            r.release()
-            self._residences.note_changed([r])
+            r.unpin()
+            self._records.note_changed([r])
             self._note_loaded([r])
-            self._uses.let_go([r])
+            self._working_set.release([r])
 
-    def _release(self, residences: Iterable[Residence]) -> None:
-        for r in residences:
+    def _unpin(self, records: Iterable[ParameterRecord]) -> None:
+        for r in records:
             if r.num_pins:  # not closed meanwhile
-                r.release()
+                r.unpin()
 
-    def _watch_optimizers(self) -> list[Any]:
+    def _hook_optimizers(self) -> list[Any]:
         """A plain optimizer updates all its parameters at once: they are in memory meanwhile."""
 
         def before(offload: ParameterOffload, optimizer: torch.optim.Optimizer) -> None:
@@ -324,22 +320,24 @@ class ParameterOffload:
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         with self._lock:
             self._after_step()  # of a step that raised
-            mine = self._uses.find(p for group in optimizer.param_groups for p in group["params"] if _may_change(p))
+            mine = self._working_set.find(
+                p for group in optimizer.param_groups for p in group["params"] if _may_change(p)
+            )
             if mine:
                 self._store.note(
                     f"{type(optimizer).__name__} updates all parameters at once: they are in memory during its step; "
                     "ssdtrain.offload_optimizer() pages through them"
                 )
                 for r in mine:  # with or without a gradient yet: its closure may compute them
-                    r.hold()
+                    r.pin()
                 self._stepping = mine
-                self._residences.bring(mine)
+                self._records.reload(mine)
 
     def _after_step(self) -> None:
         with self._lock:
-            self._residences.note_changed(self._stepping)
-            self._release(self._stepping)
-            self._uses.let_go(self._stepping)
+            self._records.note_changed(self._stepping)
+            self._unpin(self._stepping)
+            self._working_set.release(self._stepping)
             self._stepping = []
 
 
@@ -373,10 +371,10 @@ def _may_change(parameter: torch.Tensor) -> bool:
     return parameter.requires_grad or parameter.grad is not None
 
 
-def homes_of(parameters: Iterable[torch.Tensor]) -> list[ParameterOffload]:
+def offloads_of(parameters: Iterable[torch.Tensor]) -> list[ParameterOffload]:
     """Whose these parameters are, each once; of those that are not offloaded, nobody's."""
     found = (getattr(parameter, OWNER, None) for parameter in parameters)
-    return list({id(home): home for home in found if home is not None}.values())
+    return list({id(offload): offload for offload in found if offload is not None}.values())
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

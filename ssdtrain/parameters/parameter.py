@@ -1,15 +1,15 @@
-"""Where each offloaded parameter is, and how it comes and goes.
+"""Where the bytes of each offloaded parameter are, and how they are offloaded and reloaded.
 
 Knows parameters and the store, neither modules nor the order in which they are needed.
 
 [Note: what a parameter is while it is away]
-A parameter that comes back gets the memory it was read to; one that leaves lets go of its memory, which lives on for as
+A parameter that is reloaded gets the memory it was read to; one that is evicted drops its memory, which lives on for as
 long as anything else uses it: an operator that has just unpacked it, a write. In between it has a placeholder, see
 [Note: how a parameter is reached]. Autograd sees nothing of this: setting `.data` does not touch version counters.
 
 [Note: changed or not]
-What comes back clean goes without a write. Changed is what has another version than at its last write, or what
-somebody says has changed: `.data` bypasses version counters.
+What has not changed since it was reloaded is evicted without a write. Changed is what has another version than at its
+last write, or what somebody says has changed: `.data` bypasses version counters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ from typing import Any
 import torch
 
 from ssdtrain.devices.base import Device
-from ssdtrain.parameters.placeholder import OWNER, OffloadedParameter, Owner, is_intact, is_poison, plainly, poison_of
+from ssdtrain.parameters.placeholder import (
+    OWNER,
+    OffloadedParameter,
+    Owner,
+    is_intact,
+    is_placeholder,
+    placeholder_of,
+    plainly,
+)
 from ssdtrain.state_stats import StateCounters
 from ssdtrain.store.identity import ViewSpec, spec_nbytes, view_of, view_spec, whole
 from ssdtrain.store.record import Record
@@ -30,11 +38,11 @@ _PAGE = 4096
 _OWN_USES = 2  # of a storage: ours and the parameter's
 
 
-class Residence:
+class ParameterRecord:
     """One offloaded parameter: in memory with a `storage`, coming with an `arrival`, or away."""
 
-    def __init__(self, name: str, parameter: torch.nn.Parameter, device: Device) -> None:
-        """It is in memory and has never been written.
+    def __init__(self, name: str, parameter: torch.nn.Parameter, device: Device, owner: Owner) -> None:
+        """It is in memory and has never been written; `guard` has those who use it ask `owner`.
 
         A parameter on the meta device becomes one on the CPU, away, without a value yet.
         """
@@ -46,19 +54,19 @@ class Residence:
         self.version = -1  # at the last write
         self.arrival: Arrival | None = None
         self.storage: torch.UntypedStorage | None = None
-        self._brought: Arrival | None = None  # what has brought `storage`
+        self._reloaded_by: Arrival | None = None  # the read that `storage` came from
         self._streams: set[int] = set()  # that are known to use it
         self.num_pins = 0  # it does not leave while somebody holds it
-        self.is_visiting = False  # others may have its memory
-        self.owner: Owner | None = None
+        self.is_gathered = False  # others may have its memory
+        self.owner: Owner | None = owner  # None: its owner is closed
         self.is_valid = not parameter.is_meta  # false: without bytes until a checkpoint is loaded
-        self._shown: torch.UntypedStorage | None = None  # what the parameter was last given
-        self._poison_address = 0
+        self._materialized: torch.UntypedStorage | None = None  # what the parameter was last given
+        self._placeholder_address = 0
         self.torch_device = torch.device("cpu") if parameter.is_meta else parameter.device
         if self.is_valid:
-            self.show(data.untyped_storage())
+            self.materialize(data.untyped_storage())
         else:
-            empty = torch.nn.Parameter(self._take_poison(), requires_grad=parameter.requires_grad)
+            empty = torch.nn.Parameter(self._take_placeholder(), requires_grad=parameter.requires_grad)
             torch.utils.swap_tensors(parameter, empty)
 
     def view(self, spec: ViewSpec) -> torch.Tensor:
@@ -67,29 +75,29 @@ class Residence:
         with plainly():
             return view_of(self.storage, spec)
 
-    def show(self, storage: torch.UntypedStorage, brought: Arrival | None = None) -> None:
-        """The parameter has this memory, which is new or was `brought`."""
-        self.storage = self._shown = storage
-        self._brought, self._streams = brought, set()
+    def materialize(self, storage: torch.UntypedStorage, reloaded_by: Arrival | None = None) -> None:
+        """The parameter has this memory from here on: new, or what a read has filled."""
+        self.storage = self._materialized = storage
+        self._reloaded_by, self._streams = reloaded_by, set()
         self.set_data(self.view(self.spec))
 
     def use(self) -> None:
-        """The current stream uses its memory from here on, whichever has allocated it, after what has brought it."""
+        """The current stream uses its memory from here on, whichever allocated it, after the read that filled it."""
         if self.device.driver is None or self.storage is None:
             return
         stream = self.device.current_stream()
         if stream in self._streams:
             return
         self._streams.add(stream)
-        if self._brought is not None and self._brought.pending is not None:
-            self._brought.use()
+        if self._reloaded_by is not None and self._reloaded_by.pending is not None:
+            self._reloaded_by.use()
         else:
             self.device.share(self.storage, stream)
 
-    def hide(self) -> None:
+    def evict(self) -> None:
         """The parameter has no memory, see [Note: what a parameter is while it is away]."""
-        self.set_data(self._take_poison())
-        self.storage = self._brought = None
+        self.set_data(self._take_placeholder())
+        self.storage = self._reloaded_by = None
 
     def set_data(self, data: torch.Tensor) -> None:
         """`parameter.data = data`, whatever class it has."""
@@ -99,10 +107,10 @@ class Residence:
     @property
     def is_replaced(self) -> bool:
         """Whether somebody has given the parameter other data (`parameter.data = ...`)."""
-        if self._shown is None:
+        if self._materialized is None:
             return False
         with torch._C.DisableTorchFunctionSubclass():
-            return bool(self.parameter.untyped_storage()._cdata != self._shown._cdata)
+            return bool(self.parameter.untyped_storage()._cdata != self._materialized._cdata)
 
     @property
     def is_shared(self) -> bool:
@@ -118,7 +126,7 @@ class Residence:
         with torch._C.DisableTorchFunctionSubclass():
             data = self.parameter.data
         self.check_data(data, device_of)
-        if not is_trusted and self.storage is None and is_poison(data):
+        if not is_trusted and self.storage is None and is_placeholder(data):
             raise RuntimeError(
                 f"Expected values for parameter {self.name}, got NaN computed while its own were on the drive: compute "
                 "with it inside parameter_offload(model).gathered()"
@@ -128,7 +136,7 @@ class Residence:
         data, self.device, self.torch_device = whole(data), device, data.device
         self.spec = view_spec(data)
         self.nbytes, self.version, self.arrival, self.is_valid = spec_nbytes(self.spec), -1, None, True
-        self.show(data.untyped_storage())
+        self.materialize(data.untyped_storage())
 
     def check_data(self, data: Any, device_of: Callable[[torch.Tensor], Device | str]) -> None:
         """Raises when it cannot have this data."""
@@ -144,13 +152,13 @@ class Residence:
                 f"offloaded, got {problem}: call parameter_offload(model).close() first"
             )
 
-    def hold(self) -> None:
-        """Somebody has it in memory, as a plain parameter that does not leave."""
+    def pin(self) -> None:
+        """Until `unpin` it is a plain parameter whose memory is not evicted."""
         self.num_pins += 1
         self.parameter.__class__ = torch.nn.Parameter
 
-    def release(self) -> None:
-        """The opposite."""
+    def unpin(self) -> None:
+        """Undoes one `pin`; without any, it may be evicted."""
         self.num_pins -= 1
         self.guard()
 
@@ -161,68 +169,74 @@ class Residence:
             if self.owner is not None:
                 vars(self.parameter)[OWNER] = self.owner
 
+    def disown(self) -> None:
+        """Makes it a plain parameter for good, whoever has pinned it: its owner is closed."""
+        self.owner, self.num_pins = None, 0
+        self.guard()
+        vars(self.parameter).pop(OWNER, None)
+
     def check_placeholder(self) -> None:
         """Raises when somebody has written to its placeholder; an accelerator would have to be waited for."""
         if self.storage is not None or self.device.driver is not None or self.is_replaced:
             return
-        if not is_intact(self._poison_address, self.spec.dtype):
+        if not is_intact(self._placeholder_address, self.spec.dtype):
             raise RuntimeError(
                 f"Expected nobody to write to parameter {self.name} while its values are on the drive, got other bytes "
                 "in its placeholder: write to it inside parameter_offload(model).gathered()"
             )
 
-    def _take_poison(self) -> torch.Tensor:
+    def _take_placeholder(self) -> torch.Tensor:
         with plainly():
-            poison, self._poison_address = poison_of(self.spec.dtype, self.spec.size, self.torch_device)
-        self._shown = poison.untyped_storage()
-        return poison
+            placeholder, self._placeholder_address = placeholder_of(self.spec.dtype, self.spec.size, self.torch_device)
+        self._materialized = placeholder.untyped_storage()
+        return placeholder
 
 
-class Residences:
+class ParameterRecords:
     """The offloaded parameters of one module."""
 
     def __init__(self, store: StateStore, counters: StateCounters) -> None:
         """None yet. `by_storage` finds those in memory by the address of their storage object."""
         self.store = store
-        self.by_storage: dict[int, Residence] = {}
+        self.by_storage: dict[int, ParameterRecord] = {}
         self._counters = counters
 
-    def fetch(self, residences: Iterable[Residence]) -> int:
+    def prefetch(self, records: Iterable[ParameterRecord]) -> int:
         """Begins to read what is away; how many those are."""
         num_begun = 0
-        for r in residences:
+        for r in records:
             if r.storage is None and r.arrival is None and r.is_valid and not r.is_replaced:
                 r.arrival = self.store.read(r.record, r.device)
                 num_begun += 1
         return num_begun
 
-    def forget(self, residences: Iterable[Residence]) -> None:
+    def forget(self, records: Iterable[ParameterRecord]) -> None:
         """Those that are coming are not needed after all."""
-        for r in residences:
+        for r in records:
             r.arrival = None
 
-    def bring(self, residences: Iterable[Residence]) -> None:
+    def reload(self, records: Iterable[ParameterRecord]) -> None:
         """Has all of them in memory, waiting for those that are not.
 
         Raises:
             StateLostError: the drive does not have the bytes any more.
             RuntimeError: one has never been given any.
         """
-        residences = list(residences)
-        for r in residences:
+        records = list(records)
+        for r in records:
             if r.is_replaced:
                 self._adopt_replaced(r)
-        missing = [r for r in residences if r.storage is None]
+        missing = [r for r in records if r.storage is None]
         if missing:
-            self._bring(missing)
-        for r in residences:
+            self._reload(missing)
+        for r in records:
             r.use()
 
-    def _bring(self, missing: list[Residence]) -> None:
+    def _reload(self, missing: list[ParameterRecord]) -> None:
         _check_real(missing[0])
         for r in missing:
             r.check_placeholder()
-        self._counters.num_demand_reads += self.fetch(missing)
+        self._counters.num_demand_reads += self.prefetch(missing)
         for r in missing:
             if r.arrival is None:
                 raise RuntimeError(
@@ -230,29 +244,31 @@ class Residences:
                     "checkpoint first, with load_safetensors() or load_state_dict()"
                 )
             arrival, r.arrival = r.arrival, None
-            self._show(r, self.store.take(arrival), arrival)
+            self._materialize(r, self.store.take(arrival), arrival)
 
-    def adopt(self, r: Residence) -> None:
+    def adopt(self, r: ParameterRecord) -> None:
         """Takes one that is new, and in memory or without a value."""
         if r.storage is not None:
             self.by_storage[r.storage._cdata] = r
 
-    def accept(self, r: Residence) -> None:
+    def materialize_empty(self, r: ParameterRecord) -> None:
         """Has it in memory with any bytes: all of them are about to be written over."""
         if r.storage is None:
-            self._show(r, r.device.allocate(r.nbytes, _PAGE, _PAGE).storage)
+            self._materialize(r, r.device.allocate(r.nbytes, _PAGE, _PAGE).storage)
         r.arrival, r.is_valid = None, True
 
-    def _show(self, r: Residence, storage: torch.UntypedStorage, brought: Arrival | None = None) -> None:
-        self.by_storage[storage._cdata] = r  # before it is shown: an entry too many does no harm
-        r.show(storage, brought)
+    def _materialize(
+        self, r: ParameterRecord, storage: torch.UntypedStorage, reloaded_by: Arrival | None = None
+    ) -> None:
+        self.by_storage[storage._cdata] = r  # before the parameter has it: an entry too many does no harm
+        r.materialize(storage, reloaded_by)
 
-    def note_changed(self, residences: Iterable[Residence]) -> None:
+    def note_changed(self, records: Iterable[ParameterRecord]) -> None:
         """Says that they were changed, perhaps behind the version counter."""
-        for r in residences:
+        for r in records:
             r.version = -1
 
-    def assign(self, r: Residence, data: torch.Tensor) -> None:
+    def assign(self, r: ParameterRecord, data: torch.Tensor) -> None:
         """`parameter.data = data`.
 
         Raises:
@@ -263,14 +279,14 @@ class Residences:
         if r.is_replaced:
             self._adopt_replaced(r, is_trusted=True)
 
-    def _adopt_replaced(self, r: Residence, *, is_trusted: bool = False) -> None:
+    def _adopt_replaced(self, r: ParameterRecord, *, is_trusted: bool = False) -> None:
         old = r.storage
         r.take_over(self.store.devices().of, is_trusted=is_trusted)
         if old is not None:
             self.by_storage.pop(old._cdata, None)
         self.adopt(r)
 
-    def read_to_host(self, r: Residence) -> Callable[[], torch.Tensor] | None:
+    def read_to_host(self, r: ParameterRecord) -> Callable[[], torch.Tensor] | None:
         """Begins to read one that is away to host memory; what is returned waits for it, in any thread.
 
         None: it is in memory of its device now.
@@ -282,18 +298,18 @@ class Residences:
         if r.storage is None and r.is_valid and not r.is_replaced:
             arrival = self.store.read(r.record, self.store.host)
         if arrival is None or arrival.pending is None:  # the drive had no room for it
-            self.bring([r])
+            self.reload([r])
             return None
         return lambda: view_of(self.store.take(arrival), r.spec)
 
-    def replace(self, r: Residence, value: torch.Tensor) -> bool:
+    def replace(self, r: ParameterRecord, value: torch.Tensor) -> bool:
         """Writes the new value of one that is away, from host memory; false: it is in memory of its device.
 
         The value's memory is the store's from here on.
         """
         is_whole = view_spec(value) == r.spec and value.untyped_storage().nbytes() == r.nbytes
         if r.storage is not None or r.is_replaced or not is_whole:
-            self.bring([r])
+            self.reload([r])
             return False
         self.store.write(r.record, value.untyped_storage(), self.store.host, prefers_host=True)
         r.arrival = None  # of the old value
@@ -301,9 +317,9 @@ class Residences:
         r.version = r.parameter._version
         return True
 
-    def write(self, residences: Iterable[Residence]) -> None:
+    def write(self, records: Iterable[ParameterRecord]) -> None:
         """Writes what has changed; it stays in memory, and may not change before it is copied."""
-        for r in residences:
+        for r in records:
             if r.is_replaced:
                 self._adopt_replaced(r)
             if r.storage is None:
@@ -311,31 +327,31 @@ class Residences:
                 continue
             version = r.parameter._version
             if version != r.version or not r.record.is_filled:
-                may_change = r.is_visiting and r.is_shared
+                may_change = r.is_gathered and r.is_shared
                 self.store.write(r.record, r.storage, r.device)
                 r.version = -1 if may_change else version
 
-    def leave(self, residences: Iterable[Residence]) -> None:
-        """Sends them away; what has changed is written, and its memory lives until that is copied."""
-        for r in residences:
+    def offload(self, records: Iterable[ParameterRecord]) -> None:
+        """Writes what has changed and evicts all of them; memory lives until its bytes are copied."""
+        for r in records:
             if r.num_pins:
                 continue
             self.write([r])
             if r.storage is None:
                 continue
             self.by_storage.pop(r.storage._cdata, None)  # first: the address may be another storage's then
-            r.hide()
+            r.evict()
             r.guard()
 
 
-def _check_real(r: Residence) -> None:
+def _check_real(r: ParameterRecord) -> None:
     """Raises where tensors have no values or are recorded, as while a module is exported."""
     kinds = torch._C._TorchDispatchModeKey
     if any(torch._C._get_dispatch_mode(kind) is not None for kind in (kinds.FAKE, kinds.PROXY)):
         raise not_real(r)
 
 
-def not_real(r: Residence) -> RuntimeError:
+def not_real(r: ParameterRecord) -> RuntimeError:
     """What is said where one is wanted as a tensor without a value."""
     return RuntimeError(
         f"Expected parameter {r.name} in memory where tensors are fake (torch.export), got one that is offloaded: "

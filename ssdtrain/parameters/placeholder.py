@@ -7,7 +7,7 @@ While a block runs, and for whoever has gathered it, a parameter is a plain `tor
 more. In between its class is `OffloadedParameter`, the same object: every operator of PyTorch that is given it asks
 here first, and its owner has its bytes in memory while the operator runs. So what loops over `parameters()` (averages,
 norms, penalties, casts, broadcasts) reads and writes values, one parameter after the other. What needs no value
-(`shape`, `grad`, hooks) brings nothing.
+(`shape`, `grad`, hooks) reloads nothing.
 
 Code that takes tensors past PyTorch's Python functions finds the placeholder: NaN through a single element expanded to
 its shape. Zeros would pass unnoticed, and an empty storage would crash the process when read. What writes to it raises.
@@ -24,7 +24,7 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
-OWNER = "_ssdtrain_home"
+OWNER = "_ssdtrain_owner"
 SHARDED = (
     "Expected a module whose parameters are in memory for FSDP, fully_shard() or replicate(), which put others in "
     "their place, got one whose parameters are offloaded: use one of the two, or DistributedDataParallel"
@@ -119,15 +119,15 @@ def is_differentiated() -> bool:
     return any(i.key() == torch._C._functorch.TransformType.Grad for i in torch._C._functorch.get_interpreter_stack())
 
 
-def poison_of(dtype: torch.dtype, size: torch.Size, device: torch.device) -> tuple[torch.Tensor, int]:
+def placeholder_of(dtype: torch.dtype, size: torch.Size, device: torch.device) -> tuple[torch.Tensor, int]:
     """A placeholder and its address: all bits set, NaN in every floating point format, -1 or the largest integer."""
     if dtype is torch.bool:
-        poison = torch.ones((), dtype=dtype, device=device).expand(size)
+        placeholder = torch.ones((), dtype=dtype, device=device).expand(size)
     else:
-        poison = torch.full((dtype.itemsize,), 255, dtype=torch.uint8, device=device).view(dtype)[0].expand(size)
-    address = poison.data_ptr()
-    _refuse_writes(poison)
-    return poison, address
+        placeholder = torch.full((dtype.itemsize,), 255, dtype=torch.uint8, device=device).view(dtype)[0].expand(size)
+    address = placeholder.data_ptr()
+    _refuse_writes(placeholder)
+    return placeholder, address
 
 
 _refuse_writes: Callable[[torch.Tensor], object] = getattr(
@@ -135,7 +135,7 @@ _refuse_writes: Callable[[torch.Tensor], object] = getattr(
 )
 
 
-def is_poison(value: torch.Tensor) -> bool:
+def is_placeholder(value: torch.Tensor) -> bool:
     """Whether a value was computed from placeholders: nothing but NaN."""
     is_float = value.is_floating_point() or value.is_complex()
     return is_float and value.numel() > 0 and bool(value.isnan().all())

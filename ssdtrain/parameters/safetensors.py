@@ -15,7 +15,7 @@ import torch
 
 from ssdtrain.io.files.paths import absolute_path
 from ssdtrain.io.files.replacing import replacing
-from ssdtrain.parameters.offload import homes_of
+from ssdtrain.parameters.offload import offloads_of
 from ssdtrain.parameters.safetensors_format import check_entry, files_of, header_of, opened
 
 
@@ -95,8 +95,8 @@ def save_safetensors(
     """
     path = absolute_path(path, "a safetensors file")
     every = _tensors(module)
-    for home in homes_of(every.values()):
-        home.check_whole()
+    for offload in offloads_of(every.values()):
+        offload.check_complete()
     _check_complete(module, every)
     tensors = {name: every[name] for name in _aliases(every)}
     header = header_of(tensors, metadata or {})
@@ -109,7 +109,7 @@ def save_safetensors(
 
 def _check_complete(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     """What has no bytes, or has state beside its tensors, would be lost without a word."""
-    empty = [name for name, tensor in tensors.items() if tensor.is_meta and not homes_of([tensor])]
+    empty = [name for name, tensor in tensors.items() if tensor.is_meta and not offloads_of([tensor])]
     if empty:
         raise ValueError(
             f"Expected tensors with values, got {_some(empty)} on the meta device: load a checkpoint first"
@@ -154,9 +154,9 @@ def _aliases(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
 
 
 def _fill(module: torch.nn.Module, name: str, tensor: torch.Tensor, value: torch.Tensor) -> None:
-    homes = homes_of([tensor])
-    if homes:
-        homes[0].fill(tensor, value)
+    offloads = offloads_of([tensor])
+    if offloads:
+        offloads[0].fill(tensor, value)
     elif not tensor.is_meta:
         with torch.no_grad():
             tensor.copy_(value)
@@ -169,8 +169,8 @@ def _fill(module: torch.nn.Module, name: str, tensor: torch.Tensor, value: torch
 
 
 def _in_memory(module: torch.nn.Module, tensor: torch.Tensor) -> contextlib.AbstractContextManager[None]:
-    homes = homes_of([tensor])
-    return homes[0].in_memory([tensor], to_change=False) if homes else contextlib.nullcontext()
+    offloads = offloads_of([tensor])
+    return offloads[0].in_memory([tensor], to_change=False) if offloads else contextlib.nullcontext()
 
 
 def _some(names: list[str]) -> str:

@@ -50,7 +50,7 @@ def replicas(folder: Path, wrap: Any, *, pages_optimizer: bool) -> bool:
     check_same(steps(wrapped, optimizer), expected)
     check_same(values(model), values(plain))
     home.flush()
-    assert all(r.storage is None for r in home._uses) and home.stats.read_nbytes > 0
+    assert all(r.storage is None for r in home._working_set) and home.stats.read_nbytes > 0
     everyone: list[Any] = [None, None]
     dist.all_gather_object(everyone, values(model))
     check_same(everyone[0], everyone[1])

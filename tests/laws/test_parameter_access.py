@@ -28,12 +28,12 @@ def offloaded(model: nn.Module, folder: Path, **policy: Any) -> ssdtrain.Paramet
 
 def full_nbytes(model: nn.Module) -> int:
     """Memory that parameters of blocks have now."""
-    return sum(r.nbytes for r in ssdtrain.parameter_offload(model)._uses if r.storage is not None)
+    return sum(r.nbytes for r in ssdtrain.parameter_offload(model)._working_set if r.storage is not None)
 
 
 def block_nbytes(model: nn.Module) -> int:
-    uses = ssdtrain.parameter_offload(model)._uses
-    return max(sum(r.nbytes for r in block.residences) for block in uses.blocks)
+    uses = ssdtrain.parameter_offload(model)._working_set
+    return max(sum(r.nbytes for r in block.records) for block in uses.blocks)
 
 
 def check_trains_on(model: nn.Module, plain: nn.Module) -> None:
@@ -405,8 +405,8 @@ def test_bytes_written_to_a_placeholder_are_seen(tmp_path: Path) -> None:
     model = model_of("mlp")
     home = offloaded(model, tmp_path)
     home.flush()
-    r = next(r for r in home._uses if r.name == "blocks.2.up.weight")
-    ctypes.memset(r._poison_address, 0, 4)
+    r = next(r for r in home._working_set if r.name == "blocks.2.up.weight")
+    ctypes.memset(r._placeholder_address, 0, 4)
     for save in (model.state_dict, home.flush, lambda: model(batch(0))):
         with pytest.raises(RuntimeError, match=r"blocks\.2\.up\.weight while .*placeholder: .*gathered\(\)"):
             save()

@@ -129,10 +129,10 @@ def test_other_bytes_are_read_while_a_thread_waits_for_an_accelerator(tmp_path: 
         store.write(far, torch.full((1024,), 3.0).untyped_storage(), device)
         storages: list[torch.UntypedStorage] = []
 
-        def fetch() -> None:
+        def prefetch() -> None:
             storages.append(store.take(store.read(far, store.host)))
 
-        read_beside(store, small, fetch, lambda: device.release(device.driver.out_stream()))
+        read_beside(store, small, prefetch, lambda: device.release(device.driver.out_stream()))
     assert torch.equal(as_tensor(storages[0]), torch.full((1024,), 3.0))
     store.close()
     device.close()

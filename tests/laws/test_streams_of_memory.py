@@ -143,15 +143,15 @@ def test_parameters_that_two_streams_use(device: SimulatedDevice, tmp_path: Path
 @contextlib.contextmanager
 def gathered(store: StateStore, record: Record, device: SimulatedDevice) -> Iterator[Any]:
     """A parameter in memory that a record was read to."""
-    from ssdtrain.parameters.parameter import Residence
+    from ssdtrain.parameters.parameter import ParameterRecord
 
-    made = Residence("weight", nn.Parameter(torch.empty(64, 64), requires_grad=False), device)  # type: ignore[arg-type]
-    made.hide()
+    made = ParameterRecord("weight", nn.Parameter(torch.empty(64, 64), requires_grad=False), device, None)  # type: ignore[arg-type]
+    made.evict()
     arrival = store.read(record, device)
-    made.show(store.take(arrival), arrival)
+    made.materialize(store.take(arrival), arrival)
     made.use()
     yield made
-    made.hide()
+    made.evict()
 
 
 def test_handle_0_is_the_default_stream(monkeypatch: pytest.MonkeyPatch) -> None:

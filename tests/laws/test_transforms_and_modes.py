@@ -97,7 +97,7 @@ def test_addresses_tell_parameters_apart(tmp_path: Path) -> None:
     for step in range(3):
         model(batch(step)).backward()
     home.flush()
-    assert all(r.storage is None for r in home._uses)
+    assert all(r.storage is None for r in home._working_set)
 
 
 def test_memory_is_not_shared_with_other_processes(tmp_path: Path) -> None:

@@ -75,8 +75,11 @@ def test_ctrl_c_while_it_waits_loses_nothing(
     """A delayed update goes on, and the next call finishes it."""
     model, plain = model_of("mlp"), model_of("mlp")
     optimizer = on_cpu(adamw(model.parameters()), tmp_path, device, chunk_nbytes=1, **LATE)
-    gate, stand_in = threading.Event(), optimizer._cpu_updates._stand_in
-    monkeypatch.setattr(optimizer._cpu_updates, "_stand_in", lambda *what: (gate.wait(20), stand_in(*what))[1])
+    gate, updates = threading.Event(), optimizer._cpu_updates
+    make_shadow = updates._shadow_parameter
+    monkeypatch.setattr(
+        optimizer._cpu_updates, "_shadow_parameter", lambda *what: (gate.wait(20), make_shadow(*what))[1]
+    )
     train(model, optimizer, 1)
     for _ in range(2):
         with ctrl_c_soon():
@@ -100,8 +103,8 @@ def test_an_interrupted_abandoning_is_taken_up_again(
     optimizer.flush()
     saved = copy.deepcopy(optimizer.state_dict())
     updates = optimizer._cpu_updates
-    gate, stand_in = threading.Event(), updates._stand_in
-    monkeypatch.setattr(updates, "_stand_in", lambda *what: (gate.wait(20), stand_in(*what))[1])
+    gate, make_shadow = threading.Event(), updates._shadow_parameter
+    monkeypatch.setattr(updates, "_shadow_parameter", lambda *what: (gate.wait(20), make_shadow(*what))[1])
     train(model, optimizer, 1, first=5)
     with ctrl_c_soon():
         updates.abandon()

@@ -130,7 +130,7 @@ def test_reads_do_not_run_far_ahead(device: SimulatedDevice | None, device_kind:
             weight.grad = torch.ones(64, 64)
         optimizer.step()
     assert Gated.entered.wait(20)
-    pages = [leaf for parameter in optimizer._pages for leaf in optimizer._pages._leaves(parameter)]
+    pages = [leaf for parameter in optimizer._offloaded for leaf in optimizer._offloaded._leaves(parameter)]
     num_coming = sum(leaf.arrival is not None for leaf in pages)
     Gated.gate.set()
     optimizer.close()

@@ -555,7 +555,7 @@ def test_a_lost_read_at_the_end_loses_nothing_else(tmp_path: Path) -> None:
     optimizer = offloaded(inner, tmp_path, engine="threads")
     train(model, optimizer, 2)
     optimizer.flush()
-    page = next(iter(optimizer._pages._pages.values()))["exp_avg"].leaves[0]
+    page = next(iter(optimizer._offloaded._entries.values()))["exp_avg"].leaves[0]
     file = optimizer._store.drive.files[0]
     with open(f"/proc/self/fd/{file.fd}", "r+b", buffering=0) as raw:
         offset = page.record.segments[0].extent.offset

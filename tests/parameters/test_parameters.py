@@ -43,13 +43,13 @@ def offloaded(
 def full_nbytes(model: nn.Module) -> int:
     """Memory of the storages that parameters of blocks have now."""
     home = ssdtrain.parameter_offload(model)
-    return sum(r.nbytes for r in home._uses if r.storage is not None)
+    return sum(r.nbytes for r in home._working_set if r.storage is not None)
 
 
 def block_nbytes(model: nn.Module) -> int:
     """The largest block."""
     home = ssdtrain.parameter_offload(model)
-    return max(sum(r.nbytes for r in block.residences) for block in home._uses.blocks)
+    return max(sum(r.nbytes for r in block.records) for block in home._working_set.blocks)
 
 
 # -- equal to the bit --------------------------------------------------------------------------------------------------
@@ -451,7 +451,7 @@ def test_blocks_whose_parts_are_called(tmp_path: Path) -> None:
         for _ in range(5):
             model(batch(0))
     assert full_nbytes(model) <= 2 * block_nbytes(model)
-    assert not home._uses._visitors
+    assert not home._working_set._gathered
 
 
 def test_loading_what_does_not_fit(tmp_path: Path) -> None:
@@ -470,7 +470,7 @@ def test_loading_what_does_not_fit(tmp_path: Path) -> None:
         model.load_state_dict(state, assign=True)
     loss = model(batch(0))
     for name, p in model.named_parameters():
-        if hasattr(p, "_ssdtrain_home"):
+        if hasattr(p, "_ssdtrain_owner"):
             home.fill(p, state[name])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -729,7 +729,7 @@ def test_a_drive_that_is_too_small_says_so_before_anything_moves(small_ext4: Dri
     with pytest.raises(OSError, match=r"Expected room for 32.0 MiB of parameters"):
         ssdtrain.offload_parameters(model, small_ext4.directory, blocks=["*"])
     check_same(values(model), expected)
-    assert not any(hasattr(p, "_ssdtrain_home") for p in model.parameters())
+    assert not any(hasattr(p, "_ssdtrain_owner") for p in model.parameters())
 
 
 def test_tensors_that_share_memory_stay(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ Gradients and parameters are copied to pinned host memory, the optimizer updates
 leaves host memory and the drive, and the new values are copied back. A parameter that is off the device itself is
 updated where it is: read to host memory and written from there.
 
-Knows pages, gradients' records, homes of parameters and the optimizer that does the arithmetic; not when a step is due.
+Knows state, gradients' records, offloaded parameters and the optimizer that does the arithmetic; not when a step is
+due.
 
 [Note: three threads]
 The thread that trains (or autograd's) queues the copies out and hands the rest to ours: it waits for the copies and for
@@ -32,11 +33,11 @@ from ssdtrain.optimizer.cpu.jobs import Entry, Job, Wait
 from ssdtrain.optimizer.cpu.pinned import HostCopies, HostCopy
 from ssdtrain.optimizer.gradients.gradient_record import Change
 from ssdtrain.optimizer.gradients.offloaded_gradient import record_of
-from ssdtrain.optimizer.inner import LOW_PRECISION, load_own_state, parts_of, plain_step, twin_of
+from ssdtrain.optimizer.inner import LOW_PRECISION, inner_step, load_own_state, parts_of, shadow_of
 from ssdtrain.optimizer.shared_values import SharedValues
-from ssdtrain.optimizer.state import Pages
+from ssdtrain.optimizer.state import OffloadedState
 from ssdtrain.optimizer.trial.validation import check_apart
-from ssdtrain.parameters.offload import homes_of
+from ssdtrain.parameters.offload import offloads_of
 from ssdtrain.store.identity import why_not
 from ssdtrain.store.state_store import StateStore
 
@@ -51,13 +52,13 @@ class CpuUpdates:
         self,
         inner: torch.optim.Optimizer,
         store: StateStore,
-        pages: Pages,
+        offloaded: OffloadedState,
         *,
         has_masters: bool,
         is_delayed: bool,
     ) -> None:
-        """No parameter is met yet. For `has_masters` and `is_delayed` see `OptimizerPolicy`."""
-        self._inner, self._store, self._pages = inner, store, pages
+        """No parameter is attached yet. For `has_masters` and `is_delayed` see `OptimizerPolicy`."""
+        self._inner, self._store, self._offloaded = inner, store, offloaded
         self._has_masters, self._is_delayed = has_masters, is_delayed
         self._devices: dict[torch.Tensor, Accelerator] = {}
         self.shared = SharedValues()
@@ -70,17 +71,17 @@ class CpuUpdates:
         """Whether a parameter is on an accelerator."""
         return parameter in self._devices
 
-    def meet(self, names: Mapping[torch.Tensor, str]) -> None:
+    def attach(self, names: Mapping[torch.Tensor, str]) -> None:
         """Learns where these parameters are; all that there are.
 
         Raises:
             ValueError: the CPU cannot update one of them.
         """
         for parameter, name in names.items():
-            self._meet(parameter, name)
+            self._attach(parameter, name)
         check_apart({parameter: name for parameter, name in names.items() if parameter in self._devices})
 
-    def _meet(self, parameter: torch.Tensor, name: str) -> None:
+    def _attach(self, parameter: torch.Tensor, name: str) -> None:
         device = self._store.devices().of(parameter)
         if isinstance(device, str) or device.driver is None:
             if self._is_delayed:
@@ -94,9 +95,9 @@ class CpuUpdates:
 
     # -- one chunk -----------------------------------------------------------------------------------------------
 
-    def fetch(self, parameter: torch.Tensor) -> int:
+    def prefetch(self, parameter: torch.Tensor) -> int:
         """Begins to read a parameter's state to host memory; how many reads."""
-        return self._pages.fetch(parameter)
+        return self._offloaded.prefetch(parameter)
 
     def begin(
         self,
@@ -113,19 +114,19 @@ class CpuUpdates:
             is_again = any([entry.parameter in chunk for job in self._jobs for entry in job.entries])
             self.finish(0 if is_again else _MAX_JOBS - 1)
             for parameter in chunk:
-                self.fetch(parameter)
+                self.prefetch(parameter)
         entries = [self._entry(parameter, name) for parameter, (name, _) in chunk.items()]
         first = entries[0].parameter
         chosen: dict[int, list[torch.Tensor]] = {}
         for parameter, (_, index) in chunk.items():
             chosen.setdefault(index, []).append(parameter)
-        twin = twin_of(self._inner, parts_of(self._inner.param_groups, chosen), {})
-        self.shared.own_copies(twin)
-        for group in twin.param_groups:
+        shadow = shadow_of(self._inner, parts_of(self._inner.param_groups, chosen), {})
+        self.shared.own_copies(shadow)
+        for group in shadow.param_groups:
             group.update(self._settings({key: value for key, value in group.items() if key != "params"}, first))
         job = Job(
             entries,
-            twin,
+            shadow,
             self._settings({"defaults": self._inner.defaults, **attributes}, first),  # a rate in a tensor is in both
             torch.get_num_threads(),
         )
@@ -148,8 +149,8 @@ class CpuUpdates:
         if why := device.why_not():
             raise RuntimeError(f"Expected to update {name} on the CPU, got {why}: step() outside of it")
         value = None
-        for home in homes_of([parameter]):
-            value = home.read_to_host(parameter)
+        for owner in offloads_of([parameter]):
+            value = owner.read_to_host(parameter)
         return Entry(
             parameter,
             name,
@@ -197,64 +198,64 @@ class CpuUpdates:
     def _run(self, job: Job) -> None:
         if torch.get_num_threads() != job.num_threads:  # each thread has its own number: sums depend on it
             torch.set_num_threads(job.num_threads)
-        twin = job.twin
+        shadow = job.shadow
         with torch.no_grad(), record_function("ssdtrain::cpu_update"):
-            self._fetch_ahead(job)
-            vars(twin).update(_arrived(job.attributes))
+            self._prefetch_ahead(job)
+            vars(shadow).update(_arrived(job.attributes))
             values = {entry.parameter: entry.value() for entry in job.entries}
-            stand_ins = {e.parameter: self._stand_in(e, values[e.parameter]) for e in job.entries}
-            for group in twin.param_groups:
+            shadow_parameters = {e.parameter: self._shadow_parameter(e, values[e.parameter]) for e in job.entries}
+            for group in shadow.param_groups:
                 group.update(_arrived({key: value for key, value in group.items() if key != "params"}))
-                group["params"] = [stand_ins[parameter] for parameter in group["params"]]
+                group["params"] = [shadow_parameters[parameter] for parameter in group["params"]]
             for entry in job.entries:
                 if entry.state:
-                    twin.state[stand_ins[entry.parameter]] = entry.state
-            _, job.changes = self.shared.run(twin, partial(plain_step, twin))
+                    shadow.state[shadow_parameters[entry.parameter]] = entry.state
+            _, job.changes = self.shared.run(shadow, partial(inner_step, shadow))
             for entry in job.entries:
-                self._take_result(entry, stand_ins[entry.parameter], values[entry.parameter], twin)
+                self._take_result(entry, shadow_parameters[entry.parameter], values[entry.parameter], shadow)
 
-    def _fetch_ahead(self, job: Job) -> None:
+    def _prefetch_ahead(self, job: Job) -> None:
         """Reads what is not being read yet, also for the jobs that follow."""
         for entry in job.entries:
             if entry.record is not None:  # not through the parameter: another thread may set its gradient
-                entry.record.fetch(self._store.host)
+                entry.record.prefetch(self._store.host)
         ahead: Job | None = job
         for _ in range(_MAX_JOBS):
             if ahead is not None:
                 for entry in ahead.entries:
-                    self._pages.fetch(entry.parameter)
+                    self._offloaded.prefetch(entry.parameter)
                 ahead = ahead.following
 
-    def _stand_in(self, entry: Entry, value: torch.Tensor) -> torch.nn.Parameter:
+    def _shadow_parameter(self, entry: Entry, value: torch.Tensor) -> torch.nn.Parameter:
         """A parameter in host memory, with a gradient, with what users have noted on the other; its state is there."""
         parameter, state = entry.parameter, dict(entry.state or {})
         gradient = entry.gradient()
-        self._pages.bring(parameter, state)
+        self._offloaded.reload(parameter, state)
         master: torch.Tensor | None = state.pop(_MASTER, None)
         if self._has_masters and value.dtype in LOW_PRECISION:
             if master is None or not torch.equal(master.to(value.dtype), value):  # somebody else has changed it
                 master = value.float()
             value, gradient = master, gradient.float()
-        stand_in = torch.nn.Parameter(value, requires_grad=parameter.requires_grad)
-        vars(stand_in).update(entry.noted)
-        stand_in.grad = gradient
+        shadow_parameter = torch.nn.Parameter(value, requires_grad=parameter.requires_grad)
+        vars(shadow_parameter).update(entry.noted)
+        shadow_parameter.grad = gradient
         entry.state = state if state or entry.state is not None else None
-        return stand_in
+        return shadow_parameter
 
     def _take_result(
-        self, entry: Entry, stand_in: torch.nn.Parameter, value: torch.Tensor, twin: torch.optim.Optimizer
+        self, entry: Entry, shadow_parameter: torch.nn.Parameter, value: torch.Tensor, shadow: torch.optim.Optimizer
     ) -> None:
-        entry.state = twin.state.get(stand_in, entry.state)
-        entry.result = stand_in.detach()
-        if stand_in.dtype is not value.dtype:
+        entry.state = shadow.state.get(shadow_parameter, entry.state)
+        entry.result = shadow_parameter.detach()
+        if shadow_parameter.dtype is not value.dtype:
             entry.state = {**(entry.state or {}), _MASTER: entry.result}
             entry.result = value.copy_(entry.result)
         self._write(entry.parameter, entry.name, entry.state)
 
     def _write(self, parameter: torch.Tensor, name: str, state: dict[str, Any] | None) -> None:
         """Begins to write state that is in host memory; without a drive it stays there."""
-        if self._store.directory is not None and (state or parameter in self._pages):
-            self._pages.send_away(parameter, name, state if state is not None else {}, self._store.host)
+        if self._store.directory is not None and (state or parameter in self._offloaded):
+            self._offloaded.offload(parameter, name, state if state is not None else {}, self._store.host)
 
     # -- after it ------------------------------------------------------------------------------------------------
 
@@ -304,10 +305,10 @@ class CpuUpdates:
     def _put_back(self, entry: Entry) -> None:
         parameter, result = entry.parameter, entry.result
         assert result is not None
-        homes = homes_of([parameter])
-        for home in homes:
-            home.replace(parameter, result)
-        if not homes:
+        owners = offloads_of([parameter])
+        for owner in owners:
+            owner.replace(parameter, result)
+        if not owners:
             parameter.copy_(result, non_blocking=True)
         if entry.state is not None:
             own = self._inner.state[parameter]  # somebody may hold it
@@ -357,7 +358,7 @@ class CpuUpdates:
 
     # -- state that others have made -----------------------------------------------------------------------------
 
-    def send_away(self, parameter: torch.Tensor, name: str) -> None:
+    def offload(self, parameter: torch.Tensor, name: str) -> None:
         """Takes a parameter's state to host memory, wherever it is, and begins to write it."""
         state, device = self._inner.state.get(parameter, {}), self._devices[parameter]
         for key, value in state.items():

@@ -43,7 +43,7 @@ class Job:
     """The update of one chunk."""
 
     entries: list[Entry]
-    twin: torch.optim.Optimizer
+    shadow: torch.optim.Optimizer
     attributes: dict[str, Any]
     num_threads: int
     future: Future[None] | None = None

@@ -65,7 +65,7 @@ class GradientRecord:
         self.spec, self._arrival, self.changes = view_spec(source), None, []
         self._store.write(self.record, source.untyped_storage(), self._device)
 
-    def fetch(self, device: Device | None = None) -> int:
+    def prefetch(self, device: Device | None = None) -> int:
         """Begins to read it, to where it came from or to another device; how many reads."""
         to = device or self._device
         if self._here is not None or (self._arrival is not None and self._arrival.device is to):
@@ -111,7 +111,7 @@ class GradientRecord:
         return self.hold()
 
     def _read(self, device: Device) -> tuple[torch.Tensor, bool]:
-        self.fetch(device)
+        self.prefetch(device)
         arrival, self._arrival = self._arrival, None
         assert arrival is not None
         return view_of(self._store.take(arrival), self.spec), arrival.pending is None

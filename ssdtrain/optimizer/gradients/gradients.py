@@ -33,7 +33,7 @@ class Gradients:
         """Whether a parameter has a gradient, here or in memory."""
         return parameter.grad is not None and not isinstance(parameter.grad, UsedGradient)
 
-    def take(self, parameter: torch.Tensor) -> None:
+    def offload(self, parameter: torch.Tensor) -> None:
         """Backward has computed one: it goes to the drive. What it adds to one that is there is there already."""
         grad = parameter.grad
         self.release()
@@ -52,36 +52,36 @@ class Gradients:
         self._records[weakref.ref(record, self._dead.append)] = record.record
         parameter.grad = OffloadedGradient(record)
 
-    def fetch(self, parameter: torch.Tensor, device: Device | None = None) -> int:
+    def prefetch(self, parameter: torch.Tensor, device: Device | None = None) -> int:
         """Begins to read one back, to where it came from or to host memory; how many reads."""
         record = record_of(parameter)
-        return record.fetch(device) if record is not None else 0
+        return record.prefetch(device) if record is not None else 0
 
     # -- in a step ------------------------------------------------------------------------------------------
 
-    def give_back(self, parameter: torch.Tensor) -> None:
+    def reload(self, parameter: torch.Tensor) -> None:
         """Has one in memory, for the optimizer.
 
         Raises:
             StateLostError: the drive does not have it any more.
         """
-        stand_in, record = parameter.grad, record_of(parameter)
+        placeholder, record = parameter.grad, record_of(parameter)
         if record is None:
             return
-        assert isinstance(stand_in, OffloadedGradient)
+        assert isinstance(placeholder, OffloadedGradient)
         grad = record.load()
-        self._in_use[parameter] = stand_in, grad, grad._version
+        self._in_use[parameter] = placeholder, grad, grad._version
         parameter.grad = grad
 
     def put_back(self, parameters: Iterable[torch.Tensor]) -> None:
         """The optimizer has used them: as without offload they are there until somebody drops them."""
         for parameter in parameters:
-            stand_in, grad, version = self._in_use.pop(parameter, (None, None, 0))
-            if stand_in is None or grad is None or parameter.grad is not grad:
+            placeholder, grad, version = self._in_use.pop(parameter, (None, None, 0))
+            if placeholder is None or grad is None or parameter.grad is not grad:
                 continue
             if grad._version != version:
-                stand_in.record.replace(grad)
-            parameter.grad = stand_in
+                placeholder.record.replace(grad)
+            parameter.grad = placeholder
 
     # -- after it -------------------------------------------------------------------------------------------
 

@@ -35,11 +35,15 @@ class Reach:
     _everybody: ClassVar[weakref.WeakSet[Reach]] = weakref.WeakSet()
 
     def __init__(self, policy: OptimizerPolicy, optimizer: str, name_of: Callable[[torch.Tensor], str]) -> None:
-        """Known to the others from now on. `parameters` is to be kept up to date."""
+        """Known to the others from now on."""
         self.parameters: Collection[torch.Tensor] = ()
         self._num_accumulating = 0  # `accumulate` that are entered
         self._steps, self._optimizer, self._name_of = policy.step_in_backward, optimizer, name_of
         self._everybody.add(self)
+
+    def note_parameters(self, parameters: Collection[torch.Tensor]) -> None:
+        """All that the optimizer has from here on."""
+        self.parameters = parameters
 
     def leave(self) -> None:
         """The optimizer is closed."""

@@ -1,6 +1,6 @@
 """What an optimizer's step does with a closure, found out on throw-away tensors before anything changes.
 
-Knows optimizers; neither drives nor pages.
+Knows optimizers; neither drives nor where state is.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ssdtrain.optimizer.inner import twin_of
+from ssdtrain.optimizer.inner import shadow_of
 from ssdtrain.policy import OptimizerPolicy
 
 _MAX_ELEMENTS = 4096  # of tensors an optimizer keeps for itself
 
 
 def check_closure(optimizer: torch.optim.Optimizer, policy: OptimizerPolicy) -> None:
-    """Raises when `step(closure)` is not the same as `closure()` and then `step()`, which is what a paged step does.
+    """Raises when `step(closure)` is not the same as `closure()` and then `step()`, which is what happens here.
 
     Raises:
         ValueError: the optimizer evaluates the closure several times, not at all, or after it has changed parameters;
@@ -47,9 +47,9 @@ def check_closure(optimizer: torch.optim.Optimizer, policy: OptimizerPolicy) -> 
 @torch.no_grad()
 def _step(optimizer: torch.optim.Optimizer, *, is_inside: bool) -> list[torch.Tensor]:
     """What parameters were when the closure was evaluated, each time, and what they are in the end."""
-    parameters = _stand_ins(optimizer)
+    parameters = _shadow_parameters(optimizer)
     groups = [{**_own(g), "params": [p]} for g, p in zip(optimizer.param_groups, parameters, strict=True)]
-    twin = twin_of(optimizer, groups, _own(vars(optimizer)))
+    shadow = shadow_of(optimizer, groups, _own(vars(optimizer)))
     step: Any = type(optimizer).step
     step = step.__wrapped__ if getattr(step, "hooked", False) else step
     seen: list[torch.Tensor] = []
@@ -63,11 +63,11 @@ def _step(optimizer: torch.optim.Optimizer, *, is_inside: bool) -> list[torch.Te
     with torch.random.fork_rng(devices=[]):
         if not is_inside:
             closure()
-        step(twin, *([closure] if is_inside else []))
+        step(shadow, *([closure] if is_inside else []))
     return [*seen, *(parameter.detach() for parameter in parameters)]
 
 
-def _stand_ins(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+def _shadow_parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
     """A small one for each group."""
     generator = torch.Generator(device="cpu").manual_seed(0)
     values = [torch.randn(8, 8, generator=generator, device="cpu") for _ in optimizer.param_groups]

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ssdtrain.optimizer.trial.trial import Trial
-from ssdtrain.parameters.offload import homes_of
+from ssdtrain.parameters.offload import offloads_of
 from ssdtrain.policy import OptimizerPolicy
 from ssdtrain.stats import nbytes_text
 from ssdtrain.store.identity import byte_range
@@ -47,7 +47,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 
 def check_trial(kind: type, trial: Trial, policy: OptimizerPolicy, state_nbytes: int) -> None:
-    """Raises when an optimizer of this kind cannot be paged as the policy says.
+    """Raises when an optimizer of this kind cannot be offloaded as the policy says.
 
     `state_nbytes`: how much state all parameters will have.
     """
@@ -62,7 +62,7 @@ def check_trial(kind: type, trial: Trial, policy: OptimizerPolicy, state_nbytes:
             f"Expected {mode}=False with {kind.__name__}, whose step draws random numbers: parameters would be updated "
             "in another order, or beside others who draw, and get other numbers"
         )
-    if not trial.is_whole:
+    if not trial.is_together:
         return
     apart = f"{kind.__name__}, which cannot update parameters apart (in a trial on small tensors: {trial.reason})"
     if policy.step_in_backward:
@@ -81,7 +81,7 @@ def check_apart(names: Mapping[torch.Tensor, str]) -> None:
     """
     spans: dict[int, list[tuple[int, int, str]]] = {}
     for parameter, name in names.items():
-        if parameter.numel() == 0 or any(True for _ in homes_of([parameter])):
+        if parameter.numel() == 0 or any(True for _ in offloads_of([parameter])):
             continue
         start, end = byte_range(parameter, parameter.nbytes)
         known = spans.setdefault(parameter.untyped_storage()._cdata, [])
