@@ -200,24 +200,29 @@ def open_engine(
         if isinstance(engine, kvikio.KvikioEngine) and not preference:
             preference = engine.gpudirect.sentence
         reason = "; ".join(filter(None, [*reasons, preference]))
-        host_nbytes = request.host_nbytes if name in _CPP_KINDS else 0
-        if request.host_nbytes and not host_nbytes:
-            fallbacks.append(
-                f"host_nbytes={request.host_nbytes}: engine {name} has no host tier, all goes to the drive"
-            )
-        return EngineChoice(
-            engine,
-            files,
-            name,
-            reason,
-            fallbacks,
-            host_nbytes,
-            checksum,
-            is_shared,
-            timeout_seconds,
-            keeps_files,
-        )
+        return _chosen(request, name, engine, files, reason, fallbacks, keeps_files=keeps_files)
     raise AssertionError("the python engine is always available")
+
+
+def _chosen(
+    request: _Request,
+    name: str,
+    engine: Engine,
+    files: list[SpillFile],
+    reason: str,
+    fallbacks: list[str],
+    *,
+    keeps_files: bool,
+) -> EngineChoice:
+    """An open engine with what the others could not do, and what it cannot."""
+    host_nbytes = request.host_nbytes if name in _CPP_KINDS else 0
+    if request.host_nbytes and not host_nbytes:
+        fallbacks.append(f"host_nbytes={request.host_nbytes}: engine {name} has no host tier, all goes to the drive")
+    has_checksum, is_shared = request.checksum, request.is_shared
+    seconds = request.timeout_seconds
+    return EngineChoice(
+        engine, files, name, reason, fallbacks, host_nbytes, has_checksum, is_shared, seconds, keeps_files
+    )
 
 
 def _names(kind: str, request: _Request, device_index: int | None) -> tuple[tuple[str, ...], str]:

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from .requests import Chunk, Direction, Monitor, Part, Pool, Pulse, Read, Slab, State, Write
+from .monitor import Direction, Monitor, Pulse
+from .requests import Chunk, Part, Pool, Read, Slab, State, Write
 from .spill_file import File, SpillFile
 
 _MAX_RETRIES = 2

@@ -54,39 +54,19 @@ def plan(
     With --trace: what mode "auto" would make of a recorded step on other drives. Exit code 2: numbers that do not fit
     together, or no run record.
     """
-    if trace is not None:
-        try:
-            own = Drives(drives, drive_gbs, tbw, drive_price, wear_factor)
-            replayed = plan_of(trace, own, drive_read_gbs or drive_gbs, memory_budget)
-        except (ValueError, OSError) as error:
-            end("plan", 2, " ".join(str(error).split()))
-        print(json.dumps(as_values(replayed)) if as_json else replayed)
-        return
     try:
+        own = Drives(drives, drive_gbs, tbw, drive_price, wear_factor)
+        if trace is not None:
+            replayed = plan_of(trace, own, drive_read_gbs or drive_gbs, memory_budget)
+            print(json.dumps(as_values(replayed)) if as_json else replayed)
+            return
         if gpu not in GPUS:
             raise ValueError(f"Expected a GPU among {', '.join(GPUS)}, got {gpu!r}")
-        shape = Shape(
-            model,
-            layers,
-            hidden,
-            heads,
-            kv_heads,
-            ffn,
-            seq,
-            batch,
-            vocab,
-            tp,
-            pp,
-            dp,
-            micro_batches,
-            sequence_parallel,
-            flash,
-            dropout,
-        )
-        own = Drives(drives, drive_gbs, tbw, drive_price, wear_factor)
+        sizes = layers, hidden, heads, kv_heads, ffn, seq, batch, vocab
+        shape = Shape(model, *sizes, tp, pp, dp, micro_batches, sequence_parallel, flash, dropout)
         found = estimate(shape, GPUS[gpu], own, mfu)
-    except ValueError as error:
-        end("plan", 2, str(error))
+    except (ValueError, OSError) as error:
+        end("plan", 2, " ".join(str(error).split()))
     if as_json:
         print(json.dumps({"shape": asdict(shape), "drives": asdict(own), "gpu": asdict(GPUS[gpu])} | asdict(found)))
     else:
