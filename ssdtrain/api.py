@@ -67,18 +67,18 @@ def offload_activations(
     if record is not None:
         chosen = chosen.model_copy(update={"record": absolute_path(record, "a file for the record")})
     if isinstance(directory, ParameterOffload | OffloadedOptimizer):
-        return _join(directory.store, chosen, model)
+        return _attach(directory.store, chosen, model)
     return ActivationOffload(None if directory is None else absolute_directories(directory), chosen, model)
 
 
-def _join(store: StateStore, policy: ActivationPolicy, model: torch.nn.Module | None) -> ActivationOffload:
+def _attach(store: StateStore, policy: ActivationPolicy, model: torch.nn.Module | None) -> ActivationOffload:
     """On the drive of parameters or optimizer state."""
     drive = store.drive
     if policy.checksum and not drive.has_checksum:
         text = "Expected checksum=True where the shared drive was opened, got False there: pass it there, or not here"
         raise ValueError(text)
     simulated = store.cpu if store.cpu.driver is not None else None
-    offload = ActivationOffload(store.directories or None, policy, model, simulated, drive.join, store.met)
+    offload = ActivationOffload(store.directories or None, policy, model, simulated, drive.attach, store.known_devices)
     if policy.engine not in ("auto", drive.kind):
         offload.note(f"engine={policy.engine!r} is not used: the drive is shared, its engine is {drive.kind}")
     return offload

@@ -15,8 +15,8 @@ from ssdtrain.io.kept_files import KeptFiles
 from ssdtrain.io.open_engine import close_files
 from ssdtrain.policy import ActivationPolicy
 
-Join = Callable[[Callable[[str], None], int | None, int | None, Iterable[str]], Drive]
-"""`Drive.join` of another's drive."""
+Attach = Callable[[Callable[[str], None], int | None, int | None, Iterable[str]], Drive]
+"""`Drive.attach` of another's drive."""
 
 
 class DriveSource:
@@ -28,13 +28,13 @@ class DriveSource:
         policy: ActivationPolicy,
         devices: Devices,
         note_fallback: Callable[[str], None],
-        join: Join | None = None,
+        attach: Attach | None = None,
     ) -> None:
-        """Opens nothing yet. `join`: joins another's drive instead."""
+        """Opens nothing yet. `attach`: takes a share of another's drive instead."""
         self.has_directories = bool(directories)
-        self.is_shared = join is not None
+        self.is_shared = attach is not None
         self._directories, self._policy, self._devices = directories, policy, devices
-        self._note_fallback, self._join = note_fallback, join
+        self._note_fallback, self._attach = note_fallback, attach
         self._retired: set[str] = set()  # directories that are not used any more
         self._kept = KeptFiles(policy.io_timeout_seconds)
 
@@ -51,8 +51,8 @@ class DriveSource:
         directories = [directory for directory in self._directories if directory not in self._retired]
         if self._directories and not directories:
             return None
-        if self._join is not None:
-            return self._join(self._note_fallback, p.disk_nbytes, p.host_nbytes, self._retired)
+        if self._attach is not None:
+            return self._attach(self._note_fallback, p.disk_nbytes, p.host_nbytes, self._retired)
         try:
             places = [kept.get(directory, directory) for directory in directories]
             return self._open_on(self._kept.kind if kept else p.engine, places, slab_nbytes)

@@ -26,7 +26,7 @@ class ModuleNames(threading.local):
         """``" of h.0.mlp"`` while that module runs, else nothing."""
         return f" of {self._running[-1]}" if self._running else ""
 
-    def watch(self) -> None:
+    def install(self) -> None:
         """Installs a pair of hooks on every module."""
         handles: list[Any] = []
         self._removable.append(handles)
@@ -36,7 +36,7 @@ class ModuleNames(threading.local):
             handles.append(module.register_forward_hook(_Hook(self._leave, name), always_call=True))
 
     def unwatch(self) -> None:
-        """Removes what the latest `watch` installed."""
+        """Removes what the latest `install` added."""
         for handle in self._removable.pop() if self._removable else ():
             handle.remove()
         if not self._removable:

@@ -82,7 +82,7 @@ class StepObservers:
 
     def _add(self, observer: Observer) -> None:
         self._observers.append(observer)
-        self._schedule.review.watch()
+        self._schedule.review.observe()
 
     def _tell(self, finished: FinishedStep) -> None:
         self._num_steps += 1

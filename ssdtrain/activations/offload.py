@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ssdtrain.activations.drive_source import Join
+from ssdtrain.activations.drive_source import Attach
 from ssdtrain.activations.module_names import ModuleNames
 from ssdtrain.activations.observers import StepObservers
 from ssdtrain.activations.recompute import recompute_for
@@ -86,14 +86,14 @@ class ActivationOffload:
         policy: ActivationPolicy,
         model: torch.nn.Module | None = None,
         cpu: Device | None = None,
-        join: Join | None = None,
-        met: dict[torch.device, Device | str] | None = None,
+        attach: Attach | None = None,
+        known_devices: dict[torch.device, Device | str] | None = None,
     ) -> None:
         """Checks the directories and opens the engine, so that what is wrong shows before training starts.
 
-        `directories`: None for a host tier only. `cpu`: the device of tensors in host memory, for simulations. `join`:
-        joins another offload's drive, which is in these directories, instead of opening one. `met`: the accelerators
-        that other one knows.
+        `directories`: None for a host tier only. `cpu`: the device of tensors in host memory, for simulations.
+        `attach`: takes a share of another offload's drive, which is in these directories, instead of opening one.
+        `known_devices`: the accelerators that other one knows.
         """
         self.policy = policy
         self._counters = Counters()
@@ -113,8 +113,8 @@ class ActivationOffload:
         if directories is None and policy.host_nbytes == 0:
             raise ValueError("Expected a directory or a host tier, got directory=None and host_nbytes=0; pass either")
         cpu = cpu or CpuDevice(policy.idle_nbytes)
-        self._devices = Devices(cpu, has_host_tier_only=directories is None, met=met)
-        self._store = Store(directories or (), policy, self._counters, self._index, self._devices, join)
+        self._devices = Devices(cpu, has_host_tier_only=directories is None, known=known_devices)
+        self._store = Store(directories or (), policy, self._counters, self._index, self._devices, attach)
         self._store.on_reset = self._schedule.reset
         self._store.on_fork = self._schedule.forget_accelerators
         self._observers = StepObservers(policy, directories or (), self._schedule, self._store)
@@ -145,7 +145,7 @@ class ActivationOffload:
                 self.mark_weights([*self._model.parameters(), *self._model.buffers()])
             stack.enter_context(HookScope(self._pack, self._unpack, self.note))
             stack.callback(self._names.unwatch)
-            self._names.watch()
+            self._names.install()
             if self._recompute is not None:
                 stack.callback(self._recompute.leave)
                 self._recompute.enter()
@@ -404,16 +404,16 @@ class ActivationOffload:
         record, store = handle.record, self._store
         is_first, record.is_unpacked = not record.is_unpacked, True
         # An accelerator waits in its streams, from here to where the bytes are handed over.
-        moment = record.pass_.step.mark() if record.device.driver is not None and record.storage is None else None
+        event = record.pass_.step.mark() if record.device.driver is not None and record.storage is None else None
         handed_out, is_miss = store.request(record, handle.epoch)
-        self._schedule.note_unpacked(record, is_first=is_first, is_miss=is_miss, moment=moment)
-        if moment is not None and handed_out is not None and record.queued_reads:
-            record.pass_.step.note_wait(moment, is_for_reload=True)
+        self._schedule.note_unpacked(record, is_first=is_first, is_miss=is_miss, event=event)
+        if event is not None and handed_out is not None and record.queued_reads:
+            record.pass_.step.note_wait(event, is_for_reload=True)
         self._prefetch(self._schedule.upcoming(record.pass_))
         if handed_out is None:
             handed_out = store.wait(record, handle.epoch)
-            if moment is not None:
-                record.pass_.step.note_wait(moment, is_for_reload=True)
+            if event is not None:
+                record.pass_.step.note_wait(event, is_for_reload=True)
         storage, shift, handle.epoch = handed_out
         store.process_releases()
         return rebuild(storage, handle.spec, shift, handle.probe, handle.source)

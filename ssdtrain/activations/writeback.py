@@ -36,7 +36,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from ssdtrain.activations.drive_source import DriveSource, Join
+from ssdtrain.activations.drive_source import Attach, DriveSource
 from ssdtrain.activations.reload import HandedOut, Reloads, wait_for_reads
 from ssdtrain.activations.storage_index import Index
 from ssdtrain.devices.base import Device
@@ -67,9 +67,9 @@ class Store:
         counters: Counters,
         index: Index,
         devices: Devices,
-        join: Join | None = None,
+        attach: Attach | None = None,
     ) -> None:
-        """Remembers what to open; `open` opens it. `join`: joins another's drive instead."""
+        """Remembers what to open; `open` opens it. `attach`: takes a share of another's drive instead."""
         self.lock = PoisonableLock(self.reset)
         self.on_reset: Callable[[], None] = _nothing  # under the lock, when all that is filed is given up
         self.on_fork: Callable[[], None] = _nothing  # in the child
@@ -83,7 +83,7 @@ class Store:
         self._reloads = Reloads(policy, counters, devices)
         self._num_entered = 0  # contexts that are active now
         self._is_patient = policy.is_patient  # waits for the drive rather than keeping
-        self._source = DriveSource(directories, policy, devices, self.note_fallback, join)
+        self._source = DriveSource(directories, policy, devices, self.note_fallback, attach)
         self._why_closed = ""  # to be said when more is saved
         self._policy = policy
         self._slab_nbytes = slab_nbytes_for(policy.staging_nbytes)

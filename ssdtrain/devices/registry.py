@@ -9,30 +9,30 @@ from ssdtrain.devices.cuda import CudaDevice, index_in_use
 
 
 class Devices:
-    """The devices one offload context has met, by torch's name for them.
+    """The devices that one offload context has seen tensors of, by torch's name for them.
 
-    Two threads that meet a device at once make one object too many, no harm.
+    Two threads that see a device first at once make one object too many, no harm.
     """
 
     def __init__(
-        self, cpu: Device, *, has_host_tier_only: bool, met: dict[torch.device, Device | str] | None = None
+        self, cpu: Device, *, has_host_tier_only: bool, known: dict[torch.device, Device | str] | None = None
     ) -> None:
         """`cpu`: the device of tensors in host memory (or one that simulates an accelerator there).
 
-        `met`: what others who share an engine have met, and will find what is met here. With nothing but a host tier,
-        what is in host memory already has nowhere to go.
+        `known`: those of others who share the engine, which both sides add to. With nothing but a host tier, what is in
+        host memory already has nowhere to go.
         """
         self.cpu = cpu
         self._is_cpu_pointless = has_host_tier_only and cpu.driver is None
-        self._met = met if met is not None else {}
+        self._known = known if known is not None else {}
 
     def of(self, tensor: torch.Tensor) -> Device | str:
         """The device of a strided tensor, or why nothing travels from it."""
         if tensor.is_cpu:
             return "in host memory already" if self._is_cpu_pointless else self.cpu
-        found = self._met.get(tensor.device)
+        found = self._known.get(tensor.device)
         if found is None:
-            found = self._met[tensor.device] = _meet(tensor.device)
+            found = self._known[tensor.device] = _device_of(tensor.device)
         return found if isinstance(found, str) else found.why_not() or found
 
     @staticmethod
@@ -42,12 +42,12 @@ class Devices:
 
     def trim(self) -> None:
         """Gives idle memory of every device back."""
-        for device in (self.cpu, *self._met.values()):
+        for device in (self.cpu, *self._known.values()):
             if not isinstance(device, str):
                 device.trim()
 
 
-def _meet(device: torch.device) -> Device | str:
+def _device_of(device: torch.device) -> Device | str:
     if device.type != "cuda" or device.index is None:
         return f"device {device.type}"
     try:

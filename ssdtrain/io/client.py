@@ -1,9 +1,9 @@
-"""An open engine as one of its users has it: room in its files and its host tier, and what the drive did for it.
+"""An open engine as one of its clients has it: room in its files and its host tier, and what the drive did for it.
 
-Knows extents and requests, neither records nor parameters. An engine has at most two users: the parameters and the
-optimizer state, and the saved activations. Whoever joins gets files of its own in the same directories, and shares
+Knows extents and requests, neither records nor parameters. An engine has at most two clients: the parameters and the
+optimizer state, and the saved activations. The second to come gets files of its own in the same directories, and shares
 slabs, threads, queue and host tier: so what somebody waits for is read before what is only fetched ahead, and that
-before anything is written, whoever asked, and one bound holds for all that is in flight. See `Drive.join`.
+before anything is written, whoever asked, and one bound holds for all that is in flight. See `Drive.attach`.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ _GRACE_SECONDS = 0.1  # an answer may be there that no thread has had the time t
 
 @dataclass(frozen=True)
 class DriveTotals:
-    """What an engine has done for one of its users, and for the other."""
+    """What an engine has done for one of its clients, and for the other."""
 
     written_nbytes: int
-    """Bytes written to this user's files."""
+    """Bytes written to this client's files."""
     write_busy_seconds: float
-    """Time with a write of this user at the drive."""
+    """Time with a write of this client at the drive."""
     sustained_written_nbytes: int
     """What of it was written in long periods without a pause; see `engine.Direction`."""
     sustained_write_seconds: float
     """Length of these periods."""
     read_nbytes: int
-    """Bytes read from this user's files."""
+    """Bytes read from this client's files."""
     read_busy_seconds: float
-    """Time with a read of this user at the drive."""
+    """Time with a read of this client at the drive."""
     sustained_read_nbytes: int
     """As for writes."""
     sustained_read_seconds: float
@@ -49,7 +49,7 @@ class DriveTotals:
     peak_staging_nbytes: int
     """Most slab memory in use, by both."""
     shared_written_nbytes: int
-    """Bytes written for the other user since this one came."""
+    """Bytes written for the other client since this one came."""
     shared_read_nbytes: int
     """Bytes read for it."""
     copied_out_nbytes: int
@@ -63,42 +63,42 @@ class DriveTotals:
 
 
 @dataclass
-class _Users:
-    """What the users of one engine share."""
+class _Clients:
+    """What the clients of one engine share."""
 
     lock: threading.RLock  # a destructor may want it while its own thread has it
     pid: int
-    present: dict[int, weakref.ReferenceType[Drive]]  # nobody whose join was interrupted
+    present: dict[int, weakref.ReferenceType[Drive]]  # nobody whose attaching was interrupted
     host: HostSpace | None
     stuck: set[int] = field(default_factory=set)  # whose requests are not over and never will be
     drivers: list[Any] = field(default_factory=list)  # that the engine knows
 
 
 class Drive:
-    """One user's share of an open engine. As thread-safe as its `space`: the owner holds a lock."""
+    """One client's share of an open engine. As thread-safe as its `space`: the owner holds a lock."""
 
     def __init__(
         self,
         choice: EngineChoice,
         note_fallback: Callable[[str], None],
         *,
-        user: int = 0,
+        number: int = 0,
         disk_nbytes: int | None = None,
         host_nbytes: int | None = None,
-        users: _Users | None = None,
+        clients: _Clients | None = None,
     ) -> None:
-        """Takes an open engine over; it is closed when this fails. Who comes later uses `join`.
+        """Takes an open engine over; it is closed when this fails. Who comes later uses `attach`.
 
         Raises:
             OSError: there is no room in any directory.
         """
         self.engine = choice.engine
         self.kind, self.reason = choice.kind, choice.reason
-        self.user = user
+        self.number = number
         self.is_closed = False
         self._choice = choice
         self._note_fallback = note_fallback
-        self._own = [i for i, file in enumerate(choice.files) if file.user == user]
+        self._own = [i for i, file in enumerate(choice.files) if file.user == number]
         self.files: Sequence[SpillFile] = [choice.files[i] for i in self._own]
         try:
             first = self._own[0] if self._own else 0
@@ -111,23 +111,23 @@ class Drive:
                 cap_nbytes=disk_nbytes,
                 timeout_seconds=choice.timeout_seconds,
             )
-            self._users = users or self._first(note_fallback)
+            self._clients = clients or self._first(note_fallback)
         except BaseException:  # Ctrl-C too: nobody else knows this engine yet
-            if users is None:
+            if clients is None:
                 choice.discard()
             raise
-        host = self._users.host
+        host = self._clients.host
         self.host = HostShare(host, host_nbytes) if host is not None else None
-        self._before, self._others_before = self.engine.traffic(user), self.engine.traffic(1 - user)
+        self._before, self._others_before = self.engine.traffic(number), self.engine.traffic(1 - number)
         self._copies_before = self.engine.copies()
-        self._users.present[user] = weakref.ref(self)
+        self._clients.present[number] = weakref.ref(self)
 
-    def _first(self, note_fallback: Callable[[str], None]) -> _Users:
+    def _first(self, note_fallback: Callable[[str], None]) -> _Clients:
         host = None
         if self._choice.host_nbytes:
             num_files = len(self._choice.files)
             host = HostSpace(num_files, self._choice.host_nbytes, self.engine.grow_host, note_fallback)
-        return _Users(threading.RLock(), os.getpid(), {}, host)
+        return _Clients(threading.RLock(), os.getpid(), {}, host)
 
     def shortcomings(self) -> list[str]:
         """What works, but not the best way."""
@@ -143,36 +143,36 @@ class Drive:
         """Whether what is read is verified."""
         return self._choice.has_checksum
 
-    # -- users ---------------------------------------------------------------------------------------------------
+    # -- clients -------------------------------------------------------------------------------------------------
 
-    def _has(self, user: int) -> bool:
-        found = self._users.present.get(user)
+    def _has(self, number: int) -> bool:
+        found = self._clients.present.get(number)
         drive = found() if found is not None else None
         return drive is not None and not drive.is_closed
 
-    def join(
+    def attach(
         self,
         note_fallback: Callable[[str], None],
         disk_nbytes: int | None = None,
         host_nbytes: int | None = None,
         retired: Iterable[str] = (),
     ) -> Drive:
-        """The other user's share: of at most `disk_nbytes`, and of `host_nbytes` in the host tier.
+        """The other client's share: of at most `disk_nbytes`, and of `host_nbytes` in the host tier.
 
-        `retired`: directories that this user does not use any more.
+        `retired`: directories that this client does not use any more.
 
         Raises:
-            RuntimeError: the engine is closed or another process's, is for one user only, or has two already.
-            OSError: there is no room in any directory, or the drive did not answer that user before.
+            RuntimeError: the engine is closed or another process's, is for one client only, or has two already.
+            OSError: there is no room in any directory, or the drive did not answer that client before.
         """
-        other = 1 - self.user
-        if os.getpid() != self._users.pid:
+        other = 1 - self.number
+        if os.getpid() != self._clients.pid:
             raise RuntimeError("Expected the process that offloaded, got a forked child: offload there, or use spawn")
-        with self._users.lock:
+        with self._clients.lock:
             if self.is_closed:
                 text = "Expected an open offload to share a drive with, got one after close(): pass a directory instead"
                 raise RuntimeError(text)
-            if other in self._users.stuck:
+            if other in self._clients.stuck:
                 text = "Expected a drive that answers, got one that did not before: look after it, or pass a directory"
                 raise OSError(errno.EBUSY, text)
             if self._has(other):
@@ -183,28 +183,28 @@ class Drive:
             drive = Drive(
                 self._choice,
                 note_fallback,
-                user=other,
+                number=other,
                 disk_nbytes=disk_nbytes,
                 host_nbytes=host_nbytes,
-                users=self._users,
+                clients=self._clients,
             )
             drive.space.leave_out(retired)
             return drive
 
     def close(self, timeout_seconds: float, *, are_all_over: bool = False) -> bool:
-        """Gives this user's room back; the last one ends the engine. Idempotent.
+        """Gives this client's room back; the last one ends the engine. Idempotent.
 
-        `are_all_over`: all requests of this user are known to have ended. After an interrupt there may be some that
+        `are_all_over`: all requests of this client are known to have ended. After an interrupt there may be some that
         nobody has listed: the engine must come to rest before their room can be another's, as it must before it ends.
         False when it does not: then nothing is given back.
         """
         if self.is_closed:
             return True
-        must_rest = not self.engine.is_closed and not (are_all_over and self._has(1 - self.user))
+        must_rest = not self.engine.is_closed and not (are_all_over and self._has(1 - self.number))
         if must_rest and not self.wait(self.engine.wait_idle, timeout_seconds, must_move=True):
             return False
-        with self._users.lock:
-            if self._has(1 - self.user):
+        with self._clients.lock:
+            if self._has(1 - self.number):
                 self._give_back()
             elif self.engine.is_closed or self.engine.wait_idle(0.0):
                 for directory in self._choice.close():
@@ -216,7 +216,7 @@ class Drive:
 
     def discard(self) -> None:
         """Ends what nobody has used yet, and waits for no drive."""
-        if self.user == 0:
+        if self.number == 0:
             self._choice.discard()
             self.is_closed = True
         else:
@@ -238,7 +238,7 @@ class Drive:
 
     def give_up(self) -> None:
         """The drive does not answer: what it may still touch stays as it is until the process ends."""
-        self._users.stuck.add(self.user)
+        self._clients.stuck.add(self.number)
 
     def add_driver(self, driver: Any) -> str:
         """Gets ready for fences of an accelerator's driver. Empty, or why its copies are slow.
@@ -246,11 +246,11 @@ class Drive:
         Raises:
             RuntimeError: this engine moves host memory only.
         """
-        with self._users.lock:
-            if any(known is driver for known in self._users.drivers):
+        with self._clients.lock:
+            if any(known is driver for known in self._clients.drivers):
                 return ""
             why = self.engine.add_device(driver)
-            self._users.drivers.append(driver)
+            self._clients.drivers.append(driver)
             return why
 
     # -- room ----------------------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ class Drive:
 
     @property
     def peak_host_nbytes(self) -> int:
-        """Most of the host tier in use, by both users."""
+        """Most of the host tier in use, by both clients."""
         return self.host.peak_nbytes if self.host is not None else 0
 
     # -- traffic -------------------------------------------------------------------------------------------------
@@ -313,13 +313,13 @@ class Drive:
         return own or max([self.engine.silent_seconds(i) for i in range(len(self._choice.files))], default=0.0)
 
     def silent_files(self, timeout_seconds: float) -> list[int]:
-        """Files of this user whose drive has owed an answer for too long."""
+        """Files of this client whose drive has owed an answer for too long."""
         return [i for i in self._own if self.engine.silent_seconds(i) >= timeout_seconds]
 
     def totals(self) -> DriveTotals:
-        """What the drive has done since this user came."""
-        written, read = map(_minus, self.engine.traffic(self.user), self._before)
-        others_written, others_read = map(_minus, self.engine.traffic(1 - self.user), self._others_before)
+        """What the drive has done since this client came."""
+        written, read = map(_minus, self.engine.traffic(self.number), self._before)
+        others_written, others_read = map(_minus, self.engine.traffic(1 - self.number), self._others_before)
         (out_nbytes, out_seconds), (in_nbytes, in_seconds) = self.engine.copies()
         before_out, before_in = self._copies_before
         return DriveTotals(

@@ -143,9 +143,9 @@ class Schedule:
         pass_.rank = {index: rank for rank, index in enumerate(pass_.order)}
 
     def note_unpacked(
-        self, record: SavedRecord, *, is_first: bool, is_miss: bool, moment: TimedEvent | None = None
+        self, record: SavedRecord, *, is_first: bool, is_miss: bool, event: TimedEvent | None = None
     ) -> None:
-        """Adds a backward event. `moment`: when an accelerator gets there, if that was marked already.
+        """Adds a backward event. `event`: when an accelerator gets there, if that was marked already.
 
         A miss (bytes neither in memory nor on their way) means that backward went elsewhere than predicted, to another
         micro-batch or through a graph for the second time: prediction goes on from there.
@@ -159,15 +159,15 @@ class Schedule:
             pass_.unpacked.append(record.index)
         if is_miss and pass_.step is self._step:
             self._cursor.is_lost = True
-        self._note_needed(record, moment)
+        self._note_needed(record, event)
         rank = pass_.rank.get(record.index)
         if rank is not None and (is_miss or rank >= pass_.cursor):
             pass_.cursor = rank + 1
 
-    def _note_needed(self, record: SavedRecord, moment: TimedEvent | None) -> None:
+    def _note_needed(self, record: SavedRecord, event: TimedEvent | None) -> None:
         pass_ = record.pass_
         position = pass_.places[record.index]
-        pass_.step.need(position, record.num_handles, moment)
+        pass_.step.need(position, record.num_handles, event)
         if pass_.step is self._step:
             self._cursor.note_needed(position)
 

@@ -57,7 +57,7 @@ class StepReview:
         self._followed: Plan | None = None  # to its end
         self._stalled_before = 0.0  # seconds, until the running step began
 
-    def watch(self) -> None:
+    def observe(self) -> None:
         """Somebody wants to be told of every step, also of one that teaches nothing."""
         self._is_watched = True
 

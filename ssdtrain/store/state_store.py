@@ -90,7 +90,9 @@ class StateStore:
         self._num_users = 1
         self.host: Device = CpuDevice(policy.staging_nbytes)  # what the CPU computes on
         self.cpu: Device = self.host
-        self.met: dict[torch.device, Device | str] = {}  # one object per accelerator: the engine has threads for it
+        self.known_devices: dict[
+            torch.device, Device | str
+        ] = {}  # one object per accelerator: the engine has threads for it
         self.checkpoint = "no checkpoint was taken in this process"  # for messages: where to go back to
         self.directories = list(directories)
         self._lock = threading.RLock()
@@ -138,7 +140,7 @@ class StateStore:
 
     def devices(self) -> Devices:
         """The devices that tensors may leave from."""
-        return Devices(self.cpu, has_host_tier_only=not self.directories, met=self.met)
+        return Devices(self.cpu, has_host_tier_only=not self.directories, known=self.known_devices)
 
     def share(self) -> StateStore:
         """Another user: it closes when the last one closes it."""

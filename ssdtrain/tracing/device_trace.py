@@ -5,7 +5,7 @@ read when the accelerator has passed them all; nobody waits for that.
 
 [Note: time that counts]
 As on the host, time in which the computation waited is taken out: what is left is compute time, the clock of
-`planner.Step`. A wait is between two moments, before and after its stream was made to wait: for bytes on their way
+`planner.Step`. A wait is between two events, before and after its stream was made to wait: for bytes on their way
 back, which includes the time in which the host itself waited for the drive and queued nothing, or for copies out of
 memory that later work gets. What is shorter than `_INSTANT` is no wait: two marks have a distance of their own.
 
@@ -45,9 +45,9 @@ class DeviceTrace:
 
     def mark(self) -> TimedEvent:
         """The point that the current stream is at."""
-        moment = self.device.timed_event()
-        self._latest[moment.stream] = moment
-        return moment
+        event = self.device.timed_event()
+        self._latest[event.stream] = event
+        return event
 
     def save(self) -> None:
         """The next place."""
@@ -55,9 +55,9 @@ class DeviceTrace:
         self._needed.append(None)
         self._released.append(None)
 
-    def need(self, place: int, moment: TimedEvent | None) -> None:
-        """Backward asked for it: at `moment`, or now."""
-        self._needed[place] = moment or self.mark()
+    def need(self, place: int, event: TimedEvent | None) -> None:
+        """Backward asked for it: at `event`, or now."""
+        self._needed[place] = event or self.mark()
 
     def release(self, place: int) -> None:
         """The graph let it go."""
@@ -70,13 +70,13 @@ class DeviceTrace:
     @property
     def is_over(self) -> bool:
         """Whether the accelerator has passed everything that was marked."""
-        return all([moment.is_reached for moment in self._latest.values()])
+        return all([event.is_reached for event in self._latest.values()])
 
     def times(self, end: TimedEvent) -> Times:
         """What was marked, in compute seconds since the first save; only when it is over. The step ended at `end`.
 
         Raises:
-            RuntimeError: the accelerator does not know a moment.
+            RuntimeError: the accelerator does not know the time of an event.
         """
         first = self._saved[0]
         reloads, others = (
@@ -85,8 +85,8 @@ class DeviceTrace:
         )
         clock = _ComputeClock(reloads + others)
         saved, needed, released = (
-            [clock.at(moment.seconds_since(first)) if moment is not None else math.inf for moment in moments]
-            for moments in (self._saved, self._needed, self._released)
+            [clock.at(event.seconds_since(first)) if event is not None else math.inf for event in events]
+            for events in (self._saved, self._needed, self._released)
         )
         saved = list(accumulate(saved, max))  # see [Note: several streams]
         needed = list(map(max, needed, saved))

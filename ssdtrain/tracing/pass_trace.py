@@ -118,23 +118,23 @@ class History:
 
     def __init__(self) -> None:
         """Empty."""
-        self._recordings: OrderedDict[Signature, FinishedPass] = OrderedDict()
+        self._passes: OrderedDict[Signature, FinishedPass] = OrderedDict()
 
     @property
     def latest(self) -> FinishedPass | None:
         """The pass that finished last."""
-        return next(reversed(self._recordings.values()), None)
+        return next(reversed(self._passes.values()), None)
 
     def learn(self, finished: PassTrace) -> None:
         """Remembers how a pass was unpacked; one that backward never used teaches nothing."""
         if finished.unpacked:
             key = finished.signature
-            self._recordings[key] = FinishedPass(key, finished.unpacked)
-            self._recordings.move_to_end(key)
-            if len(self._recordings) > _NUM_REMEMBERED:
-                self._recordings.popitem(last=False)
+            self._passes[key] = FinishedPass(key, finished.unpacked)
+            self._passes.move_to_end(key)
+            if len(self._passes) > _NUM_REMEMBERED:
+                self._passes.popitem(last=False)
 
     def order_of(self, signature: Signature) -> list[int] | None:
         """The order in which the last pass of this signature was unpacked."""
-        found = self._recordings.get(signature)
+        found = self._passes.get(signature)
         return found.order if found is not None else None

@@ -39,7 +39,7 @@ class Traced(Protocol):
 
 
 class StepClock(Protocol):
-    """What a recording asks of the world."""
+    """What a trace asks of the world."""
 
     resident_nbytes: int
     """Saved tensors in memory that no record stands for."""
@@ -148,14 +148,14 @@ class StepTrace:
         if timing is not None:
             timing.note_wait(began, is_for_reload=is_for_reload)
 
-    def need(self, place: int, num_aliases: int, moment: TimedEvent | None = None) -> None:
-        """Notes that backward asks for a record; the first time counts. `moment`: when an accelerator does."""
+    def need(self, place: int, num_aliases: int, event: TimedEvent | None = None) -> None:
+        """Notes that backward asks for a record; the first time counts. `event`: when an accelerator does."""
         if place != _UNRECORDED and self._needed[place] == math.inf:
             self._needed[place] = self._clock.compute_seconds()
             self._aliases[place] = num_aliases
             timing = self._timing_now()
             if timing is not None:
-                timing.need(place, moment)
+                timing.need(place, event)
 
     def release(self, place: int) -> None:
         """Notes that the graph let a record go."""

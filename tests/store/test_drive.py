@@ -87,7 +87,7 @@ def test_room_is_given_back_by_whoever_goes(tmp_path: Path, engine: str) -> None
 def test_an_engine_for_one_cannot_be_joined(tmp_path: Path) -> None:
     drive = Drive(open_engine("threads", [str(tmp_path)], STAGING_NBYTES, SLAB_NBYTES), noted)
     with pytest.raises(RuntimeError, match="single user"):
-        drive.join(noted)
+        drive.attach(noted)
     assert drive.close(10)
 
 
@@ -236,13 +236,15 @@ def test_a_host_tier_only_is_shared_up_to_a_bound(tmp_path: Path) -> None:
     with SimulatedDevice(seed=0) as device:
         store = StateStore([], OptimizerPolicy(staging_nbytes=64 * KIB, host_nbytes=1 << 20))
         store.cpu = device
-        drive = store.drive.join(noted, host_nbytes=64 * KIB)
+        drive = store.drive.attach(noted, host_nbytes=64 * KIB)
         assert drive.host is not None
         assert drive.allocate(32 * KIB, prefers_host=True) and drive.allocate(32 * KIB, prefers_host=True)
         assert drive.allocate(32 * KIB, prefers_host=True) == []
         assert store.drive.allocate(32 * KIB, prefers_host=True)
         assert drive.close(10)
-        offload = ActivationOffload(None, ActivationPolicy(**EAGER), None, device, store.drive.join, store.met)
+        offload = ActivationOffload(
+            None, ActivationPolicy(**EAGER), None, device, store.drive.attach, store.known_devices
+        )
         with offload:
             x = torch.randn(64, 64, requires_grad=True)
             loss = x.exp().exp().sum()
