@@ -47,7 +47,7 @@ def drive_in(directory: Path, engine: str = "threads", **options: Any) -> Drive:
 @pytest.mark.parametrize("engine", KINDS)
 def test_two_users_have_files_of_their_own(tmp_path: Path, engine: str) -> None:
     first = drive_in(tmp_path, engine)
-    second = first.join(noted, disk_nbytes=1 << 20)
+    second = first.attach(noted, disk_nbytes=1 << 20)
     assert first.engine is second.engine
     (mine,), (theirs,) = first.allocate(4096, prefers_host=False), second.allocate(4096, prefers_host=False)
     assert mine.file != theirs.file
@@ -68,17 +68,17 @@ def test_two_users_have_files_of_their_own(tmp_path: Path, engine: str) -> None:
 def test_room_is_given_back_by_whoever_goes(tmp_path: Path, engine: str) -> None:
     """The first to go frees its own files; the last one ends the engine; another may join in between."""
     first = drive_in(tmp_path, engine)
-    second = first.join(noted)
+    second = first.attach(noted)
     second.allocate(4096, prefers_host=False)
     with pytest.raises(RuntimeError, match="shared one"):
-        first.join(noted)
+        first.attach(noted)
     assert second.close(10)
     assert second.close(10)
     assert os.fstat(second.files[0].fd).st_size == 0 < os.fstat(first.files[0].fd).st_size
-    third = first.join(noted)
+    third = first.attach(noted)
     assert first.close(10)
     with pytest.raises(RuntimeError, match="after close"):
-        first.join(noted)
+        first.attach(noted)
     assert not third.engine.is_closed and third.allocate(4096, prefers_host=False)
     assert third.close(10)
     assert third.engine.is_closed
@@ -206,9 +206,9 @@ def test_left_and_entered_again_nothing_is_counted_twice(tmp_path: Path) -> None
 
 def test_a_join_that_was_interrupted_locks_nobody_out(tmp_path: Path) -> None:
     first = drive_in(tmp_path)
-    first.join(noted)  # nobody keeps it
+    first.attach(noted)  # nobody keeps it
     gc.collect()
-    second = first.join(noted)
+    second = first.attach(noted)
     assert first.close(10) and second.close(10) and first.engine.is_closed
 
 
@@ -219,7 +219,7 @@ def test_requests_that_nobody_listed_are_over_before_their_room_is_another_s(lab
 
 def close_with_an_unlisted_write(directory: str) -> None:
     first = drive_in(Path(directory))
-    second = first.join(noted)
+    second = first.attach(noted)
     (place,) = second.allocate(4096, prefers_host=False)
     source = torch.arange(512)
     reader, writer = os.pipe()
