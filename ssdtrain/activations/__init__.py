@@ -1,1 +1,1 @@
-"""Saved activations: the context, the hooks that autograd calls, and where each saved storage is meanwhile."""
+"""Saved activations: the context, autograd's hooks, write-back and reload. Knows neither parameters nor optimizers."""

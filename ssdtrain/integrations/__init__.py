@@ -1,6 +1,7 @@
 """Other frameworks: each module here translates between one of them and ssdtrain, and is imported by name.
 
-Nothing here is imported by `import ssdtrain`: a framework that is not used costs nothing and need not be installed.
+Knows public names only. Nothing here is imported by `import ssdtrain`: a framework that is not used costs nothing
+and need not be installed.
 """
 
 from __future__ import annotations

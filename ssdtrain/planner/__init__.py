@@ -1,6 +1,6 @@
 """What goes where and when: a recorded step, a machine and a goal in, a plan out.
 
-Pure and deterministic: no torch, no I/O, no clock. The same input gives the same plan on every machine.
+Knows numbers only: no torch, no I/O, no clock. The same input gives the same plan on every machine.
 
 Example:
     >>> step = Step((Lifetime(1 << 20, saved=0.1, needed=0.9, released=1.0),), seconds=1.0)

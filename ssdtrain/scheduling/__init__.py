@@ -1,1 +1,1 @@
-"""What stays, what comes back next, when to plan anew. Decides, and moves nothing."""
+"""What stays in memory, what is reloaded next, when to plan anew. Knows records and clocks; moves nothing."""

@@ -1,1 +1,1 @@
-"""Commands for people: the command line, the doctor, benchmarks of the drive, estimates, the demo."""
+"""Commands for people: command line, doctor, drive benchmark, estimates, demo. Knows public names and engines."""

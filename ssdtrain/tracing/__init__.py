@@ -1,1 +1,1 @@
-"""What one step did, by the host's clock and by an accelerator's. Moves nothing and decides nothing."""
+"""What one step did, by the host's clock and by an accelerator's. Knows times and sizes; moves and decides nothing."""

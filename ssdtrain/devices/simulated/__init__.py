@@ -1,4 +1,4 @@
-"""A simulated accelerator, for proving the logic of streams on any machine."""
+"""A simulated accelerator, for proving the logic of streams on any machine. Knows neither records nor files."""
 
 from ssdtrain.devices.simulated.device import SimulatedDevice
 from ssdtrain.devices.simulated.driver import SimulatedDriver

@@ -1,1 +1,1 @@
-"""Whether an optimizer can be offloaded, found out before anything is written or changed. Moves nothing."""
+"""Whether an optimizer can be offloaded, found out before anything changes. Knows optimizers; moves nothing."""

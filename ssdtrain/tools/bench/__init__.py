@@ -1,6 +1,7 @@
 """What a drive can do, measured through the engines that training uses, beside the drive's own ceiling.
 
-Every file is a spill file, unlinked when it is opened: nothing is left behind, whatever happens.
+Knows engines and drives, no training. Every file is a spill file, unlinked when it is opened: nothing is left
+behind, whatever happens.
 """
 
 from ssdtrain.tools.bench.advice import Advice, advise

@@ -1,7 +1,7 @@
 """The `ssdtrain` command. Each file turns the options of one subcommand into calls, and results into exit codes.
 
-Exit codes: 0 all is as promised; 1 a run failed, its numbers differ, or something is broken; 2 the options or the
-directory cannot be used; 130 interrupted.
+Knows options and exit codes, and nothing that the tools do. Exit codes: 0 all is as promised; 1 a run failed, its
+numbers differ, or something is broken; 2 the options or the directory cannot be used; 130 interrupted.
 """
 
 from __future__ import annotations

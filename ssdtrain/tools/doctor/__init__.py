@@ -1,7 +1,7 @@
 """Is this machine fit? Looks at software, kernel, drives and GPUs, and says for each what to do about it.
 
-Reads what the system tells (`/proc`, `/sys`, installed packages) and opens the engine once per directory. It changes
-nothing, and what it cannot find out it says so.
+Knows machines and engines, no tensors. Reads what the system tells (`/proc`, `/sys`, installed packages) and opens
+the engine once per directory. It changes nothing, and what it cannot find out it says so.
 
 Example:
     >>> for finding in examine(["/mnt/nvme"]):

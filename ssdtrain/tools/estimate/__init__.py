@@ -1,7 +1,7 @@
 """What a training run needs, before it runs: activation bytes, bandwidth to hide them, memory, drive life.
 
-Arithmetic only: no torch, no I/O. Sources: Korthikanti et al. 2022 (arXiv 2205.05198) for activation bytes, the
-SSDTrain paper (arXiv 2408.10013) for bandwidth and life.
+Knows arithmetic only: no torch, no I/O. Sources: Korthikanti et al. 2022 (arXiv 2205.05198) for activation bytes,
+the SSDTrain paper (arXiv 2408.10013) for bandwidth and life.
 """
 
 from ssdtrain.tools.estimate.drives import Drives
