@@ -113,6 +113,7 @@ class Counters:
         self.num_live_records = 0
         self.held_nbytes = 0  # gauge: bytes of saved tensors in memory now, staging excluded
         self.prefetched_nbytes = 0  # gauge: bytes reloaded, or being reloaded, and not asked for yet
+        self.staging_limit_nbytes = self.prefetch_limit_nbytes = 0
         self.peak_saved_nbytes = self.peak_device_nbytes = 0
         self.step_device_peak_nbytes = 0  # the same as `peak_device_nbytes` since `begin_step`
         self.resident_nbytes = 0  # gauge: those of the held bytes that no record stands for
@@ -253,6 +254,10 @@ class Stats:
     """An accelerator's latest step that was timed, by its own clock."""
     device_wait_seconds: float = 0.0
     """Time in which it waited there for bytes on their way back."""
+    staging_limit_nbytes: int = 0
+    """Bound on bytes on their way out: the policy's, or more where records of an accelerator are large,"""
+    prefetch_limit_nbytes: int = 0
+    """and on those on their way back. One record may always be alone beyond it."""
     skipped: Mapping[str, Skipped] = field(default_factory=lambda: MappingProxyType({}))
     """Saved tensors left alone, by reason."""
     engine: str = ""
@@ -306,6 +311,8 @@ class Stats:
             f"  memory    saved tensors peaked at {nbytes_text(self.peak_saved_nbytes)},"
             f" {nbytes_text(self.peak_device_nbytes)} of them on the device;"
             f" staging {nbytes_text(self.peak_staging_nbytes)}, spill space {nbytes_text(self.peak_disk_nbytes)}",
+            f"  bounds    {nbytes_text(self.staging_limit_nbytes)} on their way out,"
+            f" {nbytes_text(self.prefetch_limit_nbytes)} on their way back",
             f"  drive     wrote {rate_text(self.written_nbytes, self.write_busy_seconds)},"
             f" read {rate_text(self.read_nbytes, self.read_busy_seconds)}"
             f"; {nbytes_text(self.forwarded_nbytes)} forwarded,"

@@ -74,7 +74,8 @@ class Reloads:
             record.is_wanted = True
         if not record.residency & _AWAY or self._in_memory(record) is not None:
             return True
-        if self._counters.prefetched_nbytes + record.nbytes > self._policy.prefetch_nbytes:
+        ahead, most = self._counters.prefetched_nbytes, self._counters.prefetch_limit_nbytes
+        if ahead + record.nbytes > most and (ahead or not most):  # one may always come
             return False
         try:
             self.begin(record)

@@ -37,6 +37,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from ssdtrain.activations.drive_source import Attach, DriveSource
+from ssdtrain.activations.limits import Limits
 from ssdtrain.activations.reload import HandedOut, Reloads, wait_for_reads
 from ssdtrain.activations.storage_index import Index
 from ssdtrain.devices.base import Device
@@ -80,6 +81,7 @@ class Store:
         self.request_log: RequestLog | None = None  # of whoever records the run
         self.index = index
         self.devices = devices
+        self._limits = Limits(policy, counters)
         self._reloads = Reloads(policy, counters, devices)
         self._num_entered = 0  # contexts that are active now
         self._is_patient = policy.is_patient  # waits for the drive rather than keeping
@@ -191,11 +193,16 @@ class Store:
         transport = TensorStore(drive, self._policy, self.note_fallback, self.request_log)
         self._transport = self._reloads.transport = transport
         self._drive = drive
+        self._allow_in_flight()
         self._slab_nbytes = drive.engine.slab_nbytes
         if self.counters.engine != drive.kind:
             self.counters.engine, self.counters.engine_reason = drive.kind, drive.reason
         for text in drive.shortcomings():
             self.note_fallback(text)
+
+    def _allow_in_flight(self) -> None:
+        if self._transport is not None:
+            self._transport.pending.allow(self.counters.staging_limit_nbytes)
 
     def _open_again(self, ensure_open: Callable[[], None]) -> None:
         try:
@@ -284,6 +291,9 @@ class Store:
         self.index.add(record)
         self.counters.num_live_records += 1
         self.counters.hold(record.nbytes, self._staging_in_use())
+        if record.nbytes > self._limits.largest_nbytes:
+            self._limits.note_largest(record)
+            self._allow_in_flight()
 
     def release_later(self, note: tuple[SavedRecord, int]) -> None:
         """A handle of a record died. Called from destructors, on any thread: see [Note: the lock]."""
@@ -441,7 +451,8 @@ class Store:
                 self._note_copied(record, has_arrived)
         if transport is not None and transport.has_accelerators:
             only_if_behind = not self._is_patient
-            for record in transport.let_go(self._policy.staging_nbytes // _HELD_SHARE, only_if_behind=only_if_behind):
+            most = self.counters.staging_limit_nbytes // _HELD_SHARE
+            for record in transport.let_go(most, only_if_behind=only_if_behind):
                 self._let_go(record)
 
     def _note_copied(self, record: SavedRecord, has_arrived: bool) -> None:

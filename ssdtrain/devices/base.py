@@ -75,6 +75,9 @@ class Device(Protocol):
 class Accelerator(Device, Protocol):
     """A device with a driver: whose memory the CPU does not compute on."""
 
+    def free_nbytes(self) -> int:
+        """Its memory that nobody uses now."""
+
     def new_stream(self) -> int:
         """The handle of another stream, which lives as long as the process."""
 

@@ -87,6 +87,11 @@ class CudaDevice:
         tensor = torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
         tensor.record_stream(self._stream(stream))
 
+    def free_nbytes(self) -> int:
+        """See `Accelerator`. What PyTorch keeps for later is free too."""
+        free, _ = torch.cuda.mem_get_info(self._device)
+        return int(free) + torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+
     def new_stream(self) -> int:
         """See `Accelerator`. Of PyTorch's pool of streams, which are never destroyed."""
         return int(torch.cuda.Stream(self._device).cuda_stream)

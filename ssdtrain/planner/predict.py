@@ -153,7 +153,8 @@ class _Play:
         nbytes, most = self._timeline.nbytes, self._timeline.machine.prefetch_nbytes
         while self._due:
             i = self._due[0][1]
-            if i not in self._back and self._num_ahead + nbytes[i] > most:
+            is_too_much = self._num_ahead + nbytes[i] > most and (self._num_ahead or not most)
+            if i not in self._back and is_too_much:
                 return
             heapq.heappop(self._due)
             if i not in self._back:

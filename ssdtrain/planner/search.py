@@ -106,7 +106,7 @@ class Search:
         per_byte, most = 1 / tier.write_bandwidth + 1 / tier.read_bandwidth, timeline.machine.prefetch_nbytes
         ends = map(min, timeline.needed, timeline.released)
         return [
-            end - saved - nbytes * per_byte if nbytes <= most else -1.0
+            end - saved - nbytes * per_byte if most else -1.0
             for nbytes, saved, end in zip(timeline.nbytes, timeline.saved, ends, strict=True)
         ]
 

@@ -7,7 +7,8 @@
 - A write begins when the record is saved and the channel is free. A reload begins as late as it may: it ends when the
   record is needed, or when the next reload begins. It cannot begin before the write is done.
 - When a record joins those on their way to the drive, all of them fit `staging_nbytes`, or it is alone.
-- What was reloaded, or is being reloaded, and is not asked for yet fits `prefetch_nbytes`.
+- What was reloaded, or is being reloaded, and is not asked for yet fits `prefetch_nbytes`, or is one record alone. With
+  `prefetch_nbytes` 0 nothing comes back ahead of need.
 - What is on a tier fits its capacity, and what is written to the drive its endurance budget.
 A record that breaks a rule would be waited for, or be kept after all: it is *refused*.
 """
@@ -86,7 +87,7 @@ class Timeline:
     def can_be_away(self, i: int, where: Where, at: float, *, is_past: bool = True) -> bool:
         """Whether a record would be on this tier at a moment if it had the tier for itself."""
         tier, size, needed = self.tiers[where], self.nbytes[i], self.needed[i]
-        if size > self.machine.prefetch_nbytes:
+        if not self.machine.prefetch_nbytes:
             return False
         written = self.saved[i] + size * (1 / tier.write_bandwidth)
         start = needed - size * (1 / tier.read_bandwidth) if needed < math.inf else self.released[i]
@@ -188,7 +189,8 @@ class Timeline:
                 while started and starts[started[0]] >= due:
                     num_ahead -= nbytes[started.popleft()]
             start = (due if due < free[where] else free[where]) - size * per_byte[where]
-            if num_ahead + size > most or start < written[i]:
+            is_too_much = num_ahead + size > most and (num_ahead or not most)
+            if is_too_much or start < written[i]:
                 moves.late.append(i)
                 written[i] = -1.0
                 if stops_at_refusal:

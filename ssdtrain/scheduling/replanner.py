@@ -131,6 +131,7 @@ class Replanner:
         if not any(speeds):
             return
         self._speeds = self._agreed(speeds)
+        self._machine = _with_bounds(self._machine, totals)
         now = self._machine_now(is_accelerated=measured.is_accelerated)
         is_stale = measured.recomputed is not None and measured.recomputed != self.recomputed
         if is_stale or (now.disk is None and now.host is None):
@@ -220,6 +221,14 @@ class Replanner:
             host=_measured(self._machine.host, copy_out, self._caution * copy_in) if is_accelerated else None,
             idle_nbytes=0.0 if is_accelerated else self._machine.idle_nbytes,
         )
+
+
+def _with_bounds(machine: Machine, totals: Counters) -> Machine:
+    """Bounds follow the records of an accelerator."""
+    staging = max(machine.staging_nbytes, totals.staging_limit_nbytes)
+    return replace(
+        machine, staging_nbytes=staging, prefetch_nbytes=max(machine.prefetch_nbytes, totals.prefetch_limit_nbytes)
+    )
 
 
 def _measured(tier: Tier | None, write: float, read: float) -> Tier | None:

@@ -151,6 +151,10 @@ class Pending:
         pending.write = write
         return write
 
+    def allow(self, nbytes: int) -> None:
+        """From now on so many bytes may be on their way out."""
+        self._staging_nbytes = nbytes
+
     def has_room(self, nbytes: int) -> bool:
         """Whether `nbytes` more may be on their way out."""
         in_flight = self._engine.inflight_nbytes

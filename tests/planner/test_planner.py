@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import re
@@ -100,9 +101,16 @@ def test_a_record_that_is_never_needed_leaves_and_does_not_come_back() -> None:
 # -- bounds ----------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_larger_than_the_prefetch_bound_moves() -> None:
-    plan = make_plan(tower(), replace(FAST, prefetch_nbytes=MIB - 1), Goal())
-    assert plan.is_declined
+def test_what_is_larger_than_the_prefetch_bound_comes_back_alone() -> None:
+    """A reload takes longer than the second between two needs: it would begin before the last one was asked for, so
+    every other record travels. With a bound that is not there at all nothing does."""
+    slow = disk(1000, 0.75)
+    plan = make_plan(tower(), replace(slow, prefetch_nbytes=MIB - 1), Goal())
+    step, back = tower().records, moved(plan)
+    assert back and plan.stall_seconds == 0
+    assert all(plan.starts[i] >= step[j].needed for i, j in itertools.pairwise(back))
+    assert len(moved(make_plan(tower(), replace(slow, prefetch_nbytes=2 * MIB), Goal()))) > len(back)
+    assert make_plan(tower(), replace(FAST, prefetch_nbytes=0), Goal()).is_declined
 
 
 def test_staging_bounds_what_is_on_its_way() -> None:

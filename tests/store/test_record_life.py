@@ -463,7 +463,8 @@ class RecordLife(RuleBasedStateMachine):
         assert set(reloads._prefetched) == set(prefetched) and len(reloads._prefetched) == len(prefetched)
         assert all(record.residency is Residency.RELOADING for record in prefetched)
         assert counters.prefetched_nbytes == sum(record.nbytes for record in prefetched)
-        assert counters.prefetched_nbytes <= self.policy["prefetch_nbytes"]
+        most = self.policy["prefetch_nbytes"]
+        assert counters.prefetched_nbytes <= most or (most and len(prefetched) == 1), "more than one, beyond the bound"
 
     @invariant()
     def extents_agree(self) -> None:

@@ -26,6 +26,7 @@ from ssdtrain.devices.simulated.machine import RAW_POISON, Machine
 from ssdtrain.devices.simulated.mode import HostReaderMode, LaterMode
 from ssdtrain.devices.simulated.shapes import shared_shapes
 from ssdtrain.devices.simulated.tensors import Alias
+from ssdtrain.io.host_space import available_nbytes
 
 
 class SimulatedDevice:
@@ -149,6 +150,10 @@ class SimulatedDevice:
             block = self._machine.pool.find(storage.data_ptr())
             if block is not None and block.stream != stream:
                 block.sharers.add(self._machine.stream(stream))
+
+    def free_nbytes(self) -> int:
+        """Its memory is the host's."""
+        return available_nbytes()
 
     def allocate_host(self, nbytes: int) -> torch.UntypedStorage:
         """Host memory that is poison until a copy has come; what is queued keeps it alive."""
