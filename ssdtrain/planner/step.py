@@ -74,7 +74,7 @@ class Machine:
     staging_nbytes: float = math.inf
     """Bound on bytes on their way to the drive; a larger record may go alone."""
     prefetch_nbytes: float = math.inf
-    """Bound on bytes reloaded, or being reloaded, and not asked for yet; one record may be alone beyond it, except for 0."""
+    """Bound on bytes reloaded, or being reloaded, and not asked for yet; but for 0, one record may be alone beyond."""
     idle_nbytes: float = 0.0
     """Most memory of released reloads that is kept for later ones of the same size."""
     max_written_nbytes: float = math.inf
