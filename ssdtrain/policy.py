@@ -120,7 +120,9 @@ class ActivationPolicy(_Policy):
     (``"all"``), queued where a plan sends it, else kept (``"auto"``)."""
 
     prefetch_nbytes: Nbytes = Field(default=128 << 20, ge=0)
-    """Bound on bytes reloaded before backward asks for them. 0 turns prefetch off: every reload is then a stall."""
+    """Bound on bytes reloaded before backward asks for them; one larger record may be so alone. 0 turns prefetch off:
+    every reload is then a stall. Not set, this bound and that of `staging_nbytes` on bytes in flight grow to twice the
+    largest record of an accelerator, as far as its memory allows."""
 
     disk_nbytes: Nbytes | None = Field(default=None, ge=MIN_STAGING_NBYTES)
     """Cap on spill space over all directories. What does not fit stays in memory. None: what the drive has free."""
