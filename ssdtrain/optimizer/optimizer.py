@@ -244,7 +244,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 "delayed: call optimizer.flush(), then model.state_dict() and optimizer.state_dict()"
             )
         found = whole_state_dict(self._inner, self._offloaded)
-        self._store.checkpoint = f"the last state_dict() was taken after step {self._counters.num_steps}"
+        self._store.note_checkpoint(f"the last state_dict() was taken after step {self._counters.num_steps}")
         return found
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -291,7 +291,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def note_checkpoint(self, text: str) -> None:
         """Says which checkpoint to go back to, for messages of lost bytes."""
-        self._store.checkpoint = text
+        self._store.note_checkpoint(text)
 
     def close(self) -> None:
         """Brings the state back to the optimizer it came from, and gives the drive's space back. Idempotent.

@@ -153,7 +153,7 @@ class ParameterOffload:
 
     def note_checkpoint(self, text: str) -> None:
         """Says which checkpoint to go back to, for messages of lost bytes."""
-        self._store.checkpoint = text
+        self._store.note_checkpoint(text)
 
     def note_incomplete(self, what: str) -> None:
         """Says that some parameters were updated and others not: until all are loaded, none is saved. Empty: not so."""

@@ -169,6 +169,10 @@ class ParameterRecord:
             if self.owner is not None:
                 vars(self.parameter)[OWNER] = self.owner
 
+    def note_gathered(self, *, is_gathered: bool) -> None:
+        """Says whether others may have its memory."""
+        self.is_gathered = is_gathered
+
     def disown(self) -> None:
         """Makes it a plain parameter for good, whoever has pinned it: its owner is closed."""
         self.owner, self.num_pins = None, 0

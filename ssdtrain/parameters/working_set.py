@@ -185,7 +185,7 @@ class WorkingSet:
             until = self._num_forwards + num_forwards
             for r in records:
                 self._gathered[r] = max(until, self._gathered.pop(r, 0))
-                r.is_gathered = True
+                r.note_gathered(is_gathered=True)
             self.records.reload(records)
 
     def release_gathered(self, nbytes: int = 0) -> None:
@@ -201,7 +201,7 @@ class WorkingSet:
                     excess -= r.nbytes
             for r in leaving:
                 del self._gathered[r]
-                r.is_gathered = False
+                r.note_gathered(is_gathered=False)
             self.release(leaving)
 
     def limit_gathered(self) -> None:

@@ -76,6 +76,10 @@ class PlanCursor:
         """From its beginning."""
         self.prepared, self.is_lost, self._num_begun, self._horizon = prepared, False, 0, -math.inf
 
+    def lose(self) -> None:
+        """Backward went elsewhere than planned."""
+        self.is_lost = True
+
     def note_saved(self, position: int) -> None:
         """The record at this position of the step was saved, as planned."""
         if self.prepared is not None:

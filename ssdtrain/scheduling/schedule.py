@@ -69,14 +69,14 @@ class Schedule:
 
     def reset(self) -> None:
         """Gives the running step up; what is being saved from here on belongs to another."""
-        self._step.is_abandoned = True
+        self._step.abandon()
         self._step, self._passes = self._new_step(), []
         self.review.give_up()
         self._cursor.follow(None)
 
     def forget_accelerators(self) -> None:
         """This is a forked child, which must not ask them anything."""
-        self._step.timing = None
+        self._step.forget_timing()
         self.review.forget_accelerators()
 
     @property
@@ -138,9 +138,7 @@ class Schedule:
 
     def begin_backward(self, pass_: PassTrace) -> None:
         """Closes a pass at its first unpack and predicts its order."""
-        pass_.is_closed = True
-        pass_.order = self._history.order_of(pass_.signature) or list(range(len(pass_.records) - 1, -1, -1))
-        pass_.rank = {index: rank for rank, index in enumerate(pass_.order)}
+        pass_.close(self._history.order_of(pass_.signature) or list(range(len(pass_.records) - 1, -1, -1)))
 
     def note_unpacked(
         self, record: SavedRecord, *, is_first: bool, is_miss: bool, event: TimedEvent | None = None
@@ -158,11 +156,11 @@ class Schedule:
         if is_first:
             pass_.unpacked.append(record.index)
         if is_miss and pass_.step is self._step:
-            self._cursor.is_lost = True
+            self._cursor.lose()
         self._note_needed(record, event)
         rank = pass_.rank.get(record.index)
         if rank is not None and (is_miss or rank >= pass_.cursor):
-            pass_.cursor = rank + 1
+            pass_.go_on_after(rank)
 
     def _note_needed(self, record: SavedRecord, event: TimedEvent | None) -> None:
         pass_ = record.pass_
@@ -198,4 +196,4 @@ class Schedule:
             record = cast("SavedRecord | None", pass_.records[order[cursor]])
             if record is not None:
                 yield record
-            pass_.cursor = max(pass_.cursor, cursor + 1)
+            pass_.go_on_after(max(pass_.cursor - 1, cursor))

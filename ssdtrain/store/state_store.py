@@ -149,6 +149,10 @@ class StateStore:
             self._num_users += 1
         return self
 
+    def note_checkpoint(self, text: str) -> None:
+        """Says which checkpoint to go back to, for messages of lost bytes."""
+        self.checkpoint = text
+
     def note(self, text: str) -> None:
         """Counts what did not go the best way, and warns of it once."""
         if self.counters.fall_back(text):

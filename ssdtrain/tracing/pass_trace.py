@@ -73,7 +73,7 @@ class PassTrace:
         self.unpacked: list[int] = []
         self.num_live = 0
         self.is_closed = False
-        self.order: list[int] = []  # predicted, set by the schedule when the pass is closed
+        self.order: list[int] = []  # predicted when the pass is closed
         self.rank: dict[int, int] = {}
         self.cursor = 0  # first place in `order` whose reload was not begun
 
@@ -97,6 +97,15 @@ class PassTrace:
         if self.expected is not None and self.expected.sizes[index : index + 1] != (record.nbytes,):
             self.expected = None
         return index
+
+    def close(self, order: list[int]) -> None:
+        """Backward begins; `order`: of its records, as backward will probably want them."""
+        self.is_closed, self.order = True, order
+        self.rank = {index: rank for rank, index in enumerate(order)}
+
+    def go_on_after(self, rank: int) -> None:
+        """Reloads of this pass go on with the record after this one of `order`."""
+        self.cursor = rank + 1
 
     def remove(self, index: int) -> None:
         """Forgets a released record."""

@@ -173,6 +173,14 @@ class StepTrace:
             self.is_over = True
             self._ended(self)
 
+    def abandon(self) -> None:
+        """An interrupt left it in the middle of a change: nothing that it says can be relied on."""
+        self.is_abandoned = True
+
+    def forget_timing(self) -> None:
+        """No accelerator is asked for times any more."""
+        self.timing = None
+
     def as_step(self, next_began_at: float) -> Step:
         """The step as the planner reads it; the next one began at `next_began_at`."""
         begin = self.began_at

@@ -401,7 +401,7 @@ def test_a_graph_that_dies_in_a_forked_child(
             try:
                 device.timed_event = None  # type: ignore[assignment, method-assign]  # a call would raise
                 del graph
-                offload._store.tidy()
+                offload._store.process_releases()
                 code = 0 if offload._store._transport is None and not offload._counters.fallbacks else 2
             finally:
                 os._exit(code)

@@ -171,7 +171,7 @@ class Machine:
     def raise_kept(self) -> None:
         """Raises the first error that was kept; what came after it is its consequence."""
         with self.lock:
-            errors, self.executor.errors = self.executor.errors, []
+            errors = self.executor.take_errors()
         if errors:
             raise errors[0]
 

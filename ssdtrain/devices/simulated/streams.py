@@ -171,6 +171,12 @@ class Executor:
                         if waiter.condition():
                             waiter.is_over.set()
 
+    def take_errors(self) -> list[BaseException]:
+        """What was raised since the last time."""
+        with self.lock:
+            errors, self.errors = self.errors, []
+        return errors
+
     def _run(self, item: Item) -> None:
         if item.run is None:
             return

@@ -90,24 +90,21 @@ class BaseEngine(Owned):
             read = Read(self._monitor, len(source.parts))
             self._monitor.num_pending += 1
             for part in source.parts:
-                job = self._fetch_job(read, write, part, address + part.piece_offset)
-                job.ready = ready
-                if ready is not None:  # device memory ends where the tensor does
-                    job.nbytes = part.nbytes
-                self._workers.add(job)
+                self._workers.add(self._fetch_job(read, write, part, address + part.piece_offset, ready))
             self._monitor.changed.notify_all()
         return read
 
-    def _fetch_job(self, read: Read, write: Write, part: Part, address: int) -> FetchJob:
-        chunk, start = part.chunk, part.chunk_offset
-        nbytes = round_up(part.nbytes, self._workers.files[write._file].block_nbytes)
-        job = FetchJob(read, write, part, address, nbytes)
+    def _fetch_job(self, read: Read, write: Write, part: Part, address: int, ready: Fence | None) -> FetchJob:
+        chunk, start, nbytes = part.chunk, part.chunk_offset, part.nbytes
+        if ready is None:  # device memory ends where the tensor does
+            nbytes = round_up(nbytes, self._workers.files[write._file].block_nbytes)
+        source = None
         if chunk.slab is not None:
             chunk.slab.num_users += 1
-            job.slab, job.source = chunk.slab, chunk.slab.view[start:]
+            source = chunk.slab.view[start:]
         elif chunk.rescued is not None:
-            job.source = memoryview(chunk.rescued)[start:]
-        return job
+            source = memoryview(chunk.rescued)[start:]
+        return FetchJob(read, write, part, address, nbytes, source, chunk.slab, ready)
 
     def grow_host(self, nbytes: int) -> str:
         raise RuntimeError("Expected an engine with a host tier, got one without; use 'io_uring' or 'threads'")

@@ -108,6 +108,10 @@ class Monitor:
         self.totals = Traffic()
         self.traffic = tuple(Traffic() for _ in range(MAX_USERS))  # by the user of a file
 
+    def begin_close(self) -> None:
+        """No request is begun any more."""
+        self.is_closing = True
+
     def add_event(self) -> None:
         self.num_events += 1
         self.changed.notify_all()

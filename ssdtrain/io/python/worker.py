@@ -118,7 +118,7 @@ class Workers:
         if os.getpid() != self.pid:
             return
         with self.monitor.changed:
-            self.monitor.is_closing = True
+            self.monitor.begin_close()
             self._cancel_queued()
             is_quiet = self.monitor.changed.wait_for(lambda: self.monitor.num_pending == 0, seconds)
             self.is_stopping = True

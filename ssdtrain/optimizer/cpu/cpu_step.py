@@ -136,9 +136,9 @@ class CpuUpdates:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "ssdtrain-update")
         if self._jobs:
-            self._jobs[-1].following = job
+            self._jobs[-1].note_following(job)
         self._jobs.append(job)
-        job.future = self._pool.submit(self._run, job)
+        job.submit(self._pool, self._run)
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
@@ -298,7 +298,7 @@ class CpuUpdates:
                 for entry in [entry for job in jobs for entry in job.entries]:
                     self._put_back(entry)
             for entry in pending:  # which may share a version counter with those that have just changed
-                entry.version = entry.parameter._version
+                entry.note_version()
             for _ in jobs:
                 self.shared.note(self._jobs.popleft().changes)
 

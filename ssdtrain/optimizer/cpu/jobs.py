@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,10 @@ class Entry:
     """What users have noted on the parameter."""
     result: torch.Tensor | None = None
 
+    def note_version(self) -> None:
+        """The parameter was not changed by others until now."""
+        self.version = self.parameter._version
+
     def check_unchanged(self) -> None:
         """Raises when somebody has changed the parameter since its copy was begun."""
         if self.parameter._version != self.version:
@@ -50,3 +54,11 @@ class Job:
     following: Job | None = None
     changes: dict[Any, Any] = field(default_factory=dict)
     """What its step did to values that all parameters share."""
+
+    def submit(self, pool: Executor, run: Callable[[Job], None]) -> None:
+        """Has `run` called for it by a thread of `pool`."""
+        self.future = pool.submit(run, self)
+
+    def note_following(self, job: Job) -> None:
+        """The job that comes after it, whose state may be read meanwhile."""
+        self.following = job
