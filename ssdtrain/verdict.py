@@ -117,24 +117,24 @@ def _why_none_was_left(counters: Counters) -> str:
 def on_parameters(counters: StateCounters) -> str | None:
     """The sentence about parameters that are being offloaded."""
     left = {reason: (entry[0], entry[1]) for reason, entry in counters.stays.items()}
-    total = counters.away_nbytes + sum(nbytes for _, nbytes in left.values())
-    if counters.num_away and counters.away_nbytes >= _ENOUGH * total:
-        return None
-    says = f"{_amount(counters.away_nbytes, total)} of the parameters was offloaded"
-    if not left:
-        return f"{says}: the module has none, leave offload_parameters out"
-    return f"{says}: in memory stay {_list(left)}; {_remedy(*_main(left))}"
+    what, none = "the parameters was offloaded", "the module has none, leave offload_parameters out"
+    return _on_state(counters, left, what, none)
 
 
 def on_optimizer(counters: StateCounters, name: str, left: Mapping[str, tuple[int, int]]) -> str | None:
     """The sentence about the state of an optimizer that has taken a step. `left`: what stayed, by reason."""
+    what = "the optimizer state was offloaded in the first step"
+    none = f"{name} keeps none as it is set, so there is nothing to gain; leave offload_optimizer out"
+    return _on_state(counters, left, what, none)
+
+
+def _on_state(counters: StateCounters, left: Mapping[str, tuple[int, int]], what: str, none: str) -> str | None:
+    """What to say of too little that left: `none` where nothing is `left` either."""
     total = counters.away_nbytes + sum(nbytes for _, nbytes in left.values())
     if counters.num_away and counters.away_nbytes >= _ENOUGH * total:
         return None
-    says = f"{_amount(counters.away_nbytes, total)} of the optimizer state was offloaded in the first step"
-    if not left:
-        return f"{says}: {name} keeps none as it is set, so there is nothing to gain; leave offload_optimizer out"
-    return f"{says}: in memory stay {_list(left)}; {_remedy(*_main(left))}"
+    says = f"{_amount(counters.away_nbytes, total)} of {what}"
+    return f"{says}: in memory stay {_list(left)}; {_remedy(*_main(left))}" if left else f"{says}: {none}"
 
 
 def _amount(moved: int, total: int) -> str:

@@ -85,10 +85,15 @@ MODULES = frozenset(module_of(path) for path in FILES) | {"ssdtrain._C"}
 
 
 @cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
 def imports_of(path: Path) -> frozenset[str]:
     """Modules of the package that a file imports, at run time or for type checkers."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.ImportFrom):
             module = _absolute(path, node)
             names = {f"{module}.{alias.name}" for alias in node.names if module.split(".")[0] == "ssdtrain"}
@@ -170,7 +175,7 @@ def test_cpp_knows_bytes_and_only_the_bindings_know_python() -> None:
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_no_module_level_state(path: Path) -> None:
     """Shared things live in one object that is passed down: no lists, dicts or counters at module level."""
-    for node in ast.parse(path.read_text()).body:
+    for node in tree_of(path).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.List | ast.Dict | ast.Set | ast.Call):
             name = ast.unparse(node.targets[0])
             is_constant = name.lstrip("_").isupper() or name in {"logger", "__all__"}
@@ -212,14 +217,14 @@ def test_most_functions_are_seen_at_a_glance() -> None:
 
 
 def _functions(path: Path) -> list[tuple[str, int]]:
-    found = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    found = [n for n in ast.walk(tree_of(path)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     return [(n.name, (n.end_lineno or n.lineno) - n.lineno + 1) for n in found]
 
 
 @pytest.mark.parametrize("path", [f for f in FILES if not name_of(f).startswith(NOT_YET)], ids=name_of)
 def test_nothing_is_set_on_an_object_of_another_module(path: Path) -> None:
     """Who must be told of something is passed to a constructor; what changes later, its own module changes."""
-    tree, own = ast.parse(path.read_text()), _attributes(path)
+    tree, own = tree_of(path), _attributes(path)
     others = frozenset().union(*(_attributes(other) for other in FILES if other != path))
     for target in (t for node in ast.walk(tree) for t in _targets(node)):
         if not isinstance(target, ast.Attribute) or target.attr in own or target.attr not in others:
@@ -233,7 +238,7 @@ def test_nothing_is_set_on_an_object_of_another_module(path: Path) -> None:
 def _attributes(path: Path) -> frozenset[str]:
     """What objects of a module's classes have, as far as the classes say so themselves."""
     found = set()
-    for node in [n for c in ast.parse(path.read_text()).body if isinstance(c, ast.ClassDef) for n in ast.walk(c)]:
+    for node in [n for c in tree_of(path).body if isinstance(c, ast.ClassDef) for n in ast.walk(c)]:
         found |= {t.attr for t in _targets(node) if isinstance(t, ast.Attribute) and ast.unparse(t.value) == "self"}
         found |= {t.id for t in _targets(node) if isinstance(t, ast.Name) and isinstance(node, ast.AnnAssign)}
     return frozenset(found)

@@ -105,7 +105,10 @@ class CpuDevice:
                 self._lent.append((mapping, weak))
 
     def _keep(self, mapping: mmap.mmap) -> None:
-        """Others go when too much is idle, those whose size was not asked for longest first."""
+        """Keeps a mapping for the next reload of its size.
+
+        Too many idle bytes unmap what was asked for longest ago.
+        """
         capacity = len(mapping)
         if capacity > self._max_idle_nbytes:
             return

@@ -130,7 +130,7 @@ class Drive:
         return _Clients(threading.RLock(), os.getpid(), {}, host)
 
     def shortcomings(self) -> list[str]:
-        """What works, but not the best way."""
+        """Sentences on what works, but not the best way."""
         return [*self._choice.fallbacks, *self._choice.shortcomings()]
 
     @property

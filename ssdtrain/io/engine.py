@@ -97,7 +97,7 @@ class Fence(Protocol):
         """Blocks until the accelerator has passed it, without the GIL."""
 
     def make_wait(self, stream: int) -> None:
-        """What is queued on `stream` later comes after it."""
+        """Has what is queued on `stream` later wait for it."""
 
 
 class Write(Protocol):
@@ -163,7 +163,7 @@ class Write(Protocol):
         """Blocks until `is_issued` or `is_done`, without the GIL; false when the time is over first."""
 
     def make_wait(self, stream: int) -> None:
-        """What is queued on `stream` from now on runs after the copies that are issued."""
+        """Has what is queued on `stream` from now on wait for the copies that are issued."""
 
 
 class Read(Protocol):
@@ -206,7 +206,7 @@ class Read(Protocol):
         """From now on it is served before reads that nobody waits for. Both waits imply it."""
 
     def make_wait(self, stream: int) -> None:
-        """What is queued on `stream` from now on runs after the copies that are issued."""
+        """Has what is queued on `stream` from now on wait for the copies that are issued."""
 
 
 Direction = tuple[int, float, int, float]

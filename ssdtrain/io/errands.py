@@ -56,7 +56,7 @@ class Errand(Generic[T]):
         return self._results.pop()
 
     def abandon(self) -> None:
-        """Nobody waits any more. See [Note: what comes late]."""
+        """Says that nobody waits for the call any more. See [Note: what comes late]."""
         with self._lock:
             self._is_abandoned = True
             is_over = self._ended.is_set()

@@ -63,7 +63,7 @@ class EngineChoice:
     """Whether the files outlive the engine: they are whoever's that opened it."""
 
     def shortcomings(self) -> list[str]:
-        """What works, but not the best way."""
+        """Sentences on what works, but not the best way."""
         texts = list(self.engine.notes)
         for file in self.files:
             reasons = [] if file.is_direct else [file.direct_reason]

@@ -86,14 +86,14 @@ class LiveState(MutableMapping[Any, Any]):
         self.settle(self._max_nbytes)
 
     def __delitem__(self, key: Any) -> None:
-        """A parameter has no state any more."""
+        """Drops a parameter's state, in memory and on the drive."""
         if key not in self:
             raise KeyError(key)
         self.own.pop(key, None)
         self._forget(key)
 
     def clear(self) -> None:
-        """Nothing has."""
+        """Drops the state of every parameter."""
         keys = list(self)
         self.own.clear()
         for key in keys:
@@ -131,7 +131,7 @@ class LiveState(MutableMapping[Any, Any]):
         return iter({**self.own, **dict.fromkeys(self._offloaded)})
 
     def __len__(self) -> int:
-        """How many those are."""
+        """How many keys `__iter__` yields."""
         return sum(1 for _ in self)
 
     def __repr__(self) -> str:

@@ -87,7 +87,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Those of the optimizer."""
+        """The groups of the optimizer that does the arithmetic."""
         return self._inner.param_groups
 
     @param_groups.setter
@@ -276,7 +276,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     @property
     def store(self) -> StateStore:
-        """Its drive, for others to share."""
+        """The store that its state is in, for others to share."""
         return self._store
 
     def flush(self) -> None:

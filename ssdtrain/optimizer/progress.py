@@ -68,7 +68,7 @@ class StepProgress:
             owner.note_incomplete(what)
 
     def note_error(self) -> None:
-        """What was raised keeps the rest from being updated."""
+        """Notes that an error keeps the rest of the parameters from being updated."""
         self._is_aborted = bool(self._incomplete)
 
     def check_complete(self, checkpoint: str, *, may_go_on: bool = False) -> None:
@@ -90,7 +90,7 @@ class StepProgress:
         self.begin_anew()
 
     def finish_step(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Every parameter is updated."""
+        """Every parameter is updated: the step is complete."""
         self.num_steps += 1
         if self._num_arrivals is not None:
             self._late = {parameter for parameter, count in self._num_arrivals.items() if count > 1}
@@ -102,7 +102,7 @@ class StepProgress:
         self.begin_anew()
 
     def begin_anew(self) -> None:
-        """Nothing of a step has happened."""
+        """Forgets which parameters were updated and which gradients arrived."""
         self.updated, self.arrived, self._order, self._backwards = set(), {}, [], set()
         if self._num_arrivals is not None:
             self._num_arrivals = Counter()
@@ -124,7 +124,7 @@ class StepProgress:
         return self._num_arrivals is not None
 
     def arrive(self, parameter: torch.Tensor, name: str) -> None:
-        """Its gradient is complete.
+        """Notes that the gradient of a parameter is complete.
 
         Raises:
             RuntimeError: it was before.
@@ -182,7 +182,7 @@ class StepProgress:
         return True
 
     def end_backwards(self) -> None:
-        """What began and is not over by now has raised."""
+        """Takes backward passes that began and have not ended for ones that raised."""
         if self._backwards and self.updated:
             self._is_aborted = True
         self._backwards = set()
@@ -190,7 +190,7 @@ class StepProgress:
     def following(
         self, parameter: torch.Tensor, nbytes_of: Callable[[torch.Tensor], int], room: int
     ) -> Iterator[torch.Tensor]:
-        """What came after this parameter in the last step and is not updated yet, within so many bytes."""
+        """Parameters that came after this one in the last step and are not updated yet, within so many bytes."""
         start = self._position.get(parameter, len(self._last_order))
         for following in self._last_order[start : start + _MAX_AHEAD]:
             room -= nbytes_of(following)

@@ -37,7 +37,7 @@ def kind_of(key: Key) -> Key:
 
 
 def words(key: Key) -> str:
-    """For messages."""
+    """A key in words, for messages."""
     place = {"group": "its group entry", "attribute": "its attribute", "state": "its state under"}[key[0]]
     return f"{place} {key[-1]!r}"
 
@@ -102,7 +102,7 @@ class SharedValues:
         return result, changes
 
     def note(self, changes: Mapping[Key, Any]) -> None:
-        """What one chunk has done.
+        """Notes what one chunk has done to shared values.
 
         Raises:
             ApartError: another one has come to something else.
@@ -128,7 +128,7 @@ class SharedValues:
         self.changing = changing
 
     def forget(self) -> None:
-        """The step will never be over."""
+        """Drops what was noted: the step was given up."""
         self._noted = {}
 
     def own_copies(self, optimizer: torch.optim.Optimizer) -> None:

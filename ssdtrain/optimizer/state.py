@@ -204,7 +204,7 @@ class OffloadedState:
         self._counters.offload(-leaf.record.nbytes, -1)
 
     def forget(self) -> None:
-        """Frees all of them."""
+        """Frees the space of all state."""
         self.lent.clear()
         for parameter in self:
             self.drop(parameter)

@@ -39,7 +39,7 @@ class Updates:
         name_of: Callable[[torch.Tensor], str],
         chunk_nbytes: int,
     ) -> None:
-        """None was updated yet. `group_of` has the index of each parameter's group."""
+        """No parameter was updated yet. `group_of` has the index of each parameter's group."""
         self.group_of: dict[torch.Tensor, int] = {}
         self.offloaded, self.gradients, self.on_cpu, self.name_of = offloaded, gradients, on_cpu, name_of
         self._inner = inner
@@ -68,7 +68,7 @@ class Updates:
         return {**self._inner.state.get(parameter, {}), **self.offloaded.copies(parameter)}
 
     def due(self, updated: set[torch.Tensor]) -> list[torch.Tensor]:
-        """What a step updates, but for these, which it has updated."""
+        """The parameters that a step has yet to update; `updated` are those it has updated in backward."""
         takes_all = self._trial.takes_all
         return [p for p in self.group_of if p in self.gradients or (takes_all and p not in updated)]
 

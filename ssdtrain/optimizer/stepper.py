@@ -124,7 +124,7 @@ class Stepper:
 
     @contextlib.contextmanager
     def noting_errors(self) -> Iterator[None]:
-        """What is raised inside leaves an incomplete step, and nothing that goes on."""
+        """Inside, an error gives up what the CPU updates, and the step counts as incomplete."""
         try:
             yield
         except BaseException:

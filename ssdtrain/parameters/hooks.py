@@ -181,7 +181,7 @@ class Hooks:
             _refuse_sharding(module)
 
     def remove(self) -> None:
-        """Follows nothing any more."""
+        """Removes every hook: the module is as it was before `install`."""
         for handle in self._handles:
             handle.remove()
         self._handles = []

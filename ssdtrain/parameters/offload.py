@@ -137,7 +137,7 @@ class ParameterOffload:
 
     @property
     def store(self) -> StateStore:
-        """Its drive, for others to share."""
+        """The store that its parameters are in, for others to share."""
         return self._store
 
     def flush(self) -> None:

@@ -200,7 +200,7 @@ class ParameterRecords:
     """The offloaded parameters of one module."""
 
     def __init__(self, store: StateStore, counters: StateCounters) -> None:
-        """None yet. `by_storage` finds those in memory by the address of their storage object."""
+        """No parameter yet. `by_storage` finds those in memory by the address of their storage object."""
         self.store = store
         self.by_storage: dict[int, ParameterRecord] = {}
         self._counters = counters
@@ -215,7 +215,7 @@ class ParameterRecords:
         return num_begun
 
     def forget(self, records: Iterable[ParameterRecord]) -> None:
-        """Those that are coming are not needed after all."""
+        """Gives up reads under way: these are not needed after all."""
         for r in records:
             r.arrival = None
 

@@ -67,11 +67,11 @@ class WorkingSet:
         self.records.offload(block.records)
 
     def find(self, parameters: Iterable[torch.Tensor]) -> list[ParameterRecord]:
-        """Those of `parameters` that are offloaded here."""
+        """The records of those of `parameters` that are offloaded here."""
         return [self._by_id[id(p)][0] for p in parameters if id(p) in self._by_id]
 
     def clear(self) -> None:
-        """Knows no block any more."""
+        """Forgets all blocks: the offload is closed."""
         self.blocks, self._by_id, self._active, self._ahead, self._gathered = [], {}, [], [], {}
 
     # -- blocks --------------------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ class WorkingSet:
         self._num_forwards += 1
 
     def end_forward(self) -> None:
-        """It is over."""
+        """A forward of the whole module has ended."""
         self._num_running -= 1
 
     def use(self, block: Block) -> None:
@@ -104,14 +104,14 @@ class WorkingSet:
             self._prefetch()
 
     def use_parameter(self, r: ParameterRecord) -> None:
-        """One of a block is needed."""
+        """A parameter is needed: its whole block is reloaded, and the current stream uses it."""
         known = self._by_id.get(id(r.parameter))
         if known is not None and (r.storage is None or not self._active or self._active[-1] is not known[1]):
             self.use(known[1])
         r.use()
 
     def end_use(self, block: Block) -> None:
-        """Its forward is over."""
+        """The forward of `block` has ended: it is released, unless it is the next one needed."""
         with self.lock:
             if next(self._order.upcoming(), None) != block.index:
                 self._dismiss([block])
@@ -152,7 +152,7 @@ class WorkingSet:
     # -- gathered parameters -------------------------------------------------------------------------------------------
 
     def gather_taken_out(self, parameter: torch.Tensor) -> None:
-        """Somebody takes a parameter out of its module."""
+        """Somebody takes a parameter out of its module: it is gathered, alone or with its block."""
         known = self._by_id.get(id(parameter))
         if known is None or known[1].num_running:
             return
@@ -161,7 +161,7 @@ class WorkingSet:
             self.records.note_changed([known[0]])  # through `.data`, perhaps
 
     def access(self, records: Sequence[ParameterRecord], *, stays: bool) -> None:
-        """Somebody computes with parameters, and holds them meanwhile. `stays`: and knows where they are."""
+        """Gathers parameters that somebody computes with, and holds meanwhile. `stays`: and knows where they are."""
         with self.lock:
             for r in records:
                 known = self._by_id.get(id(r.parameter))
@@ -189,7 +189,7 @@ class WorkingSet:
             self.records.reload(records)
 
     def release_gathered(self, nbytes: int = 0) -> None:
-        """Those whose time is over leave, the oldest first, until the others have at most `nbytes`."""
+        """Releases gathered parameters that may leave, the oldest first, until the others have at most `nbytes`."""
         with self.lock:
             excess = sum(r.nbytes for r in self._gathered) - nbytes
             leaving = []

@@ -64,7 +64,7 @@ class PlanCursor:
     """
 
     def __init__(self) -> None:
-        """Follows none."""
+        """Follows no plan."""
         self.prepared: PreparedPlan | None = None
         """The plan that is followed, if one is."""
         self.is_lost = False
@@ -73,7 +73,7 @@ class PlanCursor:
         self._horizon = -math.inf  # until when reloads are due
 
     def follow(self, prepared: PreparedPlan | None) -> None:
-        """From its beginning."""
+        """Follows a plan from its beginning, or none."""
         self.prepared, self.is_lost, self._num_begun, self._horizon = prepared, False, 0, -math.inf
 
     def lose(self) -> None:

@@ -58,7 +58,7 @@ class StepReview:
         self._stalled_before = 0.0  # seconds, until the running step began
 
     def observe(self) -> None:
-        """Somebody wants to be told of every step, also of one that teaches nothing."""
+        """Has every step reviewed, also one that teaches nothing: somebody wants to be told of it."""
         self._is_watched = True
 
     def is_next_timed(self) -> bool:
@@ -81,7 +81,7 @@ class StepReview:
             self._remarks.append("steps whose saved tensors are on several devices are not planned: they have no clock")
 
     def give_up(self) -> None:
-        """What is over and was not reviewed cannot be relied on."""
+        """Drops steps that were not reviewed yet: they cannot be relied on."""
         self._finished = None
 
     def forget_accelerators(self) -> None:
@@ -89,7 +89,7 @@ class StepReview:
         self._under_way.clear()
 
     def take_remarks(self) -> list[str]:
-        """What somebody should know, once."""
+        """Sentences for the user, each handed over once."""
         remarks, self._remarks = self._remarks, []
         return remarks
 

@@ -50,7 +50,7 @@ class DeviceTrace:
         return event
 
     def save(self) -> None:
-        """The next place."""
+        """Marks the event at which the next record of the step is saved."""
         self._saved.append(self.mark())
         self._needed.append(None)
         self._released.append(None)
@@ -60,7 +60,7 @@ class DeviceTrace:
         self._needed[place] = event or self.mark()
 
     def release(self, place: int) -> None:
-        """The graph let it go."""
+        """Marks the event at which the graph released a record."""
         self._released[place] = self.mark()
 
     def note_wait(self, began: TimedEvent, *, is_for_reload: bool) -> None:

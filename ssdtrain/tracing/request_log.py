@@ -28,11 +28,11 @@ class Requested(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Its size."""
+        """The size of the record."""
 
     @property
     def pass_(self) -> PassTrace:
-        """Whose it is."""
+        """The forward pass that saved it."""
 
     @property
     def index(self) -> int:
@@ -83,7 +83,7 @@ class RequestLog:
             self._stalls.append((record.pass_.step, (tier, _place(record), begin, seconds)))
 
     def of(self, step: StepTrace) -> Requests:
-        """What belongs to a step; waits of others, which it had all the same, have no place in it."""
+        """The rows of one step; a wait for a record of another step has position -1."""
         return Requests(
             [row for owner, row in self._writes if owner is step],
             [
@@ -95,7 +95,7 @@ class RequestLog:
         )
 
     def clear(self) -> None:
-        """Another step begins."""
+        """Drops all rows: another step begins."""
         self._writes, self._reads, self._stalls = [], [], []
 
 

@@ -27,7 +27,7 @@ class Traced(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Its size."""
+        """The size of the record."""
 
     @property
     def device(self) -> Device:
@@ -138,12 +138,12 @@ class StepTrace:
         return timing
 
     def mark(self) -> TimedEvent | None:
-        """A moment before a wait of an accelerator, if it is timed."""
+        """An event before a wait of an accelerator, if the step is timed."""
         timing = self._timing_now()
         return timing.mark() if timing is not None else None
 
     def note_wait(self, began: TimedEvent, *, is_for_reload: bool) -> None:
-        """The wait is over, or queued."""
+        """Notes a wait of an accelerator that `began` and has ended, or is queued."""
         timing = self._timing_now()
         if timing is not None:
             timing.note_wait(began, is_for_reload=is_for_reload)

@@ -112,7 +112,7 @@ class SimulatedDevice:
         self._machine.executor.hold(self._machine.stream(stream), True)
 
     def release(self, stream: int) -> None:
-        """Lets a held stream go."""
+        """Lets a held stream run on."""
         self._machine.executor.hold(self._machine.stream(stream), False)
 
     def synchronize(self) -> None:
@@ -126,7 +126,7 @@ class SimulatedDevice:
         self._machine.raise_kept()
 
     def describe(self) -> str:
-        """What is queued."""
+        """The queued operations of every stream, as text."""
         return self._machine.executor.describe()
 
     def timed_event(self) -> TimedEvent:

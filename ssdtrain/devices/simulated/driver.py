@@ -67,7 +67,7 @@ class SimulatedDriver(driver_type()):  # type: ignore[misc]
         return False
 
     def release(self, event: int) -> None:
-        """The handle may be given out again."""
+        """Frees the handle of an event for another one."""
         with self._machine.lock:
             self._event(event)
             del self._events[event]

@@ -47,12 +47,12 @@ class Mark:
         self._at: float | None = None
 
     def reach(self) -> None:
-        """The stream is there."""
+        """Notes that the stream has come to the event."""
         self._at = time.perf_counter()
 
     @property
     def is_reached(self) -> bool:
-        """Whether the stream was there."""
+        """Whether the stream has come to the event."""
         if self._at is None:
             self._executor.nudge()
         return self._at is not None

@@ -95,7 +95,7 @@ class History:
             mark.readers[operation.actor] = operation
 
     def forget(self, span: Span) -> None:
-        """These bytes are other memory from here on."""
+        """Forgets who touched these bytes: they are other memory from here on."""
         first, last = self._carve(span)
         del self._starts[first:last], self._marks[first:last]
 

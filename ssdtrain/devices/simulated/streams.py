@@ -147,7 +147,7 @@ class Executor:
         self.wait_for(lambda: not any(s.num_done < s.num_queued for s in self.streams.values()), "all streams to end")
 
     def describe(self) -> str:
-        """What is queued, for messages."""
+        """The queued operations of every stream, for messages."""
         with self.lock:
             return "; ".join(str(s) for s in self.streams.values() if s.queue) or "nothing"
 

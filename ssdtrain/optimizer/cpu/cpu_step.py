@@ -339,7 +339,7 @@ class CpuUpdates:
             self._jobs.popleft()
 
     def forget(self, parameter: torch.Tensor) -> None:
-        """One that is not to be updated any more."""
+        """Forgets a parameter that is not to be updated any more."""
         self._devices.pop(parameter, None)
 
     def settle(self) -> None:
@@ -372,7 +372,7 @@ class CpuUpdates:
         return {p: self.place(p) for p in self._devices}
 
     def place(self, parameter: torch.Tensor) -> torch.Tensor:
-        """The same for any parameter."""
+        """An empty tensor of the device and dtype that a parameter's state is of."""
         if parameter in self._devices:
             return torch.empty(0, dtype=self._dtype(parameter), device="cpu")
         return torch.empty(0, dtype=parameter.dtype, device=parameter.device)

@@ -31,7 +31,7 @@ class HostCopy:
         return self.tensor
 
     def hold_back(self, stream: int) -> None:
-        """What is queued on `stream` later comes after the copy: its source may change there."""
+        """Has what is queued on `stream` later wait for the copy: its source may change there."""
         if self.done is not None:
             self.done.make_wait(stream)
 
@@ -59,7 +59,7 @@ class HostCopies:
         return HostCopy(host, fence(device.driver, stream))
 
     def hold_back(self, device: Accelerator) -> None:
-        """What is queued on the current stream later comes after all copies of `device` that were begun."""
+        """Has what is queued on the current stream later wait for all copies of `device` that were begun."""
         if device in self._streams:
             done = fence(device.driver, self._streams[device])
             assert done is not None, "an accelerator has a driver"

@@ -40,7 +40,7 @@ class GradientRecord:
     """One gradient: where its bytes are, and how they are to be changed."""
 
     def __init__(self, store: StateStore, name: str, grad: torch.Tensor, device: Device) -> None:
-        """Begins to write it."""
+        """Begins to write `grad`."""
         self.record = Record(f"grad of {name}")
         self.changes: list[Change] = []
         self._norm: torch.Tensor | None = None  # of the bytes that were written
@@ -57,7 +57,7 @@ class GradientRecord:
         return self._here is None and self.record.storage is None
 
     def store(self, grad: torch.Tensor) -> None:
-        """Begins to write what it is now."""
+        """Begins to write `grad`, in the place of the bytes that were written before."""
         if grad is self._here:
             return
         self._norm = torch.linalg.vector_norm(grad)
@@ -121,7 +121,7 @@ class GradientRecord:
         self._store.free(self.record)
 
     def like(self) -> dict[str, Any]:
-        """What a tensor is to look like that stands for it."""
+        """Size, strides, dtype and device of a tensor that stands for it."""
         spec = self.spec
         return {"size": spec.size, "strides": spec.stride, "dtype": spec.dtype, "device": self._empty.device}
 

@@ -23,7 +23,7 @@ class Gradients:
     """The gradients of one optimizer's parameters, as far as they are on the drive."""
 
     def __init__(self, store: StateStore, name_of: Callable[[torch.Tensor], str]) -> None:
-        """There is none yet."""
+        """No gradient is on the drive yet."""
         self._store, self._name_of = store, name_of
         self._records: dict[weakref.ref[GradientRecord], Record] = {}
         self._dead: list[weakref.ref[GradientRecord]] = []  # nobody looks at them any more
@@ -86,12 +86,12 @@ class Gradients:
     # -- after it -------------------------------------------------------------------------------------------
 
     def note_used(self, parameter: torch.Tensor, explain: Callable[[bool], str]) -> None:
-        """Its gradient is freed; `explain` is what readers are told, see `UsedGradient`."""
+        """Frees the gradient of a parameter; `explain` is what readers are told, see `UsedGradient`."""
         like = {"size": parameter.size(), "dtype": parameter.dtype, "device": parameter.device}
         parameter.grad = UsedGradient(explain, **like)
 
     def forget_used(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Nobody has to be told any more."""
+        """Takes the stand-ins of used gradients out of `parameter.grad`."""
         for parameter in parameters:
             if isinstance(parameter.grad, UsedGradient):
                 parameter.grad = None

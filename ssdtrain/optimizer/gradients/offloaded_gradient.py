@@ -184,7 +184,7 @@ def _joined(results: list[Any]) -> Any:
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[OffloadedGradient]:
-    """Those that an operator changes."""
+    """The gradients among the arguments that an operator changes."""
     names = [argument.name for argument in func._schema.arguments]
     values = {**dict(zip(names, args, strict=False)), **kwargs}
     changed = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]

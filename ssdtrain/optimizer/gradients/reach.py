@@ -46,7 +46,7 @@ class Reach:
         self.parameters = parameters
 
     def leave(self) -> None:
-        """The optimizer is closed."""
+        """The optimizer is closed: others do not look at its parameters any more."""
         self._everybody.discard(self)
 
     @contextlib.contextmanager
@@ -64,7 +64,7 @@ class Reach:
         return self._num_accumulating > 0
 
     def check(self) -> None:
-        """Of the backward pass that runs.
+        """Looks whom else the backward pass that runs reaches.
 
         Raises:
             RuntimeError: it reaches parameters of another optimizer, which may be the one that it is for.

@@ -35,7 +35,11 @@ class Setting:
 
 
 def rehearse(shadow: Shadow, setting: Setting) -> tuple[list[Any], frozenset[Key], bool]:
-    """What comes of it, which shared values change in place, and whether any does in a step without gradients."""
+    """Takes the steps as plain training does.
+
+    Returns:
+        What comes of them, which shared values change in place, and whether any does in a step without gradients.
+    """
     changing: set[Key] = set()
     counts = False
     found: list[Any] = []

@@ -33,7 +33,7 @@ class Shadow:
 
     @property
     def with_gradients(self) -> list[torch.Tensor]:
-        """Those that have one in this step."""
+        """Its parameters that have a gradient in this step."""
         return [parameter for parameter in self.group_of if parameter.grad is not None]
 
     def by_group(self, parameters: list[torch.Tensor]) -> dict[int, list[torch.Tensor]]:

@@ -105,7 +105,7 @@ def check_alone(policy: OptimizerPolicy) -> None:
 
 
 def check_settings(policy: OptimizerPolicy, groups: Iterable[Mapping[str, Any]]) -> None:
-    """What groups say may not go with the policy."""
+    """Raises when settings of a group do not go with the policy."""
     if policy.update_on == "cpu" and any(group.get("capturable") for group in groups):
         raise ValueError("Expected capturable=False with update_on='cpu', got True: the CPU captures no graph")
 
