@@ -2,6 +2,8 @@
 # make test    runs all tests on all cores; PYTEST="-k demo" passes options on, WORKERS=0 runs them in one process
 # make test-standin  tests what runs on CUDA without a GPU (tests/standin); downloads 5 GB, once, unless STANDIN_VENV names
 #              a virtual environment with torch 2.11 for CUDA; STANDIN="-k streams" passes options on
+# make docs    builds the documentation into build/site; warnings are errors
+# make wheels  builds source distribution and wheel into dist/, and tries them in an empty environment
 # make lint    ruff, mypy, clang-format
 # make clean   removes what was built, and the virtual environment
 
@@ -21,12 +23,13 @@ export PIP_CONSTRAINT := $(CURDIR)/.constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# The test extra, without building the package a second time.
+# An extra (the one for tests, unless another is named), without building the package a second time.
 REQUIREMENTS := import importlib; from importlib.util import find_spec; \
     toml = importlib.import_module("tomllib" if find_spec("tomllib") else "pip._vendor.tomli"); \
-    print(*toml.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["test"])
+    extra = (*importlib.import_module("sys").argv[1:], "test")[0]; \
+    print(*toml.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][extra], sep="\n")
 
-.PHONY: help demo test test-standin lint format clean
+.PHONY: help demo test test-standin docs wheels lint format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -56,6 +59,26 @@ $(STANDIN_VENV)/.standin:
 	env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT $(STANDIN_VENV)/bin/pip install torch==2.11.0 'setuptools>=77,<82' pybind11 \
 	    pydantic typer rich numpy pytest pytest-xdist hypothesis expecttest scipy psutil
 	@touch $@
+
+# -- documentation and distributions: environments of their own --
+
+docs: .venv-docs/.installed
+	PYTHONPATH=$(CURDIR) .venv-docs/bin/mkdocs build --strict --quiet
+
+.venv-docs/.installed: pyproject.toml
+	[ -x .venv-docs/bin/python ] || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -c '$(REQUIREMENTS)' docs | xargs -d '\n' .venv-docs/bin/pip install
+	@touch $@
+
+wheels:
+	rm -rf build/wheels dist && mkdir -p build/wheels
+	$(PYTHON) -m venv build/wheels/tools
+	build/wheels/tools/bin/pip install build
+	build/wheels/tools/bin/python -m build --outdir dist .
+	$(PYTHON) -m venv build/wheels/empty
+	build/wheels/empty/bin/pip install torch
+	cd build/wheels && CC=false CXX=false empty/bin/pip install --only-binary :all: ../../dist/ssdtrain-*.whl && \
+	    empty/bin/python ../../tests/release/wheel_smoke.py
 
 lint: $(VENV)/.linters
 	$(BIN)/ruff check .
@@ -89,7 +112,7 @@ $(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*)
 $(VENV)/.tests: pyproject.toml .constraints.txt | $(VENV)/.package
 	$(BIN)/pip install 'setuptools>=77' wheel
 	DS_BUILD_OPS=0 $(BIN)/pip install --no-build-isolation deepspeed
-	$(BIN)/python -c '$(REQUIREMENTS)' | xargs $(BIN)/pip install
+	$(BIN)/python -c '$(REQUIREMENTS)' | xargs -d '\n' $(BIN)/pip install
 	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then $(BIN)/pip install --no-deps \
 	    kvikio-cu13 libkvikio-cu13 rapids-logger cuda-pathfinder nvidia-cufile numpy packaging; fi
 	@touch $@
@@ -99,5 +122,5 @@ $(VENV)/.linters: .constraints.txt | $(VENV)/.package
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-standin build *.egg-info ssdtrain/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-standin .venv-docs build dist *.egg-info ssdtrain/*.so .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ssdtrain.store.saved_tensors import keep_resident
     from ssdtrain.store.state_store import StateLostError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "ActivationOffload",

@@ -14,6 +14,9 @@ from types import MappingProxyType, ModuleType
 TESTED_VERSIONS = MappingProxyType({"deepspeed": ("0.19.8",), "megatron-core": ("0.16.1",)})
 """Versions of each framework that the tests ran with."""
 
+TESTED_TORCH = ("2.9.1", "2.11.0", "2.13.0")
+"""Versions of PyTorch that the tests ran with, oldest first; older ones are refused at installation."""
+
 
 def require(package: str, install: str) -> ModuleType:
     """The module of a framework.

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ _CPP_KINDS = ("io_uring", "threads")
 _PAGE = 4096
 _NUM_SLABS = 16
 _MAX_SLAB_NBYTES = 4 << 20
+_ROOT = Path(__file__).parents[2]
 
 __all__ = [
     "KINDS",
@@ -34,6 +36,7 @@ __all__ = [
     "cuda_driver",
     "driver_type",
     "extension_problem",
+    "extension_remedy",
     "fence",
     "gpudirect",
     "io_uring_problem",
@@ -188,14 +191,15 @@ def open_engine(
     if not request.places:
         return _open_without_files(request)
     names, preference = _names(kind, request, device_index)
-    fallbacks: list[str] = []
+    refused: dict[str, list[str]] = {}
     for name in names:
         try:
             engine, files = _open(name, request)
         except _UnavailableError as unavailable:
             _give_up_if_named(kind, unavailable)
-            fallbacks.append(f"engine {name} is not available: {unavailable}")
+            refused.setdefault(str(unavailable), []).append(name)
             continue
+        fallbacks = [_not_available(names, why) for why, names in refused.items()]
         reasons = ["asked for by name"] if kind == name else fallbacks or ["the fastest, and it works here"]
         if isinstance(engine, kvikio.KvikioEngine) and not preference:
             preference = engine.gpudirect.sentence
@@ -250,6 +254,11 @@ def _open_without_files(request: _Request) -> EngineChoice:
 
 class _UnavailableError(Exception):
     """The engine cannot run here; the message says why."""
+
+
+def _not_available(names: Sequence[str], why: str) -> str:
+    which = f"engine {names[0]} is" if len(names) == 1 else f"engines {' and '.join(names)} are"
+    return f"{which} not available: {why}"
 
 
 def _give_up_if_named(kind: str, unavailable: _UnavailableError) -> None:
@@ -332,12 +341,39 @@ def io_uring_problem(directory: str) -> str | None:
 
 
 def _extension() -> ModuleType:
-    if os.environ.get("SSDTRAIN_NO_CPP", "0") not in ("", "0"):
+    if _opts_out():
         raise _UnavailableError("SSDTRAIN_NO_CPP is set")
     try:
         from ssdtrain import _C
     except ImportError as error:
-        raise _UnavailableError(
-            f"the extension ssdtrain._C does not import ({error}); reinstall ssdtrain without SSDTRAIN_NO_CPP"
-        ) from error
+        raise _UnavailableError(f"{_why_without(error)}; {extension_remedy()}") from error
     return _C
+
+
+def _opts_out() -> bool:
+    return os.environ.get("SSDTRAIN_NO_CPP", "0") not in ("", "0")
+
+
+def _why_without(error: ImportError) -> str:
+    if _is_source_checkout():
+        return f"ssdtrain was imported from its source code in {_ROOT}, where the C++ extension is not built"
+    return f"the C++ extension ssdtrain._C does not import ({error})"
+
+
+def extension_remedy() -> str:
+    """What to do about an extension that does not import."""
+    if _opts_out():
+        return "unset SSDTRAIN_NO_CPP"
+    if _is_source_checkout():
+        return (
+            f"start Python in another directory to use an installed ssdtrain, or build this one: pip install -e {_ROOT}"
+        )
+    return (
+        "install a wheel for this Python, or reinstall with a C++17 compiler and without SSDTRAIN_NO_CPP: "
+        "pip install --force-reinstall --no-deps ssdtrain"
+    )
+
+
+def _is_source_checkout() -> bool:
+    """Whether the C++ sources lie beside the package: an installed one has none."""
+    return (_ROOT / "csrc" / "bindings.cpp").exists()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from drives import Drive
 
-from ssdtrain.integrations import TESTED_VERSIONS
+from ssdtrain.integrations import TESTED_TORCH, TESTED_VERSIONS
 from ssdtrain.tools.doctor import Finding, Verdict, examine
 from ssdtrain.tools.doctor.block import drives_below, drives_of
 from ssdtrain.tools.doctor.drive import examine_directory
@@ -88,6 +88,9 @@ def test_versions_that_were_not_tested(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert found["deepspeed"].verdict is Verdict.UNWISE and TESTED_VERSIONS["deepspeed"][0] in found["deepspeed"].found
     assert found["megatron-core"].verdict is Verdict.GOOD
     assert found["PyTorch"].verdict is Verdict.BROKEN and "torch>=2.9" in found["PyTorch"].remedy
+    versions["torch"] = "9.1.0"
+    newer = {finding.name: finding for finding in examine([str(tmp_path)])}["PyTorch"]
+    assert newer.verdict is Verdict.UNWISE and f"to {TESTED_TORCH[-1]}" in newer.found
 
 
 def test_a_file_system_in_memory(small_tmpfs: Drive) -> None:

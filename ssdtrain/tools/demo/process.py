@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 
 from ssdtrain.tools.demo.settings import DemoSettings
@@ -31,6 +32,11 @@ _MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": "65536",
 }
 """Makes glibc give freed tensors back at once; the resident size otherwise shows what it keeps."""
+
+_START = "import sys; sys.path[:] = sys.argv[1:]; from ssdtrain.tools.demo.worker import main; sys.exit(main())"
+"""Starts a worker that imports from the folders in its arguments. `python -m` would look into the current one first."""
+
+_PACKAGE_FOLDER = str(Path(__file__).parents[3])
 
 _MEMORY_WORDS = ("bad_alloc", "Thread creation failed")
 """What C++ and OpenMP leave on stderr when they die of refused memory, where Python has nothing to catch."""
@@ -126,7 +132,7 @@ class WorkerProcess:
     def _spawn(self) -> subprocess.Popen[str]:
         # A session of its own keeps the terminal's Ctrl-C away: the parent alone decides the child's end.
         return subprocess.Popen(
-            [sys.executable, "-m", "ssdtrain.tools.demo.worker"],
+            [sys.executable, "-c", _START, *_import_path()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
@@ -169,6 +175,12 @@ class WorkerProcess:
         self._stderr.seek(0)
         lines = self._stderr.read().decode(errors="replace").splitlines()
         return "\n".join(f"  | {line}" for line in lines[-_TAIL_LINES:]) or "  | (empty)"
+
+
+def _import_path() -> list[str]:
+    """Where this process imports from, but not the current directory: the worker's ssdtrain is the one that runs here."""
+    here = {"", os.getcwd()} - {_PACKAGE_FOLDER}
+    return [_PACKAGE_FOLDER] * (_PACKAGE_FOLDER not in sys.path) + [path for path in sys.path if path not in here]
 
 
 def describe_exit(code: int) -> str:

@@ -1,6 +1,6 @@
 """One training run in a process of its own: reads commands from stdin, one JSON a line, and answers each.
 
-Started by `process.WorkerProcess` as `python -m ssdtrain.tools.demo.worker`. The first line is the job; then come
+Started by `process.WorkerProcess`. The first line is the job; then come
 "warm_up", "step" and "finish". Answers leave on the original stdout, which nothing else can write to; errors
 are answers too.
 
@@ -223,7 +223,3 @@ def _plain(value: Any) -> dict[str, Any]:
 
 def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from ssdtrain.integrations import TESTED_VERSIONS
-from ssdtrain.io.open_engine import extension_problem
+from ssdtrain.integrations import TESTED_TORCH, TESTED_VERSIONS
+from ssdtrain.io.open_engine import extension_problem, extension_remedy
 from ssdtrain.tools.doctor.finding import Finding, Verdict
 
 _AREA = "software"
@@ -31,6 +32,9 @@ def _torch() -> Finding:
     found = installed("torch")
     if found is None:
         return Finding(_AREA, "PyTorch", Verdict.BROKEN, "not installed", "pip install 'torch>=2.9'")
+    if _numbers(found) > _numbers(TESTED_TORCH[-1]):
+        remedy = f"compare losses of a few steps with and without ssdtrain, or pip install torch=={TESTED_TORCH[-1]}"
+        return Finding(_AREA, "PyTorch", Verdict.UNWISE, f"{found}; tested with {_span(TESTED_TORCH)}", remedy)
     if _numbers(found) >= _OLDEST_TORCH:
         return Finding(_AREA, "PyTorch", Verdict.GOOD, found)
     return Finding(_AREA, "PyTorch", Verdict.BROKEN, found, "pip install 'torch>=2.9': older ones are not tested")
@@ -40,10 +44,8 @@ def _extension() -> Finding:
     problem = extension_problem()
     if problem is None:
         return Finding(_AREA, "C++ extension", Verdict.GOOD, "built and importable")
-    remedy = (
-        "pip install --force-reinstall --no-deps . with a C++17 compiler; until then the slow engine in Python runs"
-    )
-    return Finding(_AREA, "C++ extension", Verdict.UNWISE, problem, remedy)
+    remedy = f"{extension_remedy()}; until then the slow engine in Python runs"
+    return Finding(_AREA, "C++ extension", Verdict.UNWISE, problem.partition("; ")[0], remedy)
 
 
 def _framework(name: str) -> Finding:
@@ -63,6 +65,10 @@ def _kvikio() -> Finding:
         if found is not None:
             return Finding(_AREA, "kvikio", Verdict.GOOD, f"{name} {found}")
     return Finding(_AREA, "kvikio", Verdict.GOOD, "not installed: needed for GPUDirect Storage only (ssdtrain[gds])")
+
+
+def _span(versions: Sequence[str]) -> str:
+    return f"{versions[0]} to {versions[-1]}"
 
 
 def installed(package: str) -> str | None:
