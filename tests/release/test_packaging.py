@@ -92,7 +92,7 @@ def test_a_wheel_says_what_it_is(unpacked: Path, tmp_path: Path) -> None:
 
 
 def test_everything_imported_is_declared() -> None:
-    """An import that only some other package's requirements happen to satisfy breaks with that package's next release."""
+    """What only another package's requirements happen to install may be gone with that package's next release."""
     declared = {"torch", "pydantic", "typing_extensions", "typer", "rich", "ssdtrain", "pybind11", "setuptools"}
     optional = {"bokeh", "kvikio", "deepspeed", "megatron", "safetensors", "numpy", "wandb", "mlflow", "tensorboard"}
     found = set()

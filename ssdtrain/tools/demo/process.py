@@ -178,7 +178,7 @@ class WorkerProcess:
 
 
 def _import_path() -> list[str]:
-    """Where this process imports from, but not the current directory: the worker's ssdtrain is the one that runs here."""
+    """Where this process imports from, without the current directory but for the package that runs here."""
     here = {"", os.getcwd()} - {_PACKAGE_FOLDER}
     return [_PACKAGE_FOLDER] * (_PACKAGE_FOLDER not in sys.path) + [path for path in sys.path if path not in here]
 
