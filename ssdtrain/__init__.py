@@ -57,7 +57,7 @@ _HOMES = MappingProxyType(
         "ParameterOffload": "parameters.offload",
         "ParameterPolicy": "policy",
         "Skipped": "stats",
-        "StateLostError": "store.tensor_store",
+        "StateLostError": "store.state_store",
         "StateStats": "state_stats",
         "Stats": "stats",
         "keep_resident": "store.saved_tensors",
