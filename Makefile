@@ -1,5 +1,6 @@
 # make demo    trains a GPT without and with ssdtrain and compares them; DEMO="--layers 6" passes options on
 # make test    runs all tests on all cores; PYTEST="-k demo" passes options on, WORKERS=0 runs them in one process
+# make test-long  the same with whole products and full doses, some hours, and again with AddressSanitizer in the extension
 # make test-standin  tests what runs on CUDA without a GPU (tests/standin); downloads 5 GB, once, unless STANDIN_VENV names
 #              a virtual environment with torch 2.11 for CUDA; STANDIN="-k streams" passes options on
 # make docs    builds the documentation into build/site; warnings are errors
@@ -17,6 +18,7 @@ BIN := $(VENV)/bin
 DEMO ?=
 PYTEST ?=
 WORKERS ?= auto
+TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations=10
 
 # Every pip, those of isolated builds included, keeps to the pinned torch: another may be gigabytes larger.
 export PIP_CONSTRAINT := $(CURDIR)/.constraints.txt
@@ -29,7 +31,7 @@ REQUIREMENTS := import importlib; from importlib.util import find_spec; \
     extra = (*importlib.import_module("sys").argv[1:], "test")[0]; \
     print(*toml.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][extra], sep="\n")
 
-.PHONY: help demo test test-standin docs wheels lint format clean
+.PHONY: help demo test test-long test-standin docs wheels lint format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -38,7 +40,11 @@ demo: $(VENV)/.package
 	$(BIN)/ssdtrain demo $(DEMO)
 
 test: $(VENV)/.package $(VENV)/.tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --durations=10 $(PYTEST)
+	$(TESTS) $(PYTEST)
+
+test-long: $(VENV)/.package $(VENV)/.tests
+	$(TESTS) --long $(PYTEST)
+	PYTHON=$(BIN)/python tests/stress/asan.sh
 
 # -- on the stand-in of tests/standin --
 

@@ -10,11 +10,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from doses import ask_for_all, enough_of
 from drives import Drive, ext4_drive, tmpfs_drive
 from fault_tools import Lab
 from folders import HELPERS
@@ -32,6 +34,8 @@ EAGER = {"min_nbytes": 0, "mode": "all", "staging_nbytes": STAGING_NBYTES}
 # Tests of tests/standin need the library that plays the GPU: `make test-standin`.
 collect_ignore = [] if "standin_gpu" in sys.modules else ["standin"]
 
+LONGEST = ["jobs", "stress", "tools"]
+
 MakeOffload = Callable[..., ssdtrain.ActivationOffload]
 Send = Callable[[], None]
 Run = Callable[[Send], Any]
@@ -39,6 +43,12 @@ Run = Callable[[Send], Any]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--devices", default="", help="cpu, simulated and cuda, with commas; default: all there are")
+    parser.addoption("--long", action="store_true", help="whole products and full doses; see tests/helpers/doses.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--long"):
+        ask_for_all()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -62,15 +72,41 @@ def device_kinds(config: pytest.Config) -> list[str]:
     return ["cpu", *(["simulated"] if has_extension else []), *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests of a file whose fixtures live as long as it, such as a job of several processes, run in one worker.
+
+    Others go to whoever is free. A scheduler of our own, as what a group is called is lost with pytest 9.2.
+    """
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if has_shared_fixture(config.rootpath / file) else nodeid
+
+    return Scheduling(config, log)
+
+
+@cache
+def has_shared_fixture(file: Path) -> bool:
+    return 'scope="module"' in file.read_text()
+
+
+@pytest.hookimpl(trylast=True)  # of what -k and -m leave
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The Python engine moves host memory only, and a host tier is for what is not in host memory.
 
     Without a GPU `needs_cuda` tests are skipped; FAIL_WITHOUT_CUDA=1 lets them run, and fail. Without a Chromium,
     `needs_browser` tests are.
     """
-    items[:] = [item for item in items if not _has_no_point(item)]
-    for item in items:
-        _keep_together(item)
+    items[:] = sorted([item for item in items if not _has_no_point(item)], key=_turn)
+    if not config.getoption("--long"):
+        kept = enough_of(items)
+        config.hook.pytest_deselected(items=list(set(items) - set(kept)))
+        items[:] = kept
     for item in items:
         needed = item.get_closest_marker("needs_package")
         if needed is not None and importlib.util.find_spec(needed.args[0]) is None:
@@ -86,14 +122,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
-def _keep_together(item: pytest.Item) -> None:
-    """Tests that share a fixture of their module, such as a job of several processes, run in one worker."""
-    definitions = getattr(item, "_fixtureinfo").name2fixturedefs  # noqa: B009  not pytest's public face
-    shared = sorted(name for name, found in definitions.items() if found and found[-1].scope == "module")
-    if shared:
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        what = ",".join(f"{name}{parameters.get(name, '')}" for name in shared)
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.name}:{what}"))
+def _turn(item: pytest.Item) -> int:
+    """Workers begin with the longest, so that none is left with one of them at the end."""
+    folder = item.path.parent.name
+    return LONGEST.index(folder) if folder in LONGEST else len(LONGEST)
 
 
 def _has_no_point(item: pytest.Item) -> bool:
