@@ -142,7 +142,7 @@ def offload_optimizer(
     directory: Directories | ParameterOffload | OffloadedOptimizer | None,
     policy: OptimizerPolicy | Mapping[str, Any] | None = None,
 ) -> torch.optim.Optimizer:
-    """Keeps an optimizer's state on the drive; a step pages through it, a few parameters at a time.
+    """Keeps an optimizer's state on the drive; a step has it in memory for a few parameters at a time.
 
     Memory falls by the state but for about three chunks of `chunk_nbytes` and `staging_nbytes`. The optimizer itself
     does the arithmetic, on the parameters' device or, with ``update_on="cpu"``, for them on the CPU, so results are
@@ -163,7 +163,7 @@ def offload_optimizer(
     Raises:
         TypeError: it is no `torch.optim.Optimizer`.
         ValueError: its step needs a closure, it is offloaded already, or a trial on small throw-away tensors says that
-            its state cannot be paged, or only when all of it is one chunk; nothing has changed then.
+            its state cannot be offloaded, or only when all of it is one chunk; nothing has changed then.
         OSError: a directory is missing, not writable or too small for the state.
         RuntimeError: the engine asked for by name is not available.
 

@@ -70,8 +70,8 @@ SET_FROM_ELSEWHERE = {
     "record": ("*",),
     "handle": ("epoch",),
     # What the thread that updates on the CPU makes of a job, which it alone has meanwhile.
-    "optimizer/cpu/cpu_step.py: entry": ("state", "result"),
-    "optimizer/cpu/cpu_step.py: job": ("changes",),
+    "optimizer/cpu/cpu_updates.py: entry": ("state", "result"),
+    "optimizer/cpu/cpu_updates.py: job": ("changes",),
 }
 TOP_LEVEL = {
     "setup.py",

@@ -115,13 +115,13 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
         ssdtrain.offload_parameters(model, args.directory, budget | {"prefetch_nbytes": args.prefetch})
         ssdtrain.load_safetensors(model, args.checkpoint)
         policy = budget | {"chunk_nbytes": args.chunk, "step_in_backward": True}
-        home = ssdtrain.parameter_offload(model)
-        paged = ssdtrain.offload_optimizer(adamw(model), home, policy)
+        parameters = ssdtrain.parameter_offload(model)
+        paged = ssdtrain.offload_optimizer(adamw(model), parameters, policy)
         activations = {"mode": "all", "staging_nbytes": args.staging, "prefetch_nbytes": args.staging}
         with ssdtrain.offload_activations(args.directory, activations) as offload:
             found = train(args, model, paged)
-        print(offload.stats, home.stats, paged.stats, sep="\n", file=sys.stderr)
-        stats = {"activations": offload.stats.as_dict(), "parameters": home.stats.as_dict()}
+        print(offload.stats, parameters.stats, paged.stats, sep="\n", file=sys.stderr)
+        stats = {"activations": offload.stats.as_dict(), "parameters": parameters.stats.as_dict()}
         stats["optimizer"] = paged.stats.as_dict()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     num = sum(p.numel() for p in model.parameters())

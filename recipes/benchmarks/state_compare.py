@@ -105,8 +105,8 @@ class Everything(Plain):
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args)
-        home = ssdtrain.parameter_offload(ssdtrain.offload_parameters(self._model, args.directory))
-        self._optimizer = ssdtrain.offload_optimizer(self._optimizer, home, {"step_in_backward": True})
+        parameters = ssdtrain.parameter_offload(ssdtrain.offload_parameters(self._model, args.directory))
+        self._optimizer = ssdtrain.offload_optimizer(self._optimizer, parameters, {"step_in_backward": True})
 
 
 METHODS = {"plain": Plain, "ssdtrain": Everything, "ssdtrain, optimizer only": State, "deepspeed": DeepSpeed}

@@ -113,9 +113,9 @@ class Streamed:
     @contextlib.contextmanager
     def in_memory(self, block: int) -> Iterator[None]:
         """A block's parameters, while the next one's are read."""
-        home = ssdtrain.parameter_offload(self.model)
-        with home.gathered(f"blocks.{block}.*"):
-            home.prefetch(p for _, p in self.blocks[(block + 1) % len(self.blocks)])
+        parameters = ssdtrain.parameter_offload(self.model)
+        with parameters.gathered(f"blocks.{block}.*"):
+            parameters.prefetch(p for _, p in self.blocks[(block + 1) % len(self.blocks)])
             yield
 
     def finish(self, step: int, late: float) -> None:

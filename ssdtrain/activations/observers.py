@@ -12,9 +12,9 @@ from ssdtrain.activations.writeback import Store
 from ssdtrain.io.files.paths import absolute_path
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.run_log import Recorder
-from ssdtrain.run_log.place import record_path
+from ssdtrain.run_log.path import record_path
 from ssdtrain.scheduling.schedule import Schedule
-from ssdtrain.tracing.events import Callback, CallbackObserver, FinishedStep, Observer, StepLog
+from ssdtrain.tracing.finished_step import Callback, CallbackObserver, FinishedStep, Observer, StepLog
 
 
 class StepObservers:

@@ -58,7 +58,7 @@ from ssdtrain.store.saved_tensors import (
     not_entered,
     widen,
 )
-from ssdtrain.tracing.events import Callback
+from ssdtrain.tracing.finished_step import Callback
 from ssdtrain.tracing.pass_trace import PassTrace
 
 _sequence_number = torch._C._autograd._get_sequence_nr

@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 
-from ssdtrain.optimizer.cpu.cpu_step import CpuUpdates
+from ssdtrain.optimizer.cpu.cpu_updates import CpuUpdates
 from ssdtrain.optimizer.gradients.gradients import Gradients
 from ssdtrain.optimizer.gradients.reach import weakly
 from ssdtrain.optimizer.inner import predict_state_nbytes, take_over
 from ssdtrain.optimizer.live_state import LiveState
 from ssdtrain.optimizer.state import OffloadedState
 from ssdtrain.optimizer.state_dict import whole_state_dict
-from ssdtrain.optimizer.step import Updates, read_through
-from ssdtrain.optimizer.stepper import Stepper
+from ssdtrain.optimizer.step import Stepper
 from ssdtrain.optimizer.trial.closures import check_closure
 from ssdtrain.optimizer.trial.validation import check_alone, check_devices, check_optimizer, check_settings
+from ssdtrain.optimizer.updates import Updates, read_through
 from ssdtrain.parameters.offload import offloads_of
 from ssdtrain.policy import OptimizerPolicy
 from ssdtrain.state_stats import StateCounters, StateStats

@@ -326,7 +326,7 @@ class ParameterOffload:
             if mine:
                 self._store.note(
                     f"{type(optimizer).__name__} updates all parameters at once: they are in memory during its step; "
-                    "ssdtrain.offload_optimizer() pages through them"
+                    "ssdtrain.offload_optimizer() needs a few of them at a time"
                 )
                 for r in mine:  # with or without a gradient yet: its closure may compute them
                     r.pin()

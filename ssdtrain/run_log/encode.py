@@ -18,7 +18,7 @@ from ssdtrain.planner import Step, Where
 
 if TYPE_CHECKING:
     from ssdtrain.stats import Counters
-    from ssdtrain.tracing.events import FinishedStep
+    from ssdtrain.tracing.finished_step import FinishedStep
     from ssdtrain.tracing.request_log import Requests, StallRow
 
 COUNTERS = (

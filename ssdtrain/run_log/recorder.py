@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from ssdtrain.planner import Where
 from ssdtrain.run_log import encode
 from ssdtrain.run_log.format import first_line, pack
-from ssdtrain.run_log.place import close_record, open_record
+from ssdtrain.run_log.path import close_record, open_record
 from ssdtrain.run_log.thinning import Rows, States, Timelines
 from ssdtrain.stats import Stats
 from ssdtrain.tracing.request_log import RequestLog, Requests
 
 if TYPE_CHECKING:
     from ssdtrain.policy import ActivationPolicy
-    from ssdtrain.tracing.events import FinishedStep
+    from ssdtrain.tracing.finished_step import FinishedStep
 
 _MAX_WAITING = 64  # steps handed over and not written: a drive that does not answer must not fill memory
 _CLOSE_SECONDS = 5.0

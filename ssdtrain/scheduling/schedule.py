@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, cast
 from ssdtrain.scheduling.plan_cursor import PlanCursor
 from ssdtrain.scheduling.replanner import Replanner
 from ssdtrain.scheduling.step_review import StepReview
-from ssdtrain.tracing.events import FinishedStep
+from ssdtrain.tracing.finished_step import FinishedStep
 from ssdtrain.tracing.pass_trace import History, PassTrace
 from ssdtrain.tracing.step_trace import StepClock, StepTrace
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ssdtrain.scheduling.replanner import Measured, Replanner
-from ssdtrain.tracing.events import FinishedStep
+from ssdtrain.tracing.finished_step import FinishedStep
 from ssdtrain.tracing.step_trace import StepClock, StepTrace
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ def test_equal_to_the_bit(
     store = StateStore([] if engine == "host" else [str(tmp_path)], ParameterPolicy(**policy, prefetch_nbytes=40_000))
     if device is not None:
         store.cpu = device
-    home = ParameterOffload(model, lambda: store, ParameterPolicy(**policy, prefetch_nbytes=40_000), None)
+    owner = ParameterOffload(model, lambda: store, ParameterPolicy(**policy, prefetch_nbytes=40_000), None)
     more = {how: True} if "_" in how else {}
     optimizer = OffloadedOptimizer(
         adamw(trainable(model)), store.share, OptimizerPolicy(**policy, chunk_nbytes=40_000, **more)
@@ -44,9 +44,9 @@ def test_equal_to_the_bit(
     check_same_state(optimizer.state_dict(), expected.state_dict())
     state = {name: value.to(device_kind) if device_kind == "cuda" else value for name, value in values(model).items()}
     check_same(state, values(plain))
-    assert (home.stats.peak_host_nbytes > 0) == (engine == "host"), str(home.stats)
+    assert (owner.stats.peak_host_nbytes > 0) == (engine == "host"), str(owner.stats)
     optimizer.close()
-    home.close()
+    owner.close()
     check_same(values(model), values(plain))
     assert isinstance(ssdtrain.offload_parameters(model, tmp_path, policy), torch.nn.Module)
 

@@ -42,15 +42,15 @@ def replicas(folder: Path, wrap: Any, *, pages_optimizer: bool) -> bool:
     wrapped = wrap(plain)
     expected = steps(wrapped, adamw(wrapped.parameters()))
     ssdtrain.offload_parameters(model, folder, EAGER_STATE | {"prefetch_nbytes": 0})
-    home = ssdtrain.parameter_offload(model)
+    owner = ssdtrain.parameter_offload(model)
     wrapped = wrap(model)
     optimizer: torch.optim.Optimizer = adamw(wrapped.parameters())
     if pages_optimizer:
-        optimizer = ssdtrain.offload_optimizer(optimizer, home, EAGER_STATE)
+        optimizer = ssdtrain.offload_optimizer(optimizer, owner, EAGER_STATE)
     check_same(steps(wrapped, optimizer), expected)
     check_same(values(model), values(plain))
-    home.flush()
-    assert all(r.storage is None for r in home._working_set) and home.stats.read_nbytes > 0
+    owner.flush()
+    assert all(r.storage is None for r in owner._working_set) and owner.stats.read_nbytes > 0
     everyone: list[Any] = [None, None]
     dist.all_gather_object(everyone, values(model))
     check_same(everyone[0], everyone[1])

@@ -356,23 +356,23 @@ def test_parameters_after_close(tmp_path: Path) -> None:
     """All are in memory then: `gathered` has nothing to do, and does not say that a name is none."""
     model = MLP()
     plain = [p.detach().clone() for p in model.parameters()]
-    home = ssdtrain.parameter_offload(ssdtrain.offload_parameters(model, tmp_path, EAGER_STATE))
-    with home.gathered("blocks.0.*"):
-        home.close()
-    home.close()
-    with home.gathered("blocks.*"):
+    owner = ssdtrain.parameter_offload(ssdtrain.offload_parameters(model, tmp_path, EAGER_STATE))
+    with owner.gathered("blocks.0.*"):
+        owner.close()
+    owner.close()
+    with owner.gathered("blocks.*"):
         assert all(map(torch.equal, plain, model.parameters()))
     with pytest.raises(RuntimeError, match="open offload, got one after close"):
-        home.flush()
+        owner.flush()
 
 
 def test_gathered_left_in_another_thread(tmp_path: Path) -> None:
     """It belongs to no thread: what it holds is let go wherever it is left."""
     model = MLP()
-    home = ssdtrain.parameter_offload(ssdtrain.offload_parameters(model, tmp_path, EAGER_STATE))
-    gathered = home.gathered()
+    owner = ssdtrain.parameter_offload(ssdtrain.offload_parameters(model, tmp_path, EAGER_STATE))
+    gathered = owner.gathered()
     gathered.__enter__()
     in_thread(lambda: leave(gathered))
     with torch._C.DisableTorchFunctionSubclass():  # else they come for whoever asks
         assert all(p.isnan().all() for p in model.blocks[0].up.parameters(recurse=False) if p.dim() > 1)
-    home.close()
+    owner.close()

@@ -32,8 +32,8 @@ def full_nbytes(model: nn.Module) -> int:
 
 
 def block_nbytes(model: nn.Module) -> int:
-    uses = ssdtrain.parameter_offload(model)._working_set
-    return max(sum(r.nbytes for r in block.records) for block in uses.blocks)
+    working_set = ssdtrain.parameter_offload(model)._working_set
+    return max(sum(r.nbytes for r in block.records) for block in working_set.blocks)
 
 
 def check_trains_on(model: nn.Module, plain: nn.Module) -> None:
@@ -159,20 +159,20 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
 def test_a_change_of_the_whole_model(name: str, tmp_path: Path) -> None:
     """Casts, assignments, loads and writes reach the bytes on the drive, before and after training."""
     plain, model = model_of("mlp"), model_of("mlp")
-    home = offloaded(model, tmp_path, prefetch_nbytes=0)
+    owner = offloaded(model, tmp_path, prefetch_nbytes=0)
     for is_trained in (False, True):
         for module in (plain, model):
             CHANGES[name](module)
             if is_trained:
                 module.float()
         check_same(values(model), values(plain))
-        home.flush()
+        owner.flush()
         assert full_nbytes(model) == 0
         check_trains_on(model, plain)
         if name in ("bfloat16", "double", "type"):
             dtype = torch.bfloat16 if name == "bfloat16" else torch.float64
             assert is_trained or {p.dtype for p in model.parameters()} == {dtype}
-    home.close()
+    owner.close()
     check_same(values(model), values(plain))
     assert {type(p) for p in model.parameters()} == {nn.Parameter}
 
@@ -283,11 +283,11 @@ READS = {
 @pytest.mark.parametrize("name", READS)
 def test_what_reads_parameters_gets_values(name: str, optimizer: str, tmp_path: Path) -> None:
     found, models = [], [model_of("mlp"), model_of("mlp")]
-    home = offloaded(models[1], tmp_path, prefetch_nbytes=0)
+    owner = offloaded(models[1], tmp_path, prefetch_nbytes=0)
     for model in models:
         steps: torch.optim.Optimizer = adamw(model.parameters())
         if optimizer == "offloaded" and model is models[1]:
-            steps = ssdtrain.offload_optimizer(steps, home)
+            steps = ssdtrain.offload_optimizer(steps, owner)
 
         def step(model: nn.Module = model, steps: torch.optim.Optimizer = steps) -> None:
             model(batch(3)).backward()
@@ -298,26 +298,26 @@ def test_what_reads_parameters_gets_values(name: str, optimizer: str, tmp_path: 
     check_same(found[1], found[0])
     check_same(values(models[1]), values(models[0]))
     del found
-    home.flush()
+    owner.flush()
     assert full_nbytes(models[1]) == 0
 
 
 def test_activations_on_the_drive_beside_a_penalty(tmp_path: Path) -> None:
     """Its graph is saved through the activations' hooks, which leave weights alone."""
     plain, model = model_of("mlp"), model_of("mlp")
-    home = offloaded(model, tmp_path, prefetch_nbytes=0)
+    owner = offloaded(model, tmp_path, prefetch_nbytes=0)
     with ssdtrain.offload_activations(tmp_path, {"min_nbytes": 0, "mode": "all"}, model):
         penalty(model, lambda: None)
     penalty(plain, lambda: None)
     check_same([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
-    home.flush()
+    owner.flush()
     assert full_nbytes(model) == 0
 
 
 def test_reading_everything_takes_a_few_blocks(tmp_path: Path) -> None:
     """Casts, averages by hand and penalties go through a model that would not fit: never more than two blocks of it."""
     model = MLP(12)
-    home = offloaded(model, tmp_path, prefetch_nbytes=0)
+    owner = offloaded(model, tmp_path, prefetch_nbytes=0)
     limit, seen = 2 * block_nbytes(model), list[int]()
 
     def note(parameters: Iterable[torch.Tensor]) -> None:
@@ -339,31 +339,31 @@ def test_reading_everything_takes_a_few_blocks(tmp_path: Path) -> None:
     loss.backward()
     # A block of visitors in float64 at most, and the one that is being read; or two blocks in backward.
     assert max(seen) <= 2 * limit, (max(seen), limit)
-    home.flush()
+    owner.flush()
     assert full_nbytes(model) == 0
 
 
 def test_reading_does_not_write(tmp_path: Path) -> None:
     """Norms, copies and state dicts wear out no drive."""
     model = model_of("mlp")
-    home = offloaded(model, tmp_path, prefetch_nbytes=0)
-    home.flush()
-    written = home.stats.written_nbytes
+    owner = offloaded(model, tmp_path, prefetch_nbytes=0)
+    owner.flush()
+    written = owner.stats.written_nbytes
     for p in model.parameters():
         p.norm(), p.clone(), (p * 2).sum()
     model.state_dict()
     copy.deepcopy(model)
     model.requires_grad_(False).requires_grad_(True)
-    home.flush()
-    assert home.stats.written_nbytes == written
+    owner.flush()
+    assert owner.stats.written_nbytes == written
 
 
 def test_what_needs_no_values_reads_none(tmp_path: Path) -> None:
     """Shapes, gradients and hooks of every parameter: what optimizers and wrappers look at."""
     model = model_of("mlp")
-    home = offloaded(model, tmp_path, prefetch_nbytes=0)
-    home.flush()
-    reads = home.stats.read_nbytes
+    owner = offloaded(model, tmp_path, prefetch_nbytes=0)
+    owner.flush()
+    reads = owner.stats.read_nbytes
     for p in model.parameters():
         assert p.requires_grad and p.is_leaf and p.grad is None and p.numel() and p.dim() and p.size(0) and len(p)
         p.register_hook(lambda g: g).remove()
@@ -371,7 +371,7 @@ def test_what_needs_no_values_reads_none(tmp_path: Path) -> None:
         p.grad = None
     adamw(model.parameters()).zero_grad()
     assert len(set(model.parameters())) == 16
-    assert home.stats.read_nbytes == reads
+    assert owner.stats.read_nbytes == reads
 
 
 # -- refused -----------------------------------------------------------------------------------------------------------
@@ -381,8 +381,8 @@ def test_a_placeholder_is_never_taken_for_a_value(tmp_path: Path) -> None:
     """Past PyTorch's functions there is NaN: what writes to it raises, what was computed from it is no new value."""
     model = model_of("mlp")
     expected = values(model)
-    home = offloaded(model, tmp_path)
-    home.flush()
+    owner = offloaded(model, tmp_path)
+    owner.flush()
     p = dict(model.named_parameters())["blocks.1.up.weight"]
     with torch._C.DisableTorchFunctionSubclass():
         assert p.isnan().all()
@@ -393,7 +393,7 @@ def test_a_placeholder_is_never_taken_for_a_value(tmp_path: Path) -> None:
     check_same(values(model), expected)
     with torch._C.DisableTorchFunctionSubclass():
         p.data = p.data * 0.5
-    for save in (model.state_dict, home.flush, lambda: model(batch(0))):
+    for save in (model.state_dict, owner.flush, lambda: model(batch(0))):
         with pytest.raises(RuntimeError, match=r"blocks\.1\.up\.weight, got NaN computed while .*gathered\(\)"):
             save()
 
@@ -403,11 +403,11 @@ def test_bytes_written_to_a_placeholder_are_seen(tmp_path: Path) -> None:
     import ctypes
 
     model = model_of("mlp")
-    home = offloaded(model, tmp_path)
-    home.flush()
-    r = next(r for r in home._working_set if r.name == "blocks.2.up.weight")
+    owner = offloaded(model, tmp_path)
+    owner.flush()
+    r = next(r for r in owner._working_set if r.name == "blocks.2.up.weight")
     ctypes.memset(r._placeholder_address, 0, 4)
-    for save in (model.state_dict, home.flush, lambda: model(batch(0))):
+    for save in (model.state_dict, owner.flush, lambda: model(batch(0))):
         with pytest.raises(RuntimeError, match=r"blocks\.2\.up\.weight while .*placeholder: .*gathered\(\)"):
             save()
 
@@ -465,7 +465,7 @@ def test_compiled_modules(tmp_path: Path) -> None:
 def test_memory_that_a_hook_of_a_block_keeps_is_the_parameters(tmp_path: Path) -> None:
     """What is written there after the block has run was lost without a word."""
     model = model_of("mlp")
-    home = offloaded(model, tmp_path)
+    owner = offloaded(model, tmp_path)
     kept: list[torch.Tensor] = []
     module = model.blocks[1].up  # type: ignore[union-attr, index]
     handle = module.register_forward_hook(lambda m, *_: kept.append(m.weight.data))
@@ -476,4 +476,4 @@ def test_memory_that_a_hook_of_a_block_keeps_is_the_parameters(tmp_path: Path) -
         handle.remove()
         model(batch(0))
     assert (dict(model.named_parameters())["blocks.1.up.weight"] == 7.0).all()
-    home.close()
+    owner.close()

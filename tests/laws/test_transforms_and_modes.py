@@ -18,9 +18,9 @@ def both(folder: Path) -> tuple[nn.Module, nn.Module, ssdtrain.ParameterOffload]
     """A plain model and the same one offloaded."""
     plain, model = model_of("mlp"), model_of("mlp")
     ssdtrain.offload_parameters(model, folder, EAGER_STATE | {"prefetch_nbytes": 0})
-    home = ssdtrain.parameter_offload(model)
-    home.flush()
-    return plain, model, home
+    owner = ssdtrain.parameter_offload(model)
+    owner.flush()
+    return plain, model, owner
 
 
 def check_trains_on(model: nn.Module, plain: nn.Module) -> None:
@@ -40,11 +40,11 @@ TRANSFORMS: dict[str, Callable[[nn.Module], Any]] = {
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_functional_gradients_are_taken_where_all_is_in_memory(name: str, tmp_path: Path) -> None:
     """A transform keeps the parameter itself, whose block would leave before it runs backward."""
-    plain, model, home = both(tmp_path)
+    plain, model, owner = both(tmp_path)
     with pytest.raises(RuntimeError, match=r"torch\.func\.grad, .*got blocks\.0\.\w+\.weight.*gathered\(\)"):
         TRANSFORMS[name](model)
     check_trains_on(model, plain)
-    with home.gathered():
+    with owner.gathered():
         check_same(TRANSFORMS[name](model), TRANSFORMS[name](plain))
     check_trains_on(model, plain)
 
@@ -76,13 +76,13 @@ def test_linearize_says_what_to_do(tmp_path: Path) -> None:
 
 def test_writes_in_inference_mode_are_kept(tmp_path: Path) -> None:
     """A parameter that was brought in inference mode had no version counter: what was written to it was lost."""
-    plain, model, home = both(tmp_path)
+    plain, model, owner = both(tmp_path)
     for module in (plain, model):
         with torch.inference_mode():
             module(batch(0))
             for p in module.parameters():
                 p.mul_(0.5)
-    home.flush()
+    owner.flush()
     check_same(values(model), values(plain))
     assert not any(p.is_inference() for p in model.parameters())
     check_trains_on(model, plain)
@@ -90,14 +90,14 @@ def test_writes_in_inference_mode_are_kept(tmp_path: Path) -> None:
 
 def test_addresses_tell_parameters_apart(tmp_path: Path) -> None:
     """Ties are found by comparing them: one parameter after the other in the same memory looked like one parameter."""
-    _, model, home = both(tmp_path)
+    _, model, owner = both(tmp_path)
     parameters = list(model.parameters())
     for address in (torch.Tensor.data_ptr, lambda p: p.untyped_storage().data_ptr()):
         assert len(set(map(address, parameters))) == len(parameters)
     for step in range(3):
         model(batch(step)).backward()
-    home.flush()
-    assert all(r.storage is None for r in home._working_set)
+    owner.flush()
+    assert all(r.storage is None for r in owner._working_set)
 
 
 def test_memory_is_not_shared_with_other_processes(tmp_path: Path) -> None:

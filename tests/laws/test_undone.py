@@ -470,9 +470,9 @@ def test_parameters_that_are_small(tmp_path: Path, told: Told) -> None:
     (text,) = told()
     assert "nothing of the parameters was offloaded: in memory stay 16 x smaller than min_nbytes" in text
     assert "policy={'min_nbytes': 4096}" in text
-    home = ssdtrain.parameter_offload(model)
-    assert text in home.stats.fallbacks
-    home.close()
+    owner = ssdtrain.parameter_offload(model)
+    assert text in owner.stats.fallbacks
+    owner.close()
     model = ssdtrain.offload_parameters(MLP(), tmp_path, {"min_nbytes": 4096})
     assert told() == []
     ssdtrain.parameter_offload(model).close()

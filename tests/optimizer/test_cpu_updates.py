@@ -101,16 +101,16 @@ def test_parameters_that_are_away_are_updated_where_they_are(
     losses, expected, plain = run_on_copies(adamw, 3, kind)
     model = model_of(kind)
     policy = ParameterPolicy(**EAGER_STATE, prefetch_nbytes=40_000)
-    home = ParameterOffload(
+    owner = ParameterOffload(
         model, lambda: store_of(tmp_path if where == "drive" else None, device, policy), policy, None
     )
     chosen = OptimizerPolicy(**(ON_CPU | HOW[how]))
-    optimizer = OffloadedOptimizer(adamw(trainable(model)), home.store.share, chosen)
+    optimizer = OffloadedOptimizer(adamw(trainable(model)), owner.store.share, chosen)
     num_reads: list[int] = []
 
     def settle() -> None:
-        home.flush()
-        num_reads.append(home.stats.num_demand_reads)
+        owner.flush()
+        num_reads.append(owner.stats.num_demand_reads)
 
     found = []
     for step in range(3):
@@ -118,12 +118,12 @@ def test_parameters_that_are_away_are_updated_where_they_are(
         found += train(model, optimizer, 1, first=step, between=settle)
         assert all(p._version > version for p, version in zip(trainable(model), versions, strict=True))
         if how != "step_in_backward":
-            assert home.stats.num_demand_reads == num_reads[-1], "a parameter was brought to the device"
+            assert owner.stats.num_demand_reads == num_reads[-1], "a parameter was brought to the device"
     check_same(found, losses)
     check_same_state(optimizer.state_dict(), expected.state_dict())
     check_same(values(model), values(plain))
     optimizer.close()
-    home.close()
+    owner.close()
     check_same(values(model), values(plain))
 
 
@@ -135,12 +135,12 @@ def test_a_graph_that_saved_an_updated_parameter_says_so(
         model = model_of("mlp")
         policy = ParameterPolicy(**EAGER_STATE, prefetch_nbytes=0)
         store = store_of(tmp_path, device, policy)
-        home = ParameterOffload(model, store.share, policy, None) if is_away else None
+        owner = ParameterOffload(model, store.share, policy, None) if is_away else None
         optimizer = OffloadedOptimizer(adamw(trainable(model)), store.share, OptimizerPolicy(**ON_CPU))
         loss = model(batch(0).to(device_kind if device_kind == "cuda" else "cpu"))
         loss.backward(retain_graph=True)
-        if home is not None:
-            home.flush()
+        if owner is not None:
+            owner.flush()
         optimizer.step()
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()

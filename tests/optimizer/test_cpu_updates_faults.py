@@ -268,7 +268,7 @@ def test_close_without_room_on_the_device_closes(
     def refuse(_: torch.optim.Optimizer) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("ssdtrain.optimizer.cpu.cpu_step.load_own_state", refuse)
+    monkeypatch.setattr("ssdtrain.optimizer.cpu.cpu_updates.load_own_state", refuse)
     with pytest.raises(torch.OutOfMemoryError):
         optimizer.close()
     assert optimizer.store.is_closed and inner.state[weight]["exp_avg"].count_nonzero() > 0

@@ -75,12 +75,12 @@ def test_parameters_that_are_away(device: SimulatedDevice | None, device_kind: s
     plain, model = model_of("mlp"), model_of("mlp")
     expected = Late(plain, adamw)
     policy = ParameterPolicy(min_nbytes=1024, staging_nbytes=64 * 1024, prefetch_nbytes=40_000)
-    home = ParameterOffload(model, lambda: store_of(tmp_path, device, policy), policy, None)
+    owner = ParameterOffload(model, lambda: store_of(tmp_path, device, policy), policy, None)
     chosen = OptimizerPolicy(min_nbytes=1024, chunk_nbytes=40_000, update_on="cpu", delayed_update=True)
-    optimizer = OffloadedOptimizer(adamw(trainable(model)), home.store.share, chosen)
+    optimizer = OffloadedOptimizer(adamw(trainable(model)), owner.store.share, chosen)
     check_same(train(model, optimizer, 4), train(plain, expected, 4))  # type: ignore[arg-type]
     optimizer.close()
-    home.close()
+    owner.close()
     expected.flush()
     check_same(values(model), values(plain))
 
@@ -130,11 +130,11 @@ def test_reads_do_not_run_far_ahead(device: SimulatedDevice | None, device_kind:
             weight.grad = torch.ones(64, 64)
         optimizer.step()
     assert Gated.entered.wait(20)
-    pages = [leaf for parameter in optimizer._offloaded for leaf in optimizer._offloaded._leaves(parameter)]
-    num_coming = sum(leaf.arrival is not None for leaf in pages)
+    leaves = [leaf for parameter in optimizer._offloaded for leaf in optimizer._offloaded._leaves(parameter)]
+    num_coming = sum(leaf.arrival is not None for leaf in leaves)
     Gated.gate.set()
     optimizer.close()
-    assert len(pages) == 2 * 12 and num_coming <= 2 * 2
+    assert len(leaves) == 2 * 12 and num_coming <= 2 * 2
 
 
 def test_settings_are_those_at_the_step(device: SimulatedDevice | None, device_kind: str, tmp_path: Path) -> None:

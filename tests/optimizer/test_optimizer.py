@@ -529,8 +529,8 @@ def test_what_is_closed_or_replaced_says_so(tmp_path: Path) -> None:
     inner = adamw(model.parameters())
     with pytest.raises(FileNotFoundError):
         offloaded(inner, tmp_path / "nowhere")
-    home = ssdtrain.offload_parameters(model, tmp_path, EAGER_STATE)
-    shared = ssdtrain.parameter_offload(home)
+    owner = ssdtrain.offload_parameters(model, tmp_path, EAGER_STATE)
+    shared = ssdtrain.parameter_offload(owner)
     in_use = shared.store._space.in_use_nbytes
     for _ in range(3):
         optimizer = ssdtrain.offload_optimizer(inner, shared, SMALL_CHUNKS)

@@ -42,14 +42,14 @@ def offloaded(
 
 def full_nbytes(model: nn.Module) -> int:
     """Memory of the storages that parameters of blocks have now."""
-    home = ssdtrain.parameter_offload(model)
-    return sum(r.nbytes for r in home._working_set if r.storage is not None)
+    owner = ssdtrain.parameter_offload(model)
+    return sum(r.nbytes for r in owner._working_set if r.storage is not None)
 
 
 def block_nbytes(model: nn.Module) -> int:
     """The largest block."""
-    home = ssdtrain.parameter_offload(model)
-    return max(sum(r.nbytes for r in block.records) for block in home._working_set.blocks)
+    owner = ssdtrain.parameter_offload(model)
+    return max(sum(r.nbytes for r in block.records) for block in owner._working_set.blocks)
 
 
 # -- equal to the bit --------------------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ def test_every_model_is_equal_to_the_bit(kind: str, has_activations: bool, optim
     losses = train(plain, expected)
     model = model_of(kind)
     before = dict(model.named_parameters())
-    home = offloaded(model, tmp_path)
+    owner = offloaded(model, tmp_path)
     steps: torch.optim.Optimizer = adamw(trainable(model))
     if optimizer != "plain":
         policy = EAGER_STATE | {"chunk_nbytes": 40_000, "step_in_backward": optimizer == "in backward"}
@@ -75,8 +75,8 @@ def test_every_model_is_equal_to_the_bit(kind: str, has_activations: bool, optim
     check_same_state(steps.state_dict(), expected.state_dict())
     after = dict(model.named_parameters())
     assert after.keys() == before.keys() and all(after[name] is before[name] for name in before)
-    assert home.stats.read_nbytes > 0, str(home.stats)
-    home.close()
+    assert owner.stats.read_nbytes > 0, str(owner.stats)
+    owner.close()
     check_same(values(model), values(plain))
     check_same(train(model, steps, 2, first=10), train(plain, expected, 2, first=10))
 
@@ -227,20 +227,20 @@ def test_autocast_copies_are_made_again(cache_enabled: bool, tmp_path: Path) -> 
 
 def test_frozen_parameters_are_written_once(tmp_path: Path) -> None:
     model = model_of("lora")
-    home = offloaded(model, tmp_path, min_nbytes=WIDTH * WIDTH * 4)  # the bases alone
-    home.flush()
-    written = home.stats.written_nbytes
-    assert home.stats.away_nbytes == 4 * WIDTH * WIDTH * 4
+    owner = offloaded(model, tmp_path, min_nbytes=WIDTH * WIDTH * 4)  # the bases alone
+    owner.flush()
+    written = owner.stats.written_nbytes
+    assert owner.stats.away_nbytes == 4 * WIDTH * WIDTH * 4
     train(model, adamw(trainable(model)), 4)
-    assert home.stats.written_nbytes == written
+    assert owner.stats.written_nbytes == written
 
 
 def test_an_in_place_change_between_forward_and_backward_is_an_error(tmp_path: Path) -> None:
     """As without us: autograd has the values of forward or raises."""
     model = model_of("mlp")
-    home = offloaded(model, tmp_path)
+    owner = offloaded(model, tmp_path)
     loss = model(batch(0).requires_grad_())
-    with home.gathered("blocks.1.*"), torch.no_grad():
+    with owner.gathered("blocks.1.*"), torch.no_grad():
         for parameter in model.blocks[1].parameters():  # type: ignore[union-attr]
             parameter.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -253,7 +253,7 @@ def test_an_in_place_change_between_forward_and_backward_is_an_error(tmp_path: P
 def test_memory_is_a_few_blocks(tmp_path: Path) -> None:
     """Full at once: two blocks, see the Note; after what looking at every weight from outside brought has left."""
     model = MLP(12)
-    home = offloaded(model, tmp_path, prefetch_nbytes=0)
+    owner = offloaded(model, tmp_path, prefetch_nbytes=0)
     one = block_nbytes(model)
     assert full_nbytes(model) == 0
     seen: list[int] = []
@@ -267,20 +267,20 @@ def test_memory_is_a_few_blocks(tmp_path: Path) -> None:
     in_forward, in_backward = zip(*((seen[i : i + 24], seen[i + 24 : i + 48]) for i in range(96, 192, 48)), strict=True)
     assert max(max(found) for found in in_forward) <= 2 * one  # with the one that the last backward ended with
     assert max(max(found) for found in in_backward) <= 2 * one
-    home.flush()
+    owner.flush()
     assert full_nbytes(model) == 0
 
 
 def test_prefetch_follows_the_learned_order(tmp_path: Path) -> None:
     """After one pass every block but those at the start is read ahead, and never beyond the budget."""
     model = MLP(8)
-    home = offloaded(model, tmp_path, prefetch_nbytes=3 * 2 * 4 * 2 * WIDTH * WIDTH)
+    owner = offloaded(model, tmp_path, prefetch_nbytes=3 * 2 * 4 * 2 * WIDTH * WIDTH)
     x = batch(0).requires_grad_()
     model(x).backward()
-    before = home.stats
+    before = owner.stats
     for _ in range(3):
         model(x).backward()
-    after = home.stats
+    after = owner.stats
     on_demand = after.num_demand_reads - before.num_demand_reads
     ahead = after.num_prefetched - before.num_prefetched
     assert ahead > 10 * on_demand, str(after)
@@ -288,11 +288,11 @@ def test_prefetch_follows_the_learned_order(tmp_path: Path) -> None:
 
 def test_peaks_and_stays_are_told(tmp_path: Path) -> None:
     model = model_of("tied")
-    home = offloaded(model, tmp_path)
-    stays = home.stats.stays
+    owner = offloaded(model, tmp_path)
+    stays = owner.stats.stays
     assert stays["outside the blocks"].nbytes > 0 and stays["smaller than min_nbytes"].count > 0
-    assert home.stats.away_nbytes + sum(s.nbytes for s in stays.values()) == sum(p.nbytes for p in model.parameters())
-    assert json.dumps(home.stats.as_dict())
+    assert owner.stats.away_nbytes + sum(s.nbytes for s in stays.values()) == sum(p.nbytes for p in model.parameters())
+    assert json.dumps(owner.stats.as_dict())
 
 
 @pytest.mark.parametrize(
@@ -348,20 +348,20 @@ def test_plain_optimizers_with_closures(tmp_path: Path) -> None:
 def test_changes_through_data(tmp_path: Path) -> None:
     """Behind every version counter, in place or with other data: kept, wherever it is done."""
     model = model_of("mlp")
-    home = offloaded(model, tmp_path)
+    owner = offloaded(model, tmp_path)
     model.apply(lambda m: m.weight.data.fill_(0.5) if isinstance(m, nn.Linear) else None)  # type: ignore[union-attr,operator]
-    home.flush()
+    owner.flush()
     assert all((value == 0.5).all() for name, value in values(model).items() if "weight" in name)
-    with home.gathered():
+    with owner.gathered():
         vector = torch.arange(sum(p.numel() for p in model.parameters())).float()
         nn.utils.vector_to_parameters(vector, model.parameters())
     assert torch.equal(torch.cat([value.flatten() for value in values(model).values()]), vector)
     for p in model.parameters():
         p.data = torch.full(p.shape, 3.0)
     model(batch(0))
-    home.flush()
+    owner.flush()
     assert all((value == 3).all() for value in values(model).values())
-    home.close()
+    owner.close()
     assert all((p == 3).all() for p in model.parameters())
 
 
@@ -388,24 +388,24 @@ def test_data_inside_a_block(tmp_path: Path) -> None:
 def test_closing_at_any_time(tmp_path: Path) -> None:
     """Between forward and backward, inside `gathered`: the graph and the block go on with what is in memory."""
     plain, model = model_of("mlp"), model_of("mlp")
-    home = offloaded(model, tmp_path)
+    owner = offloaded(model, tmp_path)
     loss = model(batch(0))
-    home.close()
+    owner.close()
     loss.backward()
     plain(batch(0)).backward()
     check_same([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
-    home = offloaded(model, tmp_path)
-    with home.gathered():
-        home.close()
+    owner = offloaded(model, tmp_path)
+    with owner.gathered():
+        owner.close()
     check_same(values(model), values(plain))
 
 
 def test_flush_in_a_forward(tmp_path: Path) -> None:
     """Blocks that run stay, and what they compute is right."""
     plain, model = model_of("mlp"), model_of("mlp")
-    home = offloaded(model, tmp_path)
+    owner = offloaded(model, tmp_path)
     for module in model.blocks:  # type: ignore[union-attr]
-        module.up.register_forward_hook(lambda *_: home.flush())
+        module.up.register_forward_hook(lambda *_: owner.flush())
     check_same(train(model, adamw(model.parameters()), 3), train(plain, adamw(plain.parameters()), 3))
 
 
@@ -414,7 +414,7 @@ def test_an_interrupt_in_a_forward(tmp_path: Path) -> None:
     from ssdtrain.store.saved_tensors import innermost_hooks
 
     plain, model = model_of("mlp"), model_of("mlp")
-    home = offloaded(model, tmp_path)
+    owner = offloaded(model, tmp_path)
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -423,10 +423,10 @@ def test_an_interrupt_in_a_forward(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         model(batch(0))
     handle.remove()
-    home.flush()
+    owner.flush()
     check_same(train(model, adamw(model.parameters()), 3), train(plain, adamw(plain.parameters()), 3))
     assert innermost_hooks() is None
-    home.flush()
+    owner.flush()
     assert full_nbytes(model) == 0
 
 
@@ -442,16 +442,16 @@ def test_blocks_whose_parts_are_called(tmp_path: Path) -> None:
     torch.manual_seed(0)
     plain = Outer(8)
     model = copy.deepcopy(plain)
-    home = offloaded(model, tmp_path, prefetch_nbytes=0)
+    owner = offloaded(model, tmp_path, prefetch_nbytes=0)
     check_same(
-        train(model, ssdtrain.offload_optimizer(adamw(model.parameters()), home), 3),
+        train(model, ssdtrain.offload_optimizer(adamw(model.parameters()), owner), 3),
         train(plain, adamw(plain.parameters()), 3),
     )
     with torch.no_grad():
         for _ in range(5):
             model(batch(0))
     assert full_nbytes(model) <= 2 * block_nbytes(model)
-    assert not home._working_set._gathered
+    assert not owner._working_set._gathered
 
 
 def test_loading_what_does_not_fit(tmp_path: Path) -> None:
@@ -465,13 +465,13 @@ def test_loading_what_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="built on the meta device"):
         empty.blocks[0](batch(0))  # type: ignore[operator]
     model = model_of("mlp")
-    home = offloaded(model, tmp_path)
+    owner = offloaded(model, tmp_path)
     with pytest.raises(RuntimeError, match="assign=False"):
         model.load_state_dict(state, assign=True)
     loss = model(batch(0))
     for name, p in model.named_parameters():
         if hasattr(p, "_ssdtrain_owner"):
-            home.fill(p, state[name])
+            owner.fill(p, state[name])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -492,8 +492,8 @@ def test_parameters_used_outside_their_block(tmp_path: Path) -> None:
     plain = Model()
     model = copy.deepcopy(plain)
     losses = train(plain, adamw(plain.parameters()), 4)
-    home = offloaded(model, tmp_path)
-    optimizer = ssdtrain.offload_optimizer(adamw(model.parameters()), home)
+    owner = offloaded(model, tmp_path)
+    optimizer = ssdtrain.offload_optimizer(adamw(model.parameters()), owner)
     check_same(train(model, optimizer, 4), losses)
     check_same(values(model), values(plain))
     assert full_nbytes(model) <= 3 * block_nbytes(model)
@@ -555,7 +555,7 @@ def test_looking_at_a_parameter(tmp_path: Path) -> None:
     """Wherever it is taken from it has its values, and can be written to; past PyTorch's functions it is NaN."""
     model = model_of("mlp")
     expected = values(model)
-    home = offloaded(model, tmp_path)
+    owner = offloaded(model, tmp_path)
     for name, parameter in model.named_parameters():
         assert parameter.shape == expected[name].shape and parameter.dtype is torch.float32
         if parameter.nbytes >= 1024:
@@ -566,26 +566,26 @@ def test_looking_at_a_parameter(tmp_path: Path) -> None:
         assert torch.equal(parameter, expected[name])
     with torch.no_grad():
         assert torch.equal(model.blocks[0].up.weight, expected["blocks.0.up.weight"])  # type: ignore[union-attr,arg-type]
-    with home.gathered():
+    with owner.gathered():
         check_same({name: p.detach() for name, p in model.named_parameters()}, expected)
         with torch.no_grad():
             for p in model.parameters():
                 p.data.mul_(2)
     check_same(values(model), {name: 2 * value for name, value in expected.items()})
-    with pytest.raises(ValueError, match="which match none"), home.gathered("blok*"):
+    with pytest.raises(ValueError, match="which match none"), owner.gathered("blok*"):
         pass
 
 
 def test_a_module_is_copied_as_a_plain_one_and_not_pickled(tmp_path: Path) -> None:
     model = model_of("mlp")
-    home = offloaded(model, tmp_path)
+    owner = offloaded(model, tmp_path)
     with pytest.raises(TypeError, match=r"state_dict\(\)"):
         torch.save(model, io.BytesIO())
     copied = copy.deepcopy(model)
     check_same(values(copied), values(model))
     with pytest.raises(ValueError, match="which is not"):
         ssdtrain.parameter_offload(copied)
-    home.close()
+    owner.close()
     check_same(values(copy.deepcopy(model)), values(model))
 
 
@@ -615,8 +615,8 @@ def test_from_the_meta_device(form: str, tmp_path: Path) -> None:
         model = MODELS["tied"]()
     model.blocks[0].requires_grad_(False)  # type: ignore[index,union-attr]
     before = dict(model.named_parameters())
-    home = offloaded(model, tmp_path)
-    with pytest.raises(RuntimeError, match="built on the meta device"), home.gathered():
+    owner = offloaded(model, tmp_path)
+    with pytest.raises(RuntimeError, match="built on the meta device"), owner.gathered():
         pass
     if form == "state_dict":
         ssdtrain.load_safetensors(model, folder)
@@ -697,10 +697,10 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="on one device, got cpu, meta"):
         offloaded(mixed, tmp_path)
     model = MLP()
-    home = offloaded(model, tmp_path)
+    owner = offloaded(model, tmp_path)
     with pytest.raises(ValueError, match="not offloaded yet"):
         offloaded(model, tmp_path)
-    home.close()
+    owner.close()
     untouched = MLP()
     before = dict(untouched.named_parameters())
     ssdtrain.offload_parameters(untouched, tmp_path, {"enabled": False})
@@ -711,8 +711,8 @@ def test_refusals(tmp_path: Path) -> None:
 def test_a_module_that_was_changed_after_it_was_offloaded(tmp_path: Path) -> None:
     """Re-parametrised: an error at once; cast while it was gathered: before the block computes."""
     cast = MLP()
-    home = offloaded(cast, tmp_path)
-    with home.gathered():
+    owner = offloaded(cast, tmp_path)
+    with owner.gathered():
         weight = cast.blocks[0].up.weight  # type: ignore[index,union-attr]
         weight.data = weight.data.double()
         with pytest.raises(RuntimeError, match=r"Expected parameter blocks.0.up.weight as it was offloaded, float32"):
@@ -742,8 +742,8 @@ def test_tensors_that_share_memory_stay(tmp_path: Path) -> None:
         96, 48
     )
     plain = copy.deepcopy(model)
-    home = offloaded(model, tmp_path)
-    assert home.stats.stays["shares its memory with another tensor"].count == 2
+    owner = offloaded(model, tmp_path)
+    assert owner.stats.stays["shares its memory with another tensor"].count == 2
     check_same(train(model, adamw(model.parameters()), 2), train(plain, adamw(plain.parameters()), 2))
 
 
@@ -752,10 +752,10 @@ def test_tensors_that_share_memory_stay(tmp_path: Path) -> None:
 
 def test_a_lost_read_names_the_parameter(tmp_path: Path) -> None:
     model = model_of("mlp")
-    home = offloaded(model, tmp_path, engine="threads", prefetch_nbytes=0)
-    home.note_checkpoint("/checkpoints/step-40.pt")
-    home.flush()
-    file = home._store.drive.files[0]
+    owner = offloaded(model, tmp_path, engine="threads", prefetch_nbytes=0)
+    owner.note_checkpoint("/checkpoints/step-40.pt")
+    owner.flush()
+    file = owner._store.drive.files[0]
     for offset in range(0, file.nbytes, 4096):
         with open(f"/proc/self/fd/{file.fd}", "r+b", buffering=0) as raw:
             byte = os.pread(raw.fileno(), 1, offset + 8)

@@ -27,9 +27,9 @@ from ssdtrain.planner import Lifetime, Step
 from ssdtrain.report import describe
 from ssdtrain.run_log import Recorder, RecordError, Run, read_run
 from ssdtrain.run_log.format import first_line, pack
-from ssdtrain.run_log.place import record_path
+from ssdtrain.run_log.path import record_path
 from ssdtrain.stats import Counters
-from ssdtrain.tracing.events import FinishedStep
+from ssdtrain.tracing.finished_step import FinishedStep
 from ssdtrain.tracing.step_trace import StepTrace
 
 MIB = 1 << 20

@@ -112,8 +112,8 @@ def test_host_tier_is_shared_and_each_gives_back_what_it_holds(tmp_path: Path) -
 def offloaded(directory: Path, model: torch.nn.Module, **policy: Any) -> tuple[Any, torch.optim.Optimizer]:
     """What holds the parameters, and the optimizer, on one drive."""
     ssdtrain.offload_parameters(model, directory, {**EAGER_STATE, **policy})
-    home = ssdtrain.parameter_offload(model)
-    return home, ssdtrain.offload_optimizer(adamw(trainable(model)), home, EAGER_STATE)
+    owner = ssdtrain.parameter_offload(model)
+    return owner, ssdtrain.offload_optimizer(adamw(trainable(model)), owner, EAGER_STATE)
 
 
 def steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, num: int, first: int = 0) -> list[float]:
@@ -133,21 +133,21 @@ def test_everything_on_one_drive_equals_plain_training(tmp_path: Path, kind: str
     plain = model_of(kind)
     expected = steps(plain, adamw(trainable(plain)), 6)
     model = model_of(kind)
-    home, optimizer = offloaded(tmp_path, model, engine=engine)
-    with ssdtrain.offload_activations(home, EAGER, model) as offload:
+    owner, optimizer = offloaded(tmp_path, model, engine=engine)
+    with ssdtrain.offload_activations(owner, EAGER, model) as offload:
         assert steps(model, optimizer, 6) == expected
-    home.store.engine.drain()
-    own, theirs = offload.stats, home.stats
+    owner.store.engine.drain()
+    own, theirs = offload.stats, owner.stats
     assert own.written_nbytes > 0 and own.shared_written_nbytes > 0 and own.engine == engine
     assert "for parameters and optimizer state wrote" in str(own)
-    engine_now = home.store.engine
+    engine_now = owner.store.engine
     assert own.written_nbytes + theirs.written_nbytes == engine_now.written_nbytes, "nothing is counted twice"
     assert own.read_nbytes + theirs.read_nbytes == engine_now.read_nbytes
     offload.close()
-    with home.gathered():
+    with owner.gathered():
         check_same(values(model), values(plain))
     optimizer.close()  # type: ignore[attr-defined]
-    home.close()
+    owner.close()
     assert engine_now.is_closed and os.listdir(tmp_path) == []
 
 
@@ -156,22 +156,22 @@ def test_entered_again_and_closed_in_any_order(tmp_path: Path) -> None:
     plain = model_of("mlp")
     expected = steps(plain, adamw(trainable(plain)), 4)
     model = model_of("mlp")
-    home, optimizer = offloaded(tmp_path, model)
-    offload = ssdtrain.offload_activations(home, EAGER, model)
+    owner, optimizer = offloaded(tmp_path, model)
+    offload = ssdtrain.offload_activations(owner, EAGER, model)
     losses = []
     for step in range(4):
         with offload:
             losses += steps(model, optimizer, 1, step)
     assert losses == expected
-    engine = home.store.engine
+    engine = owner.store.engine
     with offload:
         loss = model(batch(9))
         optimizer.close()  # type: ignore[attr-defined]
         assert not engine.is_closed
         loss.backward()
-    with home.gathered():
+    with owner.gathered():
         check_same(values(model), values(plain))
-    home.close()
+    owner.close()
     assert not engine.is_closed, "activations are not done with it"
     del loss
     offload.close()
@@ -181,27 +181,27 @@ def test_entered_again_and_closed_in_any_order(tmp_path: Path) -> None:
 def test_left_and_entered_again_nothing_is_counted_twice(tmp_path: Path) -> None:
     """Optimizer steps outside the context count too; another offload starts from nothing."""
     model = model_of("gpt")
-    home, optimizer = offloaded(tmp_path, model)
-    home.store.engine.drain()
+    owner, optimizer = offloaded(tmp_path, model)
+    owner.store.engine.drain()
     before = optimizer.stats.written_nbytes  # type: ignore[attr-defined]
-    offload = ssdtrain.offload_activations(home, EAGER, model)
+    offload = ssdtrain.offload_activations(owner, EAGER, model)
     for step in range(4):
         with offload:
             model(batch(step)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    stats, engine = offload.stats, home.store.engine
+    stats, engine = offload.stats, owner.store.engine
     engine.drain()
     stats = offload.stats
     assert stats.written_nbytes + optimizer.stats.written_nbytes == engine.written_nbytes  # type: ignore[attr-defined]
     assert stats.shared_written_nbytes == optimizer.stats.written_nbytes - before  # type: ignore[attr-defined]
     offload.close()
     assert offload.stats.written_nbytes == stats.written_nbytes
-    another = ssdtrain.offload_activations(home, EAGER, model)
+    another = ssdtrain.offload_activations(owner, EAGER, model)
     assert another.stats.written_nbytes == another.stats.shared_written_nbytes == 0
     another.close()
     optimizer.close()  # type: ignore[attr-defined]
-    home.close()
+    owner.close()
 
 
 def test_a_join_that_was_interrupted_locks_nobody_out(tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def close_with_an_unlisted_write(directory: str) -> None:
 
 
 def test_a_host_tier_only_is_shared_up_to_a_bound(tmp_path: Path) -> None:
-    """Of a simulated accelerator: the home has no directory."""
+    """Of a simulated accelerator: the other offload has no directory."""
     with SimulatedDevice(seed=0) as device:
         store = StateStore([], OptimizerPolicy(staging_nbytes=64 * KIB, host_nbytes=1 << 20))
         store.cpu = device
@@ -261,14 +261,14 @@ def test_a_host_tier_only_is_shared_up_to_a_bound(tmp_path: Path) -> None:
 
 def test_what_a_shared_drive_cannot_give_is_said(tmp_path: Path) -> None:
     model = model_of("mlp")
-    home, optimizer = offloaded(tmp_path, model, engine="threads", checksum=False)
+    owner, optimizer = offloaded(tmp_path, model, engine="threads", checksum=False)
     with pytest.raises(ValueError, match="checksum=True"):
-        ssdtrain.offload_activations(home, {**EAGER, "checksum": True})
-    offload = ssdtrain.offload_activations(home, {**EAGER, "engine": "io_uring"})
+        ssdtrain.offload_activations(owner, {**EAGER, "checksum": True})
+    offload = ssdtrain.offload_activations(owner, {**EAGER, "engine": "io_uring"})
     assert any("its engine is threads" in text for text in offload.stats.fallbacks)
     offload.close()
     optimizer.close()  # type: ignore[attr-defined]
-    home.close()
+    owner.close()
 
 
 def test_a_host_tier_that_was_interrupted_gives_no_place_twice() -> None:
@@ -290,41 +290,41 @@ def interrupted(nbytes: int) -> int:
 
 def test_a_drive_that_is_closed_or_taken_is_refused(tmp_path: Path) -> None:
     model = model_of("mlp")
-    home, optimizer = offloaded(tmp_path, model)
+    owner, optimizer = offloaded(tmp_path, model)
     offload = ssdtrain.offload_activations(optimizer, EAGER)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="shared one"):
-        ssdtrain.offload_activations(home, EAGER)
+        ssdtrain.offload_activations(owner, EAGER)
     offload.close()
-    ssdtrain.offload_activations(home, EAGER).close()
+    ssdtrain.offload_activations(owner, EAGER).close()
     optimizer.close()  # type: ignore[attr-defined]
-    home.close()
+    owner.close()
     with pytest.raises(RuntimeError, match="after close"):
-        ssdtrain.offload_activations(home, EAGER)
+        ssdtrain.offload_activations(owner, EAGER)
 
 
 def test_a_failed_write_of_an_activation_is_no_matter_of_flush(small_ext4: SmallDrive) -> None:
     """Each answers for its own bytes."""
     model = model_of("mlp")
-    home, optimizer = offloaded(small_ext4.directory, model)
-    offload = ssdtrain.offload_activations(home, {**EAGER, "disk_nbytes": "64KiB"}, model)
+    owner, optimizer = offloaded(small_ext4.directory, model)
+    offload = ssdtrain.offload_activations(owner, {**EAGER, "disk_nbytes": "64KiB"}, model)
     with offload:
         loss = model(batch(0))
         assert offload.stats.skipped["no spill space"].nbytes > 0
-        home.flush()
+        owner.flush()
         loss.backward()
     assert offload.stats.peak_disk_nbytes <= 64 * KIB
     del loss
     offload.close()
     optimizer.close()  # type: ignore[attr-defined]
-    home.close()
+    owner.close()
 
 
 def test_optimizer_state_counts_for_the_endurance_of_the_drive(tmp_path: Path) -> None:
     """What the optimizer writes leaves less for activations: here nothing."""
     model = model_of("gpt")
-    home, optimizer = offloaded(tmp_path, model)
+    owner, optimizer = offloaded(tmp_path, model)
     auto = {"mode": "auto", "min_nbytes": "4KiB", "staging_nbytes": STAGING_NBYTES}
-    with ssdtrain.offload_activations(home, {**auto, "endurance_tbw": 0.1}, model) as offload:
+    with ssdtrain.offload_activations(owner, {**auto, "endurance_tbw": 0.1}, model) as offload:
         steps(model, optimizer, 30)
         plan = offload.plan
     assert plan is not None and plan.others_daily_nbytes > 0.1e12 / (5 * 365.25)
@@ -336,14 +336,14 @@ def test_optimizer_state_counts_for_the_endurance_of_the_drive(tmp_path: Path) -
     assert plan is not None and plan.others_daily_nbytes == 0.0
     alone.close()
     optimizer.close()  # type: ignore[attr-defined]
-    home.close()
+    owner.close()
 
 
 def test_the_record_of_a_run_counts_what_the_drive_took_for_all(tmp_path: Path) -> None:
     model = model_of("mlp")
-    home, optimizer = offloaded(tmp_path, model)
+    owner, optimizer = offloaded(tmp_path, model)
     record = tmp_path / "run.ssdtrain"
-    with ssdtrain.offload_activations(home, EAGER, model, record=record) as offload:
+    with ssdtrain.offload_activations(owner, EAGER, model, record=record) as offload:
         steps(model, optimizer, 5)
     offload.close()
     stats = offload.stats
@@ -351,4 +351,4 @@ def test_the_record_of_a_run_counts_what_the_drive_took_for_all(tmp_path: Path) 
     assert stats.written_nbytes < data["wear"]["written_nbytes"] <= stats.written_nbytes + stats.shared_written_nbytes
     record.unlink()
     optimizer.close()  # type: ignore[attr-defined]
-    home.close()
+    owner.close()
