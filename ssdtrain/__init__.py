@@ -48,7 +48,7 @@ __all__ = [
     "save_safetensors",
 ]
 
-_HOMES = MappingProxyType(
+_MODULES = MappingProxyType(
     {
         "ActivationOffload": "activations.offload",
         "ActivationPolicy": "policy",
@@ -73,9 +73,9 @@ _HOMES = MappingProxyType(
 
 def __getattr__(name: str) -> object:
     """Imports a public name when it is first used: commands that need no PyTorch do not wait seconds for it."""
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     return value
 
 
