@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import ssdtrain
+from ssdtrain.optimizer.gradients.reach import has_reentrant_checkpoints
 
 IN_BACKWARD = EAGER_STATE | {"chunk_nbytes": 1, "step_in_backward": True}
 
@@ -227,3 +229,24 @@ def test_a_checkpoint_that_is_not_reentrant_needs_none_of_this(tmp_path: Path) -
     checkpoint(model, x, use_reentrant=False).mean().backward()
     assert grad_nbytes(model) == 0 and not optimizer.stats.fallbacks
     optimizer.step()
+
+
+def test_looking_for_reentrant_checkpoints_breaks_no_other_thread() -> None:
+    """A thread that builds tuples meanwhile: whoever holds one that is not finished makes an error of it."""
+    errors: list[SystemError] = []
+    is_over = threading.Event()
+
+    def build() -> None:
+        while not is_over.is_set() and not errors:
+            try:
+                assert len(tuple(i for i in range(50))) == 50
+            except SystemError as error:
+                errors.append(error)
+
+    thread = threading.Thread(target=build)
+    thread.start()
+    for _ in range(5):
+        has_reentrant_checkpoints()
+    is_over.set()
+    thread.join()
+    assert not errors

@@ -24,6 +24,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import ClassVar
 
 import torch
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 
 from ssdtrain.policy import OptimizerPolicy
@@ -91,8 +92,12 @@ def _is_reached(parameter: torch.Tensor) -> bool:
 
 
 def has_reentrant_checkpoints() -> bool:
-    """Whether a graph has some: PyTorch's and those of other frameworks are functions of one name."""
-    return any(type(thing).__name__ == "CheckpointFunctionBackward" for thing in gc.get_objects())
+    """Whether a graph has some: PyTorch's and those of other frameworks are functions of one name.
+
+    The collector is asked for the nodes alone: one that holds all objects, half-built tuples too, breaks other threads.
+    """
+    kinds = [kind for kind in BackwardCFunction.__subclasses__() if kind.__name__ == "CheckpointFunctionBackward"]
+    return any(isinstance(holder, kind) for kind in kinds for holder in gc.get_referrers(kind))
 
 
 def weakly(method: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], None]:
