@@ -52,7 +52,7 @@ class HostSpace:
         self._note_fallback = note_fallback
         self._extents = ExtentAllocator(BLOCK_NBYTES)
         self._lock = threading.RLock()  # a destructor may want it while its own thread has it
-        self._is_torn = False
+        self._is_poisoned = False
 
     @property
     def peak_nbytes(self) -> int:
@@ -63,28 +63,28 @@ class HostSpace:
         """Room for `nbytes`, or None when the tier is full."""
         nbytes = self._extents.rounded(nbytes)
         with self._lock:
-            if self._is_torn:
+            if self._is_poisoned:
                 self._note_fallback("interrupted in its bookkeeping: the host tier takes no more")
                 return None
-            self._is_torn = True
+            self._is_poisoned = True
             try:
                 offset = self._extents.allocate(nbytes)
                 if offset is None and self._extend(self._extents.missing_nbytes(nbytes)):
                     offset = self._extents.allocate(nbytes)
             except Exception:  # no memory: nothing has changed
-                self._is_torn = False
+                self._is_poisoned = False
                 raise
-            self._is_torn = False
+            self._is_poisoned = False
         return None if offset is None else Extent(self.file, offset, nbytes)
 
     def release(self, extent: Extent) -> None:
         """Gives an extent, or a block-aligned part of one, back."""
         with self._lock:
-            if self._is_torn:
+            if self._is_poisoned:
                 return
-            self._is_torn = True
+            self._is_poisoned = True
             self._extents.release(extent.offset, extent.nbytes)
-            self._is_torn = False
+            self._is_poisoned = False
 
     def _extend(self, missing_nbytes: int) -> bool:
         needed = self._extents.capacity + missing_nbytes

@@ -144,19 +144,19 @@ def judge(program: Program, folder: str) -> str:
             is_last = i + 2 == len(states) and raised is not None
             if error is not None and not is_last:
                 kind = _refused(error, where)
-                if not (user.is_torn or user.acts_in_backward):  # which has changed something before anybody asks
+                if not (user.is_incomplete or user.acts_in_backward):  # which has changed something before anybody asks
                     _compare(user, states[i], f"after the error of {where} ({error})", has_buffers=False)
                 return kind
             if is_last:
                 if error is None:
                     raise WrongError(f"{where}: plain raised {raised!r}, this did not")
                 return "equal error"
-            if user.is_torn:
+            if user.is_incomplete:
                 continue
             _compare_seen(user.seen, states[i + 1]["seen"], where)
             if program.is_watched:
                 _compare(user, states[i + 1], f"after {where}")
-        if user.is_torn:  # and nobody asked since
+        if user.is_incomplete:  # and nobody asked since
             try:
                 user.optimizer.state_dict()
             except Exception as error:

@@ -49,7 +49,7 @@ class Plain:
 
     is_offloaded = False
     acts_in_backward = False
-    is_torn = False  # a step failed in the middle
+    is_incomplete = False  # a step failed in the middle
 
     def activations(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
@@ -264,7 +264,7 @@ def backward_that_raises(user: Plain, draw: random.Random) -> None:
         loss.backward()
     except OopsError:
         user.seen.append("raised")
-    user.is_torn |= user.acts_in_backward  # raised or not, no step follows
+    user.is_incomplete |= user.acts_in_backward  # raised or not, no step follows
     user.optimizer.zero_grad()
 
 
@@ -290,7 +290,7 @@ def update_that_raises(user: Plain, draw: random.Random) -> None:
         user.optimizer.step()
     except OopsError:
         user.seen.append("raised")
-        user.is_torn = True
+        user.is_incomplete = True
     finally:
         Written.num_before_failure = -1
     user.optimizer.zero_grad()

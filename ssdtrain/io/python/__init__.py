@@ -1,4 +1,4 @@
-"""The engine in plain Python: the reference for `ssdtrain._C`, and what runs where that is not built.
+"""The engine in plain Python, where the extension is not built: requests, and workers that make and retry the calls.
 
 Same interface and same promises (`ssdtrain.io.engine` documents them), with ordinary threads and less speed. Knows
 addresses and files, no tensors. `BaseEngine` and `Workers` are what another engine in Python builds on.
