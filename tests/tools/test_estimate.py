@@ -140,15 +140,15 @@ def test_json_has_every_number() -> None:
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--heads", "3"], "multiple of heads"),
-        (["--tp", "5"], "multiple of tp"),
-        (["--pp", "3"], "multiple of pp"),
-        (["--layers", "0"], "layers"),
+        (["--heads", "3"], "--width to be a multiple of --heads"),
+        (["--tp", "5"], "multiple of --tp"),
+        (["--pp", "3"], "multiple of --pp"),
+        (["--layers", "0"], "--layers"),
         (["--gpu", "TPU"], "H100"),
         (["--model", "rnn"], "llama"),
-        (["--mfu", "2"], "mfu"),
-        (["--drive-gbs", "0"], "write_gbs"),
-        (["--kv-heads", "5"], "kv_heads"),
+        (["--mfu", "2"], "--mfu"),
+        (["--drive-gbs", "0"], "--drive-gbs"),
+        (["--kv-heads", "5"], "--kv-heads"),
     ],
 )
 def test_bad_numbers(options: list[str], message: str) -> None:

@@ -13,7 +13,7 @@ _HINT = "pass a str or an os.PathLike of one"
 
 
 def absolute_path(path: object, what: str) -> str:
-    """`path` from the root, its links left as they are.
+    """`path` from the root, its links left as they are; `~` is the user's home.
 
     Args:
         path: what a user passed.
@@ -38,6 +38,7 @@ def absolute_path(path: object, what: str) -> str:
         raise ValueError(
             f"Expected {what} whose path is UTF-8, got {text!r}: rename it, or reach it by a symbolic link"
         ) from None
+    text = os.path.expanduser(text)
     return text if os.path.isabs(text) else os.path.join(os.getcwd(), text)
 
 

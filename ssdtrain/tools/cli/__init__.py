@@ -6,23 +6,42 @@ numbers differ, or something is broken; 2 the options or the directory cannot be
 
 from __future__ import annotations
 
+import platform
+from typing import Annotated
+
 import typer
 
+from ssdtrain import __version__
 from ssdtrain.tools.cli.bench import bench
 from ssdtrain.tools.cli.demo import demo
 from ssdtrain.tools.cli.doctor import doctor
+from ssdtrain.tools.cli.names import Command
 from ssdtrain.tools.cli.plan import plan
 from ssdtrain.tools.cli.report import report
+from ssdtrain.tools.doctor.software import installed
 
 app = typer.Typer(
     name="ssdtrain",
-    help="Train with saved activations on NVMe.",
     no_args_is_help=True,
-    add_completion=False,
+    rich_markup_mode=None,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 for command in (demo, doctor, bench, plan, report):
-    app.command()(command)
+    app.command(cls=Command)(command)
+
+
+@app.callback()
+def about(
+    *,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print versions and exit.")] = False,
+) -> None:
+    """Keep activations, parameters and optimizer state of a training on NVMe drives or in host memory."""
+    if version:
+        python, torch = platform.python_version(), installed("torch") or "not installed"
+        print(f"ssdtrain {__version__} (Python {python}, PyTorch {torch})")
+        raise typer.Exit
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,15 +15,23 @@ from ssdtrain.io.files.directories import check_directories
 from ssdtrain.io.files.paths import absolute_directories
 from ssdtrain.policy import parse_nbytes
 from ssdtrain.stats import nbytes_text
-from ssdtrain.tools.bench import Advice, Options, Report, advise, bench_drive
+from ssdtrain.tools.bench import Advice, Options, Report, Row, advise, bench_drive
 from ssdtrain.tools.cli.ending import end, one_line
+from ssdtrain.tools.cli.names import not_with
+from ssdtrain.tools.cli.screen import show
 
-_QUICK = Options(64 << 20, 1 << 30, 1.0, (1 << 20, 4 << 20), (1, 8), 1)
+_QUICK = Options(64 << 20, 1 << 30, 1.0, (1 << 20, 4 << 20), (1, 8), 3)
 _PIN_NBYTES = 256 << 20
+_MOST_SHARE = 1.1  # what passes that are taken in turn may differ by
+_NOISE = (
+    "noise: the drive was slower while its ceiling was measured, beside and in turn, than while ssdtrain used it."
+    " Something else uses it, or it is a virtual one with a limit: no share can be told."
+)
 
 
 def bench(
-    directory: Annotated[Path, typer.Argument(help="Folder on the drive.")],
+    ctx: typer.Context,
+    directory: Annotated[str, typer.Argument(help="Folder on the drive.")],
     *,
     size: Annotated[str, typer.Option(help="Size of the file.")] = "512MiB",
     total: Annotated[str, typer.Option(help="Most that the sustained pass writes.")] = "16GiB",
@@ -32,11 +39,13 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="A few seconds; rough numbers.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON and nothing else.")] = False,
 ) -> None:
-    """Measure a drive through the engines that training uses, beside its own ceiling.
+    """Measure a drive through the engines that training uses.
 
-    Writes up to --size and --total; leaves nothing behind. Exit code 1: the drive failed.
+    Beside its own ceiling, in turn. Writes up to --size and --total and leaves nothing behind. Exit code 1: the
+    drive failed.
     """
     try:
+        not_with(ctx, "quick", ["size", "total", "seconds"])
         options = _QUICK if quick else Options(_nbytes("--size", size), _nbytes("--total", total), seconds)
         (path,) = absolute_directories(directory)
         warnings = check_directories([path])
@@ -94,26 +103,32 @@ def _copy_gbs() -> dict[str, float]:
 
 
 def _print(report: Report, advice: Advice, copies: dict[str, float], warnings: list[str]) -> None:
-    console = Console(highlight=False)
-    for warning in warnings:
-        console.print(f"Warning: {warning}")
-    console.print(f"{report.directory}: engine {report.engine} ({report.engine_reason}); ceiling by {report.ceiling}")
     table = Table("request", "depth", "write GB/s", "of ceiling", "read GB/s", "of ceiling", "write ms", "read ms")
     for row in report.rows:
         cells = (nbytes_text(row.request_nbytes), str(row.depth))
-        write = f"{row.write_gbs:.2f}", f"{row.write_gbs / row.write_ceiling_gbs:.0%}"
-        read = f"{row.read_gbs:.2f}", f"{row.read_gbs / row.read_ceiling_gbs:.0%}"
+        write = f"{row.write_gbs:.2f}", _share(row.write_gbs, row.write_ceiling_gbs)
+        read = f"{row.read_gbs:.2f}", _share(row.read_gbs, row.read_ceiling_gbs)
         table.add_row(*cells, *write, *read, f"{1e3 * row.write_seconds:.2f}", f"{1e3 * row.read_seconds:.2f}")
-    console.print(table)
     first = report.sustained_gbs[0] if report.sustained_gbs else 0.0
-    console.print(
+    show(
+        *[f"Warning: {warning}" for warning in warnings],
+        f"{report.directory}: engine {report.engine} ({report.engine_reason}); ceiling by {report.ceiling}",
+        table,
+        *([_NOISE] if any(map(_is_noisy, report.rows)) else []),
         f"written on and on, {nbytes_text(report.sustained_written_nbytes)}: {first:.2f} GB/s at first,"
-        f" {report.steady_gbs:.2f} GB/s in the long run; both ways at once {report.mixed_gbs:.2f} GB/s each"
-    )
-    for way, speed in copies.items():
-        console.print(f"copies {way} of GPU memory, pinned: {speed:.1f} GB/s")
-    console.print(
+        f" {report.steady_gbs:.2f} GB/s in the long run; both ways at once {report.mixed_gbs:.2f} GB/s each",
+        *[f"copies {way} of GPU memory, pinned: {speed:.1f} GB/s" for way, speed in copies.items()],
         f"This drive hides {advice.hidden_gb_per_forward_second:.2f} GB of activations per second of forward:"
-        f" {advice.explanation}."
+        f" {advice.explanation}.",
+        f"Settings: {json.dumps(advice.policy)}",
     )
-    console.print(f"Settings: {json.dumps(advice.policy)}")
+
+
+def _share(gbs: float, ceiling_gbs: float) -> str:
+    """Of the ceiling; nothing exceeds that, so a share above it says only that the drive was busy meanwhile."""
+    share = gbs / ceiling_gbs
+    return "noise" if share > _MOST_SHARE else f"{min(share, 1.0):.0%}"
+
+
+def _is_noisy(row: Row) -> bool:
+    return row.write_gbs > _MOST_SHARE * row.write_ceiling_gbs or row.read_gbs > _MOST_SHARE * row.read_ceiling_gbs

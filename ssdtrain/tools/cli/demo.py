@@ -28,6 +28,9 @@ _LIMIT_HELP = (
 
 
 def demo(
+    directory: Annotated[
+        str | None, typer.Argument(help="Folder on the drive.", show_default="the current one, if writable")
+    ] = None,
     *,
     layers: Annotated[int, typer.Option(min=1, help="Transformer blocks.")] = DemoSettings.layers,
     width: Annotated[int, typer.Option(min=1, help="Size of the residual stream.")] = DemoSettings.width,
@@ -38,17 +41,19 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of the weights and batches.")] = DemoSettings.seed,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of each run.")] = None,
     data: Annotated[Path | None, typer.Option(help="Text to train on.", show_default="Python's own sources")] = None,
-    directory: Annotated[
-        Path | None, typer.Option(help="Folder on the drive.", show_default="the current one, if writable")
-    ] = None,
+    former_directory: Annotated[str | None, typer.Option("--directory", hidden=True)] = None,
     policy: Annotated[list[str] | None, typer.Option(metavar="FIELD=VALUE", help=_POLICY_HELP)] = None,
     memory_limit: Annotated[str | None, typer.Option(metavar="SIZE|auto", help=_LIMIT_HELP)] = None,
     json_line: Annotated[bool, typer.Option("--json", help="End stdout with one line of JSON.")] = False,
 ) -> None:
-    """Train a GPT without and with ssdtrain, step by step in turn, and compare memory, time and losses."""
+    """Train a GPT without and with ssdtrain and compare both.
+
+    Steps are taken in turn; memory, time, losses and parameters are compared. Exit code 1: results differ, or a run
+    failed; 2: options or a directory that cannot be used.
+    """
     try:
         settings = DemoSettings(
-            directory=absolute_path(directory or _default_directory(), "a directory"),
+            directory=_directory(directory, former_directory),
             layers=layers,
             width=width,
             heads=heads,
@@ -115,6 +120,14 @@ def _parse_limit(text: str | None) -> int | Literal["auto"] | None:
     if not isinstance(nbytes, int) or nbytes < 1:
         raise ValueError(f"Expected --memory-limit to be `auto` or a size such as 1GiB, got {text!r}.")
     return nbytes
+
+
+def _directory(argument: str | None, option: str | None) -> str:
+    """Where the demo writes: the argument, or the option of earlier versions."""
+    if argument is not None and option is not None:
+        raise ValueError(f"Expected DIRECTORY or --directory, got both: {argument!r} and {option!r}")
+    given = option if argument is None else argument
+    return absolute_path(_default_directory() if given is None else given, "a directory")
 
 
 def _default_directory() -> str:

@@ -7,30 +7,31 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ssdtrain.io.files.paths import absolute_directories
 from ssdtrain.tools.cli.ending import end
+from ssdtrain.tools.cli.screen import show
 from ssdtrain.tools.doctor import Finding, Verdict, examine
 
-_STYLES = {
-    Verdict.GOOD: "green",
-    Verdict.UNWISE: "yellow",
-    Verdict.BROKEN: "bold red",
-    Verdict.UNKNOWN: "dim",
+_SHOWN = {
+    Verdict.GOOD: ("ok", "green"),
+    Verdict.UNWISE: ("warn", "yellow"),
+    Verdict.BROKEN: ("fail", "bold red"),
+    Verdict.ABSENT: ("absent", "dim"),
+    Verdict.UNKNOWN: ("unknown", "dim"),
 }
 
 
 def doctor(
     directories: Annotated[
-        list[Path] | None, typer.Argument(help="Folders for spill files.", show_default="the current one")
+        list[str] | None, typer.Argument(help="Folders for spill files.", show_default="the current one")
     ] = None,
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON and nothing else.")] = False,
 ) -> None:
-    """Tell whether this machine is fit, and what to do about what is not.
+    """Tell whether this machine is fit, and what to do if not.
 
     Exit code 0: fit, perhaps with remarks; 1: something is broken; 2: a path that cannot be used.
     """
@@ -48,16 +49,16 @@ def doctor(
 
 
 def _print(findings: list[Finding], verdicts: dict[str, int]) -> None:
-    console = Console(highlight=False)
     area = ""
     table = Table.grid(padding=(0, 2))
     for finding in findings:
         if finding.area != area:
             area = finding.area
             table.add_row(Text(area, style="bold"))
-        verdict = Text(finding.verdict.value, style=_STYLES[finding.verdict])
+        word, style = _SHOWN[finding.verdict]
+        verdict = Text(word, style=style)
         table.add_row(Text(f"  {finding.name}"), verdict, Text(finding.found))
         if finding.remedy and finding.verdict is not Verdict.GOOD:
             table.add_row("", "", Text(f"-> {finding.remedy}"))
-    console.print(table)
-    console.print(", ".join(f"{count} {name}" for name, count in verdicts.items() if count))
+    counts = [(verdicts[verdict.value], word) for verdict, (word, _) in _SHOWN.items()]
+    show(table, ", ".join(f"{count} {word}" for count, word in counts if count))

@@ -16,6 +16,8 @@ class Verdict(enum.Enum):
     """Works, but costs time, memory or safety."""
     BROKEN = "broken"
     """Does not work."""
+    ABSENT = "absent"
+    """Not there, and not needed by what is."""
     UNKNOWN = "unknown"
     """The system does not say."""
 

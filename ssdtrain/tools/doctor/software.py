@@ -51,7 +51,7 @@ def _extension() -> Finding:
 def _framework(name: str) -> Finding:
     found, tested = installed(name), " or ".join(TESTED_VERSIONS[name])
     if found is None:
-        return Finding(_AREA, name, Verdict.GOOD, f"not installed (tested with {tested})")
+        return Finding(_AREA, name, Verdict.ABSENT, f"not installed (tested with {tested})")
     if found.partition("+")[0] in TESTED_VERSIONS[name]:
         return Finding(_AREA, name, Verdict.GOOD, f"{found}, a version it is tested with")
     last = TESTED_VERSIONS[name][-1]
@@ -64,7 +64,7 @@ def _kvikio() -> Finding:
         found = installed(name)
         if found is not None:
             return Finding(_AREA, "kvikio", Verdict.GOOD, f"{name} {found}")
-    return Finding(_AREA, "kvikio", Verdict.GOOD, "not installed: needed for GPUDirect Storage only (ssdtrain[gds])")
+    return Finding(_AREA, "kvikio", Verdict.ABSENT, "not installed: needed for GPUDirect Storage only (ssdtrain[gds])")
 
 
 def _span(versions: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ the SSDTrain paper (arXiv 2408.10013) for bandwidth and life.
 """
 
 from ssdtrain.tools.estimate.drives import Drives
-from ssdtrain.tools.estimate.gpu import GPUS, Gpu
+from ssdtrain.tools.estimate.gpu import GPUS, Gpu, gpu_of
 from ssdtrain.tools.estimate.layer import layer_flops, layer_nbytes, layer_parameters
 from ssdtrain.tools.estimate.run import Estimate, estimate
 from ssdtrain.tools.estimate.shape import KINDS, Shape
@@ -18,6 +18,7 @@ __all__ = [
     "Gpu",
     "Shape",
     "estimate",
+    "gpu_of",
     "layer_flops",
     "layer_nbytes",
     "layer_parameters",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ssdtrain.policy import parse_nbytes
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -27,3 +29,24 @@ GPUS = {
         Gpu("B200", 2250e12, 180e9),
     )
 }
+
+
+def gpu_of(text: str) -> Gpu:
+    """A GPU by name, in capitals or not, or one of the user's own: ``"400:48GB"``, TFLOP/s and memory.
+
+    Raises:
+        ValueError: there is none of this name, or the numbers cannot be read.
+    """
+    known = {name.lower(): gpu for name, gpu in GPUS.items()}
+    if text.lower() in known:
+        return known[text.lower()]
+    rate, colon, memory = text.partition(":")
+    if not colon:
+        raise ValueError(f"Expected a GPU among {', '.join(GPUS)}, or numbers such as 400:48GB, got {text!r}")
+    try:
+        flops, nbytes = float(rate) * 1e12, parse_nbytes(memory)
+    except ValueError as error:
+        raise ValueError(f"Expected TFLOP/s and memory of a GPU such as 400:48GB, got {text!r}: {error}") from error
+    if not (isinstance(nbytes, int) and nbytes > 0 and 0 < flops < 1e21):
+        raise ValueError(f"Expected TFLOP/s and memory of a GPU above 0, got {text!r}")
+    return Gpu(text, flops, float(nbytes))
