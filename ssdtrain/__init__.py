@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ssdtrain.activations.offload import ActivationOffload
-    from ssdtrain.api import offload_activations, offload_optimizer, offload_parameters, parameter_offload
+    from ssdtrain.api.functions import offload_activations, offload_optimizer, offload_parameters, parameter_offload
+    from ssdtrain.api.section import Section
+    from ssdtrain.api.session import Offload
     from ssdtrain.optimizer.optimizer import OffloadedOptimizer
     from ssdtrain.parameters.offload import ParameterOffload
     from ssdtrain.parameters.safetensors import load_safetensors, save_safetensors
@@ -31,10 +33,12 @@ __version__ = "0.2.0.dev0"
 __all__ = [
     "ActivationOffload",
     "ActivationPolicy",
+    "Offload",
     "OffloadedOptimizer",
     "OptimizerPolicy",
     "ParameterOffload",
     "ParameterPolicy",
+    "Section",
     "Skipped",
     "StateLostError",
     "StateStats",
@@ -52,20 +56,22 @@ _MODULES = MappingProxyType(
     {
         "ActivationOffload": "activations.offload",
         "ActivationPolicy": "policy",
+        "Offload": "api.session",
         "OffloadedOptimizer": "optimizer.optimizer",
         "OptimizerPolicy": "policy",
         "ParameterOffload": "parameters.offload",
         "ParameterPolicy": "policy",
+        "Section": "api.section",
         "Skipped": "stats",
         "StateLostError": "store.state_store",
         "StateStats": "state_stats",
         "Stats": "stats",
         "keep_resident": "store.saved_tensors",
         "load_safetensors": "parameters.safetensors",
-        "offload_activations": "api",
-        "offload_optimizer": "api",
-        "offload_parameters": "api",
-        "parameter_offload": "api",
+        "offload_activations": "api.functions",
+        "offload_optimizer": "api.functions",
+        "offload_parameters": "api.functions",
+        "parameter_offload": "api.functions",
         "save_safetensors": "parameters.safetensors",
     }
 )

@@ -283,7 +283,7 @@ class OptimizerPolicy(StatePolicy):
     the update of step n, with parameters from before it: results differ from those without, and equal to the bit those
     of a loop that updates one step late. The learning rate is the one at ``step()``, which takes the gradients. All
     gradients and parameters are in host memory meanwhile. Call ``flush()`` before a checkpoint, an evaluation and the
-    end. Not with `step_in_backward`, `offload_gradients`, a closure or parameters in host memory."""
+    end. Not with `step_in_backward`, `offload_gradients` or parameters in host memory."""
 
     @model_validator(mode="after")
     def _has_who_updates(self) -> OptimizerPolicy:

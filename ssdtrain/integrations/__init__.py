@@ -11,7 +11,15 @@ import warnings
 from importlib.metadata import version
 from types import MappingProxyType, ModuleType
 
-TESTED_VERSIONS = MappingProxyType({"deepspeed": ("0.19.8",), "megatron-core": ("0.16.1",)})
+TESTED_VERSIONS = MappingProxyType(
+    {
+        "deepspeed": ("0.19.8",),
+        "megatron-core": ("0.16.1",),
+        "transformers": ("5.24.0",),
+        "accelerate": ("1.15.0",),
+        "lightning": ("2.6.6",),
+    }
+)
 """Versions of each framework that the tests ran with."""
 
 TESTED_TORCH = ("2.9.1", "2.11.0", "2.13.0")

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
-import string
 import typing
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 
 from ssdtrain.policy import ActivationPolicy
 
-__all__ = ["add_arguments", "asked_for", "fill_in"]
+__all__ = ["add_arguments", "asked_for"]
 
 _PREFIX = "ssdtrain_"
 
@@ -85,24 +82,3 @@ def asked_for(args: object) -> tuple[Sequence[str], ActivationPolicy] | None:
     if directories is None or not policy.enabled:
         return None
     return ([directories] if isinstance(directories, str) else directories), policy
-
-
-def fill_in(directory: str) -> str:
-    """The directory with `{rank}` and `{local_rank}` replaced."""
-    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    known = {
-        "rank": str(torch.distributed.get_rank()) if is_distributed else os.environ.get("RANK"),
-        "local_rank": os.environ.get("LOCAL_RANK"),
-    }
-    try:
-        names = [name for _, name, _, _ in string.Formatter().parse(directory) if name is not None]
-    except ValueError as error:
-        raise ValueError(f"Expected a directory with {{rank}} or {{local_rank}} at most, got {directory!r}") from error
-    for name in names:
-        if name not in known:
-            raise ValueError(f"Expected {{rank}} or {{local_rank}} in a directory, got {{{name}}} in {directory!r}")
-        if known[name] is None:
-            raise ValueError(
-                f"Expected {name.upper()} in the environment to fill in {directory!r}, got none; start with torchrun"
-            )
-    return directory.format(**known)

@@ -32,7 +32,7 @@ import torch
 from ssdtrain.activations.offload import ActivationOffload
 from ssdtrain.api import offload_activations
 from ssdtrain.integrations import TESTED_VERSIONS, check_version
-from ssdtrain.integrations.arguments import add_arguments, asked_for, fill_in
+from ssdtrain.integrations.arguments import add_arguments, asked_for
 from ssdtrain.io.files.paths import absolute_directories
 from ssdtrain.policy import ActivationPolicy
 
@@ -83,7 +83,7 @@ class _Rank:
 
     def open(self, directories: Sequence[str | os.PathLike[str]], policy: ActivationPolicy) -> None:
         """Opens engine and spill files, and keeps them open between micro-batches."""
-        offload = offload_activations([fill_in(os.fspath(directory)) for directory in directories], policy)
+        offload = offload_activations(directories, policy)
         offload.keep_open()
         offload.leave_alone(_REFILLED)
         self.offload = offload

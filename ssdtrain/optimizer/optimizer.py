@@ -15,7 +15,7 @@ import torch
 
 from ssdtrain.optimizer.cpu.cpu_updates import CpuUpdates
 from ssdtrain.optimizer.gradients.gradients import Gradients
-from ssdtrain.optimizer.gradients.reach import weakly
+from ssdtrain.optimizer.gradients.reach import Loop, weakly
 from ssdtrain.optimizer.inner import predict_state_nbytes, take_over
 from ssdtrain.optimizer.live_state import LiveState
 from ssdtrain.optimizer.state import OffloadedState
@@ -36,7 +36,11 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     pages_parameters = True  # for `offload_parameters`: no need to bring all parameters for a step
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, open_store: Callable[[], StateStore], policy: OptimizerPolicy
+        self,
+        optimizer: torch.optim.Optimizer,
+        open_store: Callable[[], StateStore],
+        policy: OptimizerPolicy,
+        loop: Loop | None = None,
     ) -> None:
         """Takes over the groups, the hooks and the state of `optimizer`, and moves the state to the drive."""
         check_optimizer(optimizer)
@@ -44,7 +48,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._inner = optimizer
         self._counters = StateCounters("optimizer state")
         self._names: dict[torch.Tensor, str] = {}
-        self._is_closed = False
+        self._is_closed = self._has_met_closure = False
         self._hooked: set[torch.Tensor] = set()
         self._handles: list[Any] = []
         hooks = {name: value for name, value in vars(optimizer).items() if name.endswith("_hooks")}
@@ -65,7 +69,9 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._updates = Updates(
             optimizer, self._offloaded, self._gradients, self._cpu_updates, self._name, policy.chunk_nbytes
         )
-        self._stepper = Stepper(optimizer, self._store, self._updates, self._counters, policy, self._scaler)
+        self._stepper = Stepper(
+            optimizer, self._store, self._updates, self._counters, policy, self._scaler, loop or Loop()
+        )
         self._progress = self._stepper.progress
         try:
             check_devices(self._store, self.param_groups)
@@ -150,18 +156,21 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             StateLostError: the drive does not have a parameter's state any more.
             RuntimeError: an earlier step was interrupted.
         """
-        if closure is not None:
-            check_closure(self._inner, self.policy)
+        if closure is not None and not self._has_met_closure:
+            check_closure(self._inner)
+            self._has_met_closure = True
         self._check_open()
         self._regroup()
         self._progress.end_backwards()
         self._stepper.check_complete(in_step=True)
-        if self.policy.delayed_update:
-            self._stepper.finish()
         loss = None
-        if closure is not None:
+        if closure is not None:  # as if it had been called before: the update of the last step may still be due
             with torch.enable_grad():
                 loss = closure()
+            self._progress.end_backwards()
+            self._stepper.check_complete(in_step=True)
+        if self.policy.delayed_update:
+            self._stepper.finish()
         self._stepper.step()
         return loss
 

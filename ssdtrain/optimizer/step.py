@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
-from ssdtrain.optimizer.gradients.reach import Reach, has_reentrant_checkpoints
+from ssdtrain.optimizer.gradients.reach import Loop, Reach, has_reentrant_checkpoints
 from ssdtrain.optimizer.inner import what_stayed
 from ssdtrain.optimizer.progress import StepProgress
 from ssdtrain.optimizer.trial.validation import check_alone
@@ -38,10 +38,12 @@ class Stepper:
         counters: StateCounters,
         policy: OptimizerPolicy,
         scaler: Callable[[], dict[str, Any]],
+        loop: Loop,
     ) -> None:
         """No step is under way. `scaler`: what a GradScaler told the optimizer by now."""
         self.progress = StepProgress()
-        self.reach = Reach(policy, type(inner).__name__, updates.name_of)
+        self.reach = Reach(policy, type(inner).__name__, updates.name_of, loop)
+        self._keeps_norms = loop.reads_norms and bool(policy.step_in_backward)
         self._inner, self._store, self._updates, self._counters = inner, store, updates, counters
         self._on_cpu, self._policy, self._scaler = updates.on_cpu, policy, scaler
         self._lock = threading.RLock()  # of what happens in backward
@@ -83,11 +85,13 @@ class Stepper:
         """
         name_of, policy = self._updates.name_of, self._policy
         begin = partial(self.progress.begin_update, name_of(chunk[0]), self._updates.group_of)
+        norms = {p: torch.linalg.vector_norm(p.grad) for p in chunk if p.grad is not None} if self._keeps_norms else {}
         self._updates.update(chunk, self._scaler(), begin)
         if policy.step_in_backward or policy.offload_gradients or policy.delayed_update:
             self.progress.updated.update(chunk)
         for parameter in chunk if policy.step_in_backward else []:
-            self._updates.gradients.note_used(parameter, self.progress.explain_used(name_of(parameter)))
+            explain = self.progress.explain_used(name_of(parameter))
+            self._updates.gradients.note_used(parameter, explain, norms.get(parameter))
         for parameter in chunk if policy.delayed_update else []:
             parameter.grad = None
 

@@ -346,8 +346,11 @@ def test_absence_is_an_import_error_with_the_command() -> None:
     "section, text",
     [
         ("/mnt/nvme", "a mapping"),
-        ({"activation": {}}, "keys among enabled, activations; got 'activation'. Did you mean 'activations'?"),
-        ({"activations": "/mnt/nvme"}, "'activations' to be a mapping"),
+        (
+            {"activation": {}},
+            "activations, parameters, optimizer; got 'activation'. Did you mean 'activations'?",
+        ),
+        ({"activations": "/mnt/nvme"}, "'activations' to be true, false or a mapping"),
         ({"activations": {"directry": "/a"}}, "'activations.directry'. Did you mean 'directory'?"),
         ({"activations": {}}, "to have a 'directory'"),
         ({"enabled": True}, "to have a 'directory'"),
@@ -355,7 +358,7 @@ def test_absence_is_an_import_error_with_the_command() -> None:
         ({"enabled": False, "activations": {"enabled": True, "directory": "/a"}}, "to agree"),
         ({"activations": {"directory": 7}}, "a path or a list of paths"),
         ({"activations": {"directory": []}}, "a path or a list of paths"),
-        ({"activations": {"directory": "/nvme{rnk}"}}, "placeholders among {local_rank}, {rank}"),
+        ({"activations": {"directory": "/nvme{rnk}"}}, "Expected {local_rank} or {rank} in a directory, got {rnk}"),
         ({"activations": {"directory": "/a", "mode": "some"}}, "mode"),
         ({"activations": {"directory": "/a", "disk_nbytes": "64KiB"}}, "disk_nbytes"),
     ],

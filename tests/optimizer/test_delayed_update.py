@@ -301,11 +301,23 @@ def test_a_change_in_between_says_so(device: SimulatedDevice | None, device_kind
         optimizer.close()
 
 
-def test_what_does_not_go_together(device: SimulatedDevice | None, device_kind: str, tmp_path: Path) -> None:
-    model = model_of("mlp")
-    optimizer = late(adamw(model.parameters()), tmp_path, device)
-    with pytest.raises(ValueError, match="Expected no closure with delayed_update"):
-        optimizer.step(lambda: 0.0)
+def test_a_closure_computes_before_the_late_update(
+    device: SimulatedDevice | None, device_kind: str, tmp_path: Path
+) -> None:
+    """As if it had been called before `step()`: beside the update of the step before."""
+    plain, model = model_of("mlp"), model_of("mlp")
+    expected, optimizer = Late(plain, adamw), late(adamw(model.parameters()), tmp_path, device)
+    losses = train(plain, expected, 4)  # type: ignore[arg-type]
+    for step, loss in enumerate(losses):
+
+        def closure(step: int = step) -> torch.Tensor:
+            optimizer.zero_grad()
+            found: torch.Tensor = model(batch(step))
+            found.backward()
+            return found.detach()
+
+        check_same(optimizer.step(closure), loss)
+    check_same(values(model), values(plain))
     optimizer.close()
 
 

@@ -1,15 +1,17 @@
 """Paths as users pass them: checked, and absolute from the moment they are passed.
 
 Knows no files. What is relative is meant from the directory that is the current one now: a later `os.chdir` must not
-move it.
+move it. A directory may begin with ``~``, and ``{rank}`` and ``{local_rank}`` in it are those of the process.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 
 _HINT = "pass a str or an os.PathLike of one"
+_LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 
 
 def absolute_path(path: object, what: str) -> str:
@@ -42,21 +44,66 @@ def absolute_path(path: object, what: str) -> str:
     return text if os.path.isabs(text) else os.path.join(os.getcwd(), text)
 
 
-def absolute_directories(directories: object) -> list[str]:
-    """One directory or several, from the root.
+def places_of_process(rank: int | None = None, environment: Mapping[str, str] = os.environ) -> dict[str, str | None]:
+    """What a directory may name, in this process; None for what its launcher does not say.
+
+    Args:
+        rank: that of a process group, which knows best.
+        environment: what the launcher has set; a process without one is the only one of its job.
+    """
+    own = environment.get("RANK") if rank is None else str(rank)
+    local = next((environment[name] for name in _LOCAL_RANKS if name in environment), None)
+    if own is None and local is None:
+        own = local = "0"
+    return {"rank": own, "local_rank": local}
+
+
+def fill_in(directory: str, places: Mapping[str, str | None] | None = None) -> str:
+    """The directory with `{rank}` and `{local_rank}` replaced, and `~` at its beginning.
+
+    Raises:
+        ValueError: it names something else, unless there is a directory of that very name; or nobody knows the rank.
+    """
+    known = places_of_process() if places is None else places
+
+    def value(match: re.Match[str]) -> str:
+        accepted = " or ".join(f"{{{name}}}" for name in known)
+        if match[1] not in known:
+            if os.path.isdir(directory):
+                return match[0]
+            raise ValueError(f"Expected {accepted} in a directory, got {match[0]} in {directory!r}")
+        found = known[match[1]]
+        if found is None:
+            raise ValueError(
+                f"Expected {match[1].upper()} in the environment to fill in {directory!r}, got none; start with "
+                "torchrun"
+            )
+        return found
+
+    return re.sub(r"\{(\w*)\}", value, os.path.expanduser(directory))
+
+
+def absolute_directories(directories: object, places: Mapping[str, str | None] | None = None) -> list[str]:
+    """One directory or several, from the root, with placeholders filled in; `places` as for `fill_in`.
 
     Raises:
         TypeError: something is no path.
         ValueError: there is none, or one is not a path that can be used.
     """
     if isinstance(directories, str | bytes | os.PathLike):
-        return [absolute_path(directories, "a directory")]
+        return [_absolute_directory(directories, places)]
     if not isinstance(directories, Iterable):
         raise TypeError(f"Expected a directory or several, got {_short(directories)}: {_HINT}")
-    paths = [absolute_path(path, "a directory") for path in directories]
+    paths = [_absolute_directory(path, places) for path in directories]
     if not paths:
         raise ValueError("Expected one directory or several, got none")
     return paths
+
+
+def _absolute_directory(path: object, places: Mapping[str, str | None] | None) -> str:
+    if isinstance(path, str | os.PathLike) and isinstance(os.fspath(path), str):
+        path = fill_in(str(os.fspath(path)), places)
+    return absolute_path(path, "a directory")
 
 
 def _short(value: object) -> str:

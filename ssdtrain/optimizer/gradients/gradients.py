@@ -85,10 +85,12 @@ class Gradients:
 
     # -- after it -------------------------------------------------------------------------------------------
 
-    def note_used(self, parameter: torch.Tensor, explain: Callable[[bool], str]) -> None:
-        """Frees the gradient of a parameter; `explain` is what readers are told, see `UsedGradient`."""
+    def note_used(
+        self, parameter: torch.Tensor, explain: Callable[[bool], str], norm: torch.Tensor | None = None
+    ) -> None:
+        """Frees the gradient of a parameter; `explain` is what readers are told, but for its norm, see `UsedGradient`."""
         like = {"size": parameter.size(), "dtype": parameter.dtype, "device": parameter.device}
-        parameter.grad = UsedGradient(explain, **like)
+        parameter.grad = UsedGradient(explain, norm, **like)
 
     def forget_used(self, parameters: Iterable[torch.Tensor]) -> None:
         """Takes the stand-ins of used gradients out of `parameter.grad`."""

@@ -115,17 +115,19 @@ class UsedGradient(torch.Tensor):
     """Stands for a gradient whose parameter is updated already: whoever reads it is told so."""
 
     _explain: Callable[[bool], str]
+    _norm: torch.Tensor | None
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, explain: Callable[[bool], str], **like: Any) -> UsedGradient:
+    def __new__(cls, explain: Callable[[bool], str], norm: torch.Tensor | None = None, **like: Any) -> UsedGradient:
         """Looks like the gradient.
 
-        `explain` says what is wrong; its argument, whether a backward pass wants to add to the gradient.
+        `explain` says what is wrong; its argument, whether a backward pass wants to add to the gradient. `norm`: its
+        2-norm, where somebody wants to log that.
         """
         found: UsedGradient = torch.Tensor._make_wrapper_subclass(cls, **like)
-        found._explain = explain
+        found._explain, found._norm = explain, norm
         return found
 
     @classmethod
@@ -139,9 +141,12 @@ class UsedGradient(torch.Tensor):
         name = func.overloadpacket.__name__
         if name in ("alias", "clone", "detach", "_to_copy"):
             like = {"size": used.size(), "dtype": used.dtype, "device": used.device}
-            return cls(
-                used._explain, **like | {key: value for key, value in (kwargs or {}).items() if key in like and value}
-            )
+            like |= {key: value for key, value in (kwargs or {}).items() if key in like and value}
+            return cls(used._explain, used._norm, **like)
+        if used._norm is not None and _is_two_norm(func, args, kwargs or {}):
+            return used._norm
+        if used._norm is not None and name == "mul_" and not isinstance(args[1], cls) and bool(args[1] == 1):
+            return args[0]  # clipped to infinity, by who reads the norm so
         raise RuntimeError(used._explain(torch._C._current_graph_task_id() >= 0 and name in ("add", "add_")))
 
     def __repr__(self) -> str:  # type: ignore[override]

@@ -21,6 +21,7 @@ import contextlib
 import gc
 import weakref
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -30,13 +31,26 @@ from torch.autograd.graph import get_gradient_edge
 from ssdtrain.policy import OptimizerPolicy
 
 
+@dataclass(frozen=True)
+class Loop:
+    """What is known of the loop that trains, besides the policy."""
+
+    is_last: Callable[[], bool] | None = None
+    """Says of a backward that runs whether it is the last one of its step, for who knows without `accumulate`."""
+    reads_norms: bool = False
+    """Whether it logs the norms of gradients, also of those that `step_in_backward` has used."""
+
+
 class Reach:
     """One optimizer's part in backward passes."""
 
     _everybody: ClassVar[weakref.WeakSet[Reach]] = weakref.WeakSet()
 
-    def __init__(self, policy: OptimizerPolicy, optimizer: str, name_of: Callable[[torch.Tensor], str]) -> None:
+    def __init__(
+        self, policy: OptimizerPolicy, optimizer: str, name_of: Callable[[torch.Tensor], str], loop: Loop
+    ) -> None:
         """Known to the others from now on."""
+        self._is_last = loop.is_last
         self.parameters: Collection[torch.Tensor] = ()
         self._num_accumulating = 0  # `accumulate` that are entered
         self._steps, self._optimizer, self._name_of = policy.step_in_backward, optimizer, name_of
@@ -61,8 +75,8 @@ class Reach:
 
     @property
     def is_accumulating(self) -> bool:
-        """Whether somebody is inside `accumulate`, in whatever order they leave."""
-        return self._num_accumulating > 0
+        """Whether somebody is inside `accumulate`, in whatever order they leave, or says that more backwards follow."""
+        return self._num_accumulating > 0 or (self._is_last is not None and not self._is_last())
 
     def check(self) -> None:
         """Looks whom else the backward pass that runs reaches.

@@ -12,22 +12,16 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from ssdtrain.optimizer.inner import shadow_of
-from ssdtrain.policy import OptimizerPolicy
 
 _MAX_ELEMENTS = 4096  # of tensors an optimizer keeps for itself
 
 
-def check_closure(optimizer: torch.optim.Optimizer, policy: OptimizerPolicy) -> None:
+def check_closure(optimizer: torch.optim.Optimizer) -> None:
     """Raises when `step(closure)` is not the same as `closure()` and then `step()`, which is what happens here.
 
     Raises:
-        ValueError: the optimizer evaluates the closure several times, not at all, or after it has changed parameters;
-            or the policy has none.
+        ValueError: the optimizer evaluates the closure several times, not at all, or after it has changed parameters.
     """
-    if policy.step_in_backward:
-        raise ValueError("Expected no closure with step_in_backward, which updates during the closure's backward")
-    if policy.delayed_update:
-        raise ValueError("Expected no closure with delayed_update, which computes beside the update before it")
     if type(optimizer).__module__.startswith("torch.optim."):
         return
     try:

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from ssdtrain.activations.offload import ActivationOffload
+from ssdtrain.api.ranks import places
 from ssdtrain.io.files.directories import check_directories
 from ssdtrain.io.files.paths import absolute_directories, absolute_path
+from ssdtrain.optimizer.gradients.reach import Loop
 from ssdtrain.optimizer.optimizer import OffloadedOptimizer
 from ssdtrain.parameters.offload import ParameterOffload
 from ssdtrain.policy import ActivationPolicy, OptimizerPolicy, ParameterPolicy, StatePolicy
@@ -35,11 +37,12 @@ def offload_activations(
     nothing travels, one warning says why.
 
     Args:
-        directory: where the spill files go, on a fast local drive. Several are striped. The files are unlinked at once:
-            nothing is ever left behind. Or what is offloaded already, `parameter_offload(module)` or an offloaded
-            optimizer: both then share its engine, staging memory and host tier, what somebody waits for is read first,
-            and the endurance budget counts what is written for both; `disk_nbytes` bounds activations alone. None:
-            tensors of an accelerator go to pinned host memory only.
+        directory: where the spill files go, on a fast local drive. Several are striped. ``~``, ``{rank}`` and
+            ``{local_rank}`` are filled in. The files are unlinked at once: nothing is ever left behind. Or what is
+            offloaded already, `parameter_offload(module)` or an offloaded optimizer: both then share its engine,
+            staging memory and host tier, what somebody waits for is read first, and the endurance budget counts what is
+            written for both; `disk_nbytes` bounds activations alone. None: tensors of an accelerator go to pinned host
+            memory only.
         policy: an `ActivationPolicy` or a mapping with its fields.
         model: names modules in messages, marks its parameters and buffers as weights, and has the blocks that
             ``recompute`` is about. Never needed for correctness.
@@ -68,7 +71,7 @@ def offload_activations(
         chosen = chosen.model_copy(update={"record": absolute_path(record, "a file for the record")})
     if isinstance(directory, ParameterOffload | OffloadedOptimizer):
         return _attach(directory.store, chosen, model)
-    return ActivationOffload(None if directory is None else absolute_directories(directory), chosen, model)
+    return ActivationOffload(None if directory is None else absolute_directories(directory, places()), chosen, model)
 
 
 def _attach(store: StateStore, policy: ActivationPolicy, model: torch.nn.Module | None) -> ActivationOffload:
@@ -173,9 +176,17 @@ def offload_optimizer(
         >>> print(optimizer.stats)
     """
     chosen = OptimizerPolicy.of(policy)
-    if not chosen.enabled:
-        return optimizer
-    return OffloadedOptimizer(optimizer, partial(_store_for, directory, chosen), chosen)
+    return page_optimizer(optimizer, directory, chosen, Loop()) if chosen.enabled else optimizer
+
+
+def page_optimizer(
+    optimizer: torch.optim.Optimizer,
+    directory: Directories | ParameterOffload | OffloadedOptimizer | None,
+    policy: OptimizerPolicy,
+    loop: Loop,
+) -> OffloadedOptimizer:
+    """As `offload_optimizer`, for who knows something of the loop."""
+    return OffloadedOptimizer(optimizer, partial(_store_for, directory, policy), policy, loop)
 
 
 def _store_for(
@@ -184,7 +195,7 @@ def _store_for(
     """A new one on a drive, or that of another offload."""
     if isinstance(directory, ParameterOffload | OffloadedOptimizer):
         return directory.store.share()
-    paths = absolute_directories(directory) if directory is not None else []
+    paths = absolute_directories(directory, places()) if directory is not None else []
     unwise = check_directories(paths, policy.io_timeout_seconds) if paths else []
     store = StateStore(paths, policy)
     for text in unwise:

@@ -1,0 +1,74 @@
+"""Trainers, the real ones, on the CPU with gloo: equal to the bit with everything offloaded, and nothing left behind.
+
+The cases run in few child processes, one or two ranks each, because importing a trainer takes seconds; see
+`trainers_hf.py`, `trainers_accelerate.py` and `trainers_lightning.py`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from folders import JOBS, ROOT
+
+LIMIT_SECONDS = 600
+
+# By trainer and number of ranks: the cases of `trainers_<trainer>.py`.
+CASES = {
+    ("hf", 1): """everything directory_of_a_rank resumed_both_ways raised_anywhere gradients_away step_in_backward lora
+        other_offloaders refused_on_every_rank threads_of_dataparallel""".split(),
+    ("hf", 2): "everything directory_of_a_rank resumed_both_ways not_with_replicas lora refused_on_every_rank".split(),
+}
+
+
+def run_job(folder: Path, trainer: str, num_ranks: int) -> list[dict[str, str]]:
+    """What went wrong in each case, by rank; empty texts where nothing did."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path = os.pathsep.join([str(ROOT), *(p for p in sys.path if p)])
+    common = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1"}
+    common |= {"MASTER_PORT": port, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
+    command = [sys.executable, JOBS / "trainers_worker.py", f"trainers_{trainer}", folder, folder / "results"]
+    children = []
+    for rank in range(num_ranks):
+        own = common | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": num_ranks}
+        environment = os.environ | {name: str(value) for name, value in own.items()}
+        with open(folder / f"output.{rank}", "w") as output:
+            children.append(
+                subprocess.Popen([*command, *CASES[trainer, num_ranks]], env=environment, stdout=output, stderr=output)
+            )
+    try:
+        for child in children:
+            child.wait(LIMIT_SECONDS)
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    outputs = [(folder / f"output.{rank}").read_text() for rank in range(num_ranks)]
+    assert [child.returncode for child in children] == [0] * num_ranks, "\n".join(text[-3000:] for text in outputs)
+    return [json.loads((folder / f"results.{rank}").read_text()) for rank in range(num_ranks)]
+
+
+@pytest.fixture(scope="module")
+def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    trainer, num_ranks = request.param
+    package = {"hf": "transformers"}.get(trainer, trainer)
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed; `make test` installs what its tests need")
+    return run_job(tmp_path_factory.mktemp(f"{trainer}{num_ranks}"), trainer, num_ranks)
+
+
+@pytest.mark.parametrize(
+    "job, case", [(job, case) for job in CASES for case in CASES[job]], indirect=["job"],
+    ids=[f"{trainer}-{num_ranks}-{case}" for trainer, num_ranks in CASES for case in CASES[trainer, num_ranks]],
+)  # fmt: skip
+def test_trainer(job: list[dict[str, str]], case: str) -> None:
+    for rank, found in enumerate(job):
+        assert found.get(case, "not reached") == "", f"rank {rank}: {found.get(case)}"

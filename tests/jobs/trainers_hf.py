@@ -1,0 +1,245 @@
+"""Cases of Hugging Face's Trainer, see `test_trainers.py`."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from trainers_tools import (
+    ACTIVATIONS,
+    EVERYTHING,
+    NUM_RANKS,
+    PAGED,
+    RANK,
+    Texts,
+    assert_clean,
+    assert_equal,
+    assert_travelled,
+    llama,
+    own_directory,
+    raises,
+    state_of,
+    values,
+)
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from ssdtrain.integrations.transformers import Offload
+
+
+def arguments(folder: Path, **more: Any) -> TrainingArguments:
+    """Accumulation, clipping, evaluation and checkpoints in between."""
+    usual = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_num_workers": 0,
+        "seed": 7,
+    }
+    return TrainingArguments(**(usual | more))
+
+
+def trainer(folder: Path, *callbacks: TrainerCallback, model: Any = None, kind: type = Trainer, **more: Any) -> Any:
+    optimizers = more.pop("optimizers", (None, None))
+    model = llama() if model is None else model
+    return kind(
+        model=model,
+        args=arguments(folder, **more),
+        train_dataset=Texts(),
+        eval_dataset=Texts(4),
+        callbacks=list(callbacks),
+        optimizers=optimizers,
+    )
+
+
+def outcome(trained: Any) -> dict[str, Any]:
+    """Losses, norms and rates as logged, and what is left."""
+    names = ("loss", "eval_loss", "grad_norm", "learning_rate")
+    logs = [{name: log[name] for name in names if name in log} for log in trained.state.log_history]
+    return {"logs": logs, "values": values(trained.model), "state": state_of(trained.optimizer)}
+
+
+def compare(folder: Path, callback: Offload, **more: Any) -> None:
+    """Trains without and with."""
+    plain = trainer(folder / "plain", **copy.deepcopy(more))
+    plain.train()
+    expected = outcome(plain)
+    ours = trainer(folder / "ours", callback, **more)
+    ours.train()
+    assert_equal(expected, outcome(ours), "trained")
+    assert_travelled(callback.session)
+    assert_clean()
+
+
+def everything(folder: Path) -> None:
+    callback = Offload(own_directory(folder), **EVERYTHING)
+    compare(folder, callback)
+    assert len(callback.session.state_stats) == 2
+    callback.session.close()
+
+
+def directory_of_a_rank(folder: Path) -> None:
+    own_directory(folder)
+    compare(folder, Offload(f"{folder}/rank{{rank}}", activations=ACTIVATIONS))
+
+
+def resumed_both_ways(folder: Path) -> None:
+    """A checkpoint of either goes on with either; one of six is where a step is over."""
+    more = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "no"}
+    plain = trainer(folder / "plain", **more)
+    plain.train()
+    expected = outcome(plain)
+    first = Offload(own_directory(folder), **EVERYTHING)
+    trainer(folder / "ours", first, **more).train()
+    for start, callback in (("plain", Offload(own_directory(folder), **EVERYTHING)), ("ours", None), ("ours", first)):
+        resumed = trainer(folder / "resumed", *([callback] if callback else []), **more)
+        resumed.train(resume_from_checkpoint=str(folder / start / "checkpoint-2"))
+        found = outcome(resumed)
+        assert_equal(expected["logs"][2:4], found["logs"][2:4], f"logs from {start}")
+        assert_equal(expected["values"], found["values"], f"values from {start}")
+        assert_equal(expected["state"], found["state"], f"state from {start}")
+        if callback:
+            assert_travelled(callback.session)
+
+
+class Failing(Trainer):
+    """Raises once, at a place."""
+
+    where = ""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        if self._due("forward"):
+            raise KeyboardInterrupt
+        found = super().compute_loss(*args, **kwargs)
+        if self._due("backward"):
+            found.register_hook(_raise)
+        if self._due("loss"):
+            raise ValueError("loss")
+        return found
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if self._due("clipping"):
+            raise ValueError("clipping")
+        return super()._clip_grad_norm(model)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        if self._due("evaluation"):
+            raise ValueError("evaluation")
+        return super().evaluate(*args, **kwargs)
+
+    def _due(self, place: str) -> bool:
+        if self.where != place or self.state.global_step < 1:
+            return False
+        self.where = ""
+        return True
+
+
+def _raise(*_: object) -> None:
+    raise ValueError("backward")
+
+
+def raised_anywhere(folder: Path) -> None:
+    """Nothing is left on, and the same trainer trains again as without."""
+    plain = trainer(folder / "plain")
+    plain.train()
+    start = values(llama())
+    callback = Offload(own_directory(folder), **EVERYTHING)
+    for where in ("forward", "loss", "backward", "clipping", "evaluation"):
+        ours = trainer(folder / where, callback, kind=Failing)
+        ours.where = where
+        with raises(BaseException):
+            ours.train()
+        callback.session.close()
+    ours = trainer(folder / "again", callback)
+    assert_equal(start, values(ours.model), "model")
+    ours.train()
+    assert_equal(outcome(plain), outcome(ours), "trained after all")
+
+
+def gradients_away(folder: Path) -> None:
+    """Clipping by default, which reads all gradients."""
+    optimizer = PAGED | {"offload_gradients": True}
+    compare(folder, Offload(folder, activations=False, optimizer=optimizer))
+
+
+def step_in_backward(folder: Path) -> None:
+    """Two backwards a step, of which the second one updates; the norm is logged although nothing is clipped."""
+    optimizer = PAGED | {"step_in_backward": True}
+    compare(folder, Offload(folder, activations=ACTIVATIONS, optimizer=optimizer), max_grad_norm=0.0)
+    with raises(ValueError, "Expected max_grad_norm=0 with step_in_backward", "use offload_gradients"):
+        trainer(folder, Offload(folder, optimizer=optimizer)).train()
+
+
+def not_with_replicas(folder: Path) -> None:
+    for mode in ("step_in_backward", "offload_gradients"):
+        callback = Offload(folder, optimizer=PAGED | {mode: True})
+        with raises(ValueError, f"Expected {mode}=False in a job of several processes"):
+            trainer(folder, callback, max_grad_norm=0.0).train()
+
+
+def lora(folder: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    def model() -> Any:
+        torch.manual_seed(1)
+        return get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"]))
+
+    plain = trainer(folder / "plain", model=model())
+    plain.train()
+    small = {"min_nbytes": 0, "chunk_nbytes": "1KiB"}
+    callback = Offload(own_directory(folder), **(EVERYTHING | {"optimizer": small}))
+    ours = trainer(folder / "ours", callback, model=model())
+    ours.train()
+    assert_equal(outcome(plain), outcome(ours), "trained")
+    assert_travelled(callback.session)
+
+
+def other_offloaders(folder: Path) -> None:
+    kwargs = {"use_reentrant": False, "offload": True}
+    more = {"activation_checkpointing": True, "activation_checkpointing_kwargs": kwargs}
+    with raises(ValueError, "one that offloads activations", "turn 'offload' off"):
+        trainer(folder, Offload(folder), **more).train()
+    compare(folder, Offload(own_directory(folder), **EVERYTHING), activation_checkpointing=True)
+
+
+def refused_on_every_rank(folder: Path) -> None:
+    """Before training, with the model and optimizer as they were; nobody waits."""
+    start = values(llama())
+    missing = folder / "missing" if RANK == NUM_RANKS - 1 else folder
+    ours = trainer(folder, Offload(missing, **EVERYTHING))
+    with raises(Exception, "missing"):
+        ours.train()
+    assert_equal(start, values(ours.model), "model")
+    for callback in list(ours.callback_handler.callbacks):
+        ours.remove_callback(callback) if isinstance(callback, Offload) else None
+    ours.train()
+    plain = trainer(folder)
+    plain.train()
+    assert_equal(outcome(plain), outcome(ours), "trained without")
+
+    with raises(ValueError, "Expected one ssdtrain callback, got 2"):
+        trainer(folder, Offload(folder), Offload(folder)).train()
+    model = llama()
+    optimizer = torch.optim.LBFGS(model.parameters())
+    with raises(ValueError, "Expected an optimizer whose step needs no closure, got LBFGS"):
+        trainer(folder, Offload(folder, **EVERYTHING), model=model, optimizers=(optimizer, None)).train()
+    assert_equal(start, values(model), "model")
+
+
+def threads_of_dataparallel(folder: Path) -> None:
+    ours = trainer(folder, Offload(folder))
+    callback = next(c for c in ours.callback_handler.callbacks if isinstance(c, Offload))
+    ours.args._n_gpu = 2
+    with raises(ValueError, "got DataParallel on 2 GPUs", "torchrun"):
+        callback.on_train_begin(ours.args, ours.state, ours.control, model=ours.model, optimizer=None)

@@ -1,0 +1,115 @@
+"""What the children of `test_trainers.py` share: a tiny model and data, policies under which all travels, comparison.
+
+A child is one rank of a job on the CPU with gloo. Its cases raise where something does not hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import same_bits
+from torch.utils.data import Dataset
+
+from ssdtrain.api.session import Offload
+from ssdtrain.store.saved_tensors import innermost_hooks
+
+WIDTH, LENGTH, NUM_TOKENS = 64, 32, 96
+ACTIVATIONS = {"min_nbytes": "2KiB", "mode": "all", "staging_nbytes": "256KiB", "prefetch_nbytes": "256KiB"}
+STATE = {"min_nbytes": "1KiB", "staging_nbytes": "256KiB"}
+PAGED = STATE | {"chunk_nbytes": "64KiB"}
+EVERYTHING = {
+    "activations": ACTIVATIONS,
+    "parameters": STATE | {"prefetch_nbytes": "64KiB"},
+    "optimizer": PAGED,
+}
+
+RANK, NUM_RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class Texts(Dataset[dict[str, torch.Tensor]]):
+    """Tokens that are what they are by their index."""
+
+    def __init__(self, num: int = 32) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.tokens = torch.randint(0, NUM_TOKENS, (num, LENGTH), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
+
+
+def llama() -> Any:
+    """Three layers, tied to nobody."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=NUM_TOKENS,
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=LENGTH,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+def values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of all there is in a model."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def state_of(optimizer: Any) -> Any:
+    """A copy of an optimizer's state."""
+    return copy.deepcopy(optimizer.state_dict())
+
+
+def assert_equal(expected: Any, actual: Any, what: str) -> None:
+    assert same_bits(expected, actual), f"{what}: {expected}\n{actual}"
+
+
+def assert_travelled(session: Offload, *, state: bool = True) -> None:
+    """Of everything that was to travel something has, and come back; state in several chunks."""
+    section = session.section
+    if section.activations is not None:
+        stats = session.stats
+        assert stats is not None and stats.offloaded_nbytes and stats.read_nbytes, str(stats)
+        assert not stats.num_live_records, str(stats)
+    for stats_of_state in session.state_stats if state else []:
+        assert stats_of_state.written_nbytes and stats_of_state.read_nbytes, str(stats_of_state)
+
+
+def assert_clean() -> None:
+    """No hooks are on."""
+    assert innermost_hooks() is None, "hooks were left on"
+
+
+@contextlib.contextmanager
+def raises(kind: type[BaseException], *texts: str) -> Iterator[None]:
+    """As pytest's: the error has all texts, and nothing is left on."""
+    with pytest.raises(kind) as caught:
+        yield
+    for text in texts:
+        assert text in str(caught.value), str(caught.value)
+    assert_clean()
+
+
+def own_directory(folder: Path) -> Path:
+    """One for each rank."""
+    found = folder / f"rank{RANK}"
+    found.mkdir(exist_ok=True)
+    return found
+
+
+Case = Callable[[Path], None]
