@@ -20,9 +20,11 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import EllipsisType
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from ssdtrain.activations.offload import ActivationOffload
 from ssdtrain.api.functions import Directories, offload_activations, offload_parameters, page_optimizer
@@ -63,7 +65,8 @@ class Offload:
     Nothing is opened or changed before `begin`. Every method but the constructor may be called again.
 
     Args:
-        directory: as for `offload_activations`; or a `Section`, or a mapping with its keys.
+        directory: as for `offload_activations`; or a `Section`, or a mapping with its keys. Left out: all is as the
+            environment says, see `Section.from_environment`.
         activations: True, False, an `ActivationPolicy` or a mapping with its fields.
         parameters: the same with `ParameterPolicy`; a mapping may have ``"blocks"`` too.
         optimizer: the same with `OptimizerPolicy`.
@@ -83,14 +86,16 @@ class Offload:
 
     def __init__(
         self,
-        directory: Directories | Section | Mapping[str, Any] | None,
+        directory: Directories | Section | Mapping[str, Any] | EllipsisType | None = ...,
         *,
         activations: Feature | ActivationPolicy = True,
         parameters: Feature | ParameterPolicy = False,
         optimizer: Feature | OptimizerPolicy = False,
     ) -> None:
         """Checks what is asked."""
-        if isinstance(directory, Section):
+        if isinstance(directory, EllipsisType):
+            self.section = _of_environment()
+        elif isinstance(directory, Section):
             self.section = directory
         elif isinstance(directory, Mapping):
             self.section = Section.of(directory)
@@ -145,7 +150,7 @@ class Offload:
     ) -> tuple[Any, ...]:
         if not self.section.is_enabled:
             return optimizers
-        _check_threads(models)
+        _check_replicas(models, self.section.optimizer)
         if self.section.activations is not None:
             check_others(models, switches)
         try:
@@ -296,6 +301,15 @@ class Offload:
         return progress_line(last, now) if last is not None and now is not None else ""
 
 
+def _of_environment() -> Section:
+    section = Section.from_environment()
+    if section is None:
+        raise ValueError(
+            "Expected a directory, got none, nor SSDTRAIN_DIR in the environment: pass one"
+        )
+    return section
+
+
 class _Covered:
     """A model's forward, inside a session; what is copied or pickled is the plain one of the copy."""
 
@@ -320,8 +334,13 @@ def _may_enter() -> bool:
     return may and torch.is_grad_enabled()
 
 
-def _check_threads(models: list[torch.nn.Module]) -> None:
+def _check_replicas(models: list[torch.nn.Module], optimizer: OptimizerPolicy | None) -> None:
     for model in models:
+        if isinstance(model, DistributedDataParallel) and optimizer is not None and optimizer.step_in_backward:
+            raise ValueError(
+                "Expected step_in_backward=False with DistributedDataParallel, got True: gradients are averaged after "
+                "it has taken them; start a single process without torchrun"
+            )
         if isinstance(model, torch.nn.DataParallel) and len(model.device_ids) > 1:
             raise ValueError(
                 "Expected one process for each GPU, got DataParallel, which runs forward in threads of its own: start "

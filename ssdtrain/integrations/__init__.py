@@ -18,6 +18,7 @@ TESTED_VERSIONS = MappingProxyType(
         "transformers": ("5.24.0",),
         "accelerate": ("1.15.0",),
         "lightning": ("2.6.6",),
+        "pytorch_lightning": ("2.6.6",),
     }
 )
 """Versions of each framework that the tests ran with."""

@@ -68,7 +68,14 @@ def _check(args: Any, session: Session) -> None:
             "of its own: start with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES=0"
         )
     optimizer = session.section.optimizer
-    if optimizer is not None and optimizer.step_in_backward and args.max_grad_norm:
+    if optimizer is None or not optimizer.step_in_backward:
+        return
+    if args.parallel_mode.value == "distributed":
+        raise ValueError(
+            "Expected step_in_backward=False in a job of several processes or one that torchrun started, got True: "
+            "gradients are averaged after it has taken them"
+        )
+    if args.max_grad_norm:
         raise ValueError(
             f"Expected max_grad_norm=0 with step_in_backward, got {args.max_grad_norm}: clipping needs all gradients "
             "before the first update; use offload_gradients instead"

@@ -24,6 +24,12 @@ CASES = {
     ("hf", 1): """everything directory_of_a_rank resumed_both_ways raised_anywhere gradients_away step_in_backward lora
         other_offloaders refused_on_every_rank threads_of_dataparallel""".split(),
     ("hf", 2): "everything directory_of_a_rank resumed_both_ways not_with_replicas lora refused_on_every_rank".split(),
+    ("accelerate", 1): """everything saved_and_resumed raised_in_the_middle step_in_backward
+        refused_on_every_rank""".split(),
+    ("accelerate", 2): "everything saved_and_resumed refused_on_every_rank".split(),
+    ("lightning", 1): """everything saved_and_resumed raised_anywhere step_in_backward refused_on_every_rank
+        fabric""".split(),
+    ("lightning", 2): "everything saved_and_resumed refused_on_every_rank".split(),
 }
 
 
@@ -33,13 +39,14 @@ def run_job(folder: Path, trainer: str, num_ranks: int) -> list[dict[str, str]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     path = os.pathsep.join([str(ROOT), *(p for p in sys.path if p)])
-    common = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1"}
+    common = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1"}
     common |= {"MASTER_PORT": port, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
     command = [sys.executable, JOBS / "trainers_worker.py", f"trainers_{trainer}", folder, folder / "results"]
     children = []
     for rank in range(num_ranks):
-        own = common | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": num_ranks}
-        environment = os.environ | {name: str(value) for name, value in own.items()}
+        own = {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": num_ranks, "WORLD_SIZE": num_ranks}
+        chosen = common | (own if num_ranks > 1 else {})  # a single one is started without torchrun
+        environment = os.environ | {name: str(value) for name, value in chosen.items()}
         with open(folder / f"output.{rank}", "w") as output:
             children.append(
                 subprocess.Popen([*command, *CASES[trainer, num_ranks]], env=environment, stdout=output, stderr=output)

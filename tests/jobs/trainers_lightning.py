@@ -1,0 +1,182 @@
+"""Cases of Lightning's Trainer and of Fabric, see `test_trainers.py`."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from trainers_tools import (
+    ACTIVATIONS,
+    EVERYTHING,
+    NUM_RANKS,
+    PAGED,
+    RANK,
+    assert_clean,
+    assert_equal,
+    assert_travelled,
+    own_directory,
+    raises,
+    state_of,
+    values,
+)
+
+from ssdtrain.integrations.lightning import FabricOffload, Offload
+
+warnings.filterwarnings("ignore")
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+WIDTH = 64
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.nn.functional.gelu(self.up(x)))
+
+
+class Module(LightningModule):
+    """Raises at a place, if asked to."""
+
+    def __init__(self, fails: str = "") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.h = nn.ModuleList(Block() for _ in range(3))
+        self.losses: list[torch.Tensor] = []
+        self.fails = fails
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.h:
+            x = block(x)
+        return x
+
+    def training_step(self, batch: list[torch.Tensor], index: int) -> torch.Tensor:
+        loss = self(batch[0]).square().mean()
+        if self.fails == "training" and index == 1:
+            raise ValueError("training")
+        self.losses.append(loss.detach().clone())
+        return loss
+
+    def validation_step(self, batch: list[torch.Tensor], index: int) -> None:
+        if self.fails == "validation":
+            raise ValueError("validation")
+        self.losses.append(self(batch[0]).square().mean())
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)]
+
+
+def loader(num: int = 24) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(torch.randn(num, WIDTH, generator=torch.Generator().manual_seed(1))), batch_size=4)
+
+
+def trainer(folder: Path, *callbacks: Callback, **more: Any) -> Trainer:
+    usual = {
+        "default_root_dir": folder,
+        "accelerator": "cpu",
+        "devices": NUM_RANKS,
+        "strategy": "ddp" if NUM_RANKS > 1 else "auto",
+        "max_epochs": 2,
+        "accumulate_grad_batches": 2,
+        "gradient_clip_val": 0.5,
+        "val_check_interval": 1.0,
+        "num_sanity_val_steps": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return Trainer(callbacks=list(callbacks), **(usual | more))
+
+
+def fit(folder: Path, *callbacks: Callback, path: Path | None = None, **more: Any) -> tuple[Trainer, Any]:
+    module = Module()
+    found = trainer(folder, *callbacks, **more)
+    found.fit(module, loader(), loader(8), ckpt_path=path and str(path))
+    return found, (module.losses, values(module), [state_of(each) for each in found.optimizers])
+
+
+def everything(folder: Path) -> None:
+    _, expected = fit(folder)
+    callback = Offload(own_directory(folder), **EVERYTHING)
+    _, found = fit(folder, callback)
+    assert_equal(expected, found, "trained")
+    assert_travelled(callback.session)
+    assert_clean()
+
+
+def saved_and_resumed(folder: Path) -> None:
+    plain, _ = fit(folder)
+    ours, _ = fit(folder, Offload(own_directory(folder), **EVERYTHING))
+    for run, name in ((plain, "plain"), (ours, "ours")):
+        run.save_checkpoint(folder / name)
+    _, expected = fit(folder, path=folder / "plain", max_epochs=3)
+    for start, callbacks in (
+        ("plain", [Offload(own_directory(folder), **EVERYTHING)]),
+        ("ours", []),
+        ("ours", [Offload(own_directory(folder), **EVERYTHING)]),
+    ):
+        _, found = fit(folder, *callbacks, path=folder / start, max_epochs=3)
+        assert_equal(expected, found, f"from {start}")
+
+
+def raised_anywhere(folder: Path) -> None:
+    for fails in ("training", "validation"):
+        callback = Offload(own_directory(folder), activations=ACTIVATIONS)
+        with raises(ValueError, fails):
+            trainer(folder, callback, num_sanity_val_steps=0).fit(Module(fails), loader(), loader(8))
+
+
+def step_in_backward(folder: Path) -> None:
+    """Lightning always steps with a closure; two backwards a step."""
+    optimizer = PAGED | {"step_in_backward": True}
+    _, expected = fit(folder, gradient_clip_val=None)
+    _, found = fit(folder, Offload(folder, activations=False, optimizer=optimizer), gradient_clip_val=None)
+    assert_equal(expected, found, "trained")
+    with raises(RuntimeError, "used and freed", "offload_gradients"):
+        fit(folder, Offload(folder, activations=False, optimizer=optimizer))
+    optimizer = PAGED | {"offload_gradients": True}
+    _, expected = fit(folder)
+    _, found = fit(folder, Offload(folder, activations=False, optimizer=optimizer))
+    assert_equal(expected, found, "trained with clipping")
+
+
+def refused_on_every_rank(folder: Path) -> None:
+    missing = folder / "missing" if RANK == NUM_RANKS - 1 else folder
+    with raises(Exception, "missing"):
+        fit(folder, Offload(missing, **EVERYTHING))
+    with raises(ValueError, "Expected one ssdtrain callback, got 2"):
+        fit(folder, Offload(folder), Offload(folder))
+    with raises(ValueError, f"Expected {'step_in_backward'}=False") if NUM_RANKS > 1 else raises(OSError, "missing"):
+        fit(folder, Offload(missing if NUM_RANKS == 1 else folder, optimizer={"step_in_backward": True}))
+
+
+def fabric(folder: Path) -> None:
+    def train(*callbacks: Any) -> Any:
+        torch.manual_seed(0)
+        own = Fabric(accelerator="cpu", devices=1, callbacks=list(callbacks))
+        model: Any = nn.Sequential()
+        model.add_module("h", nn.ModuleList(Block() for _ in range(3)))
+        model.forward = lambda x: model.h[2](model.h[1](model.h[0](x)))
+        model, optimizer = own.setup(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+        for (batch,) in loader():
+            loss = model(batch).square().mean()
+            assert_clean()
+            own.backward(loss)
+            own.clip_gradients(model, optimizer, max_norm=0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+        return values(model)
+
+    callback = FabricOffload(folder, activations=ACTIVATIONS)
+    assert_equal(train(), train(callback), "trained")
+    assert_travelled(callback.session)
