@@ -63,6 +63,7 @@ SET_FROM_ELSEWHERE = {
     "shadow": ("state", "param_groups"),
     "y_range": ("start", "end"),
     "integrations/deepspeed.py: results[0]": ("ssdtrain",),
+    "integrations/accelerate.py: accelerator": ("ssdtrain",),
     # What an engine in Python builds on another one: the write is of a class of its own.
     "io/kvikio/engine.py: write": ("producer",),
     "part": ("checksum",),

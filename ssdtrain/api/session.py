@@ -304,9 +304,7 @@ class Offload:
 def _of_environment() -> Section:
     section = Section.from_environment()
     if section is None:
-        raise ValueError(
-            "Expected a directory, got none, nor SSDTRAIN_DIR in the environment: pass one"
-        )
+        raise ValueError("Expected a directory, got none, nor SSDTRAIN_DIR in the environment: pass one")
     return section
 
 

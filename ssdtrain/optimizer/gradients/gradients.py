@@ -88,7 +88,7 @@ class Gradients:
     def note_used(
         self, parameter: torch.Tensor, explain: Callable[[bool], str], norm: torch.Tensor | None = None
     ) -> None:
-        """Frees the gradient of a parameter; `explain` is what readers are told, but for its norm, see `UsedGradient`."""
+        """Frees a gradient; `explain` is what readers are told, but for those of `norm`, see `UsedGradient`."""
         like = {"size": parameter.size(), "dtype": parameter.dtype, "device": parameter.device}
         parameter.grad = UsedGradient(explain, norm, **like)
 
