@@ -4,17 +4,11 @@ An operator's saved tensors are its business: views, expanded or overlapping inp
 after saving them. The database calls each in every way its authors thought of; here each call is made twice, in memory
 and with all that was saved written to a file, dropped from memory, and read back.
 
-The tests take the first samples of each operator. All samples, in some minutes:
-
-    PYTHONPATH=tests:tests/helpers python tests/activations/test_operators.py
+`make test` takes the first samples of each operator, `--long` all.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-import tempfile
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EAGER, MakeOffload, same_bits, send
+from conftest import MakeOffload, same_bits, send
+from doses import dose
 from torch.utils._pytree import tree_leaves, tree_map
 
 import ssdtrain
@@ -33,7 +28,7 @@ with warnings.catch_warnings():
     from torch.testing._internal.common_methods_invocations import op_db
 
 OPERATORS = [op for op in op_db if torch.float64 in op.supported_backward_dtypes("cpu")]
-NUM_SAMPLES = 20
+NUM_SAMPLES = dose(8, None)  # of each operator; none: all
 NUM_CHUNKS = 27
 SAMPLES_IN_FLIGHT = 16  # forward passes before the first backward
 
@@ -169,39 +164,3 @@ def test_the_database_is_complete() -> None:
     assert {"nn.functional.rrelu", "nn.functional.dropout", "nn.functional.scaled_dot_product_attention"} <= {
         op.name for op in OPERATORS
     }
-
-
-def main() -> int:
-    """The full sweep."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--directory", default=None, help="where the spill file goes (default: a temporary folder)")
-    parser.add_argument("--engine", default="auto")
-    parser.add_argument("--samples", type=int, default=None, help="per operator (default: all)")
-    parser.add_argument("--only", default="", help="operators whose name contains this")
-    args = parser.parse_args()
-    operators = [op for op in OPERATORS if args.only in op.formatted_name]
-    begin = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=args.directory) as directory:
-        sweep = Sweep(ssdtrain.offload_activations(directory, EAGER | {"engine": args.engine}))
-        for i, op in enumerate(operators, start=1):
-            sweep.run(op, args.samples)
-            if i % 20 == 0 or i == len(operators):
-                seconds = time.perf_counter() - begin
-                print(f"{i:4d} / {len(operators)} operators, {sweep.num_samples:6d} calls, {seconds:.0f} s", flush=True)
-        stats = sweep.offload.stats
-        sweep.offload.close()
-    print(stats)
-    for failure in sweep.failures:
-        print(failure)
-    print(
-        f"{len(operators)} operators, {sweep.num_samples} calls ({sweep.num_doubly} with double backward),"
-        f" {len(sweep.failures)} differ; {stats.num_offloaded} records left memory,"
-        f" {stats.num_prefetched + stats.num_demand_reloads} came back from the drive ({stats.read_nbytes} bytes),"
-        f" {time.perf_counter() - begin:.0f} s"
-    )
-    has_travelled = stats.num_offloaded > sweep.num_samples and stats.read_nbytes > stats.offloaded_nbytes / 4
-    return 0 if has_travelled and not sweep.failures else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import Lab
+from doses import dose
 from engine_tools import SLAB_NBYTES, Io, Memory, Written, descriptors, random_bytes, round_up
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -26,7 +27,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-NUM_EXAMPLES = 150
+NUM_EXAMPLES = dose(60, 600)
 SIZES = st.one_of(st.integers(1, 9000), st.integers(1, 3 * SLAB_NBYTES), st.just(SLAB_NBYTES))
 REST_SECONDS = 10  # then the engine is taken to hang
 QUEUED, COPIED, WRITING, WRITTEN, RESCUED, DROPPED = "queued", "copied", "writing", "written", "rescued", "dropped"

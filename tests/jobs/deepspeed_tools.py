@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ import ssdtrain.integrations.deepspeed
 from ssdtrain.store.saved_tensors import innermost_hooks
 
 KIB = 1024
-WIDTH, ROWS, NUM_STEPS = 64, 256, 5
+WIDTH, ROWS, NUM_STEPS = 64, 256, int(os.environ.get("NUM_STEPS", "5"))
 # Every activation of 256 rows is 64 KiB or more; staging and prefetch bound what is in memory on its way.
 POLICY = {"min_nbytes": "32KiB", "mode": "all", "staging_nbytes": "256KiB", "prefetch_nbytes": "256KiB"}
 KEEP = POLICY | {"min_nbytes": "1TiB"}

@@ -31,7 +31,7 @@ from megatron_models import Case  # noqa: E402
 import ssdtrain  # noqa: E402
 from ssdtrain.integrations.megatron import add_arguments, offload_schedule, wrap_forward_step  # noqa: E402
 
-NUM_STEPS = 5
+NUM_STEPS = int(os.environ.get("NUM_STEPS", "5"))
 STAGING = PREFETCH = 512 * 1024
 POLICY = {"mode": "all", "min_nbytes": "16KiB", "staging_nbytes": STAGING, "prefetch_nbytes": PREFETCH}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

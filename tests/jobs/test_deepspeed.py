@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from doses import dose
 from folders import JOBS, ROOT
 
 from ssdtrain.integrations import TESTED_VERSIONS, check_version
@@ -24,6 +25,7 @@ from ssdtrain.launch import parse
 
 KIB = 1024
 LIMIT_SECONDS = 900
+NUM_STEPS = dose(3, 5)
 PLACES = {"local_rank": 3, "rank": 11}
 
 Facts = dict[str, dict[str, Any]]
@@ -45,7 +47,7 @@ def needs(*packages: str) -> pytest.MarkDecorator:
 def environment(rank: int = 0, num_ranks: int = 1, port: int = 0) -> dict[str, str]:
     """Of one rank; a core is shared by several, hence one thread each."""
     ours = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{JOBS}"}
-    of_rank = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_PORT": port}
+    of_rank = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_PORT": port, "NUM_STEPS": NUM_STEPS}
     return os.environ | ours | {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in of_rank.items()}
 
 

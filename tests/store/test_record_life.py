@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import EAGER, send
+from doses import dose
 from engine_tools import descriptors, eventually, num_threads
 from fault_tools import num_kept_files
 from hypothesis import settings
@@ -38,7 +39,7 @@ import ssdtrain
 from ssdtrain.store.record import Handle, Residency, SavedRecord
 
 DTYPES = [torch.float32, torch.int16, torch.uint8, torch.complex64, torch.bfloat16]
-NUM_EXAMPLES = 20
+NUM_EXAMPLES = dose(12, 200)
 MAX_NUMEL = 3000  # up to six slabs
 CAP_NBYTES = 128 * 1024
 

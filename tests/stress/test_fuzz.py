@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from doses import dose
 from folders import HELPERS
 
 
@@ -19,10 +20,10 @@ def test_random_faults(tmp_path: Path) -> None:
         sys.executable,
         str(HELPERS / "fuzz.py"),
         "--faults",
-        "400",
+        str(dose(400, 10_000)),
         "--directory",
         str(tmp_path),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=dose(600, 3600))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "nothing wrong" in done.stdout

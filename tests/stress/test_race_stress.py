@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeOffload, gauges, same_bits, send
+from doses import dose
 
 import ssdtrain
 
 NUM_THREADS = 4
-NUM_ROUNDS = 20
+NUM_ROUNDS = dose(12, 60)
 HANG_SECONDS = 120
 ENGINES = ["threads", "python"]
 
@@ -180,7 +181,7 @@ def test_threads_walk_one_graph(make_offload: MakeOffload, engine: str) -> None:
         return hidden.square().mean()
 
     expected = torch.autograd.grad(loss(), weights)
-    for _ in range(15):
+    for _ in range(dose(8, 60)):
         with offload:
             shared = loss()
             send()
