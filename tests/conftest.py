@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import inside
 import pytest
 import torch
 from doses import ask_for_all, enough_of
@@ -209,8 +210,8 @@ def offload(make_offload: MakeOffload) -> ssdtrain.ActivationOffload:
 
 def gauges(offload: ssdtrain.ActivationOffload) -> tuple[int, int, int]:
     """Bytes of saved tensors held in memory, prefetched, and on disk, by the books."""
-    store, counters = offload._store, offload._counters
-    at = store._transport
+    store, counters = inside.store(offload), inside.counters(offload)
+    at = inside.transport_of(store)
     if at is not None:
         at.engine.drain()
         offload.stats  # noqa: B018  takes note of what the engine did

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import inside
 import pytest
 import torch
 from engine_tools import descriptors, eventually, num_threads
@@ -56,7 +57,7 @@ def train(offload: ssdtrain.ActivationOffload | None, steps: int = 3) -> list[to
 
 def to_disk(offload: ssdtrain.ActivationOffload) -> None:
     """Waits until everything under way is written, so that backward has to read it."""
-    transport = offload._store._transport
+    transport = inside.transport(offload)
     if transport is not None:
         transport.engine.drain()
     offload.stats  # noqa: B018  takes note of what the engine did
@@ -98,7 +99,7 @@ def test_several_directories_are_striped(tmp_path: Path, plain: list[torch.Tenso
         y = torch.exp(x * 1)
         z = torch.exp(y * 1)
         to_disk(offload)
-        transport = offload._store._transport
+        transport = inside.transport(offload)
         assert transport is not None
         assert all(extents.in_use_nbytes > 0 for extents in transport.space._extents), "every directory takes part"
         z.sum().backward()
@@ -181,8 +182,8 @@ def test_prefetch_stays_within_its_budget_and_hides_reloads(tmp_path: Path) -> N
         _, loss = chain(24)
         to_disk(offload)
         peak = 0
-        counters = offload._counters
-        original = offload._store.prefetch
+        counters = inside.counters(offload)
+        original = inside.store(offload).prefetch
 
         def spying(record):  # type: ignore[no-untyped-def]
             nonlocal peak
@@ -190,9 +191,9 @@ def test_prefetch_stays_within_its_budget_and_hides_reloads(tmp_path: Path) -> N
             peak = max(peak, counters.prefetched_nbytes)
             return result
 
-        offload._store.prefetch = spying  # type: ignore[method-assign]
+        inside.store(offload).prefetch = spying  # type: ignore[method-assign]
         loss.backward()
-        del offload._store.prefetch
+        del inside.store(offload).prefetch
     stats = offload.stats
     assert 0 < peak <= budget
     assert stats.num_prefetched >= 20
@@ -264,7 +265,7 @@ class CountingEngine:
 
 def test_neighbouring_small_tensors_go_out_as_one_request(tmp_path: Path) -> None:
     with ssdtrain.offload_activations(tmp_path, small_policy(min_nbytes=0, staging_nbytes="4MiB")) as offload:
-        transport = offload._store._transport
+        transport = inside.transport(offload)
         assert transport is not None
         spy = CountingEngine(transport.engine)
         transport.pending._engine = spy  # type: ignore[assignment]
@@ -397,7 +398,7 @@ def test_model_gives_names_and_marks_buffers(tmp_path: Path) -> None:
         net(torch.randn(128, 128, requires_grad=True))
         y = net(torch.randn(128, 128, requires_grad=True))
         assert offload.stats.skipped["weight"].count >= 2
-        wheres = {r.where for r in offload._thread.pass_.records if r is not None}  # type: ignore[union-attr]
+        wheres = {r.where for r in inside.thread(offload).pass_.records if r is not None}  # type: ignore[union-attr]
         assert " of inner" in wheres
         y.sum().backward()
     assert not net.inner._forward_hooks and not net.inner._forward_pre_hooks
@@ -408,7 +409,7 @@ def test_read_error_is_raised_in_backward_with_the_place(tmp_path: Path) -> None
     with ssdtrain.offload_activations(tmp_path, small_policy(prefetch_nbytes=0)) as offload:
         _, loss = chain(8)
         to_disk(offload)
-        os.ftruncate(offload._store._drive.files[0].fd, 0)  # type: ignore[union-attr]
+        os.ftruncate(inside.drive(offload).files[0].fd, 0)  # type: ignore[union-attr]
         with pytest.raises(OSError, match=r"record \d+ \(float32\[128, 128\].*offset \d+") as caught:
             loss.backward()
         assert caught.value.filename == str(tmp_path) and caught.value.errno
@@ -420,7 +421,7 @@ def test_flipped_bit_is_detected_with_checksum(tmp_path: Path) -> None:
     with ssdtrain.offload_activations(tmp_path, small_policy(prefetch_nbytes=0, checksum=True)) as offload:
         _, loss = chain(8)
         to_disk(offload)
-        fd = offload._store._drive.files[0].fd  # type: ignore[union-attr]
+        fd = inside.drive(offload).files[0].fd  # type: ignore[union-attr]
         with open(f"/proc/self/fd/{fd}", "r+b", buffering=0) as file:
             for at in range(0, 8 * 64 * KIB, 64 * KIB):
                 file.seek(at + 100)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import inside
 import pytest
 import torch
 from conftest import mlp
@@ -22,14 +23,14 @@ RECORD_NBYTES = 256 * KIB  # 1024 rows of 64 numbers
 def spied(offload: ssdtrain.ActivationOffload) -> list[tuple[int, bool]]:
     """Bytes that are prefetched after every wish to prefetch, and whether it was granted."""
     seen: list[tuple[int, bool]] = []
-    prefetch = offload._store.prefetch
+    prefetch = inside.store(offload).prefetch
 
     def watched(record: SavedRecord) -> bool:
         seen.append((0, prefetch(record)))
-        seen[-1] = offload._counters.prefetched_nbytes, seen[-1][1]
+        seen[-1] = inside.counters(offload).prefetched_nbytes, seen[-1][1]
         return seen[-1][1]
 
-    offload._store.prefetch = watched  # type: ignore[method-assign]
+    inside.store(offload).prefetch = watched  # type: ignore[method-assign]
     return seen
 
 
@@ -72,7 +73,7 @@ def bounds_after(path: Path, device: SimulatedDevice, nbytes: int, **policy: Any
     chosen = ActivationPolicy(**policy)
     offload = ssdtrain.ActivationOffload([str(path)], chosen, None, device)
     with offload:
-        offload._pack(torch.empty(nbytes, dtype=torch.uint8))
+        inside.pack(offload, torch.empty(nbytes, dtype=torch.uint8))
     stats = offload.stats
     offload.close()
     return stats.staging_limit_nbytes // MIB, stats.prefetch_limit_nbytes // MIB, str(stats)
@@ -100,6 +101,6 @@ def test_bounds_leave_most_of_the_memory_alone(tmp_path: Path, device: Simulated
 
 def test_host_memory_has_the_bounds_of_the_policy(tmp_path: Path) -> None:
     with ssdtrain.offload_activations(tmp_path) as offload:
-        offload._pack(torch.empty(80 * MIB, dtype=torch.uint8))
+        inside.pack(offload, torch.empty(80 * MIB, dtype=torch.uint8))
     assert offload.stats.staging_limit_nbytes == offload.stats.prefetch_limit_nbytes == 128 * MIB
     offload.close()

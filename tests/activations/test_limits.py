@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import hypothesis
+import inside
 import pytest
 import torch
 from drives import ext4_drive
@@ -112,7 +113,7 @@ def no_memory_for_reloads(directory: str, engine: str) -> None:
     steps = plain_steps(2)
     offload = ssdtrain.offload_activations(directory, policy(engine))
     trainer = Trainer()
-    device, prefetch = offload._devices.cpu, offload._store.prefetch
+    device, prefetch = inside.devices(offload).cpu, inside.store(offload).prefetch
     allocate = device.allocate
     is_ahead, num_refused = False, 0
 
@@ -131,11 +132,11 @@ def no_memory_for_reloads(directory: str, engine: str) -> None:
         return allocate(*arguments)
 
     with offload:
-        offload._store.prefetch, device.allocate = watch, refuse_ahead  # type: ignore[method-assign]
+        inside.store(offload).prefetch, device.allocate = watch, refuse_ahead  # type: ignore[method-assign]
         loss = trainer.forward()
         drain(offload)
         check_equal(trainer.finish(loss), steps[0])
-        del offload._store.prefetch, device.allocate
+        del inside.store(offload).prefetch, device.allocate
         assert num_refused > 0
         trainer.rows = 64 * KIB
         loss = trainer.forward()
@@ -255,23 +256,23 @@ def within_bounds(directory: str) -> None:
                     loss = trainer.forward()
                     if is_drained:
                         drain(offload)
-                    begin_reload = offload._store._reloads.begin
+                    begin_reload = inside.reloads(offload).begin
 
                     def watch(record: object, begin_reload: object = begin_reload) -> None:
                         nonlocal peak
                         begin_reload(record)  # type: ignore[operator]
-                        peak = max(peak, offload._counters.prefetched_nbytes)
+                        peak = max(peak, inside.counters(offload).prefetched_nbytes)
 
-                    offload._store._reloads.begin = watch  # type: ignore[method-assign]
+                    inside.reloads(offload).begin = watch  # type: ignore[method-assign]
                     check_equal(trainer.finish(loss), expected)
-                    del offload._store._reloads.begin, loss
+                    del inside.reloads(offload).begin, loss
             stats = offload.stats
             assert stats.num_live_records == 0
             assert stats.peak_staging_nbytes <= int(fields["staging_nbytes"] or 0), str(stats)
             assert stats.peak_disk_nbytes <= (fields["disk_nbytes"] or stats.peak_disk_nbytes), str(stats)
             assert peak <= int(fields["prefetch_nbytes"] or 0), (peak, str(stats))
             assert fields["prefetch_nbytes"] or stats.num_prefetched == 0
-            assert offload._store._transport is None
+            assert inside.transport(offload) is None
 
     check()
 
@@ -307,7 +308,7 @@ def secrets(directory: str, engine: str) -> None:
         free = contents(fd)
         extents = [
             segment.extent
-            for record in offload._thread.pass_.records  # type: ignore[union-attr]
+            for record in inside.thread(offload).pass_.records  # type: ignore[union-attr]
             if record is not None
             for segment in record.segments
         ]

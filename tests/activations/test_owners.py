@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import inside
 import pytest
 import torch
 from conftest import MakeOffload, same_bits, send
@@ -89,8 +90,8 @@ def test_stays_open_between_contexts(make_offload: MakeOffload) -> None:
             send()
         out.sum().backward()
         del out
-        assert offload._store._transport is not None, "open although nothing is left"
-        engines.add(id(offload._store._transport))
+        assert inside.transport(offload) is not None, "open although nothing is left"
+        engines.add(id(inside.transport(offload)))
     assert len(engines) == 1
 
 

@@ -12,6 +12,7 @@ import sys
 import threading
 from pathlib import Path
 
+import inside
 import pytest
 import torch
 from drives import Drive
@@ -123,8 +124,8 @@ def interrupted_anywhere(directory: str, engine: str) -> None:
             assert any("interrupted" in text for text in offload.stats.fallbacks)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        assert offload._store.lock.mutex.acquire(timeout=10), "the lock is free"
-        offload._store.lock.mutex.release()
+        assert inside.store(offload).lock.mutex.acquire(timeout=10), "the lock is free"
+        inside.store(offload).lock.mutex.release()
     assert num_interrupts > 0
     check_equal(Trainer().step(offload), steps[0])
 
@@ -271,7 +272,7 @@ def fork_under_the_lock(directory: str, engine: str) -> None:
     is_held, may_go = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with offload._store.lock.mutex:
+        with inside.store(offload).lock.mutex:
             is_held.set()
             may_go.wait()
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import inside
 import pytest
 import torch
 from conftest import MakeOffload, grads_of, same_bits, send
@@ -106,7 +107,7 @@ def test_inputs_of_blocks_travel_and_nothing_else(make_offload: MakeOffload) -> 
     with offload:
         loss = model(torch.randn(64, 32))
         alive = offload.stats.num_live_records
-        kinds = {record.where for records in offload._index._records.values() for record in records}
+        kinds = {record.where for records in inside.index(offload)._records.values() for record in records}
         send()
         loss.backward()
     assert alive == 4 + 2 * 4 + 1  # x and two scales for every block, and what `square` saved

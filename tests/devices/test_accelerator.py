@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import inside
 import pytest
 import torch
 from conftest import same_bits
@@ -152,12 +153,12 @@ def test_auto_waits_for_the_accelerator(make: Make, device: SimulatedDevice) -> 
     device.hold(stream)
     with device, offload:
         x, loss = layers(5)
-        assert offload._store._transport is not None
-        assert offload._store._transport.next_point() is not None, "the accelerator has work to do"
+        assert inside.transport(offload) is not None
+        assert inside.transport(offload).next_point() is not None, "the accelerator has work to do"
         threading.Timer(0.3, device.release, [stream]).start()
         x, loss = layers(64)
         device.synchronize()
-        assert offload._store._transport.next_point() is None
+        assert inside.transport(offload).next_point() is None
         loss.backward()
     assert offload.stats.ahead_seconds > 0
     assert torch.equal(x.grad, grad_of(64))  # type: ignore[arg-type]
@@ -238,19 +239,19 @@ def test_prefetched_on_one_stream_and_used_on_another(
 def test_memory_of_a_dropped_reload_is_kept_until_it_is_filled(make: Make, device: SimulatedDevice) -> None:
     """The graph is gone in the middle of backward; copies into memory of its reloads are queued all the same."""
     offload = make(prefetch_nbytes=1024 * KIB)
-    store = offload._store
+    store = inside.store(offload)
     with device, offload:
         x, loss = layers(16)
         device.synchronize()
-        assert store._transport is not None
-        store._transport.engine.drain()
+        assert inside.transport_of(store) is not None
+        inside.transport_of(store).engine.drain()
         offload.stats  # noqa: B018  takes note of what the engine did
         device.hold(device.driver.in_stream())
         record = next(r for r in _records(offload) if r.residency == Residency.DISK)
         assert store.prefetch(record) and record.reads[0].wait_issued(30)
         del loss, x, record
         assert offload.stats.num_live_records == 0
-        assert store._transport.pending.reads and not store._transport._pending_reads
+        assert inside.transport_of(store).pending.reads and not inside.transport_of(store)._pending_reads
         device.release(device.driver.in_stream())
 
 
@@ -263,9 +264,9 @@ def test_what_backward_got_is_counted_while_its_copies_are_queued(
     with device, offload:
         x, loss = layers(16)
         device.synchronize()
-        assert offload._store._transport is not None
+        assert inside.transport(offload) is not None
         if is_drained:
-            offload._store._transport.engine.drain()
+            inside.transport(offload).engine.drain()
         device.hold(device.driver.in_stream())
         loss.backward()
         stats = offload.stats
@@ -281,11 +282,11 @@ def test_what_is_waited_for_gets_the_next_slab(make: Make, device: SimulatedDevi
     with device, offload:
         x, loss = layers(32)
         device.synchronize()
-        assert offload._store._transport is not None
-        offload._store._transport.engine.drain()
+        assert inside.transport(offload) is not None
+        inside.transport(offload).engine.drain()
         offload.stats  # noqa: B018  takes note of what the engine did
         device.hold(device.driver.in_stream())
-        records = [r for r in _records(offload) if r.residency == Residency.DISK and offload._store.prefetch(r)]
+        records = [r for r in _records(offload) if r.residency == Residency.DISK and inside.store(offload).prefetch(r)]
         reads = [record.reads[0] for record in records]
         num_staged = settled(lambda: sum(read.moments[1] > 0 for read in reads))
         assert 0 < num_staged < len(reads) - 1
@@ -371,7 +372,7 @@ def test_capture_is_left_alone(make: Make, device: SimulatedDevice, monkeypatch:
     """What a graph replays must not depend on what moved while it was captured."""
     monkeypatch.setattr(device, "why_not", lambda: "CUDA graph capture")
     offload = make()
-    monkeypatch.setattr(offload._devices, "of", lambda tensor: device.why_not() or device)
+    monkeypatch.setattr(inside.devices(offload), "of", lambda tensor: device.why_not() or device)
     with device, offload:
         x, loss = layers(8)
         loss.backward()
@@ -402,7 +403,7 @@ def test_the_host_tier_holds_what_backward_needs_first(make: Make, device: Simul
 
 
 def _records(offload: ssdtrain.ActivationOffload) -> list[Any]:
-    pass_ = offload._thread.pass_
+    pass_ = inside.thread(offload).pass_
     assert pass_ is not None
     return [record for record in pass_.records if record is not None]
 
@@ -502,7 +503,7 @@ def test_no_device_memory_for_a_prefetch(make: Make, device: SimulatedDevice, mo
 
     def refuse_ahead(nbytes: int, alignment: int, block_nbytes: int) -> Any:
         nonlocal num_refused
-        if offload._counters.num_demand_reloads + 1 > num_refused:
+        if inside.counters(offload).num_demand_reloads + 1 > num_refused:
             num_refused += 1
             raise torch.OutOfMemoryError("CUDA out of memory")
         return allocate(nbytes, alignment, block_nbytes)
@@ -511,7 +512,7 @@ def test_no_device_memory_for_a_prefetch(make: Make, device: SimulatedDevice, mo
         with offload:
             x, loss = layers(24)
         device.synchronize()
-        prefetch = offload._store.prefetch
+        prefetch = inside.store(offload).prefetch
 
         def watched(record: Any) -> bool:
             monkeypatch.setattr(device, "allocate", refuse_ahead)
@@ -520,7 +521,7 @@ def test_no_device_memory_for_a_prefetch(make: Make, device: SimulatedDevice, mo
             finally:
                 monkeypatch.setattr(device, "allocate", allocate)
 
-        monkeypatch.setattr(offload._store, "prefetch", watched)
+        monkeypatch.setattr(inside.store(offload), "prefetch", watched)
         loss.backward()
     assert num_refused > 0
     assert torch.equal(x.grad, grad_of(24))  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import inside
 import torch
 from engine_tools import eventually
 from folders import code_folders
@@ -253,20 +254,20 @@ def check_steps(offload: ssdtrain.ActivationOffload, between: Hook | None = None
 
 
 def engine_of(offload: ssdtrain.ActivationOffload) -> Any:
-    transport = offload._store._transport
+    transport = inside.transport(offload)
     assert transport is not None
     return transport.engine
 
 
 def drain(offload: ssdtrain.ActivationOffload) -> None:
     """Waits until everything under way is written, so that backward has to read it."""
-    if offload._store._transport is not None:
+    if inside.transport(offload) is not None:
         engine_of(offload).drain()
     offload.stats  # noqa: B018  takes note of what the engine did
 
 
 def spill_fds(offload: ssdtrain.ActivationOffload) -> list[int]:
-    transport = offload._store._transport
+    transport = inside.transport(offload)
     assert transport is not None
     return [file.fd for file in transport.drive.files]
 
@@ -291,17 +292,17 @@ def check_no_record(offload: ssdtrain.ActivationOffload) -> None:
 def check_nothing_left(offload: ssdtrain.ActivationOffload, before: tuple[int, int]) -> None:
     """After the last graph nothing is held, although `offload` is alive and was not closed."""
     gc.collect()
-    counters = offload._counters
+    counters = inside.counters(offload)
     assert offload.stats.num_live_records == counters.held_nbytes == counters.prefetched_nbytes == 0, str(offload.stats)
-    assert not offload._store.index._records
-    assert offload._store._transport is None, "the engine is open"
+    assert not inside.store(offload).index._records
+    assert inside.transport(offload) is None, "the engine is open"
     check_holdings((before[0] + num_kept_files(offload), before[1]))
 
 
 def num_kept_files(offload: ssdtrain.ActivationOffload) -> int:
     """Spill files that wait, empty, for the context to be entered again."""
-    offload._store._source.settle()
-    files = offload._store._source._kept._empty
+    inside.source(offload).settle()
+    files = inside.source(offload)._kept._empty
     assert all(file.nbytes == os.fstat(file.fd).st_size == 0 for file in files)
     return len(files)
 

@@ -26,6 +26,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import inside
 import torch
 from fault_tools import check_holdings, holdings
 from folders import HELPERS
@@ -157,7 +158,7 @@ class Fuzz:
         gc.collect()
         stats = offload.stats
         assert stats.num_live_records == 0, stats
-        assert offload._counters.held_nbytes == offload._counters.prefetched_nbytes == 0, stats
+        assert inside.counters(offload).held_nbytes == inside.counters(offload).prefetched_nbytes == 0, stats
         offload.close()
         check_holdings(before)
         assert os.listdir(self.directory) == []
@@ -166,7 +167,7 @@ class Fuzz:
         """Runs a program under faults, with its bytes on the drive before backward when `is_patient`."""
 
         def pause() -> None:
-            transport = offload._store._transport
+            transport = inside.transport(offload)
             if transport is not None and is_patient:
                 transport.engine.drain()
                 offload.stats  # noqa: B018  takes note of what the engine did

@@ -10,6 +10,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 
+import inside
 import torch
 from steps import FOLDER
 from torch import Tensor, nn
@@ -151,7 +152,7 @@ def record(run: Callable[[], None]) -> Step:
             with ssdtrain.offload_activations(folder, policy) as offload:
                 for _ in range(3):
                     run()
-                step = offload._schedule._step.as_step(offload._counters.compute_seconds())
+                step = inside.step(offload).as_step(inside.counters(offload).compute_seconds())
         if len(step.records) <= _MOST_RECORDS:
             return step
     raise ValueError("Expected a step that can be cut down to few records")

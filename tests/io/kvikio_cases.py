@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import inside
 import pytest
 from engine_tools import SLAB_NBYTES, Io, Written, random_bytes, round_up
 from engine_tools import Memory as HostMemory
@@ -463,7 +464,7 @@ def test_training_names_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.
     offload = ssdtrain.offload_activations(tmp_path, policy=policy("kvikio", prefetch_nbytes=0))
 
     def break_reads() -> None:
-        transport = offload._store._transport
+        transport = inside.transport(offload)
         assert transport is not None
         transport.engine.drain()
         monkeypatch.setenv("FAKE_READS", "e*")

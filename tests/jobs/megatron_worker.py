@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import inside
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "megatron"))
 warnings.simplefilter("ignore")  # megatron-core's own, by the dozen; the test process lets none through
 
@@ -250,7 +252,7 @@ def check_emptied(folder: Path) -> Any:
             if is_sent:
                 for size in (510, 510, 510, 16384, 510):
                     torch.zeros(size, requires_grad=True).exp()
-                offload._store._transport.engine.drain()
+                inside.transport(offload).engine.drain()
         grad = torch.ones_like(output)
         schedules.deallocate_output_tensor(output, True)
         assert output.numel() == 1

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import inside
 import pytest
 import torch
 import torch.distributed as dist
@@ -50,7 +51,7 @@ def replicas(folder: Path, wrap: Any, *, pages_optimizer: bool) -> bool:
     check_same(steps(wrapped, optimizer), expected)
     check_same(values(model), values(plain))
     owner.flush()
-    assert all(r.storage is None for r in owner._working_set) and owner.stats.read_nbytes > 0
+    assert all(r.storage is None for r in inside.working_set(owner)) and owner.stats.read_nbytes > 0
     everyone: list[Any] = [None, None]
     dist.all_gather_object(everyone, values(model))
     check_same(everyone[0], everyone[1])

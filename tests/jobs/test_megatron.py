@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from doses import dose
-from folders import JOBS, RECIPES, ROOT
+from folders import HELPERS, JOBS, RECIPES, ROOT
 
 from ssdtrain.integrations import megatron
 from ssdtrain.integrations.arguments import asked_for
@@ -57,7 +57,11 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
 
 
 def run_ranks(world: int, folder: Path, names: list[str]) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NUM_STEPS": str(NUM_STEPS)}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{HELPERS}",
+        "NUM_STEPS": str(NUM_STEPS),
+    }
     command = [sys.executable, str(JOBS / "megatron_worker.py")]
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context((folder / f"stderr.{rank}").open("w")) for rank in range(world)]

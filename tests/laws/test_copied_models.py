@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import inside
 import pytest
 import torch
 from conftest import MakeOffload, grads_of, same_bits
@@ -192,10 +193,10 @@ def test_names_follow_errors_that_were_caught(make_offload: MakeOffload) -> None
     with offload, offload:  # entered twice: two pairs of hooks, one name
         for _ in range(2):
             y = model(torch.randn(64, requires_grad=True))
-            assert offload._names.where() == ""
-            wheres = [record.where for record in offload._thread.pass_.records if record is not None]
+            assert inside.names(offload).where() == ""
+            wheres = [record.where for record in inside.thread(offload).pass_.records if record is not None]
             assert wheres[-2:] == [" of works", " of Catches"]
             with pytest.raises(ArithmeticError):
                 model.fails(y)
             y = None
-    assert offload._names.where() == ""
+    assert inside.names(offload).where() == ""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import inside
 import pytest
 import torch
 from engine_tools import eventually
@@ -58,7 +59,7 @@ def test_a_record_that_is_copied_back_keeps_its_place_in_the_host_tier(device: S
         device.synchronize()
         with offload:
             loss = model(one)
-            offload._store.offload(offload._store._take_batch())
+            inside.store(offload).offload(inside.store(offload)._take_batch())
         device.synchronize()
         eventually(lambda: offload.stats.hosted_nbytes >= SIZE * 4)
         device.hold(device.current_stream())
@@ -68,7 +69,7 @@ def test_a_record_that_is_copied_back_keeps_its_place_in_the_host_tier(device: S
         assert offload.stats.num_live_records == 0
         with device.stream(side), offload:
             other = model(two)
-            offload._store.offload(offload._store._take_batch())
+            inside.store(offload).offload(inside.store(offload)._take_batch())
         eventually(lambda: offload.stats.hosted_nbytes >= 2 * SIZE * 4)
         device.release(device.current_stream())
         device.synchronize()
@@ -82,12 +83,12 @@ def test_a_record_that_is_copied_back_keeps_its_place_in_the_host_tier(device: S
 
 
 def drained(offload: Any) -> None:
-    offload._store._transport.engine.drain()
+    inside.transport(offload).engine.drain()
     offload.stats  # noqa: B018  takes note of what the engine did
 
 
 def in_use(offload: Any) -> int:
-    nbytes: int = offload._store._transport.host._space._extents.in_use_nbytes
+    nbytes: int = inside.transport(offload).host._space._extents.in_use_nbytes
     return nbytes
 
 
@@ -105,14 +106,14 @@ def test_state_that_is_copied_back_keeps_its_place(device: SimulatedDevice, tmp_
         arrival = store.read(record, device)
         back = torch.empty(0).set_(store.take(arrival), 0, (SIZE,), (1,)) * 1
         store.free(record)
-        assert store._space.in_use_nbytes + in_host(store) == SIZE * 4
+        assert inside.space(store).in_use_nbytes + in_host(store) == SIZE * 4
         for i, other in enumerate(others):
             store.write(other, torch.full((SIZE,), 2.0 + i).untyped_storage(), device)
         device.release(device.driver.in_stream())
         device.synchronize()
         assert torch.equal(back, torch.full((SIZE,), 1.0))
         store.flush()
-        assert store._space.in_use_nbytes + in_host(store) == 4 * SIZE * 4
+        assert inside.space(store).in_use_nbytes + in_host(store) == 4 * SIZE * 4
     store.close()
 
 

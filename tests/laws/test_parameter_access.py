@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import inside
 import pytest
 import torch
 from state_tools import EAGER_STATE, MLP, adamw, batch, check_same, model_of, train, values
@@ -28,11 +29,11 @@ def offloaded(model: nn.Module, folder: Path, **policy: Any) -> ssdtrain.Paramet
 
 def full_nbytes(model: nn.Module) -> int:
     """Memory that parameters of blocks have now."""
-    return sum(r.nbytes for r in ssdtrain.parameter_offload(model)._working_set if r.storage is not None)
+    return sum(r.nbytes for r in inside.working_set(ssdtrain.parameter_offload(model)) if r.storage is not None)
 
 
 def block_nbytes(model: nn.Module) -> int:
-    working_set = ssdtrain.parameter_offload(model)._working_set
+    working_set = inside.working_set(ssdtrain.parameter_offload(model))
     return max(sum(r.nbytes for r in block.records) for block in working_set.blocks)
 
 
@@ -405,7 +406,7 @@ def test_bytes_written_to_a_placeholder_are_seen(tmp_path: Path) -> None:
     model = model_of("mlp")
     owner = offloaded(model, tmp_path)
     owner.flush()
-    r = next(r for r in owner._working_set if r.name == "blocks.2.up.weight")
+    r = next(r for r in inside.working_set(owner) if r.name == "blocks.2.up.weight")
     ctypes.memset(r._placeholder_address, 0, 4)
     for save in (model.state_dict, owner.flush, lambda: model(batch(0))):
         with pytest.raises(RuntimeError, match=r"blocks\.2\.up\.weight while .*placeholder: .*gathered\(\)"):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import inside
 import pytest
 import torch
 from fault_tools import Trainer, check_equal, drain, plain_steps, policy
@@ -77,7 +78,7 @@ def test_links_and_dots_are_left_as_they_are(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     offload = ssdtrain.offload_activations("link/..", policy())
     with offload:
-        (directory,) = [file.directory for file in offload._store._drive.files]  # type: ignore[union-attr]
+        (directory,) = [file.directory for file in inside.drive(offload).files]  # type: ignore[union-attr]
         assert Path(directory).is_absolute() and os.path.samefile(directory, tmp_path / "far")
     offload.close()
 

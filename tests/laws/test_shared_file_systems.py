@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import inside
 import pytest
 import torch
 from drives import Drive, tmpfs_drive
@@ -68,7 +69,7 @@ def growth(directory: str, engine: str) -> None:
     assert x.grad is not None and torch.isfinite(x.grad).all()
     del losses, loss, y
     gc.collect()
-    offload._store._source.settle()
+    inside.source(offload).settle()
     assert used_nbytes(directory) < MIB, "left: given back"
     check_equal(Trainer().step(offload, lambda: drain(offload)), plain_steps(1)[0])
 
@@ -92,7 +93,7 @@ def idle_gives_back(directory: str, engine: str) -> None:
         del y
         gc.collect()
         assert offload.stats.num_live_records == 0
-        offload._store._source.settle()
+        inside.source(offload).settle()
         assert used_nbytes(directory) < 6 * MIB, "what each took ahead when it was made"
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import inside
 import pytest
 import torch
 from torch import nn
@@ -94,7 +95,7 @@ def test_saved_on_two_streams(device: SimulatedDevice, tmp_path: Path) -> None:
             for _ in range(8):
                 first = first + (torch.full((SIZE,), 1.0) * w).sum()
             device.driver.synchronize(device.driver.record(a))
-            offload._store._transport.engine.drain()
+            inside.transport(offload).engine.drain()
             offload.stats  # noqa: B018  takes note of what the engine did
             junk = [torch.full((SIZE,), -7.0) for _ in range(4)]
             device.release(b)

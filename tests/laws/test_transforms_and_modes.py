@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import inside
 import pytest
 import torch
 from state_tools import EAGER_STATE, adamw, batch, check_same, model_of, train, values
@@ -97,7 +98,7 @@ def test_addresses_tell_parameters_apart(tmp_path: Path) -> None:
     for step in range(3):
         model(batch(step)).backward()
     owner.flush()
-    assert all(r.storage is None for r in owner._working_set)
+    assert all(r.storage is None for r in inside.working_set(owner))
 
 
 def test_memory_is_not_shared_with_other_processes(tmp_path: Path) -> None:

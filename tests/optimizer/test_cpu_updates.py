@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import inside
 import pytest
 import torch
 from cpu_update_tools import ON_CPU, Gated, OnCopies, low_precision, on_cpu, run_on_copies, store_of, train_low
@@ -421,7 +422,9 @@ def test_it_works_while_backward_computes(device: SimulatedDevice | None, device
         Gated.threads.clear()
         loss = model(batch(step).to(next(model.parameters()).device))
         loss.backward()
-        assert len(optimizer._cpu_updates._jobs) >= 2 and grad_nbytes(model) < sum(p.nbytes for p in model.parameters())
+        assert len(inside.cpu_updates(optimizer)._jobs) >= 2 and grad_nbytes(model) < sum(
+            p.nbytes for p in model.parameters()
+        )
         Gated.gate.set()
         optimizer.step()
         optimizer.zero_grad()
@@ -439,7 +442,7 @@ def test_no_more_than_three_chunks_are_under_way(
         model = model_of("mlp")
         optimizer = on_cpu(adamw(model.parameters()), tmp_path, device, chunk_nbytes=1, **how)
         seen: list[int] = []
-        updates, begin = optimizer._cpu_updates, optimizer._cpu_updates.begin
+        updates, begin = inside.cpu_updates(optimizer), inside.cpu_updates(optimizer).begin
 
         def count(*arguments: Any, begin: Any = begin, updates: Any = updates, seen: list[int] = seen) -> None:
             begin(*arguments)
@@ -458,7 +461,7 @@ def test_a_parameter_that_is_changed_meanwhile_says_so(
     model = model_of("mlp")
     optimizer = on_cpu(adamw(model.parameters()), tmp_path, device, step_in_backward=True, chunk_nbytes=200_000)
     model(batch(0).to(next(model.parameters()).device)).backward()
-    for job in optimizer._cpu_updates._jobs:
+    for job in inside.cpu_updates(optimizer)._jobs:
         assert job.future is not None
         job.future.result()
     with torch.no_grad():
@@ -489,7 +492,7 @@ def test_an_interrupted_step_is_never_taken_for_a_whole_one(
     Failing.num_good = num_good
     with pytest.raises(KeyboardInterrupt):
         train(model, optimizer, 1, first=2)
-    assert not optimizer._cpu_updates._jobs
+    assert not inside.cpu_updates(optimizer)._jobs
     Failing.num_good = 10_000
     for call in (optimizer.step, optimizer.state_dict):
         with pytest.raises(RuntimeError, match=r"interrupted: step 3.*after step 2"):
@@ -515,7 +518,7 @@ def test_ctrl_c_while_it_waits(
     model.load_state_dict(saved[0])
     optimizer.load_state_dict(saved[1])
     calls = []
-    put_back = optimizer._cpu_updates._put_back
+    put_back = inside.cpu_updates(optimizer)._put_back
 
     def interrupt(entry: Any) -> None:
         calls.append(entry)
@@ -523,11 +526,11 @@ def test_ctrl_c_while_it_waits(
             raise KeyboardInterrupt
         put_back(entry)
 
-    monkeypatch.setattr(optimizer._cpu_updates, "_put_back", interrupt)
+    monkeypatch.setattr(inside.cpu_updates(optimizer), "_put_back", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train(model, optimizer, 1, first=1)
     monkeypatch.undo()
-    assert not optimizer._cpu_updates._jobs
+    assert not inside.cpu_updates(optimizer)._jobs
     with pytest.raises(RuntimeError, match="interrupted: step 3"):
         optimizer.step()
     optimizer.zero_grad()
@@ -573,7 +576,7 @@ def test_without_pinned_memory(
     def refuse(nbytes: int) -> torch.UntypedStorage:
         raise RuntimeError("CUDA error: out of memory\nmore")
 
-    for accelerator in set(optimizer._cpu_updates._devices.values()):
+    for accelerator in set(inside.devices(inside.cpu_updates(optimizer)).values()):
         monkeypatch.setattr(accelerator, "allocate_host", refuse)
     check_same(train(model, optimizer, 2), losses)
     assert any("no pinned host memory (CUDA error: out of memory)" in text for text in optimizer.stats.fallbacks)
@@ -630,5 +633,5 @@ def test_host_memory_is_updated_there_in_any_case(tmp_path: Path) -> None:
     optimizer = ssdtrain.offload_optimizer(adamw(model.parameters()), tmp_path, ON_CPU)
     assert isinstance(optimizer, OffloadedOptimizer)
     check_same(train(model, optimizer, 3), losses)
-    assert optimizer._cpu_updates._pool is None
+    assert inside.cpu_updates(optimizer)._pool is None
     optimizer.close()

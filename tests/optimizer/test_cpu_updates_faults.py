@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import inside
 import pytest
 import torch
 from cpu_update_tools import Gated, OnCopies, on_cpu
@@ -59,7 +60,7 @@ def test_loading_drops_what_is_under_way(
     train(model, optimizer, 2)
     if how is IN_BACKWARD:
         model(batch(2).to(next(model.parameters()).device)).backward()
-    assert optimizer._cpu_updates.is_busy
+    assert inside.cpu_updates(optimizer).is_busy
     optimizer.load_state_dict(fresh[1])
     model.load_state_dict(fresh[0])
     assert optimizer.state_dict()["state"] == {}
@@ -75,10 +76,10 @@ def test_ctrl_c_while_it_waits_loses_nothing(
     """A delayed update goes on, and the next call finishes it."""
     model, plain = model_of("mlp"), model_of("mlp")
     optimizer = on_cpu(adamw(model.parameters()), tmp_path, device, chunk_nbytes=1, **LATE)
-    gate, updates = threading.Event(), optimizer._cpu_updates
+    gate, updates = threading.Event(), inside.cpu_updates(optimizer)
     make_shadow = updates._shadow_parameter
     monkeypatch.setattr(
-        optimizer._cpu_updates, "_shadow_parameter", lambda *what: (gate.wait(20), make_shadow(*what))[1]
+        inside.cpu_updates(optimizer), "_shadow_parameter", lambda *what: (gate.wait(20), make_shadow(*what))[1]
     )
     train(model, optimizer, 1)
     for _ in range(2):
@@ -102,7 +103,7 @@ def test_an_interrupted_abandoning_is_taken_up_again(
     train(model, optimizer, 2)
     optimizer.flush()
     saved = copy.deepcopy(optimizer.state_dict())
-    updates = optimizer._cpu_updates
+    updates = inside.cpu_updates(optimizer)
     gate, make_shadow = threading.Event(), updates._shadow_parameter
     monkeypatch.setattr(updates, "_shadow_parameter", lambda *what: (gate.wait(20), make_shadow(*what))[1])
     train(model, optimizer, 1, first=5)

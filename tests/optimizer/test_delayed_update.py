@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import inside
 import pytest
 import torch
 from cpu_update_tools import Gated, OnCopies, low_precision, on_cpu, store_of, train_low
@@ -110,7 +111,7 @@ def test_it_works_while_the_next_step_computes(
         optimizer.flush()
         Gated.gate.clear()
         optimizer.step()
-        assert all(p.grad is None for p in model.parameters()) and optimizer._cpu_updates.is_busy
+        assert all(p.grad is None for p in model.parameters()) and inside.cpu_updates(optimizer).is_busy
         found.append(loss.detach())
     check_same(found, losses)
     Gated.gate.set()
@@ -164,11 +165,11 @@ def test_groups_that_change(device: SimulatedDevice | None, device_kind: str, tm
     optimizer = late(adamw([{"params": block} for block in blocks[:3]]), tmp_path, device)
     train(model, optimizer, 2)
     optimizer.add_param_group({"params": blocks[3]})
-    assert not optimizer._cpu_updates.is_busy
+    assert not inside.cpu_updates(optimizer).is_busy
     train(model, optimizer, 1)
     optimizer.param_groups.pop(0)
     optimizer.zero_grad()
-    assert not optimizer._cpu_updates.is_busy
+    assert not inside.cpu_updates(optimizer).is_busy
     before = values(model)
     train(model, optimizer, 2)
     optimizer.close()
@@ -256,7 +257,7 @@ def test_an_error_comes_with_the_next_call(
     optimizer.load_state_dict(saved[1])
     Failing.num_good = 2
     train(model, optimizer, 1, first=2)
-    for job in optimizer._cpu_updates._jobs:
+    for job in inside.cpu_updates(optimizer)._jobs:
         assert job.future is not None
         job.future.exception()
     model(batch(3).to(next(model.parameters()).device)).backward()
@@ -288,7 +289,7 @@ def test_a_change_in_between_says_so(device: SimulatedDevice | None, device_kind
     with torch.no_grad():
         model.blocks[1].up.weight.mul_(2.0)  # type: ignore[union-attr]
     train(model, optimizer, 1, first=1)
-    for job in optimizer._cpu_updates._jobs:
+    for job in inside.cpu_updates(optimizer)._jobs:
         assert job.future is not None
         job.future.result()
     before = values(model)

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import inside
 import pytest
 import torch
 from drives import Drive, fill
@@ -390,7 +391,7 @@ def test_a_lost_read_names_the_state_and_the_checkpoint(tmp_path: Path) -> None:
     optimizer.state_dict()
     train(model, optimizer, 1, first=2)
     optimizer.flush()
-    file = optimizer._store.drive.files[0]
+    file = inside.store(optimizer).drive.files[0]
     with open(f"/proc/self/fd/{file.fd}", "r+b", buffering=0) as raw:
         for offset in range(0, file.nbytes, 4096):
             byte = os.pread(raw.fileno(), 1, offset + 8)
@@ -533,7 +534,7 @@ def test_what_is_closed_or_replaced_says_so(tmp_path: Path) -> None:
         offloaded(inner, tmp_path / "nowhere")
     owner = ssdtrain.offload_parameters(model, tmp_path, EAGER_STATE)
     shared = ssdtrain.parameter_offload(owner)
-    in_use = shared.store._space.in_use_nbytes
+    in_use = inside.space(shared.store).in_use_nbytes
     for _ in range(3):
         optimizer = ssdtrain.offload_optimizer(inner, shared, SMALL_CHUNKS)
         assert isinstance(optimizer, ssdtrain.OffloadedOptimizer)
@@ -546,7 +547,7 @@ def test_what_is_closed_or_replaced_says_so(tmp_path: Path) -> None:
             with pytest.raises(RuntimeError, match="after close"):
                 call()
     shared.flush()
-    assert shared.store._space.in_use_nbytes <= in_use + 4096 * 8
+    assert inside.space(shared.store).in_use_nbytes <= in_use + 4096 * 8
     train(model, inner, 1)
 
 
@@ -558,7 +559,7 @@ def test_a_lost_read_at_the_end_loses_nothing_else(tmp_path: Path) -> None:
     train(model, optimizer, 2)
     optimizer.flush()
     page = next(iter(optimizer._offloaded._entries.values()))["exp_avg"].leaves[0]
-    file = optimizer._store.drive.files[0]
+    file = inside.store(optimizer).drive.files[0]
     with open(f"/proc/self/fd/{file.fd}", "r+b", buffering=0) as raw:
         offset = page.record.segments[0].extent.offset
         os.pwrite(raw.fileno(), bytes([os.pread(raw.fileno(), 1, offset)[0] ^ 1]), offset)

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import inside
 import pytest
 import torch
 from drives import Drive
@@ -43,13 +44,13 @@ def offloaded(
 def full_nbytes(model: nn.Module) -> int:
     """Memory of the storages that parameters of blocks have now."""
     owner = ssdtrain.parameter_offload(model)
-    return sum(r.nbytes for r in owner._working_set if r.storage is not None)
+    return sum(r.nbytes for r in inside.working_set(owner) if r.storage is not None)
 
 
 def block_nbytes(model: nn.Module) -> int:
     """The largest block."""
     owner = ssdtrain.parameter_offload(model)
-    return max(sum(r.nbytes for r in block.records) for block in owner._working_set.blocks)
+    return max(sum(r.nbytes for r in block.records) for block in inside.working_set(owner).blocks)
 
 
 # -- equal to the bit --------------------------------------------------------------------------------------------------
@@ -451,7 +452,7 @@ def test_blocks_whose_parts_are_called(tmp_path: Path) -> None:
         for _ in range(5):
             model(batch(0))
     assert full_nbytes(model) <= 2 * block_nbytes(model)
-    assert not owner._working_set._gathered
+    assert not inside.working_set(owner)._gathered
 
 
 def test_loading_what_does_not_fit(tmp_path: Path) -> None:
@@ -755,7 +756,7 @@ def test_a_lost_read_names_the_parameter(tmp_path: Path) -> None:
     owner = offloaded(model, tmp_path, engine="threads", prefetch_nbytes=0)
     owner.note_checkpoint("/checkpoints/step-40.pt")
     owner.flush()
-    file = owner._store.drive.files[0]
+    file = inside.store(owner).drive.files[0]
     for offset in range(0, file.nbytes, 4096):
         with open(f"/proc/self/fd/{file.fd}", "r+b", buffering=0) as raw:
             byte = os.pread(raw.fileno(), 1, offset + 8)

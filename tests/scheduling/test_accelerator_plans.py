@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import inside
 import pytest
 import torch
 from conftest import MakeOffload, same_bits
@@ -102,7 +103,7 @@ def test_the_host_tier_takes_what_the_drive_is_too_slow_for(
         assert plan is not None and plan.host_nbytes > 0
         before = offload.stats.hosted_nbytes
         step()[0].item()
-        offload._store._transport.engine.drain()  # type: ignore[union-attr]
+        inside.transport(offload).engine.drain()  # type: ignore[union-attr]
         hosted = offload.stats.hosted_nbytes - before
     measured = seen[-1]
     assert measured.host is not None and measured.host.capacity_nbytes == 2 * MIB and measured.idle_nbytes == 0
@@ -155,7 +156,7 @@ def test_the_device_says_when_it_waited(
             Replanner, "review", lambda self, *what: (waits.append(what[1].stall_seconds), review(self, *what))[1]
         )
         device.hold(device.driver.in_stream())
-        schedule, before = offload._schedule, offload._schedule._step
+        schedule, before = inside.schedule(offload), inside.step(offload)
 
         def is_waiting() -> bool:
             timing = schedule._step.timing if schedule._step is not before else None
@@ -209,14 +210,14 @@ def test_nobody_waits_for_a_device_that_is_behind(
         device.hold(device.current_stream())
         for _ in range(8):
             (torch.sin(weight * weight.sin()).sum()).backward()
-        assert len(offload._schedule.review._under_way) == 4
+        assert len(inside.schedule(offload).review._under_way) == 4
         assert offload.plan is None
         device.release(device.current_stream())
         weight.grad.sum().item()  # type: ignore[union-attr]
         for _ in range(3):
             (torch.sin(weight * weight.sin()).sum()).backward()
             weight.grad.sum().item()  # type: ignore[union-attr]
-        assert len(offload._schedule.review._under_way) <= 1
+        assert len(inside.schedule(offload).review._under_way) <= 1
     assert reviewed >= 6 * [True]
 
 
@@ -263,7 +264,7 @@ def test_copies_are_counted_by_direction(make_offload: MakeOffload, device: Simu
     _, step = gpt()
     with make_offload(**AUTO) as offload:
         step()[0].item()
-        transport = offload._store._transport
+        transport = inside.transport(offload)
         assert transport is not None
         transport.engine.drain()
         (out_nbytes, out_seconds), (in_nbytes, in_seconds) = transport.engine.copies()
@@ -289,7 +290,7 @@ def test_copies_are_timed_whatever_comes_after_them(
         x = torch.ones(1024, 256, requires_grad=True)
         for _ in range(12):
             x = x.sin()
-        transport = offload._store._transport
+        transport = inside.transport(offload)
         assert transport is not None
         transport.engine.drain()
         (nbytes, seconds), _ = transport.engine.copies()
@@ -340,7 +341,7 @@ def test_waits_for_copies_out_are_not_compute_time(
         x = torch.ones(512, 256, requires_grad=True)
         for _ in range(6):  # more than a quarter of staging, and not all of it
             x = x.sin()
-        timing = offload._schedule._step.timing
+        timing = inside.step(offload).timing
         assert timing is not None and timing._waits, "let go"
         device.release(device.current_stream())
         eventually(lambda: timing._waits[0][0].is_reached)
@@ -363,7 +364,7 @@ def test_an_accelerator_that_must_not_be_asked(
     assert device is not None
     with make_offload(**AUTO) as offload:
         alive = torch.ones(512, 512, requires_grad=True).sin().sin().sin()
-        step = offload._schedule._step
+        step = inside.step(offload)
         assert step.timing is not None
         monkeypatch.setattr(device, "why_not", lambda: "CUDA graph capture")
         moments = len(step.timing._saved)
@@ -401,8 +402,8 @@ def test_a_graph_that_dies_in_a_forked_child(
             try:
                 device.timed_event = None  # type: ignore[assignment, method-assign]  # a call would raise
                 del graph
-                offload._store.process_releases()
-                code = 0 if offload._store._transport is None and not offload._counters.fallbacks else 2
+                inside.store(offload).process_releases()
+                code = 0 if inside.transport(offload) is None and not inside.counters(offload).fallbacks else 2
             finally:
                 os._exit(code)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -418,11 +419,11 @@ def test_a_step_that_never_ends_is_not_timed_for_ever(
     _, step = gpt()
     with make_offload(**AUTO) as offload:
         alive = torch.ones(256, 256, requires_grad=True).sin().sin()
-        timing = offload._schedule._step.timing
+        timing = inside.step(offload).timing
         assert timing is not None
         for _ in range(4):
             step()[0].item()
-        assert offload._schedule._step.timing is None and len(timing._saved) == 30
+        assert inside.step(offload).timing is None and len(timing._saved) == 30
         del alive
 
 
@@ -431,13 +432,13 @@ def test_waits_before_a_plan_are_not_held_against_it(make_offload: MakeOffload, 
     _, step = gpt()
     with make_offload(**AUTO) as offload:
         assert planned(offload, step) is not None
-        replanner = offload._schedule._replanner
+        replanner = inside.replanner(offload)
         assert replanner is not None and replanner.latest is not None
         prepared, caution = replanner.latest, replanner._caution
         waited = Measured(1, prepared.step.seconds, 0.9 * prepared.step.seconds, None, is_accelerated=True)
-        replanner.review(prepared.step, waited, offload._store.engine_totals())
+        replanner.review(prepared.step, waited, inside.store(offload).engine_totals())
         assert replanner._caution >= caution
-        replanner.review(prepared.step, replace(waited, followed=prepared.plan), offload._store.engine_totals())
+        replanner.review(prepared.step, replace(waited, followed=prepared.plan), inside.store(offload).engine_totals())
         assert replanner._caution < caution
 
 
@@ -470,9 +471,9 @@ def test_a_step_on_several_devices_is_not_planned_and_says_so(
     with make_offload(**AUTO) as offload:
         for _ in range(4):
             x = torch.ones(512, 512, requires_grad=True).sin().sin()
-            cpu, offload._devices.cpu = offload._devices.cpu, SecondDevice(device)  # type: ignore[assignment]
+            cpu, inside.devices(offload).cpu = inside.devices(offload).cpu, SecondDevice(device)  # type: ignore[assignment]
             x.sin().sin().sum().backward()
-            offload._devices.cpu = cpu
+            inside.devices(offload).cpu = cpu
         assert offload.plan is None
         assert any("several devices" in text for text in offload.stats.fallbacks)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import inside
 import pytest
 import torch
 from conftest import MakeOffload, grads_of, same_bits
@@ -100,7 +101,7 @@ def test_a_changed_step_falls_back_at_once(make_offload: MakeOffload) -> None:
         before = offload.stats.skipped.get("planned to stay")
         step(4)
         assert offload.stats.skipped.get("planned to stay") == before
-        offload._schedule._replanner._no_plan_before = 0.0  # type: ignore[union-attr]
+        inside.replanner(offload)._no_plan_before = 0.0  # type: ignore[union-attr]
         for _ in range(3):
             step(4)
         half = offload.plan
@@ -153,10 +154,10 @@ def test_reloads_wait_for_their_time(make_offload: MakeOffload, monkeypatch: pyt
     with make_offload(**AUTO | {"prefetch_nbytes": "64MiB"}) as offload:
         for _ in range(3):
             step()
-        prefetch = offload._store.prefetch
-        offload._store.prefetch = lambda record: (  # type: ignore[method-assign]
+        prefetch = inside.store(offload).prefetch
+        inside.store(offload).prefetch = lambda record: (  # type: ignore[method-assign]
             prefetch(record),
-            seen.append(offload._counters.prefetched_nbytes),
+            seen.append(inside.counters(offload).prefetched_nbytes),
         )[0]
         step()
         plan = offload.plan
@@ -207,9 +208,9 @@ def test_a_hint_brings_a_micro_batch_back(make_offload: MakeOffload) -> None:
     stage = torch.nn.Sequential(*[m for _ in range(3) for m in (torch.nn.Linear(64, 64), torch.nn.GELU())])
     with make_offload(prefetch_nbytes="64MiB") as offload:
         first = stage(torch.randn(256, 64)).square().mean()
-        offload._thread.pass_.is_closed = True  # type: ignore[union-attr]  # another micro-batch begins
+        inside.thread(offload).pass_.is_closed = True  # type: ignore[union-attr]  # another micro-batch begins
         second = stage(torch.randn(256, 64)).square().mean()
-        transport = offload._store._transport
+        transport = inside.transport(offload)
         assert transport is not None
         transport.engine.drain()
         offload.stats  # noqa: B018  takes note of what was written

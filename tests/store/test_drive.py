@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import inside
 import pytest
 import torch
 from conftest import SLAB_NBYTES, STAGING_NBYTES
@@ -249,8 +250,8 @@ def test_a_host_tier_only_is_shared_up_to_a_bound(tmp_path: Path) -> None:
             x = torch.randn(64, 64, requires_grad=True)
             loss = x.exp().exp().sum()
             device.synchronize()
-            assert offload._store._transport is not None
-            offload._store._transport.engine.drain()
+            assert inside.transport(offload) is not None
+            inside.transport(offload).engine.drain()
             assert offload.stats.hosted_nbytes > 0
             loss.backward()
         del loss

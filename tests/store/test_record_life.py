@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import inside
 import pytest
 import torch
 from conftest import EAGER, send
@@ -209,7 +210,7 @@ class RecordLife(RuleBasedStateMachine):
         item = tensor.element_size()
         self.saved.append(
             Saved(
-                self.offload._pack(tensor),
+                inside.pack(self.offload, tensor),
                 content_of(tensor),
                 tensor.dtype,
                 tensor.size(),
@@ -223,7 +224,7 @@ class RecordLife(RuleBasedStateMachine):
             assert tensor.numel() > 0
             self.file(self.saved[-1], tensor)
         else:
-            assert tensor.numel() == 0 or self.offload._store._transport is None
+            assert tensor.numel() == 0 or inside.transport(self.offload) is None
             self.saved[-1].resident_nbytes = tensor.nbytes
         if and_drop:
             self.held.remove(held)
@@ -258,9 +259,9 @@ class RecordLife(RuleBasedStateMachine):
         self.note_backward()
         if saved.counter.version != saved.version:
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-                self.offload._unpack(saved.handle)
+                inside.unpack(self.offload, saved.handle)
             return
-        tensors = [self.offload._unpack(saved.handle) for _ in range(times)]
+        tensors = [inside.unpack(self.offload, saved.handle) for _ in range(times)]
         for tensor in tensors:
             self.check(saved, tensor)
         if keep:
@@ -344,7 +345,7 @@ class RecordLife(RuleBasedStateMachine):
         """Backward may come when the context was left; without records the engine is closed meanwhile."""
         if self.is_entered:
             self.offload.__exit__(None, None, None)
-            assert (self.offload._store._transport is None) == (not self.filed)
+            assert (inside.transport(self.offload) is None) == (not self.filed)
         else:
             self.offload.__enter__()
         self.is_entered = not self.is_entered
@@ -358,11 +359,11 @@ class RecordLife(RuleBasedStateMachine):
         filed = self.saved[which % len(self.saved)].filed
         if filed is not None:
             filed.may_be_home |= not filed.source.expired()
-            self.offload._store.prefetch(filed.record)
+            inside.store(self.offload).prefetch(filed.record)
 
     @rule()
     def drain(self) -> None:
-        transport = self.offload._store._transport
+        transport = inside.transport(self.offload)
         if transport is not None:
             transport.engine.drain()
 
@@ -389,7 +390,7 @@ class RecordLife(RuleBasedStateMachine):
         """Meanwhile the spill files can only be read, or only be written."""
         self.num_faults -= 1
         self.travels = False  # directories that failed are not used any more
-        transport = self.offload._store._transport
+        transport = inside.transport(self.offload)
         fds = [file.fd for file in transport.drive.files] if transport is not None else []
         originals = [os.dup(fd) for fd in fds]
         for fd in fds:
@@ -399,7 +400,7 @@ class RecordLife(RuleBasedStateMachine):
         try:
             yield
         finally:
-            if self.offload._store._transport is transport and transport is not None:
+            if inside.transport(self.offload) is transport and transport is not None:
                 transport.engine.drain()
                 for fd, original in zip(fds, originals, strict=True):
                     os.dup2(original, fd, inheritable=False)
@@ -433,7 +434,7 @@ class RecordLife(RuleBasedStateMachine):
     def unpack_without_memory(self, which: int) -> None:
         """No memory for a reload: the accounts stay right, and the bytes come when there is some."""
         self.num_faults -= 1
-        device = self.offload._devices.cpu
+        device = inside.devices(self.offload).cpu
 
         def refuse(*sizes: int) -> None:
             raise MemoryError
@@ -448,7 +449,7 @@ class RecordLife(RuleBasedStateMachine):
 
     @invariant()
     def accounts_agree(self) -> None:
-        stats, store, counters = self.offload.stats, self.offload._store, self.offload._counters
+        stats, store, counters = self.offload.stats, inside.store(self.offload), inside.counters(self.offload)
         records = [filed.record for filed in self.filed]
         assert stats.num_live_records == len(records)
         assert {r for entry in store.index._records.values() for r in entry} == set(records)
@@ -469,7 +470,7 @@ class RecordLife(RuleBasedStateMachine):
 
     @invariant()
     def extents_agree(self) -> None:
-        transport = self.offload._store._transport
+        transport = inside.transport(self.offload)
         if transport is None:
             return
         extents = [segment.extent for filed in self.filed for segment in filed.record.segments]
@@ -491,10 +492,10 @@ class RecordLife(RuleBasedStateMachine):
             self.offload.__exit__(None, None, None)
         while self.saved:
             self.forget(self.saved.pop())
-        counters, store = self.offload._counters, self.offload._store
+        counters, store = inside.counters(self.offload), inside.store(self.offload)
         assert (counters.num_live_records, counters.held_nbytes, counters.prefetched_nbytes) == (0, 0, 0)
         assert not (store.index._records or store._reloads._shared or store._reloads._prefetched or store._to_release)
-        assert store._transport is None
+        assert inside.transport_of(store) is None
         self.held.clear()
         assert all(memory.expired() for memory in self.memories)
         num_kept = num_kept_files(self.offload)
@@ -537,11 +538,11 @@ def test_no_extent_is_given_away_under_a_write(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "pwrite", wait_and_write)
     leaf = torch.ones(1, requires_grad=True)
     with offload:
-        first = offload._pack(torch.ones(1500))
+        first = inside.pack(offload, torch.ones(1500))
         leaf + 1  # the sequence number moves on
-        second = offload._pack(torch.ones(1500))
+        second = inside.pack(offload, torch.ones(1500))
         assert has_begun.wait(60)
-        transport = offload._store._transport
+        transport = inside.transport(offload)
         assert transport is not None
         in_use = transport.space.in_use_nbytes
         assert in_use > 0
@@ -562,20 +563,20 @@ def test_a_failed_prefetch_is_tried_again(tmp_path: Path, engine: str) -> None:
     offload = ssdtrain.offload_activations(tmp_path, EAGER | {"engine": engine})
     leaf = torch.ones(1, requires_grad=True)
     with offload:
-        handle = offload._pack(torch.arange(1500.0))
+        handle = inside.pack(offload, torch.arange(1500.0))
         leaf + 1  # the sequence number moves on
-        other = offload._pack(torch.arange(1500.0) + 1)
-        transport = offload._store._transport
+        other = inside.pack(offload, torch.arange(1500.0) + 1)
+        transport = inside.transport(offload)
         assert transport is not None
         transport.engine.drain()
         offload.stats  # noqa: B018  takes note of what the engine did
         record = handle.record
         assert record.residency is Residency.DISK
         with reads_refused(transport.drive.files[0].fd):
-            assert offload._store.prefetch(record)
+            assert inside.store(offload).prefetch(record)
             transport.engine.drain()
         assert record.reads[0].error is not None
-        assert torch.equal(offload._unpack(handle), torch.arange(1500.0))
+        assert torch.equal(inside.unpack(offload, handle), torch.arange(1500.0))
         assert any("Bad file descriptor" in text for text in offload.stats.fallbacks)
         del handle, other, record
     assert offload.stats.num_live_records == 0

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import inside
 import pytest
 import torch
 from drives import Drive, fill
@@ -52,12 +53,12 @@ def test_every_size_comes_back(engine: str, num_directories: int, tmp_path: Path
         for nbytes, arrival in arrivals.items():
             assert as_bytes(store.take(arrival)) == as_bytes(some(nbytes, seed)), (nbytes, seed)
     store.flush()
-    in_use = store._space.in_use_nbytes
+    in_use = inside.space(store).in_use_nbytes
     assert sum(SIZES) <= in_use < sum(SIZES) + len(SIZES) * num_directories * 4096
     for record in records.values():
         store.free(record)
     store.flush()
-    assert store._space.in_use_nbytes == 0
+    assert inside.space(store).in_use_nbytes == 0
     assert [path for folder in folders for path in folder.iterdir()] == []
     store.close()
 
@@ -72,7 +73,7 @@ def test_a_slot_may_be_written_anew_before_it_is_written(engine: str, tmp_path: 
             assert as_bytes(store.take(store.read(record))) == as_bytes(some(40 * KIB, seed))
     assert as_bytes(store.take(store.read(record))) == as_bytes(some(40 * KIB, 49))
     store.flush()
-    assert store._space.in_use_nbytes == 40 * KIB
+    assert inside.space(store).in_use_nbytes == 40 * KIB
     store.close()
 
 
@@ -118,7 +119,7 @@ def test_a_full_drive_keeps_the_bytes(engine: str, small_ext4: Drive) -> None:
         assert as_bytes(store.take(store.read(record))) == as_bytes(some(3000 * KIB, i))
     assert any("no room on the drive for record 3: it stays in memory" in text for text in store.counters.fallbacks)
     filler.unlink()
-    store._space._no_growth_before = [0.0]  # it tries again after some seconds
+    inside.space(store)._no_growth_before = [0.0]  # it tries again after some seconds
     store.write(records[3], some(3000 * KIB, 9))
     assert records[3].storage is None
     assert as_bytes(store.take(store.read(records[3]))) == as_bytes(some(3000 * KIB, 9))

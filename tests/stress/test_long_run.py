@@ -6,6 +6,7 @@ import gc
 import os
 from pathlib import Path
 
+import inside
 import pytest
 import torch
 
@@ -19,8 +20,8 @@ def rss() -> int:
 
 
 def holdings(offload: ssdtrain.ActivationOffload) -> dict[str, int]:
-    store = offload._store
-    transport = store._transport
+    store = inside.store(offload)
+    transport = inside.transport_of(store)
     assert transport is not None
     offload.stats  # noqa: B018  takes note of what the engine did
     return {
@@ -47,7 +48,7 @@ def test_a_thousand_steps_are_flat(tmp_path: Path, engine: str) -> None:
     model = torch.nn.Sequential(*[m for _ in range(4) for m in (torch.nn.Linear(64, 64), torch.nn.GELU())])
     policy = {"min_nbytes": "4KiB", "mode": "all", "staging_nbytes": "256KiB", "engine": engine}
     with ssdtrain.offload_activations(tmp_path, policy) as offload:
-        transport = offload._store._transport
+        transport = inside.transport(offload)
         assert transport is not None
         for step in range(num_steps):
             loss = model(torch.randn(64, 64)).square().sum()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import inside
 import pytest
 import torch
 from conftest import MakeOffload, gauges, same_bits, send
@@ -164,7 +165,7 @@ def test_threads_train_in_each_others_way(make_offload: MakeOffload, engine: str
     for offload in offloads:
         assert offload.stats.num_live_records == 0
         assert gauges(offload) == (0, 0, 0)
-        assert offload._store._transport is None, "idle, and still open"
+        assert inside.transport(offload) is None, "idle, and still open"
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -210,10 +211,10 @@ def test_threads_drop_what_others_hold(make_offload: MakeOffload) -> None:
                     handles.pop(draw.randrange(len(handles)))
                 elif handles and draw.random() < 0.4:
                     start, handle = draw.choice(handles)
-                    assert torch.equal(offload._unpack(handle), source[start:])
+                    assert torch.equal(inside.unpack(offload, handle), source[start:])
                 else:
                     start = draw.choice([0, 7, 100])
-                    handles.append((start, offload._pack(source[start:])))
+                    handles.append((start, inside.pack(offload, source[start:])))
 
     at_once([lambda seed=seed: save_and_drop(seed) for seed in range(NUM_THREADS)])
     assert offload.stats.num_live_records == 0
