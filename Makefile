@@ -48,21 +48,23 @@ test-long: $(VENV)/.package $(VENV)/.tests
 
 # -- on the stand-in of tests/standin --
 
-STANDIN_VENV ?= .venv-standin
+STANDIN_OWN := .venv-standin
+STANDIN_VENV ?= $(STANDIN_OWN)
 STANDIN_BUILD := build/standin
 STANDIN ?=
 STANDIN_SUITES := $(shell sed -n '/--devices cuda/,/[^\\]$$/p' recipes/benchmarks/gpu.sh | grep -o 'tests/[a-z_/]*\.py' | sort -u)
 
-test-standin: $(STANDIN_VENV)/.standin
+# Whoever names an environment has all that is installed in our own.
+test-standin: $(if $(filter $(STANDIN_OWN),$(STANDIN_VENV)),$(STANDIN_OWN)/.standin)
 	tests/standin/build.sh $(STANDIN_VENV)/bin/python $(STANDIN_BUILD)
 	$(STANDIN_VENV)/bin/python setup.py -q build_ext --inplace
 	PYTHONPATH=$(CURDIR) FAIL_WITHOUT_CUDA=1 tests/standin/run.sh $(STANDIN_BUILD) $(STANDIN_VENV)/bin/python -m pytest \
 	    -n $${JOBS:-2} --dist loadfile --devices cuda tests/standin tests/devices/test_cuda.py $(STANDIN_SUITES) $(STANDIN)
 
 # An environment of its own: the pinned torch of the other one is for the CPU.
-$(STANDIN_VENV)/.standin:
-	[ -x $(STANDIN_VENV)/bin/python ] || $(PYTHON) -m venv $(STANDIN_VENV)
-	env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT $(STANDIN_VENV)/bin/pip install torch==2.11.0 'setuptools>=77,<82' pybind11 \
+$(STANDIN_OWN)/.standin:
+	[ -x $(STANDIN_OWN)/bin/python ] || $(PYTHON) -m venv $(STANDIN_OWN)
+	env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT $(STANDIN_OWN)/bin/pip install torch==2.11.0 'setuptools>=77,<82' pybind11 \
 	    pydantic typer rich numpy pytest pytest-xdist hypothesis expecttest scipy psutil
 	@touch $@
 

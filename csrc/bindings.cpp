@@ -239,10 +239,11 @@ void bind_devices(py::module_& module) {
   py::class_<CudaDriver, DeviceDriver, std::shared_ptr<CudaDriver>>(module, "CudaDriver")
       .def(py::init<int>(), py::arg("index"), Released());
   py::class_<Fence, std::shared_ptr<Fence>>(module, "Fence")
+      // A driver whose queue is full blocks whoever adds to it.
       .def(py::init<std::shared_ptr<DeviceDriver>, uint64_t>(), py::arg("driver"),
-           py::arg("stream"))
+           py::arg("stream"), Released())
       .def("synchronize", &Fence::synchronize, Released())
-      .def("make_wait", &Fence::make_wait, py::arg("stream"))
+      .def("make_wait", &Fence::make_wait, py::arg("stream"), Released())
       .def_property_readonly("is_complete", &Fence::is_complete)
       .def_property_readonly("device_index", [](const Fence& f) { return f.driver()->index(); });
 }
@@ -341,7 +342,12 @@ void bind_write(py::module_& module) {
           },
           py::arg("timeout_seconds") = py::none())
       .def(
-          "make_wait", [](const PyWrite& w, uint64_t stream) { w->make_wait(stream); },
+          "make_wait",
+          [](const PyWrite& write, uint64_t stream) {
+            WriteState* state = write.get().get();
+            GilReleased released;
+            state->make_wait(stream);
+          },
           py::arg("stream"))
       .def_property_readonly("is_copied", [](const PyWrite& w) { return w->is_copied(); })
       .def_property_readonly("is_issued", [](const PyWrite& w) { return w->is_issued(); })
@@ -376,7 +382,12 @@ void bind_read(py::module_& module) {
           py::arg("timeout_seconds") = py::none())
       .def("expedite", [](const PyRead& read) { read->expedite(); })
       .def(
-          "make_wait", [](const PyRead& r, uint64_t stream) { r->make_wait(stream); },
+          "make_wait",
+          [](const PyRead& read, uint64_t stream) {
+            ReadState* state = read.get().get();
+            GilReleased released;
+            state->make_wait(stream);
+          },
           py::arg("stream"))
       .def_property_readonly("is_done", [](const PyRead& r) { return r->is_done(); })
       .def_property_readonly("is_issued", [](const PyRead& r) { return r->is_issued(); })
@@ -490,6 +501,7 @@ void bind_engine_properties(py::class_<PyEngine>& engine) {
       .def_property_readonly("notes", [](const PyEngine& e) { return e->notes(); })
       .def_property_readonly("registered_buffers",
                              [](const PyEngine& e) { return e->has_registered_buffers(); })
+      .def_property_readonly("host_nbytes", [](const PyEngine& e) { return e->host_nbytes(); })
       .def_property_readonly("staging_nbytes",
                              [](const PyEngine& e) { return e->staging_nbytes(); })
       .def_property_readonly("slab_nbytes", [](const PyEngine& e) { return e->slab_nbytes(); })

@@ -154,13 +154,21 @@ std::string CudaDriver::pin(char* address, size_t nbytes) {
   Current current(*this);
   move_to_node(address, nbytes, numa_node());
   CudaLibrary::Result result = cuda_.host_register(address, nbytes, kHostRegisterPortable);
-  // Portable: what another device pinned is pinned for this one.
-  if (result == CudaLibrary::kSuccess) return "";
+  if (result == CudaLibrary::kSuccess) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    pinned_.insert(address);
+    return "";
+  }
+  // Portable: what another device pinned is pinned for this one, and is for that one to unpin.
   if (result == CudaLibrary::kHostMemoryAlreadyRegistered) return "";
   return "host memory is not pinned, copies block: cuMemHostRegister: " + cuda_.error_name(result);
 }
 
 void CudaDriver::unpin(char* address) noexcept {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (pinned_.erase(address) == 0) return;
+  }
   cuda_.context_push(context_);
   cuda_.host_unregister(address);
   CudaLibrary::Context popped;

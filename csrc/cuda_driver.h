@@ -1,6 +1,7 @@
 #pragma once
 
 #include <mutex>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -46,8 +47,9 @@ class CudaDriver : public DeviceDriver {
   CudaLibrary::Context context_ = nullptr;
   Stream out_stream_ = 0;
   Stream in_stream_ = 0;
-  std::mutex mutex_;  // free_events_; a leaf
+  std::mutex mutex_;  // of what follows; a leaf
   std::vector<Event> free_events_;
+  std::set<char*> pinned_;  // by this driver
 };
 
 }  // namespace ssdtrain

@@ -113,7 +113,9 @@ Engine::Engine(Files files, EngineOptions options, const OpenBackend& open)
   copier_ =
       std::make_unique<Copier>(monitor_, pool_, doorbell_, scheduler_.get(), options_.has_checksum);
   copier_->start(num_copy_threads(options_.num_threads));
-  if (options_.host_nbytes > 0) host_ = std::make_shared<PinnedRegion>(options_.host_nbytes);
+  if (options_.host_nbytes > 0) {
+    host_ = std::make_shared<PinnedRegion>(options_.host_nbytes, MappedRegion::Kind::kAddresses);
+  }
 }
 
 Engine::~Engine() { close(); }
@@ -141,11 +143,18 @@ std::string Engine::add_device(std::shared_ptr<DeviceDriver> driver) {
 }
 
 std::string Engine::grow_host(size_t nbytes) {
-  if (!host_ || nbytes > host_->limit_nbytes()) {
-    throw std::invalid_argument("Expected at most " + number(host_ ? host_->limit_nbytes() : 0) +
+  std::shared_ptr<PinnedRegion> host;
+  {
+    std::lock_guard<std::mutex> lock(monitor_->mutex);
+    check_open();
+    host = host_;
+  }
+  size_t limit = host ? host->limit_nbytes() : 0;
+  if (nbytes > limit) {
+    throw std::invalid_argument("Expected at most " + number(limit) +
                                 " bytes of host tier, got " + number(nbytes));
   }
-  return host_->grow(nbytes);
+  return host->grow(nbytes);
 }
 
 DeviceCopier* Engine::device_copier(const Fence* fence) const {

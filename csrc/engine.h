@@ -90,6 +90,8 @@ class Engine {
   bool has_registered_buffers() const { return has_registered_buffers_; }
   const std::vector<std::string>& notes() const { return notes_; }
   size_t staging_nbytes() const { return staging_nbytes_; }
+  // Limit of the host tier; 0 without one.
+  size_t host_nbytes() const { return options_.host_nbytes; }
   size_t slab_nbytes() const { return options_.slab_nbytes; }
   size_t staging_in_use_nbytes() const;
   size_t peak_staging_nbytes() const;

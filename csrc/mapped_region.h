@@ -8,7 +8,10 @@ namespace ssdtrain {
 // child does not inherit it, so a fork never copies pages that a device is reading.
 class MappedRegion {
  public:
-  explicit MappedRegion(size_t nbytes);
+  // kAddresses: there may be less memory than that now, and it is taken only where it is used.
+  enum class Kind { kMemory, kAddresses };
+
+  explicit MappedRegion(size_t nbytes, Kind kind = Kind::kMemory);
   MappedRegion(const MappedRegion&) = delete;
   MappedRegion& operator=(const MappedRegion&) = delete;
   ~MappedRegion();

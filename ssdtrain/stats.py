@@ -113,7 +113,7 @@ class Counters:
         self.num_live_records = 0
         self.held_nbytes = 0  # gauge: bytes of saved tensors in memory now, staging excluded
         self.prefetched_nbytes = 0  # gauge: bytes reloaded, or being reloaded, and not asked for yet
-        self.staging_limit_nbytes = self.prefetch_limit_nbytes = 0
+        self.staging_limit_nbytes = self.prefetch_limit_nbytes = self.host_limit_nbytes = 0
         self.peak_saved_nbytes = self.peak_device_nbytes = 0
         self.step_device_peak_nbytes = 0  # the same as `peak_device_nbytes` since `begin_step`
         self.resident_nbytes = 0  # gauge: those of the held bytes that no record stands for
@@ -258,6 +258,8 @@ class Stats:
     """Bound on bytes on their way out: the policy's, or more where records of an accelerator are large,"""
     prefetch_limit_nbytes: int = 0
     """and on those on their way back. One record may always be alone beyond it."""
+    host_limit_nbytes: int = 0
+    """The most the host tier may hold, by the memory there is now."""
     skipped: Mapping[str, Skipped] = field(default_factory=lambda: MappingProxyType({}))
     """Saved tensors left alone, by reason."""
     engine: str = ""

@@ -171,6 +171,7 @@ class Store:
         if transport is not None:
             counters.add_engine(transport.totals(), transport.space.peak_nbytes)
             counters.cancelled_write_nbytes += transport.cancelled_nbytes
+            counters.host_limit_nbytes = transport.drive.host_nbytes
             if transport.host is not None:
                 counters.peak_host_nbytes = max(counters.peak_host_nbytes, transport.host.peak_nbytes)
 
@@ -367,6 +368,8 @@ class Store:
 
     def _try_submit(self, records: list[SavedRecord], *, is_planned: bool) -> int | Fence | None:
         """Ships or keeps `records`; or returns what to wait for before trying again: room for bytes, or a device."""
+        if (transport := self._transport) is not None and records:
+            transport.prepare(records)
         with self.lock.mutex, self.lock:
             self._settle()
             records = [record for record in records if _may_leave(record)]

@@ -126,7 +126,8 @@ class Drive:
         host = None
         if self._choice.host_nbytes:
             num_files = len(self._choice.files)
-            host = HostSpace(num_files, self._choice.host_nbytes, self.engine.grow_host, note_fallback)
+            limit, takes_half = self._choice.host_nbytes, self._choice.takes_half
+            host = HostSpace(num_files, limit, self.engine.grow_host, note_fallback, takes_half=takes_half)
         return _Clients(threading.RLock(), os.getpid(), {}, host)
 
     def shortcomings(self) -> list[str]:
@@ -135,8 +136,8 @@ class Drive:
 
     @property
     def host_nbytes(self) -> int:
-        """Limit of the host tier; 0 without one."""
-        return self._choice.host_nbytes
+        """The most the host tier may hold, as it is now; 0 without one."""
+        return self.host.room_nbytes if self.host is not None else 0
 
     @property
     def has_checksum(self) -> bool:
@@ -254,6 +255,11 @@ class Drive:
             return why
 
     # -- room ----------------------------------------------------------------------------------------------------
+
+    def prepare(self, nbytes: int) -> None:
+        """Has memory ready for `nbytes` more in the host tier, if it can be had: pinning takes long. Without a lock."""
+        if self.host is not None:
+            self.host.prepare(nbytes)
 
     def allocate(self, nbytes: int, *, prefers_host: bool, stripe: bool = True) -> list[Extent]:
         """Extents for `nbytes`, in the host tier where that is preferred and has room. Empty where there is none."""

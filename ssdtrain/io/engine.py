@@ -238,6 +238,10 @@ class Engine(Protocol):
         """Whether the kernel knows the staging memory ahead."""
 
     @property
+    def host_nbytes(self) -> int:
+        """Limit of the host tier, for which it has addresses; 0 for an engine without one."""
+
+    @property
     def staging_nbytes(self) -> int:
         """Staging memory: whole slabs; 0 for an engine without them."""
 

@@ -59,6 +59,11 @@ class ExtentAllocator:
                 return offset
         return None
 
+    def fits(self, nbytes: int) -> bool:
+        """Whether `allocate(nbytes)` would succeed."""
+        need = self.rounded(nbytes)
+        return any([size >= need for size in self._sizes])
+
     def missing_nbytes(self, nbytes: int) -> int:
         """How much `extend` must add for `allocate(nbytes)` to succeed: a free tail counts."""
         tail = 0

@@ -1,6 +1,11 @@
 """Room in the host tier: pinned memory that several clients share, and what each of them holds of it.
 
 Knows extents and bytes, neither directories nor requests.
+
+[Note: memory that grows]
+A machine may have little memory at first and get more as it is used. So the tier has addresses for more than there is,
+and takes memory in steps: each asks what is free just then. With no limit set the tier holds at most half of that and
+what it holds already; with one, all of it. A step that there is no memory for is tried again a little later.
 """
 
 from __future__ import annotations
@@ -10,13 +15,16 @@ import math
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from ssdtrain.io.extents import BLOCK_NBYTES, Extent, ExtentAllocator
+from ssdtrain.stats import nbytes_text
 
 _PAGE = 4096
 _GROW_NBYTES = 256 << 20
+_RETRY_SECONDS = 1.0
 
 
 def available_nbytes() -> int:
@@ -28,10 +36,10 @@ def available_nbytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def host_limit_nbytes(asked_nbytes: int | None, *, has_directories: bool) -> int:
-    """The limit of a host tier in whole pages: what was asked, or nothing beside a drive, or half of what is free."""
+def host_limit_nbytes(asked_nbytes: int | None, *, has_directories: bool) -> int | None:
+    """The limit of a host tier in whole pages: as asked, or nothing beside a drive, else None: half of what is free."""
     if asked_nbytes is None:
-        asked_nbytes = 0 if has_directories else available_nbytes() // 2
+        return 0 if has_directories else None
     return -(-asked_nbytes // _PAGE) * _PAGE
 
 
@@ -43,11 +51,24 @@ class HostSpace:
     """
 
     def __init__(
-        self, file: int, limit_nbytes: int, grow: Callable[[int], str], note_fallback: Callable[[str], None]
+        self,
+        file: int,
+        limit_nbytes: int,
+        grow: Callable[[int], str],
+        note_fallback: Callable[[str], None],
+        *,
+        takes_half: bool = False,
     ) -> None:
-        """`file`: the index of its extents. `grow(nbytes)` makes it so long, and says why it is not pinned."""
+        """`file`: the index of its extents. `grow(nbytes)` makes it so long, and says why it is not pinned.
+
+        `takes_half`: its limit is half of what is free as well; see [Note: memory that grows].
+        """
         self.file = file
         self._limit_nbytes = limit_nbytes
+        self._takes_half = takes_half
+        self._growing = threading.Lock()
+        self._no_growth_before = 0.0
+        self._has_told = False
         self._grow = grow
         self._note_fallback = note_fallback
         self._extents = ExtentAllocator(BLOCK_NBYTES)
@@ -59,6 +80,25 @@ class HostSpace:
         """The most in use so far."""
         return self._extents.peak_nbytes
 
+    @property
+    def room_nbytes(self) -> int:
+        """The most it may hold, as it is now."""
+        if not self._takes_half:
+            return self._limit_nbytes
+        return min(self._limit_nbytes, (self._extents.capacity + available_nbytes()) // 2 // _PAGE * _PAGE)
+
+    def prepare(self, nbytes: int) -> None:
+        """Grows, where that is needed for `nbytes` more. Pinning takes its time: called without any other lock."""
+        with self._growing:
+            with self._lock:
+                target = 0 if self._is_torn or self._extents.fits(nbytes) else self._next_capacity(nbytes)
+            if target:
+                self._pin(target)
+                with self._lock:
+                    self._is_torn = True
+                    self._extents.extend(target)
+                    self._is_torn = False
+
     def allocate(self, nbytes: int) -> Extent | None:
         """Room for `nbytes`, or None when the tier is full."""
         nbytes = self._extents.rounded(nbytes)
@@ -69,8 +109,11 @@ class HostSpace:
             self._is_poisoned = True
             try:
                 offset = self._extents.allocate(nbytes)
-                if offset is None and self._extend(self._extents.missing_nbytes(nbytes)):
-                    offset = self._extents.allocate(nbytes)
+                if offset is None and self._growing.acquire(blocking=False):  # nobody has prepared for it
+                    try:
+                        offset = self._grow_and_allocate(nbytes)
+                    finally:
+                        self._growing.release()
             except Exception:  # no memory: nothing has changed
                 self._is_poisoned = False
                 raise
@@ -86,16 +129,41 @@ class HostSpace:
             self._extents.release(extent.offset, extent.nbytes)
             self._is_poisoned = False
 
-    def _extend(self, missing_nbytes: int) -> bool:
-        needed = self._extents.capacity + missing_nbytes
-        if needed > self._limit_nbytes:
-            return False
-        generous = min(self._limit_nbytes, max(needed, self._extents.capacity + _GROW_NBYTES))
-        why = self._grow(generous)
+    def _grow_and_allocate(self, nbytes: int) -> int | None:
+        target = self._next_capacity(nbytes)
+        if not target:
+            return None
+        self._pin(target)
+        self._extents.extend(target)
+        return self._extents.allocate(nbytes)
+
+    def _next_capacity(self, nbytes: int) -> int:
+        """How long it is after a step that makes room for `nbytes`; 0 where there is no memory for one now."""
+        capacity = self._extents.capacity
+        needed, now = capacity + self._extents.missing_nbytes(nbytes), time.monotonic()
+        if needed > self._limit_nbytes or now < self._no_growth_before:
+            return 0
+        free = available_nbytes()
+        most = (capacity + free) // 2 if self._takes_half else capacity + free
+        most = min(self._limit_nbytes, most // _PAGE * _PAGE)
+        if needed > most:
+            self._no_growth_before = now + _RETRY_SECONDS
+            self._tell_once(
+                f"the host tier does not grow beyond {nbytes_text(capacity)} while {nbytes_text(free)} of host memory"
+                " are free: it is tried again, and what finds no room goes elsewhere or stays"
+            )
+            return 0
+        return min(most, max(needed, capacity + _GROW_NBYTES))
+
+    def _tell_once(self, text: str) -> None:
+        if not self._has_told:
+            self._has_told = True
+            self._note_fallback(text)
+
+    def _pin(self, nbytes: int) -> None:
+        why = self._grow(nbytes)
         if why:
             self._note_fallback(why)
-        self._extents.extend(generous)
-        return True
 
 
 class HostShare:
@@ -112,6 +180,16 @@ class HostShare:
     def peak_nbytes(self) -> int:
         """The most in use so far, by all users."""
         return self._space.peak_nbytes
+
+    @property
+    def room_nbytes(self) -> int:
+        """The most the tier may hold for all clients, as it is now."""
+        return self._space.room_nbytes
+
+    def prepare(self, nbytes: int) -> None:
+        """Sees to it that there is memory for `nbytes` more, if it can be had. Called without a lock."""
+        if nbytes <= self._left_nbytes:
+            self._space.prepare(nbytes)
 
     def allocate(self, nbytes: int) -> Extent | None:
         """Room for `nbytes`, or None when the tier is full."""

@@ -5,6 +5,7 @@ The only file that imports them, and the extension `ssdtrain._C`.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ _CPP_KINDS = ("io_uring", "threads")
 _PAGE = 4096
 _NUM_SLABS = 16
 _MAX_SLAB_NBYTES = 4 << 20
+_ADDRESSES_NBYTES, _LEAST_ADDRESSES_NBYTES = 1 << 40, 64 << 20  # of a host tier that grows with the memory there is
 _ROOT = Path(__file__).parents[2]
 
 __all__ = [
@@ -55,7 +57,7 @@ class EngineChoice:
     reason: str
     fallbacks: list[str] = field(default_factory=list)
     host_nbytes: int = 0
-    """Limit of the host tier; 0 where the engine has none."""
+    """Limit of the host tier, for which it has addresses; 0 where the engine has none."""
     has_checksum: bool = False
     """Whether every byte that is read from a file is verified."""
     is_shared: bool = False
@@ -64,6 +66,8 @@ class EngineChoice:
     """How long a drive is waited for when it opens, grows, shortens or closes a file."""
     keeps_files: bool = False
     """Whether the files outlive the engine: they are whoever's that opened it."""
+    takes_half: bool = False
+    """Whether the host tier holds at most half of what is free, too."""
 
     def shortcomings(self) -> list[str]:
         """Sentences on what works, but not the best way."""
@@ -91,7 +95,7 @@ class _Request:
     slab_nbytes: int
     checksum: bool
     disk_nbytes: int | None
-    host_nbytes: int
+    host_nbytes: int | None
     is_shared: bool
     timeout_seconds: float
 
@@ -154,7 +158,7 @@ def open_engine(
     checksum: bool = False,
     disk_nbytes: int | None = None,
     *,
-    host_nbytes: int = 0,
+    host_nbytes: int | None = 0,
     device_index: int | None = None,
     is_shared: bool = False,
     timeout_seconds: float = 60.0,
@@ -171,7 +175,7 @@ def open_engine(
         slab_nbytes: size of a slab, a multiple of 4096.
         checksum: verify every byte that is read from a file.
         disk_nbytes: bound on all files together; None for no bound.
-        host_nbytes: limit of the host tier; 0 for none.
+        host_nbytes: limit of the host tier; 0 for none. None, without a directory: half of what is free.
         device_index: the GPU whose memory travels; None for host memory.
         is_shared: another user may join later: it gets files of its own, in the same directories.
         timeout_seconds: how long a drive is waited for.
@@ -219,7 +223,7 @@ def _chosen(
     keeps_files: bool,
 ) -> EngineChoice:
     """An open engine with what the others could not do, and what it cannot."""
-    host_nbytes = request.host_nbytes if name in _CPP_KINDS else 0
+    host_nbytes = engine.host_nbytes
     if request.host_nbytes and not host_nbytes:
         fallbacks.append(f"host_nbytes={request.host_nbytes}: engine {name} has no host tier, all goes to the drive")
     has_checksum, is_shared = request.checksum, request.is_shared
@@ -247,8 +251,11 @@ def _open_without_files(request: _Request) -> EngineChoice:
     except _UnavailableError as error:
         raise RuntimeError(f"Expected the C++ engine for a host tier, got: {error}; or pass a directory") from error
     reason = "no directory: pinned host memory only"
+    takes_half = request.host_nbytes is None
+    limit = engine.host_nbytes
+    is_shared = request.is_shared
     return EngineChoice(
-        engine, files, "host", reason, host_nbytes=request.host_nbytes, has_checksum=True, is_shared=request.is_shared
+        engine, files, "host", reason, [], limit, has_checksum=True, is_shared=is_shared, takes_half=takes_half
     )
 
 
@@ -280,7 +287,7 @@ def _open(name: str, request: _Request) -> tuple[Engine, list[SpillFile]]:
     else:
         extension = _extension()
         make_file = extension.SpillFile
-        make = partial(extension.Engine, name, host_nbytes=request.host_nbytes)
+        make = partial(_with_host_tier, partial(extension.Engine, name), request.host_nbytes)
     files = request.files(make_file)
     open_on = partial(make, files, request.staging_nbytes, request.slab_nbytes, request.checksum)
     first = files[0].directory if files else ""  # which is tried out
@@ -294,6 +301,18 @@ def _open(name: str, request: _Request) -> tuple[Engine, list[SpillFile]]:
         if name == "python":
             raise
         raise _UnavailableError(str(error)) from error
+
+
+def _with_host_tier(make: Callable[..., Engine], host_nbytes: int | None, *args: Any) -> Engine:
+    """An engine with a host tier of so many bytes, or with as many addresses for one as the system gives."""
+    wanted = _ADDRESSES_NBYTES if host_nbytes is None else host_nbytes
+    while True:
+        try:
+            return make(*args, host_nbytes=wanted)
+        except OSError as error:
+            if host_nbytes is not None or error.errno != errno.ENOMEM or wanted <= _LEAST_ADDRESSES_NBYTES:
+                raise
+            wanted //= 2
 
 
 def cuda_driver(index: int) -> Any:

@@ -99,6 +99,7 @@ class Replanner:
         self._prepared_plans: OrderedDict[Key, PreparedPlan] = OrderedDict()  # the latest last
         self._seen: OrderedDict[Key, None] = OrderedDict()
         self._planned_for: Machine = machine
+        self._bounds = Counters()  # what the store allows now
         self._num_since_plan = self._num_plans = self._num_differing = 0
         self._probe: PreparedPlan | None = None  # for one step,
         self._probed: PreparedPlan | None = None  # in place of this one
@@ -131,7 +132,7 @@ class Replanner:
         if not any(speeds):
             return
         self._speeds = self._agreed(speeds)
-        self._machine = _with_bounds(self._machine, totals)
+        self._bounds = totals
         now = self._machine_now(is_accelerated=measured.is_accelerated)
         is_stale = measured.recomputed is not None and measured.recomputed != self.recomputed
         if is_stale or (now.disk is None and now.host is None):
@@ -215,20 +216,18 @@ class Replanner:
     def _machine_now(self, *, is_accelerated: bool) -> Machine:
         """The bounds, with the tiers that are known, as fast as may be counted on."""
         write, read, copy_out, copy_in = self._speeds
+        machine, bounds = self._machine, self._bounds
+        host = _measured(machine.host, copy_out, self._caution * copy_in) if is_accelerated else None
+        if host is not None and host.capacity_nbytes == math.inf:
+            host = replace(host, capacity_nbytes=bounds.host_limit_nbytes)  # which grows with the memory there is
         return replace(
-            self._machine,
-            disk=_measured(self._machine.disk, write, self._caution * read),
-            host=_measured(self._machine.host, copy_out, self._caution * copy_in) if is_accelerated else None,
-            idle_nbytes=0.0 if is_accelerated else self._machine.idle_nbytes,
+            machine,
+            disk=_measured(machine.disk, write, self._caution * read),
+            host=host,
+            staging_nbytes=max(machine.staging_nbytes, bounds.staging_limit_nbytes),
+            prefetch_nbytes=max(machine.prefetch_nbytes, bounds.prefetch_limit_nbytes),
+            idle_nbytes=0.0 if is_accelerated else machine.idle_nbytes,
         )
-
-
-def _with_bounds(machine: Machine, totals: Counters) -> Machine:
-    """Bounds follow the records of an accelerator."""
-    staging = max(machine.staging_nbytes, totals.staging_limit_nbytes)
-    return replace(
-        machine, staging_nbytes=staging, prefetch_nbytes=max(machine.prefetch_nbytes, totals.prefetch_limit_nbytes)
-    )
 
 
 def _measured(tier: Tier | None, write: float, read: float) -> Tier | None:
@@ -253,12 +252,12 @@ def replanner_for(
     `blocks`: names the model's blocks that may be recomputed.
     """
     host_nbytes = host_limit_nbytes(policy.host_nbytes, has_directories=bool(directories))
-    if policy.mode != "auto" or not policy.enabled or not (directories or host_nbytes):
+    if policy.mode != "auto" or not policy.enabled or not (directories or host_nbytes != 0):
         return None
     capacity = math.inf if policy.disk_nbytes is None else policy.disk_nbytes
     machine = Machine(
         Tier(1.0, 1.0, capacity) if directories else None,
-        Tier(1.0, 1.0, host_nbytes) if host_nbytes else None,
+        Tier(1.0, 1.0, math.inf if host_nbytes is None else host_nbytes) if host_nbytes != 0 else None,
         staging_nbytes=policy.staging_nbytes,
         prefetch_nbytes=policy.prefetch_nbytes,
         idle_nbytes=policy.idle_nbytes,

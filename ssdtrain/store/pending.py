@@ -17,6 +17,7 @@ nothing is read or written in memory that was freed.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -135,13 +136,26 @@ class Pending:
 
     def producer(self, device: Device, stream: int) -> Fence | None:
         """The point of a stream of an accelerator after which what is queued there by now has been computed."""
-        if device.driver is not None and device not in self._devices:
-            why = self._drive.add_driver(device.driver)
-            self._devices.add(device)
-            self.has_accelerators = True
-            if why:
-                self._note_fallback(why)
+        self._get_ready(device)
         return fence(device.driver, stream)
+
+    def prepare(self, device: Device, nbytes: int, *, prefers_host: bool) -> None:
+        """Has host memory pinned for what `device` is about to send. That takes long: called without a lock."""
+        if device.driver is None or self._drive.is_closed:
+            return
+        with contextlib.suppress(RuntimeError):  # closed meanwhile, or it says so again when it is used
+            self._get_ready(device)
+            if prefers_host:
+                self._drive.prepare(nbytes)
+
+    def _get_ready(self, device: Device) -> None:
+        if device.driver is None or device in self._devices:
+            return
+        why = self._drive.add_driver(device.driver)
+        self._devices.add(device)
+        self.has_accelerators = True
+        if why:
+            self._note_fallback(why)
 
     def write(self, pending: PendingWrite, pieces: list[Piece]) -> Write:
         """Begins a write. Its sources are held until they are copied."""

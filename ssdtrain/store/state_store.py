@@ -178,6 +178,7 @@ class StateStore:
         device, has_room = device or self.cpu, True
         prefers_host = prefers_host or device.driver is not None
         with record_function("ssdtrain::write_state"):
+            self._pending.prepare(device, source.nbytes(), prefers_host=prefers_host)
             while not self._try_write(record, source, device, prefers_host=prefers_host, may_wait=has_room):
                 has_room = self._wait_for_room(source.nbytes())
 

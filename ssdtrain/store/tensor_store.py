@@ -57,6 +57,11 @@ class TensorStore:
 
     # -- out -----------------------------------------------------------------------------------------------------
 
+    def prepare(self, records: list[SavedRecord]) -> None:
+        """Has host memory pinned for records that `send` gets next. Called without a lock."""
+        nbytes, first = sum([self.space.rounded(record.nbytes) for record in records]), records[0]
+        self.pending.prepare(first.device, nbytes, prefers_host=first.prefers_host)
+
     def send(self, records: list[SavedRecord]) -> bool:
         """Begins to write one record, striped when it is large, or several small ones as one request.
 

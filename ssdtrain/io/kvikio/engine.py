@@ -41,6 +41,7 @@ class KvikioEngine(BaseEngine):
     """The engine for `ssdtrain.io.engine.open_engine` kind ``"kvikio"``."""
 
     kind = "kvikio"
+    host_nbytes = 0
     staging_nbytes = 0
     staging_in_use_nbytes = 0
     peak_staging_nbytes = 0

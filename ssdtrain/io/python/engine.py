@@ -220,6 +220,7 @@ class PythonEngine(BaseEngine):
     """The engine for `ssdtrain.io.engine.open_engine` kind ``"python"``."""
 
     kind = "python"
+    host_nbytes = 0
 
     def add_device(self, driver: object) -> str:
         raise RuntimeError("Expected host memory, got an accelerator's; use engine='io_uring' or 'threads'")

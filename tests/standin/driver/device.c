@@ -147,6 +147,10 @@ cudaError_t standin_result(cudaError_t error) {
   return error;
 }
 
+void standin_set_last_error(cudaError_t error) {
+  last_error = error;
+}
+
 cudaError_t cudaGetLastError(void) {
   cudaError_t error = last_error;
   last_error = cudaSuccess;

@@ -1,11 +1,19 @@
 // The driver's functions, which ssdtrain's engine calls by name, and PyTorch through the runtime. Its error codes are
-// the runtime's.
+// the runtime's, whose last error they leave alone.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 
 #include "standin.h"
 
 typedef int Result;
+
+#define QUIETLY(call)                       \
+  ({                                        \
+    cudaError_t before = cudaPeekAtLastError(); \
+    cudaError_t result = (call);            \
+    standin_set_last_error(before);         \
+    result;                                 \
+  })
 
 static int contexts[MAX_DEVICES];
 
@@ -36,7 +44,7 @@ Result cuDeviceGet(int* device, int index) {
 }
 
 Result cuDeviceGetCount(int* count) {
-  return cudaGetDeviceCount(count);
+  return QUIETLY(cudaGetDeviceCount(count));
 }
 
 Result cuDeviceGetAttribute(int* value, int attribute, int device) {
@@ -79,7 +87,7 @@ Result cuCtxGetCurrent(void** context) {
 }
 
 Result cuCtxSetCurrent(void* context) {
-  return cudaSetDevice(device_of(context));
+  return QUIETLY(cudaSetDevice(device_of(context)));
 }
 
 // -- streams and events ---------------------------------------------------------------------------
@@ -93,11 +101,11 @@ Result cuStreamDestroy_v2(cudaStream_t stream) {
 }
 
 Result cuStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
-  return cudaStreamWaitEvent(stream, event, flags);
+  return QUIETLY(cudaStreamWaitEvent(stream, event, flags));
 }
 
 Result cuStreamSynchronize(cudaStream_t stream) {
-  return cudaStreamSynchronize(stream);
+  return QUIETLY(cudaStreamSynchronize(stream));
 }
 
 Result cuStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus* status) {
@@ -121,11 +129,11 @@ Result cuEventRecord(cudaEvent_t event, cudaStream_t stream) {
 }
 
 Result cuEventQuery(cudaEvent_t event) {
-  return cudaEventQuery(event);
+  return QUIETLY(cudaEventQuery(event));
 }
 
 Result cuEventSynchronize(cudaEvent_t event) {
-  return cudaEventSynchronize(event);
+  return QUIETLY(cudaEventSynchronize(event));
 }
 
 // -- memory ---------------------------------------------------------------------------------------
@@ -139,11 +147,11 @@ Result cuMemcpyHtoDAsync_v2(unsigned long long to, const void* from, size_t nbyt
 }
 
 Result cuMemHostRegister_v2(void* address, size_t nbytes, unsigned flags) {
-  return cudaHostRegister(address, nbytes, flags);
+  return QUIETLY(cudaHostRegister(address, nbytes, flags));
 }
 
 Result cuMemHostUnregister(void* address) {
-  return cudaHostUnregister(address);
+  return QUIETLY(cudaHostUnregister(address));
 }
 
 Result cuGetErrorName(Result error, const char** name) {

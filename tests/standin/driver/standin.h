@@ -69,6 +69,7 @@ long standin_count(Counter counter);
 // device.c
 cudaError_t standin_begin(void);            // every call that does something begins with it
 cudaError_t standin_result(cudaError_t error);  // remembers it for cudaGetLastError
+void standin_set_last_error(cudaError_t error);
 int standin_num_devices(void);
 int standin_device(void);                   // current, of the runtime and of the driver
 cudaError_t standin_push_device(int device);

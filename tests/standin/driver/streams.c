@@ -10,6 +10,8 @@
 pthread_mutex_t standin_lock = PTHREAD_MUTEX_INITIALIZER;
 pthread_cond_t standin_progress = PTHREAD_COND_INITIALIZER;
 
+static size_t longest_queue;  // STANDIN_QUEUE=1024: a launch blocks while so many works are queued on its stream
+
 static Stream default_streams[MAX_DEVICES];
 static Stream* all_streams;
 static unsigned num_streams;
@@ -112,7 +114,15 @@ Stream* standin_stream(void* handle) {
   return stream;
 }
 
+static void wait_for_room(Stream* stream) {
+  if (longest_queue == 0) longest_queue = getenv("STANDIN_QUEUE") ? (size_t)atol(getenv("STANDIN_QUEUE")) : SIZE_MAX;
+  while (stream->num_queued - stream->num_done >= longest_queue) {
+    pthread_cond_wait(&standin_progress, &standin_lock);
+  }
+}
+
 void standin_start(Stream* stream, Work* work) {
+  wait_for_room(stream);
   if (!stream->has_thread) {
     pthread_t thread;
     pthread_create(&thread, NULL, run, stream);
