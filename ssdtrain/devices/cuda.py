@@ -66,7 +66,12 @@ class CudaDevice:
 
     def why_not(self) -> str | None:
         """See `Device`. What a graph replays must not depend on what moved when it was captured."""
-        return "CUDA graph capture" if torch.cuda.is_current_stream_capturing() else None
+        if torch.cuda.current_device() == self._device.index:
+            is_capturing = torch.cuda.is_current_stream_capturing()
+        else:  # PyTorch asks the current device
+            with torch.cuda.device(self._device):
+                is_capturing = torch.cuda.is_current_stream_capturing()
+        return "CUDA graph capture" if is_capturing else None
 
     def current_stream(self) -> int:
         """See `Device`. 0 is the legacy default stream."""

@@ -15,7 +15,9 @@ import torch
 from ssdtrain.stats import Counters
 from ssdtrain.store.record import Resident, SavedRecord
 
-_ALIGNMENT = 16  # of the first byte of a record: a multiple of every element size
+_ALIGNMENT = (
+    512  # of the first byte of a record: what a view comes back with too, so that libraries choose the same kernel
+)
 _WHOLE_STORAGE_FRACTION = 4  # a view of at least a quarter of its storage takes the whole storage along
 
 

@@ -120,7 +120,7 @@ except RuntimeError as error:
 def test_few_addresses_are_taken_where_few_are_allowed() -> None:
     done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "34359738368 bytes of address space for the host tier" in done.stdout and "lower host_nbytes" in done.stdout
+    assert "bytes of address space for the host tier" in done.stdout and "lower host_nbytes" in done.stdout
 
 
 def test_training_fills_the_host_tier_as_memory_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -241,7 +241,7 @@ class RecordLife(RuleBasedStateMachine):
             if tensor._base is not None and (end - start) * 4 >= storage.nbytes():
                 start, end = 0, storage.nbytes()
             else:
-                start -= start % 16
+                start -= start % 512
             ref = StorageWeakRef(storage)
             filed = Filed(record, ref, saved.version, start, end, ref)
             assert all(other.record is not record for other in self.filed), "one record for different bytes"
