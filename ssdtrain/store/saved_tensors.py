@@ -15,9 +15,7 @@ import torch
 from ssdtrain.stats import Counters
 from ssdtrain.store.record import Resident, SavedRecord
 
-_ALIGNMENT = (
-    512  # of the first byte of a record: what a view comes back with too, so that libraries choose the same kernel
-)
+_ALIGNMENT = 512  # of a record's first byte: a view comes back as aligned as it was, so that kernels are the same
 _WHOLE_STORAGE_FRACTION = 4  # a view of at least a quarter of its storage takes the whole storage along
 
 

@@ -9,6 +9,8 @@ import standin_gpu
 import torch
 from standin_tools import make
 
+from ssdtrain.devices.cuda import CudaDevice
+
 
 def test_copies_across_the_steps_of_the_host_tier(make: Any) -> None:
     """The host tier grows by steps, each registered by itself; CUDA refuses a copy that touches two. The length is no
@@ -57,3 +59,12 @@ def test_a_record_larger_than_what_may_be_prefetched(make: Any, prefetch: str) -
     stats = offload.stats
     assert stats.num_offloaded > 0
     assert stats.num_prefetched > 0, str(stats)
+
+
+def test_bounds_follow_the_device_and_its_records(make: Any) -> None:
+    """Twice the largest record, as far as an eighth of the device's memory (8 GiB) allows: nobody set a bound."""
+    offload = make("drive", staging_nbytes="128MiB")
+    with offload:
+        offload._pack(torch.empty(100 << 20, dtype=torch.uint8, device="cuda"))
+    assert (offload.stats.staging_limit_nbytes, offload.stats.prefetch_limit_nbytes) == (128 << 20, 200 << 20)
+    assert 0 < CudaDevice(0).free_nbytes() <= 8 << 30
