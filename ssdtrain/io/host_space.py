@@ -91,13 +91,13 @@ class HostSpace:
         """Grows, where that is needed for `nbytes` more. Pinning takes its time: called without any other lock."""
         with self._growing:
             with self._lock:
-                target = 0 if self._is_torn or self._extents.fits(nbytes) else self._next_capacity(nbytes)
+                target = 0 if self._is_poisoned or self._extents.fits(nbytes) else self._next_capacity(nbytes)
             if target:
                 self._pin(target)
                 with self._lock:
-                    self._is_torn = True
+                    self._is_poisoned = True
                     self._extents.extend(target)
-                    self._is_torn = False
+                    self._is_poisoned = False
 
     def allocate(self, nbytes: int) -> Extent | None:
         """Room for `nbytes`, or None when the tier is full."""
