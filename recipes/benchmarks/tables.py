@@ -1,4 +1,4 @@
-"""Writes the README's tables and picture of results from the data beside this file, so that the two cannot differ.
+"""Writes the tables and pictures of README and docs from the data beside this file, so that the two cannot differ.
 
 Fresh data: `ssdtrain demo --json | tail -1 > recipes/benchmarks/results/demo.json`, and
 `python recipes/benchmarks/compare.py DIR | tail -1 > recipes/benchmarks/results/compare.json`, the same for `curve`,
@@ -17,6 +17,7 @@ from state_figures import bandwidth_of, waiting_seconds
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
+PAGE = HERE.parents[1] / "docs" / "explanation" / "benchmarks.md"
 GIB, MIB = 1 << 30, 1 << 20
 
 
@@ -64,7 +65,7 @@ def compare_table(result: dict[str, Any]) -> str:
         verdict = f"NO: {', '.join(unequal)}" if unequal else "yes"
         remark = f"; {first['remark']}" if "remark" in first else ""
         rows.append(f"| {first['method']} | {' | '.join(cells)} | {verdict}{remark} |")
-    rows += ["", "![peak memory and step time of every method](recipes/benchmarks/results/compare.svg)"]
+    rows += ["", "![peak memory and step time of every method](compare.svg)"]
     return "\n".join(rows) + "\n"
 
 
@@ -78,7 +79,7 @@ def curve_table(result: dict[str, Any]) -> str:
         " PyTorch's checkpoint with the inputs in memory and as ours without. Where the drive hides all, `mix` chooses"
         " what `offload` does.",
         "",
-        "![step time over peak memory, keeping, offloading, recomputing](recipes/benchmarks/results/curve.svg)",
+        "![step time over peak memory, keeping, offloading, recomputing](curve.svg)",
     ]
     return "\n".join(lines) + "\n"
 
@@ -190,15 +191,17 @@ PICTURES = {"compare": compare_picture, "curve": curve_picture}
 
 def main() -> None:
     """Replaces what stands between the marks."""
-    text = README.read_text()
+    texts = {path: path.read_text() for path in (README, PAGE)}
     for name, table in TABLES.items():
         begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
-        head, rest = text.split(begin)
+        (path,) = (path for path, text in texts.items() if begin in text)
+        head, rest = texts[path].split(begin)
         result = json.loads((HERE / "results" / f"{name}.json").read_text())
-        text = head + begin + table(result) + rest[rest.index(end) :]
+        texts[path] = head + begin + table(result) + rest[rest.index(end) :]
         if name in PICTURES:
-            (HERE / "results" / f"{name}.svg").write_text(PICTURES[name](result))
-    README.write_text(text)
+            (PAGE.parent / f"{name}.svg").write_text(PICTURES[name](result))
+    for path, text in texts.items():
+        path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ TESTED_VERSIONS = MappingProxyType(
 """Versions of each framework that the tests ran with."""
 
 TESTED_TORCH = ("2.9.1", "2.11.0", "2.13.0")
-"""Versions of PyTorch that the tests ran with, oldest first; older ones are refused at installation."""
+"""Versions of PyTorch tried, oldest first: all tests ran with the last one, those of CUDA with the middle one."""
 
 
 def require(package: str, install: str) -> ModuleType:

@@ -84,16 +84,17 @@ def test_gpu_script_is_well_formed() -> None:
 
 
 def test_readme_shows_the_recorded_results(tmp_path: Path) -> None:
-    """The README's tables and picture are made from the data, not by hand."""
+    """Tables and pictures of README and docs are made from the data, not by hand."""
     names = "demo compare curve memory_cap state_cap state_compare throttle throttle_large".split()
     results = [f"recipes/benchmarks/results/{name}.json" for name in names]
     scripts = [f"recipes/benchmarks/{name}.py" for name in ("tables", "picture", "state_figures")]
-    for name in (*scripts, *results, "README.md"):
+    pages = ["README.md", "docs/explanation/benchmarks.md"]
+    for name in (*scripts, *results, *pages):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     subprocess.run([sys.executable, str(tmp_path / "recipes/benchmarks/tables.py")], check=True)
-    pictures = [f"recipes/benchmarks/results/{name}.svg" for name in ("compare", "curve")]
-    for name in ("README.md", *pictures):
+    pictures = [f"docs/explanation/{name}.svg" for name in ("compare", "curve")]
+    for name in (*pages, *pictures):
         assert (tmp_path / name).read_text() == (ROOT / name).read_text(), name
 
 

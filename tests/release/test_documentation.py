@@ -1,0 +1,124 @@
+"""The documentation: code that runs, links that lead somewhere, statements that the package agrees with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import ssdtrain
+from ssdtrain import policy, verdict
+from ssdtrain.integrations import TESTED_TORCH, TESTED_VERSIONS
+from ssdtrain.tools.cli import app
+
+ROOT = Path(ssdtrain.__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+WITH_CODE = [page for page in PAGES if "```python\n" in page.read_text()]
+
+
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.gelu(self.linear(x))
+
+
+class Mean(torch.nn.Module):
+    """The loss."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.square().mean()
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def blocks_of(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """What the reader of a page has: a model, an optimizer, a loader."""
+    blocks = [Block() for _ in range(4)]
+    model = torch.nn.Sequential(torch.nn.Sequential(*blocks), Mean())
+    optimizer = torch.optim.AdamW(model.parameters())
+    names = {"model": model, "optimizer": optimizer, "loader": [torch.randn(4, 64)] * 2, "torch": torch}
+    yield names | {"ssdtrain": ssdtrain}
+    for value in names.values():
+        if isinstance(value, ssdtrain.ActivationOffload | ssdtrain.OffloadedOptimizer):
+            value.close()
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=name_of)
+def test_code_runs(page: Path, world: dict[str, Any], tmp_path: Path) -> None:
+    """The blocks of a page in turn, on a folder instead of the drive."""
+    for drive in ("nvme0", "nvme1"):
+        (tmp_path / drive).mkdir()
+    for block in blocks_of(page):
+        code = block.replace("/mnt/nvme", f"{tmp_path}/nvme").replace(f'{tmp_path}/nvme"', f'{tmp_path}"')
+        code = code.replace(f"{tmp_path}/nvme/", f"{tmp_path}/").replace('record="run', f'record="{tmp_path}/run')
+        exec(compile(code, name_of(page), "exec"), world)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{name_of(page)}: {target}"
+        assert not anchor or anchor in anchors_of(file), f"{name_of(page)}: {target}"
+
+
+def anchors_of(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def test_the_first_page_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_every_reason_has_an_entry() -> None:
+    page = ROOT / "docs" / "how-to" / "troubleshooting.md"
+    reasons = {*verdict._REMEDIES, *verdict._NO_GAIN, verdict._SMALL, "planned to stay"}
+    assert {reason for reason in reasons if reason.lower().replace(" ", "-") not in anchors_of(page)} == set()
+
+
+@pytest.mark.parametrize("heading", "Fallbacks Errors".split())
+def test_messages_of_the_page_are_those_of_the_package(heading: str) -> None:
+    text = (ROOT / "docs" / "how-to" / "troubleshooting.md").read_text()
+    section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    package = "\n".join(path.read_text() for path in (ROOT / "ssdtrain").rglob("*.py"))
+    said = re.findall(r"^### (.+)$", section, re.MULTILINE)
+    assert said and [words for words in said if words not in package] == []
+
+
+def test_every_field_of_a_policy_is_described() -> None:
+    page = (ROOT / "docs" / "reference" / "policies.md").read_text()
+    assert [name for name in policy.ActivationPolicy.model_fields if f"`{name}`" not in page] == []
+
+
+@pytest.mark.parametrize("command", ["demo", "doctor", "bench", "plan", "report"])
+def test_every_option_is_listed(command: str) -> None:
+    """`python docs/generate.py` writes the page; how options are printed differs between versions of typer."""
+    page = (ROOT / "docs" / "reference" / "command-line.md").read_text()
+    section = page.split(f"\n## ssdtrain {command}\n")[1].split("\n## ")[0]
+    printed = CliRunner().invoke(app, [command, "-h"]).output
+    assert set(re.findall(r"--[a-z][a-z-]+", printed)) == set(re.findall(r"--[a-z][a-z-]+", section))
+
+
+def test_tested_versions_are_those_of_the_package() -> None:
+    page = (ROOT / "docs" / "reference" / "compatibility.md").read_text()
+    assert ", ".join(TESTED_TORCH) in page and all(", ".join(versions) in page for versions in TESTED_VERSIONS.values())
