@@ -78,7 +78,8 @@ def load_part(
 ) -> None:
     """`load_state_dict` of a part, without the hooks around it.
 
-    `places`: for some parameters, tensors of the device and dtype that their state is to be of.
+    `places`: for some parameters, tensors of the device and dtype that their state is to be of. PyTorch copies state to
+    another device, but takes what is there already as it is: then a step would change the caller's own `entries`.
     """
     hooks = {name: value for name, value in vars(optimizer).items() if name.startswith("_optimizer_load_state_dict_")}
     try:
@@ -87,6 +88,10 @@ def load_part(
             optimizer.load_state_dict({"state": dict(entries), "param_groups": groups})
     finally:
         vars(optimizer).update(hooks)
+    own = {id(value) for entry in entries.values() for value in entry.values()}
+    for parameter in places:
+        state = optimizer.state.get(parameter, {})
+        state.update({n: v.clone() for n, v in state.items() if isinstance(v, torch.Tensor) and id(v) in own})
 
 
 def load_own_state(optimizer: torch.optim.Optimizer) -> None:

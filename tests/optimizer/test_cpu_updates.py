@@ -317,6 +317,20 @@ def test_master_weights(how: str, device: SimulatedDevice | None, device_kind: s
         assert "master_param" not in inner.state[model[0].weight]  # type: ignore[index]
 
 
+@pytest.mark.parametrize("how", HOW)
+def test_a_state_dict_that_was_loaded_stays_as_it_is(how: str, device: SimulatedDevice | None, tmp_path: Path) -> None:
+    """Without us state goes to another device, and is a copy there; in host memory already, it was the dict's own."""
+    model = low_precision()
+    optimizer = on_cpu(adamw(model.parameters(), fused=True, lr=1e-3), tmp_path, device, **HOW[how])
+    train_low(model, optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    kept = copy.deepcopy(saved)
+    optimizer.load_state_dict(saved)
+    train_low(model, optimizer, range(2, 5))
+    check_same(saved, kept)
+    optimizer.close()
+
+
 def test_a_parameter_that_somebody_has_changed_replaces_its_master(
     device: SimulatedDevice | None, device_kind: str, tmp_path: Path
 ) -> None:
