@@ -1,6 +1,7 @@
 """Which module of the user's model is running, for messages only.
 
-A model that is copied or pickled meanwhile takes hooks along that belong to nobody and do nothing.
+A model that is copied or pickled meanwhile takes hooks along that belong to nobody and do nothing. In a graph of the
+compiler there are no modules: what is saved there is of the module that was compiled.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+
+_is_traced = torch.compiler.is_compiling
 
 
 class ModuleNames(threading.local):
@@ -24,16 +27,19 @@ class ModuleNames(threading.local):
 
     def where(self) -> str:
         """``" of h.0.mlp"`` while that module runs, else nothing."""
-        return f" of {self._running[-1]}" if self._running else ""
+        return f" of {self._running[-1] or type(self._model).__name__}" if self._running else ""
 
     def install(self) -> None:
-        """Installs a pair of hooks on every module."""
+        """Installs a pair of hooks on every module.
+
+        None is called for a forward that raises: the compiler would guard such hooks one by one, and compile every
+        block anew. See `_enter`.
+        """
         handles: list[Any] = []
         self._removable.append(handles)
         for name, module in self._model.named_modules() if self._model is not None else ():
-            name = name or type(module).__name__
             handles.append(module.register_forward_pre_hook(_Hook(self._enter, name)))
-            handles.append(module.register_forward_hook(_Hook(self._leave, name), always_call=True))
+            handles.append(module.register_forward_hook(_Hook(self._leave, name)))
 
     def unwatch(self) -> None:
         """Removes what the latest `install` added."""
@@ -43,11 +49,20 @@ class ModuleNames(threading.local):
             self._running.clear()
 
     def _enter(self, name: str) -> None:
-        self._running.append(name)
+        """What it is not inside of runs no more, or has called a module that is not its own."""
+        running = self._running
+        while running and not _is_inside(name, running[-1]):
+            running.pop()
+        running.append(name)
 
     def _leave(self, name: str) -> None:
-        if self._running:
-            self._running.pop()
+        running = self._running
+        while name in running and running.pop() != name:
+            pass
+
+
+def _is_inside(name: str, outer: str) -> bool:
+    return not outer or name == outer or name.startswith(f"{outer}.")
 
 
 class _Hook:
@@ -58,7 +73,8 @@ class _Hook:
         self._name = name
 
     def __call__(self, module: torch.nn.Module, *args: object) -> None:
-        self._note(self._name)
+        if not _is_traced():
+            self._note(self._name)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (nullcontext(), "__exit__")

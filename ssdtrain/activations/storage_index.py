@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ssdtrain.activations.wrapped import inner_tensors
 from ssdtrain.store.identity import shares_version_counter
 from ssdtrain.store.record import Residency, SavedRecord
 
@@ -56,11 +57,12 @@ class Index:
         self._records = {}
 
     def mark_weights(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Marks the storages of a model's parameters and buffers."""
-        for tensor in tensors:
-            if tensor.layout is torch.strided:
-                with torch._C.DisableTorchFunctionSubclass():  # not to have offloaded ones read
-                    self.mark_weight(tensor.untyped_storage())
+        """Marks the storages of a model's parameters and buffers, whatever these are made of."""
+        with torch._C.DisableTorchFunctionSubclass():  # not to have offloaded ones read
+            for tensor in tensors:
+                for part in inner_tensors(tensor):
+                    if part.layout is torch.strided:
+                        self.mark_weight(part.untyped_storage())
 
     def mark_weight(self, storage: torch.UntypedStorage) -> None:
         """Marks a storage that was seen to be a weight's, so that other tensors on it are recognised too."""

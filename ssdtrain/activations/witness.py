@@ -183,5 +183,8 @@ def _before_forward(witness: weakref.ref[Witness], *_: object) -> None:
 
 
 def _name(pack: object) -> str:
+    owner = getattr(pack, "__self__", None)
+    if owner is not None:
+        return f"{type(owner).__module__}.{type(owner).__qualname__}.{getattr(pack, '__name__', pack)}"
     named = pack if hasattr(pack, "__qualname__") else type(pack)
     return f"{getattr(named, '__module__', '')}.{getattr(named, '__qualname__', named)}"

@@ -30,6 +30,9 @@ _RESHAPES = frozenset(
 )
 _MAX_RESHAPES = 6
 
+SUBCLASS = "tensor subclass"
+"""Why one of a class that is not known stays."""
+
 
 class ViewSpec(NamedTuple):
     """Enough to rebuild a saved tensor from a storage: dtype, sizes, strides and offset in elements."""
@@ -71,27 +74,29 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def rebuild(
     storage: torch.UntypedStorage,
-    spec: ViewSpec,
     shift_nbytes: int,
-    probe: torch.Tensor,
+    spec: ViewSpec,
+    probe: torch.Tensor | None,
     source: weakref.ref[torch.Tensor] | None,
 ) -> torch.Tensor:
     """The saved tensor again, on `storage`, which begins `shift_nbytes` into the original one.
 
     The object itself, if that is still the `source`. What is made anew shares the version counter of the tensor
-    that was saved: a change made in backward is seen by the next unpack.
+    that was saved: a change made in backward is seen by the next unpack. A part of another tensor, whose counter is
+    the other's, has no `probe`.
     """
     original = _living(source, storage, spec) if source is not None else None
     if original is not None:
         return original
+    spec = spec._replace(storage_offset=spec.storage_offset - shift_nbytes // spec.dtype.itemsize)
+    if probe is None:
+        return view_of(storage, spec)
     tensor = probe.detach()
-    shift = shift_nbytes // spec.dtype.itemsize
-    offset = spec.storage_offset - shift
     empty = _EMPTIES.get(spec.dtype) if storage.device.type == "cpu" else None
     if empty is None:
-        tensor.data = view_of(storage, spec._replace(storage_offset=offset))
+        tensor.data = view_of(storage, spec)
     else:  # whose version counter all would share, is not seen through `data`
-        tensor.data = empty.detach().set_(storage, offset, spec.size, spec.stride)
+        tensor.data = empty.detach().set_(storage, spec.storage_offset, spec.size, spec.stride)
     return tensor
 
 
@@ -114,6 +119,11 @@ def has_bytes(storage: torch.UntypedStorage, end: int) -> bool:
         return storage.data_ptr() != 0 and end <= storage.nbytes()
     except RuntimeError:  # no memory, and yet a size
         return False
+
+
+def has_own_attributes(tensor: torch.Tensor) -> bool:
+    """Whether backward may ask this very object for something; what the compiler notes on tensors is not asked for."""
+    return any(not name.startswith("_dynamo_") for name in tensor.__dict__)
 
 
 def byte_range(tensor: torch.Tensor, nbytes: int) -> tuple[int, int]:
@@ -155,7 +165,12 @@ def why_not(tensor: torch.Tensor) -> str | None:
     """Why a tensor is not a plain strided tensor that may travel, or None."""
     kind = type(tensor)
     if kind is not torch.Tensor and kind is not torch.nn.Parameter and not getattr(kind, "is_plain", False):
-        return "weight" if _is_marked(tensor) else "tensor subclass"
+        return "weight" if _is_marked(tensor) else SUBCLASS
+    return why_not_layout(tensor)
+
+
+def why_not_layout(tensor: torch.Tensor) -> str | None:
+    """The same, whatever its class."""
     if tensor.is_nested:
         return "nested"
     if tensor.layout is not torch.strided:

@@ -1,0 +1,383 @@
+"""The hooks autograd calls: pack turns a saved tensor into a handle that autograd owns, unpack turns it back.
+
+What travels and when a trip may start is decided here; the store moves the bytes, and the schedule says what to
+prefetch.
+
+[Note: when a store may start]
+An operator may save a tensor before its kernel has filled it, without bumping its version. A saved tensor is therefore
+only copied once autograd's sequence number has moved on, which happens when the next operator makes its node: by then
+the saving one is over. What the very last operator saved is needed first by backward, and simply stays.
+
+[Note: version checks]
+PyTorch does not check for in-place changes of saved tensors that went through hooks. Every handle remembers the version
+at save time and shares the counter, so that unpack can raise what autograd would have raised.
+
+[Note: graphs made in backward]
+Backward of backward, and a forward in a hook of backward, make graphs that are walked later: what they save travels.
+What a reentrant checkpoint computes again is walked at once and stays. Its node says so: PyTorch's, DeepSpeed's and
+Megatron's are all of a class with that word in its name.
+
+[Note: compiled functions]
+While a compiled function runs, Dynamo looks at every Python frame that begins in its thread, ours too when autograd
+calls them from what runs uncompiled. There is nothing in them to compile: a hook that is being traced calls itself
+`aside`, which breaks its own trace and no graph of the user's, and runs as always. PyTorch traces a hook once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ssdtrain.activations.module_names import ModuleNames
+from ssdtrain.activations.observers import StepObservers
+from ssdtrain.activations.storage_index import Index
+from ssdtrain.activations.wrapped import (
+    Subclassed,
+    Wrapped,
+    hollow,
+    inner_tensors,
+    is_only_named,
+    is_wrapper,
+    parts_of,
+    settle,
+)
+from ssdtrain.activations.writeback import Store
+from ssdtrain.devices.base import Device
+from ssdtrain.devices.registry import Devices
+from ssdtrain.policy import ActivationPolicy
+from ssdtrain.scheduling.schedule import Schedule
+from ssdtrain.stats import Counters
+from ssdtrain.store.identity import (
+    SUBCLASS,
+    byte_range,
+    has_bytes,
+    has_own_attributes,
+    is_made_by,
+    is_parameter,
+    is_weight,
+    rebuild,
+    version_probe,
+    view_spec,
+    why_not,
+    why_not_layout,
+)
+from ssdtrain.store.record import Handle, Resident, SavedRecord
+from ssdtrain.store.saved_tensors import is_resized, modified, widen
+from ssdtrain.tracing.pass_trace import PassTrace
+
+_sequence_number = torch._C._autograd._get_sequence_nr
+_graph_task = torch._C._current_graph_task_id
+_running_node = torch._C._current_autograd_node
+_is_traced = torch.compiler.is_compiling
+
+_SMALL = "smaller than min_nbytes"
+
+Saved = Resident | Handle | Subclassed | Wrapped
+"""What autograd holds for a saved tensor."""
+
+
+class ForwardThread(threading.local):
+    """What belongs to one forward thread."""
+
+    def __init__(self) -> None:
+        self.pending: list[SavedRecord] = []  # saved by an operator that may not be over
+        self.sequence_number = -1
+        self.pass_: PassTrace | None = None
+        self.entered: list[contextlib.ExitStack] = []  # what undoes each `__enter__`, the latest last
+
+
+class SavedTensorHooks:
+    """Pack and unpack of one offload context."""
+
+    def __init__(
+        self,
+        policy: ActivationPolicy,
+        counters: Counters,
+        index: Index,
+        schedule: Schedule,
+        devices: Devices,
+        store: Store,
+        observers: StepObservers,
+        names: ModuleNames,
+    ) -> None:
+        """Installs nothing."""
+        self.policy = policy
+        self._counters, self._index, self._schedule = counters, index, schedule
+        self._devices, self._store, self._observers, self._names = devices, store, observers, names
+        self._thread = ForwardThread()
+        self._left_alone: frozenset[str] = frozenset()
+
+    # -- pack ----------------------------------------------------------------------------------------------------
+
+    def _pack(self, tensor: torch.Tensor, is_aside: bool = False) -> Saved:
+        if _is_traced() and not is_aside:  # see [Note: compiled functions]
+            from ssdtrain.store.untraced import aside
+
+            return aside(self._pack, tensor, True)  # type: ignore[no-any-return]
+        self._counters.num_saved += 1
+        try:
+            nbytes = tensor.nbytes
+        except RuntimeError:  # sparse and other layouts have no bytes to count
+            return self._stay(tensor, why_not(tensor) or "not strided", 0)
+        if nbytes < self.policy.min_nbytes and tensor._base is None:
+            return self._stay(tensor, _SMALL, nbytes)
+        if is_parameter(tensor):
+            return self._stay_weight(tensor, nbytes)
+        return self._pack_large(tensor, nbytes)
+
+    def _stay(self, tensor: torch.Tensor, reason: str, nbytes: int) -> Resident:
+        counters = self._counters
+        counters.skip(reason, nbytes)
+        counters.hold(nbytes)
+        counters.resident_nbytes += nbytes
+        return Resident(tensor, nbytes, counters)
+
+    def _stay_weight(self, tensor: torch.Tensor, nbytes: int) -> Resident:
+        """A weight is in memory anyway: it costs nothing to save it."""
+        self._counters.skip("weight", nbytes)
+        if tensor.layout is torch.strided:
+            self._index.mark_weight(tensor.untyped_storage())
+        return Resident(tensor, 0, self._counters)
+
+    def _pack_large(self, tensor: torch.Tensor, nbytes: int) -> Saved:
+        reason = why_not(tensor)
+        if reason == "weight":
+            self._index.mark_weights([tensor])
+            return self._stay_weight(tensor, nbytes)
+        if reason == SUBCLASS:
+            return self._pack_subclass(tensor, nbytes)
+        if reason is not None or nbytes == 0:
+            return self._stay(tensor, reason or "empty", nbytes)
+        return self._pack_plain(tensor, nbytes)
+
+    def _pack_subclass(self, tensor: torch.Tensor, nbytes: int) -> Saved:
+        if is_wrapper(tensor):
+            return self._pack_wrapper(tensor)
+        if not is_only_named(tensor):
+            return self._stay(tensor, SUBCLASS, nbytes)
+        with torch._C.DisableTorchFunctionSubclass():
+            reason = why_not_layout(tensor)
+            if reason is not None or nbytes == 0:
+                return self._stay(tensor, reason or "empty", nbytes)
+            handle = self._pack_plain(tensor, nbytes)
+        return Subclassed(handle, type(tensor)) if isinstance(handle, Handle) else handle
+
+    def _pack_wrapper(self, tensor: torch.Tensor) -> Saved:
+        """Sends what it is made of; without a part that travels it stays, the same object."""
+        settle(tensor)
+        parts, context = parts_of(tensor)
+        nbytes = sum([part.nbytes for part in inner_tensors(tensor) if part.layout is torch.strided])
+        if is_weight(tensor):
+            return self._stay_weight(tensor, nbytes)
+        probe = hollow(tensor) if nbytes >= self.policy.min_nbytes else None
+        if probe is None:
+            return self._stay(tensor, _SMALL if nbytes < self.policy.min_nbytes else SUBCLASS, nbytes)
+        handles = {name: self._pack_part(part, tensor, probe) for name, part in parts.items()}
+        if any([isinstance(handle, Handle | Wrapped) for handle in handles.values()]):
+            return Wrapped(tensor, handles, context, probe)
+        self._counters.hold(nbytes)
+        self._counters.resident_nbytes += nbytes
+        return Resident(tensor, nbytes, self._counters)
+
+    def _pack_part(self, part: Any, outer: torch.Tensor, probe: torch.Tensor) -> Any:
+        """The handle of an inner tensor; anything else is itself."""
+        if not isinstance(part, torch.Tensor):
+            return part
+        if is_wrapper(part):
+            return self._pack_wrapper(part)
+        reason = why_not(part)
+        nbytes = part.nbytes if reason is None else 0
+        if reason is not None or nbytes < max(1, self.policy.min_nbytes):
+            return self._stay(part, reason or _SMALL, nbytes)
+        return self._pack_plain(part, nbytes, outer, probe)
+
+    def _pack_plain(
+        self,
+        tensor: torch.Tensor,
+        nbytes: int,
+        outer: torch.Tensor | None = None,
+        probe: torch.Tensor | None = None,
+    ) -> Resident | Handle:
+        """What has a storage of its own. `outer` is what it is a part of, see [Note: whose version counts]."""
+        outer = tensor if outer is None else outer
+        storage = tensor.untyped_storage()
+        if storage.nbytes() < self.policy.min_nbytes:
+            return self._stay(tensor, _SMALL, storage.nbytes())
+        if self._index.is_weight(storage._cdata) or is_weight(tensor):
+            return self._stay_weight(tensor, nbytes)
+        device = self._devices.of(tensor)
+        if isinstance(device, str):
+            return self._stay(tensor, device, nbytes)
+        if _graph_task() != -1 and _is_computed_again():
+            return self._stay(tensor, "saved during backward", nbytes)
+        if self._left_alone and is_made_by(outer, self._left_alone):
+            self._counters.skip("refilled by its owner", nbytes)  # autograd holds next to nothing
+            return Resident(tensor, 0, self._counters)
+        reason = self._store.why_not(device)
+        if reason is not None:
+            return self._stay(tensor, reason, nbytes)
+        self._start_due()
+        span = byte_range(tensor, nbytes)
+        if not has_bytes(storage, span[1]):
+            return self._stay(tensor, "no memory of its own", 0)
+        if not tensor.requires_grad and tensor.__dict__ and has_own_attributes(tensor):
+            return self._stay(tensor, "carries attributes", nbytes)
+        if device.driver is not None and span[1] - span[0] > nbytes and outer._base is None:
+            # Rows of other tensors lie between its own, with version counters of their own (see `widen`): a device
+            # would copy what another stream may be changing.
+            return self._stay(tensor, "interleaved with other tensors", nbytes)
+        probe = version_probe(tensor) if probe is None else probe
+        return self._pack_travelling(tensor, (outer, probe), storage, span, device)
+
+    def _pack_travelling(
+        self,
+        tensor: torch.Tensor,
+        counted: tuple[torch.Tensor, torch.Tensor],
+        storage: torch.UntypedStorage,
+        span: tuple[int, int],
+        device: Device,
+    ) -> Resident | Handle:
+        spec, (outer, probe) = view_spec(tensor), counted
+        with self._store.lock.mutex, self._store.lock:
+            version = outer._version  # under the lock, as `shares_version_counter` asks
+            record = self._index.find(storage._cdata, outer, *span)
+            if record is not None:
+                self._counters.deduplicated_nbytes += span[1] - span[0]
+                if device.driver is not None and device.current_stream() != record.stream:
+                    device.share(storage, device.current_stream())  # the memory may go before this stream has used it
+            else:
+                span = widen(span, storage.nbytes() if outer._base is not None else 0)
+                reason = self._why_keep(storage, span)
+                if reason is None:
+                    record = self._new_record(storage, span, device)
+                    record.version, record.probe = version, probe
+                    record.spec, record.where = spec, self._names.where()
+                    self._adopt(record)
+            handle = None
+            if record is not None:
+                record.num_handles += 1
+                handle = Handle(record, tensor, spec, probe, version, self._store.release_later)
+        self._store.process_releases()
+        self._prefetch(self._schedule.due())
+        if handle is None:
+            assert reason is not None
+            return self._stay(tensor, reason, span[1] - span[0])
+        return handle
+
+    def _why_keep(self, storage: torch.UntypedStorage, span: tuple[int, int]) -> str | None:
+        if span[1] - span[0] < self.policy.min_nbytes:
+            return _SMALL
+        if self.policy.mode == "auto" and self._index.outlives_graphs(storage._cdata):
+            return "outlives its graph"
+        return None
+
+    def _new_record(self, storage: torch.UntypedStorage, span: tuple[int, int], device: Device) -> SavedRecord:
+        thread = self._thread
+        if thread.pass_ is None or not thread.pass_.is_open:
+            thread.pass_ = self._schedule.new_pass()
+        return SavedRecord(storage, StorageWeakRef(storage), span, device, thread.pass_)
+
+    def _adopt(self, record: SavedRecord) -> None:
+        self._store.adopt(record)
+        self._schedule.note_saved(record)
+        if record.device.driver is not None:
+            record.prefers_host = self._schedule.goes_to_host(record, self.policy.host_nbytes)
+        self._thread.pending.append(record)
+
+    def _start_due(self) -> None:
+        """Starts what earlier operators of this thread saved: see [Note: when a store may start]."""
+        thread = self._thread
+        number = _sequence_number()
+        if number != thread.sequence_number:
+            thread.sequence_number = number
+            if self._schedule.has_news:
+                self._observers.review()
+            if thread.pending:
+                due, thread.pending = thread.pending, []
+                self._send([record for record in due if not is_resized(record)])
+
+    def _send(self, due: list[SavedRecord]) -> None:
+        """Sends what the plan does not keep."""
+        kept = [record for record in due if self._schedule.keeps(record)]
+        if kept:
+            self._store.keep(kept, "planned to stay")
+        leaving = [record for record in due if record not in kept] if kept else due
+        self._store.offload(leaving, is_planned=self._schedule.is_planned)
+
+    def _prefetch(self, upcoming: Iterator[SavedRecord]) -> None:
+        for record in upcoming:
+            if not self._store.prefetch(record):
+                break
+
+    # -- unpack --------------------------------------------------------------------------------------------------
+
+    def _unpack(self, handle: Saved, is_aside: bool = False) -> torch.Tensor:
+        if _is_traced() and not is_aside:
+            from ssdtrain.store.untraced import aside
+
+            return aside(self._unpack, handle, True)  # type: ignore[no-any-return]
+        if type(handle) is Resident:
+            if handle.tensor._version != handle.version:
+                self._check_version(handle.tensor, handle.version, handle.tensor)
+            return handle.tensor
+        if type(handle) is Handle:
+            if handle.probe._version != handle.version:
+                self._check_version(handle.probe, handle.version, handle.spec)
+            return rebuild(*self._bring(handle), handle.spec, handle.probe, handle.source)
+        if type(handle) is Subclassed:
+            with torch._C.DisableTorchFunctionSubclass():
+                tensor = self._unpack(handle.handle)
+                return tensor if type(tensor) is handle.kind else tensor.as_subclass(handle.kind)
+        assert isinstance(handle, Wrapped)
+        return self._unpack_wrapper(handle)
+
+    def _unpack_wrapper(self, wrapped: Wrapped) -> torch.Tensor:
+        if wrapped.probe._version != wrapped.version:
+            self._check_version(wrapped.probe, wrapped.version, wrapped.probe)
+        tensor = wrapped.living()
+        if tensor is None:
+            with torch.no_grad():
+                tensor = wrapped.made_of({name: self._unpack_part(part) for name, part in wrapped.parts.items()})
+        return tensor
+
+    def _unpack_part(self, part: Any) -> Any:
+        if isinstance(part, Handle):
+            return rebuild(*self._bring(part), part.spec, None, part.source)
+        return self._unpack(part) if isinstance(part, Resident | Wrapped) else part
+
+    def _check_version(self, probe: torch.Tensor, version: int, what: object) -> None:
+        """Under the lock no other thread is just asking whose counter this is, see `shares_version_counter`."""
+        with self._store.lock.mutex:
+            current = probe._version
+        if current != version:
+            raise modified(what, current, version)
+
+    def _bring(self, handle: Handle) -> tuple[torch.UntypedStorage, int]:
+        """The bytes of a record, and how many of the source's bytes come before."""
+        record, store = handle.record, self._store
+        is_first, record.is_unpacked = not record.is_unpacked, True
+        # An accelerator waits in its streams, from here to where the bytes are handed over.
+        event = record.pass_.step.mark() if record.device.driver is not None and record.storage is None else None
+        handed_out, is_miss = store.request(record, handle.epoch)
+        self._schedule.note_unpacked(record, is_first=is_first, is_miss=is_miss, event=event)
+        if event is not None and handed_out is not None and record.queued_reads:
+            record.pass_.step.note_wait(event, is_for_reload=True)
+        self._prefetch(self._schedule.upcoming(record.pass_))
+        if handed_out is None:
+            handed_out = store.wait(record, handle.epoch)
+            if event is not None:
+                record.pass_.step.note_wait(event, is_for_reload=True)
+        storage, shift, handle.epoch = handed_out
+        store.process_releases()
+        return storage, shift
+
+
+def _is_computed_again() -> bool:
+    """See [Note: graphs made in backward]."""
+    node = _running_node()
+    return node is not None and "checkpoint" in node.name().lower()
