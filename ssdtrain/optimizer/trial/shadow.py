@@ -9,9 +9,11 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from ssdtrain.optimizer.shared_values import is_of_others
 
@@ -57,6 +59,7 @@ def make_shadow(optimizer: torch.optim.Optimizer, like: Like, state_of: StateOf,
     vars(shadow).pop("step", None)
     vars(shadow).update({name: _copied(value, memo) for name, value in own.items()})
     shadow.param_groups = [{**_copied(settings, memo), "params": small} for settings, small in chosen.groups]
+    _bring_settings(shadow)
     shadow.state = defaultdict(dict)
     for key, value in optimizer.state.items():
         if not isinstance(key, torch.Tensor):
@@ -65,6 +68,16 @@ def make_shadow(optimizer: torch.optim.Optimizer, like: Like, state_of: StateOf,
         if state is not None:
             shadow.state[parameter] = _copied(state, memo)
     return Shadow(shadow, chosen.group_of)
+
+
+def _bring_settings(shadow: torch.optim.Optimizer) -> None:
+    """Rates in tensors are where the small parameters are: those of an accelerator may be updated in host memory."""
+    to_host = partial(tree_map_only, torch.Tensor, torch.Tensor.cpu)
+    for group in shadow.param_groups:
+        if all([parameter.is_cpu for parameter in group["params"]]):
+            group.update(to_host({key: value for key, value in group.items() if key != "params"}))
+    if all([parameter.is_cpu for group in shadow.param_groups for parameter in group["params"]]):
+        shadow.defaults = to_host(shadow.defaults)
 
 
 class _Chosen:

@@ -12,6 +12,18 @@ UNSUPPORTED(cudaIpcGetMemHandle)
 UNSUPPORTED(cudaIpcOpenEventHandle)
 UNSUPPORTED(cudaIpcOpenMemHandle)
 
+// Memory of several processes and devices, which expandable segments look up
+UNSUPPORTED(cuMemExportToShareableHandle)
+UNSUPPORTED(cuMemGetAllocationPropertiesFromHandle)
+UNSUPPORTED(cuMemImportFromShareableHandle)
+UNSUPPORTED(cuMemRetainAllocationHandle)
+UNSUPPORTED(cuMemsetD32Async)
+UNSUPPORTED(cuMulticastAddDevice)
+UNSUPPORTED(cuMulticastBindMem)
+UNSUPPORTED(cuMulticastCreate)
+UNSUPPORTED(cuMulticastUnbind)
+UNSUPPORTED(cuStreamWriteValue32)
+
 // cudaMallocAsync
 UNSUPPORTED(cudaDeviceGetDefaultMemPool)
 UNSUPPORTED(cudaFreeAsync)
