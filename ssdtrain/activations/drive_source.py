@@ -1,19 +1,35 @@
-"""Where an offload has its drive from, each time it opens one: another's, files that were kept, or new ones.
+"""The open engine of an offload, and where each comes from: another's drive, files that were kept, or new ones.
 
-Knows directories and which of them are not used any more; neither records nor what moves them.
+Knows directories and which of them are not used any more; neither when a context is active nor what moves.
+
+[Note: opening]
+A drive may be stuck when files are opened on it, or never answer. Whoever opens waits for `io_timeout_seconds` at most,
+without the lock that guards the records; `_opening` has others who would open wait for the same. Files are opened once:
+between two engines they are kept, and empty.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from ssdtrain.devices.registry import Devices
-from ssdtrain.io.client import Drive, open_drive
+from ssdtrain.io.client import Drive
 from ssdtrain.io.engine import SpillFile
 from ssdtrain.io.host_space import host_limit_nbytes
 from ssdtrain.io.kept_files import KeptFiles
-from ssdtrain.io.open_engine import close_files
+from ssdtrain.io.open_engine import close_files, slab_nbytes_for
 from ssdtrain.policy import ActivationPolicy
+from ssdtrain.stats import Counters
+from ssdtrain.store.poison import PoisonableLock
+from ssdtrain.store.record import SavedRecord
+from ssdtrain.store.tensor_store import TensorStore, open_for
+from ssdtrain.tracing.request_log import RequestLog
+
+logger = logging.getLogger("ssdtrain")
 
 Attach = Callable[[Callable[[str], None], int | None, int | None, Iterable[str]], Drive]
 """`Drive.attach` of another's drive."""
@@ -26,63 +42,121 @@ class DriveSource:
         self,
         directories: Sequence[str],
         policy: ActivationPolicy,
-        devices: Devices,
-        note_fallback: Callable[[str], None],
+        counters: Counters,
         attach: Attach | None = None,
+        request_log: RequestLog | None = None,
     ) -> None:
-        """Opens nothing yet. `attach`: takes a share of another's drive instead."""
+        """Opens nothing yet. `attach`: takes a share of another's drive instead. `request_log`: of every request."""
+        self.store: TensorStore | None = None
+        """What moves records while an engine is open."""
+        self.slab_nbytes = slab_nbytes_for(policy.staging_nbytes)
         self.has_directories = bool(directories)
         self.is_shared = attach is not None
-        self._directories, self._policy, self._devices = directories, policy, devices
-        self._note_fallback, self._attach = note_fallback, attach
+        self.request_log = request_log
+        self.policy, self.counters = policy, counters
+        self.note_fallback = partial(_note_fallback, counters)  # knows nothing else: nothing here keeps itself alive
+        """Warns once and remembers why something did not go the best way."""
+        self._directories, self._attach = directories, attach
+        self._opening = threading.Lock()
         self._retired: set[str] = set()  # directories that are not used any more
         self._kept = KeptFiles(policy.io_timeout_seconds)
 
-    def open(self, slab_nbytes: int) -> Drive | None:
-        """A drive with slabs of so many bytes; None when no directory is left.
+    # -- opening -------------------------------------------------------------------------------------------------
+
+    def ensure_open(self, lock: PoisonableLock) -> None:
+        """Opens an engine, unless one is open or no directory is left. `lock` guards the records, and is free.
 
         Raises:
             OSError: no directory can be used.
             RuntimeError: the engine asked for by name is not available.
         """
-        p = self._policy
+        with self._opening:
+            drive = self._open() if self.store is None else None
+            if drive is None:
+                return
+            try:
+                with lock.mutex, lock:
+                    if self.store is None:
+                        self._take_over(drive)
+            finally:
+                if self.store is None or self.store.drive is not drive:  # Ctrl-C, or opened meanwhile: nobody knows it
+                    drive.discard()
+
+    def open_now(self) -> None:
+        """The same under the lock: nobody else may go on before."""
+        drive = self._open()
+        if drive is not None:
+            self._take_over(drive)
+
+    def _take_over(self, drive: Drive) -> None:
+        self.store = TensorStore(drive, self.policy, self.note_fallback, self.request_log)
+        self.allow_in_flight()
+        self.slab_nbytes = drive.engine.slab_nbytes
+        if self.counters.engine != drive.kind:
+            self.counters.engine, self.counters.engine_reason = drive.kind, drive.reason
+
+    def allow_in_flight(self) -> None:
+        """So many bytes may be on their way out as the counters say."""
+        if self.store is not None:
+            self.store.pending.allow(self.counters.staging_limit_nbytes)
+
+    def _open(self) -> Drive | None:
+        p = self.policy
         self.settle()
         kept = {file.directory: file for file in self._kept.take()}
         directories = [directory for directory in self._directories if directory not in self._retired]
         if self._directories and not directories:
             return None
         if self._attach is not None:
-            return self._attach(self._note_fallback, p.disk_nbytes, p.host_nbytes, self._retired)
+            return self._attach(self.note_fallback, p.disk_nbytes, p.host_nbytes, self._retired)
         try:
             places = [kept.get(directory, directory) for directory in directories]
-            return self._open_on(self._kept.kind if kept else p.engine, places, slab_nbytes)
+            return self._open_on(self._kept.kind if kept else p.engine, places)
         except RuntimeError:  # that engine cannot be had any more
             close_files(list(kept.values()), 0.0)
             if not kept or p.engine != "auto":
                 raise
-        return self._open_on(p.engine, directories, slab_nbytes)
+        return self._open_on(p.engine, directories)
 
-    def _open_on(self, kind: str, places: Sequence[str | SpillFile], slab_nbytes: int) -> Drive:
-        p = self._policy
-        return open_drive(
+    def _open_on(self, kind: str, places: Sequence[str | SpillFile]) -> Drive:
+        return open_for(
+            self.policy,
             kind,
             places,
-            p.staging_nbytes,
-            slab_nbytes,
-            note_fallback=self._note_fallback,
+            self.slab_nbytes,
+            note_fallback=self.note_fallback,
             leave_out=self._retired.add,
-            checksum=p.checksum,
-            disk_nbytes=p.disk_nbytes,
-            host_nbytes=host_limit_nbytes(p.host_nbytes, has_directories=self.has_directories),
-            device_index=self._devices.gpu_index(),
-            timeout_seconds=p.io_timeout_seconds,
+            host_nbytes=host_limit_nbytes(self.policy.host_nbytes, has_directories=self.has_directories),
+            device_index=Devices.gpu_index(),
             keeps_files=True,
         )
 
-    def take_back(self, drive: Drive | None, retired: Iterable[str]) -> None:
-        """Its engine has ended: keeps the files, but for those in directories that are not used any more."""
-        self._retired.update(retired)
-        if drive is None or self.is_shared or not drive.is_closed:
+    def stall(self, tier: str, seconds: float, record: SavedRecord) -> None:
+        """Training has waited for a drive."""
+        self.counters.stall(tier, seconds)
+        if self.request_log is not None:
+            self.request_log.note_stall(tier, time.monotonic() - seconds, seconds, record)
+
+    # -- closing -------------------------------------------------------------------------------------------------
+
+    def add_totals(self, counters: Counters) -> None:
+        """Adds what the open engine has done so far."""
+        store = self.store
+        if store is not None:
+            counters.add_engine(store.drive.totals(), store.space.peak_nbytes)
+            counters.cancelled_write_nbytes += store.cancelled_nbytes
+            counters.host_limit_nbytes = store.drive.host_nbytes
+            counters.peak_host_nbytes = max(counters.peak_host_nbytes, store.drive.peak_host_nbytes)
+
+    def give_back(self) -> None:
+        """The open engine has ended: keeps its files, but for those in directories that are not used any more."""
+        store = self.store
+        if store is None:
+            return
+        self.add_totals(self.counters)
+        self.store, drive = None, store.drive
+        self._retired.update(store.space.retired)
+        if self.is_shared or not drive.is_closed:
             return
         self._kept.keep(drive.kind, [file for file in drive.files if file.directory not in self._retired])
         close_files([file for file in drive.files if file.directory in self._retired], 0.0)
@@ -91,12 +165,19 @@ class DriveSource:
         """Waits until the room of files that are kept is given back."""
         for directory, why in self._kept.settle():
             self._retired.add(directory)
-            self._note_fallback(f"{directory}: not used any more: {why}")
+            self.note_fallback(f"{directory}: not used any more: {why}")
 
     def close(self) -> None:
         """Closes the files that are kept."""
         self._kept.close()
 
     def leave_to_parent(self) -> None:
-        """This is a forked child: the files are the parent's."""
-        self._kept = KeptFiles(self._policy.io_timeout_seconds)
+        """This is a forked child: engine and files are the parent's, and so is the log."""
+        self._opening = threading.Lock()
+        self._kept = KeptFiles(self.policy.io_timeout_seconds)
+        self.store = self.request_log = None
+
+
+def _note_fallback(counters: Counters, text: str) -> None:
+    if counters.fall_back(text):
+        logger.warning("%s", text)

@@ -27,12 +27,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ssdtrain.activations.activation_store import ActivationStore
 from ssdtrain.activations.module_names import ModuleNames
 from ssdtrain.activations.observers import StepObservers
 from ssdtrain.activations.storage_index import Index
@@ -46,7 +46,7 @@ from ssdtrain.activations.wrapped import (
     parts_of,
     settle,
 )
-from ssdtrain.activations.writeback import Store
+from ssdtrain.activations.writeback import Batch
 from ssdtrain.devices.base import Device
 from ssdtrain.devices.registry import Devices
 from ssdtrain.policy import ActivationPolicy
@@ -58,7 +58,6 @@ from ssdtrain.store.identity import (
     has_bytes,
     has_own_attributes,
     is_made_by,
-    is_parameter,
     is_weight,
     rebuild,
     version_probe,
@@ -85,7 +84,7 @@ class ForwardThread(threading.local):
     """What belongs to one forward thread."""
 
     def __init__(self) -> None:
-        self.pending: list[SavedRecord] = []  # saved by an operator that may not be over
+        self.saved: list[SavedRecord] = []  # by an operator that may not be over
         self.sequence_number = -1
         self.pass_: PassTrace | None = None
         self.entered: list[contextlib.ExitStack] = []  # what undoes each `__enter__`, the latest last
@@ -101,12 +100,12 @@ class SavedTensorHooks:
         index: Index,
         schedule: Schedule,
         devices: Devices,
-        store: Store,
+        store: ActivationStore,
         observers: StepObservers,
         names: ModuleNames,
     ) -> None:
         """Installs nothing."""
-        self.policy = policy
+        self.policy, self._is_auto = policy, policy.mode == "auto"
         self._counters, self._index, self._schedule = counters, index, schedule
         self._devices, self._store, self._observers, self._names = devices, store, observers, names
         self._thread = ForwardThread()
@@ -126,7 +125,7 @@ class SavedTensorHooks:
             return self._stay(tensor, why_not(tensor) or "not strided", 0)
         if nbytes < self.policy.min_nbytes and tensor._base is None:
             return self._stay(tensor, _SMALL, nbytes)
-        if is_parameter(tensor):
+        if type(tensor if tensor._base is None else tensor._base) is torch.nn.Parameter:  # most weights end here
             return self._stay_weight(tensor, nbytes)
         return self._pack_large(tensor, nbytes)
 
@@ -208,7 +207,7 @@ class SavedTensorHooks:
         storage = tensor.untyped_storage()
         if storage.nbytes() < self.policy.min_nbytes:
             return self._stay(tensor, _SMALL, storage.nbytes())
-        if self._index.is_weight(storage._cdata) or is_weight(tensor):
+        if storage._cdata in self._index.weights or is_weight(tensor):
             return self._stay_weight(tensor, nbytes)
         device = self._devices.of(tensor)
         if isinstance(device, str):
@@ -218,10 +217,10 @@ class SavedTensorHooks:
         if self._left_alone and is_made_by(outer, self._left_alone):
             self._counters.skip("refilled by its owner", nbytes)  # autograd holds next to nothing
             return Resident(tensor, 0, self._counters)
-        reason = self._store.why_not(device)
-        if reason is not None:
-            return self._stay(tensor, reason, nbytes)
-        self._start_due()
+        if self._store.source.store is None or device.driver is not None:
+            reason = self._store.why_not(device)
+            if reason is not None:
+                return self._stay(tensor, reason, nbytes)
         span = byte_range(tensor, nbytes)
         if not has_bytes(storage, span[1]):
             return self._stay(tensor, "no memory of its own", 0)
@@ -242,8 +241,12 @@ class SavedTensorHooks:
         span: tuple[int, int],
         device: Device,
     ) -> Resident | Handle:
-        spec, (outer, probe) = view_spec(tensor), counted
-        with self._store.lock.mutex, self._store.lock:
+        spec, (outer, probe), handle, reason = view_spec(tensor), counted, None, ""
+        store, due, is_planned = self._store, self._take_due(), self._schedule.is_planned
+        if device.driver is not None:
+            store.prepare(due)
+        with store.lock.mutex, store.lock:
+            blocked = self._start(due, is_planned=is_planned) if due else None
             version = outer._version  # under the lock, as `shares_version_counter` asks
             record = self._index.find(storage._cdata, outer, *span)
             if record is not None:
@@ -251,68 +254,61 @@ class SavedTensorHooks:
                 if device.driver is not None and device.current_stream() != record.stream:
                     device.share(storage, device.current_stream())  # the memory may go before this stream has used it
             else:
-                span = widen(span, storage.nbytes() if outer._base is not None else 0)
-                reason = self._why_keep(storage, span)
-                if reason is None:
+                if outer._base is not None or span[0]:
+                    span = widen(span, storage.nbytes() if outer._base is not None else 0)
+                if span[1] - span[0] < self.policy.min_nbytes:
+                    reason = _SMALL
+                elif self._is_auto and self._index.outlives_graphs(storage._cdata):
+                    reason = "outlives its graph"
+                else:
                     record = self._new_record(storage, span, device)
-                    record.version, record.probe = version, probe
-                    record.spec, record.where = spec, self._names.where()
-                    self._adopt(record)
-            handle = None
+                    record.version, record.probe, record.spec = version, probe, spec
             if record is not None:
                 record.num_handles += 1
-                handle = Handle(record, tensor, spec, probe, version, self._store.release_later)
-        self._store.process_releases()
-        self._prefetch(self._schedule.due())
+                handle = Handle(record, tensor, spec, probe, version, store.release_later)
+            if is_planned:
+                store.reloads.prefetch_all(self._schedule.due())
+        if blocked:
+            store.finish(blocked, is_planned=is_planned)
+        if store.is_release_urgent:
+            store.process_releases()
         if handle is None:
-            assert reason is not None
             return self._stay(tensor, reason, span[1] - span[0])
         return handle
 
-    def _why_keep(self, storage: torch.UntypedStorage, span: tuple[int, int]) -> str | None:
-        if span[1] - span[0] < self.policy.min_nbytes:
-            return _SMALL
-        if self.policy.mode == "auto" and self._index.outlives_graphs(storage._cdata):
-            return "outlives its graph"
-        return None
-
     def _new_record(self, storage: torch.UntypedStorage, span: tuple[int, int], device: Device) -> SavedRecord:
         thread = self._thread
-        if thread.pass_ is None or not thread.pass_.is_open:
-            thread.pass_ = self._schedule.new_pass()
-        return SavedRecord(storage, StorageWeakRef(storage), span, device, thread.pass_)
-
-    def _adopt(self, record: SavedRecord) -> None:
+        pass_ = thread.pass_
+        if pass_ is None or pass_.is_closed or pass_.step.is_abandoned:
+            pass_ = thread.pass_ = self._schedule.new_pass()
+        record = SavedRecord(storage, StorageWeakRef(storage), span, device, pass_)
+        record.where = self._names.where()
         self._store.adopt(record)
         self._schedule.note_saved(record)
-        if record.device.driver is not None:
+        if device.driver is not None:
             record.prefers_host = self._schedule.goes_to_host(record, self.policy.host_nbytes)
-        self._thread.pending.append(record)
+        thread.saved.append(record)
+        return record
 
-    def _start_due(self) -> None:
-        """Starts what earlier operators of this thread saved: see [Note: when a store may start]."""
-        thread = self._thread
-        number = _sequence_number()
-        if number != thread.sequence_number:
-            thread.sequence_number = number
-            if self._schedule.has_news:
-                self._observers.review()
-            if thread.pending:
-                due, thread.pending = thread.pending, []
-                self._send([record for record in due if not is_resized(record)])
+    def _take_due(self) -> list[SavedRecord]:
+        """What earlier operators of this thread saved: see [Note: when a store may start]."""
+        thread, number = self._thread, _sequence_number()
+        if number == thread.sequence_number:
+            return []
+        thread.sequence_number = number
+        if self._schedule.has_news:
+            self._observers.review()
+        due, thread.saved = thread.saved, []
+        return due
 
-    def _send(self, due: list[SavedRecord]) -> None:
-        """Sends what the plan does not keep."""
-        kept = [record for record in due if self._schedule.keeps(record)]
-        if kept:
-            self._store.keep(kept, "planned to stay")
-        leaving = [record for record in due if record not in kept] if kept else due
-        self._store.offload(leaving, is_planned=self._schedule.is_planned)
-
-    def _prefetch(self, upcoming: Iterator[SavedRecord]) -> None:
-        for record in upcoming:
-            if not self._store.prefetch(record):
-                break
+    def _start(self, due: list[SavedRecord], *, is_planned: bool) -> list[Batch]:
+        """Sends what the plan does not keep; what has to wait first."""
+        due = [record for record in due if not is_resized(record)]
+        if is_planned:
+            kept = [record for record in due if self._schedule.keeps(record)]
+            self._store.writeback.keep(kept, "planned to stay")
+            due = [record for record in due if record not in kept]
+        return self._store.start(due, is_planned=is_planned)
 
     # -- unpack --------------------------------------------------------------------------------------------------
 
@@ -359,21 +355,25 @@ class SavedTensorHooks:
 
     def _bring(self, handle: Handle) -> tuple[torch.UntypedStorage, int]:
         """The bytes of a record, and how many of the source's bytes come before."""
-        record, store = handle.record, self._store
-        is_first, record.is_unpacked = not record.is_unpacked, True
+        record, store, schedule = handle.record, self._store, self._schedule
+        pass_ = record.pass_
         # An accelerator waits in its streams, from here to where the bytes are handed over.
-        event = record.pass_.step.mark() if record.device.driver is not None and record.storage is None else None
-        handed_out, is_miss = store.request(record, handle.epoch)
-        self._schedule.note_unpacked(record, is_first=is_first, is_miss=is_miss, event=event)
-        if event is not None and handed_out is not None and record.queued_reads:
-            record.pass_.step.note_wait(event, is_for_reload=True)
-        self._prefetch(self._schedule.upcoming(record.pass_))
+        event = pass_.step.mark() if record.device.driver is not None and record.storage is None else None
+        with store.lock.mutex, store.lock:
+            is_first, record.is_unpacked = not record.is_unpacked, True
+            store.settle()
+            handed_out, is_miss = store.reloads.request(record, handle.epoch)
+            schedule.note_unpacked(record, is_first=is_first, is_miss=is_miss, event=event)
+            if event is not None and handed_out is not None and record.queued_reads:
+                pass_.step.note_wait(event, is_for_reload=True)
+            store.reloads.prefetch_all(schedule.upcoming(pass_))
         if handed_out is None:
             handed_out = store.wait(record, handle.epoch)
             if event is not None:
-                record.pass_.step.note_wait(event, is_for_reload=True)
+                pass_.step.note_wait(event, is_for_reload=True)
+        if store.is_release_urgent:
+            store.process_releases()
         storage, shift, handle.epoch = handed_out
-        store.process_releases()
         return storage, shift
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 
-from ssdtrain.activations.writeback import Store
+from ssdtrain.activations.activation_store import ActivationStore
 from ssdtrain.io.files.paths import absolute_path
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.run_log import Recorder
@@ -17,29 +17,31 @@ from ssdtrain.scheduling.schedule import Schedule
 from ssdtrain.tracing.finished_step import Callback, CallbackObserver, FinishedStep, Observer, StepLog
 
 
+def recorder_for(policy: ActivationPolicy, directories: Sequence[str]) -> Recorder | None:
+    """Who records the run; None where nobody is to.
+
+    Raises:
+        OSError: the record cannot be made.
+        ValueError: its path has an unknown placeholder.
+    """
+    path = record_path(policy.record) if policy.record is not None and policy.enabled else None
+    return Recorder(absolute_path(path, "a file for the record"), policy, directories) if path is not None else None
+
+
 class StepObservers:
     """The watchers of one offload context."""
 
-    def __init__(self, policy: ActivationPolicy, directories: Sequence[str], schedule: Schedule, store: Store) -> None:
-        """Opens the record, if there is to be one.
-
-        Raises:
-            OSError: the record cannot be made.
-            ValueError: its path has an unknown placeholder.
-        """
-        self._schedule, self._store = schedule, store
+    def __init__(
+        self, policy: ActivationPolicy, schedule: Schedule, store: ActivationStore, recorder: Recorder | None
+    ) -> None:
+        """Watches for the log and for `recorder`, if the run is recorded."""
+        self._schedule, self._store, self._recorder = schedule, store, recorder
         self._observers: list[Observer] = []
-        self._recorder: Recorder | None = None
         self._num_steps = 0
-        if not policy.enabled:
-            return
-        path = record_path(policy.record) if policy.record is not None else None
-        if path is not None:
-            self._recorder = Recorder(absolute_path(path, "a file for the record"), policy, directories)
-            store.request_log = self._recorder.request_log
-            self._add(self._recorder)
-            weakref.finalize(self, self._recorder.close)
-        if policy.log_every:
+        if recorder is not None:
+            self._add(recorder)
+            weakref.finalize(self, recorder.close)
+        if policy.enabled and policy.log_every:
             self._add(StepLog(policy.log_every))
 
     def call(self, callback: Callback) -> None:
@@ -52,7 +54,7 @@ class StepObservers:
             self._store.note_fallback(remark)
         if not self._schedule.has_news:
             return
-        finished = self._schedule.review_step(self._store.counters, self._store.engine_totals())
+        finished = self._schedule.review_step(self._store.counters, self._store.totals())
         if finished is not None:
             self._tell(finished)
 
@@ -64,11 +66,7 @@ class StepObservers:
             self._recorder.offer_last(self._num_steps + 1, finished)
 
     def _last_step(self) -> FinishedStep | None:
-        return (
-            self._schedule.review.finished(self._store.engine_totals(), is_last=True)
-            if self._schedule.has_news
-            else None
-        )
+        return self._schedule.review.finished(self._store.totals(), is_last=True) if self._schedule.has_news else None
 
     def close(self) -> None:
         """No step follows."""
@@ -78,7 +76,6 @@ class StepObservers:
             self._observers = []
         if self._recorder is not None:
             self._recorder.close()
-            self._store.request_log = None
 
     def _add(self, observer: Observer) -> None:
         self._observers.append(observer)

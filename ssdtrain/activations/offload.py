@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from ssdtrain.activations.drive_source import Attach
+from ssdtrain.activations.activation_store import ActivationStore
+from ssdtrain.activations.drive_source import Attach, DriveSource
 from ssdtrain.activations.hooks import SavedTensorHooks
 from ssdtrain.activations.module_names import ModuleNames
-from ssdtrain.activations.observers import StepObservers
-from ssdtrain.activations.recompute import recompute_for
+from ssdtrain.activations.observers import StepObservers, recorder_for
+from ssdtrain.activations.recompute import Recompute, candidates_for
 from ssdtrain.activations.storage_index import Index
 from ssdtrain.activations.witness import Witness
-from ssdtrain.activations.writeback import Store
 from ssdtrain.devices.base import Device
 from ssdtrain.devices.cpu import CpuDevice
 from ssdtrain.devices.registry import Devices
@@ -52,11 +52,12 @@ class ActivationOffload(SavedTensorHooks):
         `known_devices`: the accelerators that other one knows.
         """
         counters, index, names = Counters(), Index(), ModuleNames(model)
-        self._recompute = recompute_for(policy, model, counters, self._check_version)
-        blocks = self._recompute.names if self._recompute is not None else None
-        replanner = replanner_for(policy, directories or (), blocks)
-        if self._recompute is not None and replanner is not None and policy.recompute == "auto":
-            self._recompute.chosen = lambda: replanner.recomputed
+        candidates = candidates_for(policy, model)
+        replanner = replanner_for(policy, directories or (), candidates.names if candidates is not None else None)
+        self._recompute: Recompute | None = None
+        if candidates is not None:
+            chosen = (lambda: replanner.recomputed) if replanner is not None and policy.recompute == "auto" else None
+            self._recompute = Recompute(candidates, counters, self._check_version, chosen)
         schedule = Schedule(counters, replanner)
         self._model = model
         self._threads: list[threading.Thread] = []  # in which it is entered, as often as it is
@@ -66,10 +67,11 @@ class ActivationOffload(SavedTensorHooks):
         devices = Devices(
             cpu or CpuDevice(policy.idle_nbytes), has_host_tier_only=directories is None, known=known_devices
         )
-        store = Store(directories or (), policy, counters, index, devices, attach)
-        store.on_reset = schedule.reset
-        store.on_fork = schedule.forget_accelerators
-        observers = StepObservers(policy, directories or (), schedule, store)
+        recorder = recorder_for(policy, directories or ())
+        log = recorder.request_log if recorder is not None else None
+        source = DriveSource(directories or (), policy, counters, attach, log)
+        store = ActivationStore(source, index, devices, on_reset=schedule.reset, on_fork=schedule.forget_accelerators)
+        observers = StepObservers(policy, schedule, store, recorder)
         super().__init__(policy, counters, index, schedule, devices, store, observers, names)
         if policy.enabled:
             for text in check_directories(directories, policy.io_timeout_seconds) if directories is not None else ():
@@ -184,7 +186,7 @@ class ActivationOffload(SavedTensorHooks):
         Args:
             micro_batch: number of the forward pass, counted from 0 among those whose tensors are alive together.
         """
-        self._prefetch(self._schedule.hinted(micro_batch))
+        self._store.prefetch(self._schedule.hinted(micro_batch))
 
     def on_step(self, callback: Callback) -> None:
         """Calls `callback(number, stats)` after every step, counted from 1: for loggers, see `ssdtrain.loggers`.
@@ -197,7 +199,7 @@ class ActivationOffload(SavedTensorHooks):
     @property
     def stats(self) -> Stats:
         """What it did and what it cost so far."""
-        return Stats.of(self._store.engine_totals())
+        return Stats.of(self._store.totals())
 
 
 def _untraced(call: Callable[[], None]) -> None:

@@ -35,27 +35,42 @@ _PLAIN = (torch.Tensor, type(None), bool, int, float, complex, str, bytes, torch
 _MISSING = object()
 
 
-class Recompute:
-    """The blocks of one model, and which of them run twice."""
+class Candidates:
+    """The blocks of one model, and which of them may run twice, as far as is known."""
 
-    def __init__(self, model: torch.nn.Module, counters: Counters, check: CheckVersion) -> None:
-        """All run twice, until `chosen` says which. Remarks go to `counters`."""
-        self._blocks = find_blocks(model)
-        self.chosen: Callable[[], frozenset[str]] | None = None
+    def __init__(self, model: torch.nn.Module) -> None:
+        """All may."""
+        self.blocks = find_blocks(model)
+        self.impure: set[str] = set()
+        """Those that were seen to change something, see [Note: what may run twice]."""
+
+    def names(self) -> list[str]:
+        """Blocks that may be recomputed."""
+        return [name for name in self.blocks if name not in self.impure]
+
+
+class Recompute:
+    """Has blocks of a model run twice."""
+
+    def __init__(
+        self,
+        candidates: Candidates,
+        counters: Counters,
+        check: CheckVersion,
+        chosen: Callable[[], frozenset[str]] | None = None,
+    ) -> None:
+        """`chosen` says which, at every call; None: all. Remarks go to `counters`."""
+        self._blocks, self._impure = candidates.blocks, candidates.impure
+        self._chosen = chosen
         self._counters = counters
         self._check = check
         self._seen: set[str] = set()
-        self._impure: set[str] = set()
         self._replaced: list[tuple[torch.nn.Module, _Forward]] = []
         self._num_entered = 0
         if not self._blocks:
             self._note(
                 "recompute: the model has no repeated blocks in a ModuleList or Sequential; nothing is recomputed"
             )
-
-    def names(self) -> list[str]:
-        """Blocks that may be recomputed, as far as is known."""
-        return [name for name in self._blocks if name not in self._impure]
 
     def enter(self) -> None:
         """Wraps the blocks' forwards; nested calls are counted."""
@@ -89,7 +104,7 @@ class Recompute:
         """Calls a block's own `forward`, which may run a second time."""
         if not self._num_entered or not torch.is_grad_enabled() or allows_mutation():
             return forward(*args, **kwargs)
-        is_chosen = self.chosen is None or name in self.chosen()
+        is_chosen = self._chosen is None or name in self._chosen()
         if is_chosen and name not in self._impure and self._may_run_twice(name, block, args, kwargs):
             return self._run_twice(name, block, forward, args, kwargs)
         return self._watched(name, block, forward, args, kwargs)
@@ -198,10 +213,8 @@ def _keeps_statistics(module: torch.nn.Module) -> bool:
     return module.training and bool(getattr(module, "track_running_stats", False))
 
 
-def recompute_for(
-    policy: ActivationPolicy, model: torch.nn.Module | None, counters: Counters, check: CheckVersion
-) -> Recompute | None:
-    """What wraps the blocks; None where nothing is to run twice.
+def candidates_for(policy: ActivationPolicy, model: torch.nn.Module | None) -> Candidates | None:
+    """Blocks that may run twice; None where nothing is to.
 
     Raises:
         ValueError: it needs a model and has none.
@@ -210,4 +223,4 @@ def recompute_for(
         return None
     if model is None:
         raise ValueError(f"Expected model with recompute={policy.recompute!r}, got none; pass model=...")
-    return Recompute(model, counters, check)
+    return Candidates(model)

@@ -24,7 +24,8 @@ class Index:
     def __init__(self) -> None:
         """Empty."""
         self._records: dict[int, list[SavedRecord]] = {}
-        self._weights: dict[int, StorageWeakRef] = {}
+        self.weights: dict[int, StorageWeakRef] = {}
+        """Storages of marked parameters and buffers, by address."""
         self._lasting: dict[int, StorageWeakRef] = {}
         self._purge_weights_at = _PURGE_AT
 
@@ -66,16 +67,12 @@ class Index:
 
     def mark_weight(self, storage: torch.UntypedStorage) -> None:
         """Marks a storage that was seen to be a weight's, so that other tensors on it are recognised too."""
-        if storage._cdata not in self._weights:
-            if len(self._weights) >= self._purge_weights_at:
-                self._weights = {key: ref for key, ref in self._weights.items() if not ref.expired()}
-                self._purge_weights_at = max(_PURGE_AT, 2 * len(self._weights))
+        if storage._cdata not in self.weights:
+            if len(self.weights) >= self._purge_weights_at:
+                self.weights = {key: ref for key, ref in self.weights.items() if not ref.expired()}
+                self._purge_weights_at = max(_PURGE_AT, 2 * len(self.weights))
             ref = StorageWeakRef(storage)
-            self._weights[ref.cdata] = ref
-
-    def is_weight(self, key: int) -> bool:
-        """Whether the storage at `key` belongs to a marked parameter or buffer."""
-        return key in self._weights
+            self.weights[ref.cdata] = ref
 
     def outlives_graphs(self, key: int) -> bool:
         """Whether the storage at `key` was still held by somebody when a graph that saved it was gone."""

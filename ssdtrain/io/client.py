@@ -21,7 +21,7 @@ from ssdtrain.io.errands import run_all
 from ssdtrain.io.extents import Extent
 from ssdtrain.io.host_space import HostShare, HostSpace
 from ssdtrain.io.open_engine import EngineChoice, open_engine
-from ssdtrain.io.spill_space import NO_SPACE, SpillSpace
+from ssdtrain.io.spill_space import NO_SPACE, Growth, SpillSpace
 
 _GRACE_SECONDS = 0.1  # an answer may be there that no thread has had the time to take
 
@@ -261,8 +261,11 @@ class Drive:
         if self.host is not None:
             self.host.prepare(nbytes)
 
-    def allocate(self, nbytes: int, *, prefers_host: bool, stripe: bool = True) -> list[Extent]:
-        """Extents for `nbytes`, in the host tier where that is preferred and has room. Empty where there is none."""
+    def allocate(self, nbytes: int, *, prefers_host: bool, stripe: bool = True) -> list[Extent] | Growth:
+        """Extents for `nbytes`, in the host tier where that is preferred and has room. Empty where there is none.
+
+        Or what to wait for, without a lock, before asking again.
+        """
         if self.host is not None and prefers_host:
             extent = self.host.allocate(nbytes)
             if extent is not None:

@@ -45,7 +45,7 @@ class ExtentAllocator:
 
     def allocate(self, nbytes: int) -> int | None:
         """Offset of a free extent of `nbytes` rounded up to blocks, or None when no free range is long enough."""
-        need = self.rounded(nbytes)
+        need = -(-nbytes // self._block) * self._block
         for i, size in enumerate(self._sizes):
             if size >= need:
                 offset = self._offsets[i]
@@ -73,7 +73,7 @@ class ExtentAllocator:
 
     def release(self, offset: int, nbytes: int) -> None:
         """Gives an extent, or a block-aligned part of one, back."""
-        size = self.rounded(nbytes)
+        size = -(-nbytes // self._block) * self._block
         assert offset % self._block == 0 and offset + size <= self.capacity, (offset, size, self.capacity)
         self._insert(offset, size)
         self.in_use_nbytes -= size

@@ -1,6 +1,11 @@
 """Room on the spill files: which file, which extent, when a file grows, and when it is not used any more.
 
-Knows extents and directories, no records and no requests. Not thread-safe: the store calls it under its lock.
+Knows extents and directories, no records and no requests. Not thread-safe: its owner holds a lock for every call.
+
+[Note: growing]
+A file system may take seconds to make a file longer, or for ever. So `allocate` only begins that and answers with a
+`Growth`. Whoever gets one waits for it without the lock and asks again; others may do so meanwhile, also for the same
+growth, and whoever asks first when it is over takes note of it.
 """
 
 from __future__ import annotations
@@ -27,6 +32,24 @@ _SHARE = 16  # of what a file system has left: the most that is taken ahead
 _MAX_WRITE_ERRORS = 3
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _RETRY_GROW_SECONDS = 5.0
+
+
+class Growth:
+    """A spill file that is becoming longer: wait for it without a lock, then allocate again. See [Note: growing]."""
+
+    def __init__(self, call: Callable[[], int], timeout_seconds: float) -> None:
+        """Begins `call()`, which returns how long the file is."""
+        self.errand = Errand(call)
+        self._deadline = time.monotonic() + timeout_seconds
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is an answer, or there should be one by now."""
+        return self.errand.wait(0.0) or time.monotonic() >= self._deadline
+
+    def wait(self) -> None:
+        """Blocks until it is over."""
+        self.errand.wait(self._deadline - time.monotonic())
 
 
 class SpillSpace:
@@ -60,6 +83,7 @@ class SpillSpace:
         self._num_errors = [0] * len(files)
         self._is_retired = [False] * len(files)
         self._no_growth_before = [0.0] * len(files)
+        self._growths: list[Growth | None] = [None] * len(files)
         self._next = 0
         self._timeout_seconds = timeout_seconds
         self._preallocate()
@@ -83,8 +107,11 @@ class SpillSpace:
         """Room in the files as long as they are."""
         return sum(extents.capacity for extents in self._extents) - self.in_use_nbytes
 
-    def allocate(self, nbytes: int, *, stripe: bool = True) -> list[Extent]:
-        """Extents for `nbytes`: several, each of whole blocks, when it is striped. Empty when there is no room."""
+    def allocate(self, nbytes: int, *, stripe: bool = True) -> list[Extent] | Growth:
+        """Extents for `nbytes`: several, each of whole blocks, when it is striped. Empty when there is no room.
+
+        Or what to wait for before asking again, see [Note: growing].
+        """
         if not self._files:
             return []
         need, num = self.rounded(nbytes), len(self._files)
@@ -93,16 +120,26 @@ class SpillSpace:
             per_file = self.rounded(-(-need // num))
             sizes = [min(per_file, need - start) for start in range(0, need, per_file)]
             parts = [self._allocate(file, size) for file, size in enumerate(sizes)]
-            found = [part for part in parts if part is not None]
+            found = [part for part in parts if isinstance(part, Extent)]
             if len(found) == len(parts):
                 return found
             for part in found:
                 self.release(part)
+            growth = next((part for part in parts if isinstance(part, Growth)), None)
+            if growth is not None and None not in parts:
+                return self._ask_again(growth)
         for file in (*range(first, num), *range(first)):
             extent = self._allocate(file, need)
+            if isinstance(extent, Growth):
+                return self._ask_again(extent)
             if extent is not None:
                 return [extent]
         return []
+
+    def _ask_again(self, growth: Growth) -> Growth:
+        """Whoever does gets the same turn."""
+        self._next = (self._next - 1) % len(self._files)
+        return growth
 
     def release(self, extent: Extent) -> None:
         """Gives an extent, or a block-aligned part of one, back."""
@@ -149,15 +186,16 @@ class SpillSpace:
             self._is_retired[file - self._first] = True
             self._note_fallback(f"{self.directory(file)}: not used any more {why}")
 
-    def _allocate(self, file: int, nbytes: int) -> Extent | None:
+    def _allocate(self, file: int, nbytes: int) -> Extent | Growth | None:
+        growth, extents = self._growths[file], self._extents[file]
+        if growth is not None and growth.is_over:
+            self._take_note(file, growth)
+            growth = None
         if self._is_retired[file]:
             return None
-        extents = self._extents[file]
         offset = extents.allocate(nbytes)
-        if offset is None and self._grow(file, extents.missing_nbytes(nbytes)):
-            offset = extents.allocate(nbytes)
         if offset is None:
-            return None
+            return growth or self._grow(file, extents.missing_nbytes(nbytes))
         self.in_use_nbytes += nbytes
         self.peak_nbytes = max(self.peak_nbytes, self.in_use_nbytes)
         return Extent(self._first + file, offset, nbytes)
@@ -191,26 +229,29 @@ class SpillSpace:
         self.retire(self._first + file, f"after it did not grow within {self._timeout_seconds:g} s")
         return False
 
-    def _grow(self, file: int, missing_nbytes: int) -> bool:
-        """Makes the file longer by at least `missing_nbytes`, by more when there is room."""
-        extents, spill = self._extents[file], self._files[file]
-        needed, limit = extents.capacity + missing_nbytes, self._cap(file)
+    def _grow(self, file: int, missing_nbytes: int) -> Growth | None:
+        """Begins to make the file longer by at least `missing_nbytes`, by more when there is room."""
+        needed, limit = self._extents[file].capacity + missing_nbytes, self._cap(file)
         if needed > limit or time.monotonic() < self._no_growth_before[file]:
-            return False
+            return None
         longest = int(min(limit, needed + _GROW_NBYTES))
-        (errand,) = run_all([partial(lengthen, spill, needed, longest, _GROW_NBYTES)], self._timeout_seconds)
+        growth = Growth(partial(lengthen, self._files[file], needed, longest, _GROW_NBYTES), self._timeout_seconds)
+        self._growths[file] = growth
+        return growth
+
+    def _take_note(self, file: int, growth: Growth) -> None:
+        """The file is longer, or was given up."""
+        self._growths[file] = None
+        extents = self._extents[file]
         try:
-            if not self._has_ended(file, errand):
-                return False
-            extents.extend(errand.take())
+            if self._has_ended(file, growth.errand):
+                extents.extend(growth.errand.take())
         except OSError as error:
             self._no_growth_before[file] = time.monotonic() + _RETRY_GROW_SECONDS
             self._note_fallback(
-                f"{spill.directory}: no room for more spill space ({error.strerror} after"
+                f"{self._files[file].directory}: no room for more spill space ({error.strerror} after"
                 f" {nbytes_text(extents.capacity)}); tensors stay in memory"
             )
-            return False
-        return True
 
 
 def lengthen(spill: SpillFile, least_nbytes: int, most_nbytes: int, step_nbytes: int) -> int:

@@ -15,8 +15,9 @@ from ssdtrain.devices.base import Device
 from ssdtrain.state_stats import StateCounters
 from ssdtrain.store.frames import has_gaps, nbytes_of, put_together, take_apart
 from ssdtrain.store.identity import ViewSpec, view_of, view_spec, whole, why_not
+from ssdtrain.store.pending import PendingRead
 from ssdtrain.store.record import Record
-from ssdtrain.store.state_store import Arrival, StateLostError, StateStore
+from ssdtrain.store.state_store import StateLostError, StateStore
 
 
 @dataclass(eq=False)
@@ -26,7 +27,7 @@ class _Leaf:
     record: Record
     spec: ViewSpec
     device: Device
-    arrival: Arrival | None = None
+    pending: PendingRead | None = None
 
 
 @dataclass(eq=False)
@@ -67,10 +68,10 @@ class OffloadedState:
         num_begun = 0
         for leaf in self._leaves(parameter):
             to = device or leaf.device
-            if leaf.arrival is not None and leaf.arrival.device is not to:
-                leaf.arrival = None
-            if leaf.arrival is None and leaf.record.is_filled:
-                leaf.arrival = self._store.read(leaf.record, to)
+            if leaf.pending is not None and leaf.pending.device is not to:
+                leaf.pending = None
+            if leaf.pending is None and leaf.record.is_filled:
+                leaf.pending = self._store.read(leaf.record, to)
                 num_begun += 1
         return num_begun
 
@@ -87,15 +88,15 @@ class OffloadedState:
         self._counters.num_demand_reads += self.prefetch(parameter, device)
         lost: StateLostError | None = None
         for key, entry in self._entries.get(parameter, {}).items():
-            arrivals = [leaf.arrival for leaf in entry.leaves]
+            reads = [leaf.pending for leaf in entry.leaves]
             for leaf in entry.leaves:
-                leaf.arrival = None
+                leaf.pending = None
             try:
-                storages = [self._store.take(arrival) for arrival in arrivals if arrival is not None]
+                storages = [self._store.wait(pending) for pending in reads if pending is not None]
             except StateLostError as error:
                 lost = lost or error
                 continue
-            if len(storages) == len(arrivals):
+            if len(storages) == len(reads):
                 tensors = [view_of(s, leaf.spec) for s, leaf in zip(storages, entry.leaves, strict=True)]
                 state[key] = put_together(entry.frame, tensors)
         if lost is not None:
@@ -182,7 +183,7 @@ class OffloadedState:
         store, found = self._store, {}
         for key, entry in self._entries.get(parameter, {}).items():
             tensors = [
-                copied(view_of(store.take(store.read(leaf.record, leaf.device)), leaf.spec), leaf.spec)
+                copied(view_of(store.wait(store.read(leaf.record, leaf.device)), leaf.spec), leaf.spec)
                 for leaf in entry.leaves
             ]
             found[key] = put_together(entry.frame, tensors)
@@ -200,7 +201,7 @@ class OffloadedState:
             self._drop(leaf)
 
     def _drop(self, leaf: _Leaf) -> None:
-        self._store.free(leaf.record)
+        self._store.release(leaf.record)
         self._counters.offload(-leaf.record.nbytes, -1)
 
     def forget(self) -> None:

@@ -121,7 +121,7 @@ class ParameterOffload:
             self._hooks.remove()
             for r in self._working_set:
                 r.disown()
-                self._store.free(r.record)
+                self._store.release(r.record)
             self._working_set.clear()
             if vars(self._module).get(_ATTRIBUTE) is self:
                 del self._module.__dict__[_ATTRIBUTE]

@@ -31,15 +31,16 @@ from ssdtrain.parameters.placeholder import (
 )
 from ssdtrain.state_stats import StateCounters
 from ssdtrain.store.identity import ViewSpec, spec_nbytes, view_of, view_spec, whole
+from ssdtrain.store.pending import PendingRead
 from ssdtrain.store.record import Record
-from ssdtrain.store.state_store import Arrival, StateStore
+from ssdtrain.store.state_store import StateStore
 
 _PAGE = 4096
 _OWN_USES = 2  # of a storage: ours and the parameter's
 
 
 class ParameterRecord:
-    """One offloaded parameter: in memory with a `storage`, coming with an `arrival`, or away."""
+    """One offloaded parameter: in memory with a `storage`, coming with a read `pending`, or away."""
 
     def __init__(self, name: str, parameter: torch.nn.Parameter, device: Device, owner: Owner) -> None:
         """It is in memory and has never been written; `guard` has those who use it ask `owner`.
@@ -52,9 +53,9 @@ class ParameterRecord:
         self.nbytes = spec_nbytes(self.spec)
         self.record = Record(name, self.nbytes)
         self.version = -1  # at the last write
-        self.arrival: Arrival | None = None
+        self.pending: PendingRead | None = None
         self.storage: torch.UntypedStorage | None = None
-        self._reloaded_by: Arrival | None = None  # the read that `storage` came from
+        self._reloaded_by: PendingRead | None = None  # the read that `storage` came from
         self._streams: set[int] = set()  # that are known to use it
         self.num_pins = 0  # it does not leave while somebody holds it
         self.is_gathered = False  # others may have its memory
@@ -75,7 +76,7 @@ class ParameterRecord:
         with plainly():
             return view_of(self.storage, spec)
 
-    def materialize(self, storage: torch.UntypedStorage, reloaded_by: Arrival | None = None) -> None:
+    def materialize(self, storage: torch.UntypedStorage, reloaded_by: PendingRead | None = None) -> None:
         """The parameter has this memory from here on: new, or what a read has filled."""
         self.storage = self._materialized = storage
         self._reloaded_by, self._streams = reloaded_by, set()
@@ -89,7 +90,7 @@ class ParameterRecord:
         if stream in self._streams:
             return
         self._streams.add(stream)
-        if self._reloaded_by is not None and self._reloaded_by.pending is not None:
+        if self._reloaded_by is not None and self._reloaded_by.has_left:
             self._reloaded_by.use()
         else:
             self.device.share(self.storage, stream)
@@ -135,7 +136,7 @@ class ParameterRecord:
         assert not isinstance(device, str)
         data, self.device, self.torch_device = whole(data), device, data.device
         self.spec = view_spec(data)
-        self.nbytes, self.version, self.arrival, self.is_valid = spec_nbytes(self.spec), -1, None, True
+        self.nbytes, self.version, self.pending, self.is_valid = spec_nbytes(self.spec), -1, None, True
         self.materialize(data.untyped_storage())
 
     def check_data(self, data: Any, device_of: Callable[[torch.Tensor], Device | str]) -> None:
@@ -209,15 +210,15 @@ class ParameterRecords:
         """Begins to read what is away; how many those are."""
         num_begun = 0
         for r in records:
-            if r.storage is None and r.arrival is None and r.is_valid and not r.is_replaced:
-                r.arrival = self.store.read(r.record, r.device)
+            if r.storage is None and r.pending is None and r.is_valid and not r.is_replaced:
+                r.pending = self.store.read(r.record, r.device)
                 num_begun += 1
         return num_begun
 
     def forget(self, records: Iterable[ParameterRecord]) -> None:
         """Gives up reads under way: these are not needed after all."""
         for r in records:
-            r.arrival = None
+            r.pending = None
 
     def reload(self, records: Iterable[ParameterRecord]) -> None:
         """Has all of them in memory, waiting for those that are not.
@@ -242,13 +243,13 @@ class ParameterRecords:
             r.check_placeholder()
         self._counters.num_demand_reads += self.prefetch(missing)
         for r in missing:
-            if r.arrival is None:
+            if r.pending is None:
                 raise RuntimeError(
                     f"Expected parameter {r.name} to have a value, got one that was built on the meta device: load a "
                     "checkpoint first, with load_safetensors() or load_state_dict()"
                 )
-            arrival, r.arrival = r.arrival, None
-            self._materialize(r, self.store.take(arrival), arrival)
+            pending, r.pending = r.pending, None
+            self._materialize(r, self.store.wait(pending), pending)
 
     def adopt(self, r: ParameterRecord) -> None:
         """Takes one that is new, and in memory or without a value."""
@@ -259,10 +260,10 @@ class ParameterRecords:
         """Has it in memory with any bytes: all of them are about to be written over."""
         if r.storage is None:
             self._materialize(r, r.device.allocate(r.nbytes, _PAGE, _PAGE).storage)
-        r.arrival, r.is_valid = None, True
+        r.pending, r.is_valid = None, True
 
     def _materialize(
-        self, r: ParameterRecord, storage: torch.UntypedStorage, reloaded_by: Arrival | None = None
+        self, r: ParameterRecord, storage: torch.UntypedStorage, reloaded_by: PendingRead | None = None
     ) -> None:
         self.by_storage[storage._cdata] = r  # before the parameter has it: an entry too many does no harm
         r.materialize(storage, reloaded_by)
@@ -298,13 +299,13 @@ class ParameterRecords:
         Raises:
             RuntimeError: it has never been given any bytes.
         """
-        arrival = None
+        pending = None
         if r.storage is None and r.is_valid and not r.is_replaced:
-            arrival = self.store.read(r.record, self.store.host)
-        if arrival is None or arrival.pending is None:  # the drive had no room for it
+            pending = self.store.read(r.record, self.store.host)
+        if pending is None or not pending.has_left:  # the drive had no room for it
             self.reload([r])
             return None
-        return lambda: view_of(self.store.take(arrival), r.spec)
+        return lambda: view_of(self.store.wait(pending), r.spec)
 
     def replace(self, r: ParameterRecord, value: torch.Tensor) -> bool:
         """Writes the new value of one that is away, from host memory; false: it is in memory of its device.
@@ -316,7 +317,7 @@ class ParameterRecords:
             self.reload([r])
             return False
         self.store.write(r.record, value.untyped_storage(), self.store.host, prefers_host=True)
-        r.arrival = None  # of the old value
+        r.pending = None  # of the old value
         torch.autograd.graph.increment_version(r.parameter)  # a graph that has saved it learns of the change
         r.version = r.parameter._version
         return True

@@ -149,7 +149,7 @@ class Schedule:
         micro-batch or through a graph for the second time: prediction goes on from there.
         """
         pass_ = record.pass_
-        if pass_.is_abandoned:
+        if pass_.step.is_abandoned:
             return
         if not pass_.is_closed:
             self.begin_backward(pass_)
@@ -157,23 +157,19 @@ class Schedule:
             pass_.unpacked.append(record.index)
         if is_miss and pass_.step is self._step:
             self._cursor.lose()
-        self._note_needed(record, event)
+        position = pass_.places[record.index]
+        pass_.step.need(position, record.num_handles, event)
+        if pass_.step is self._step and self._cursor.prepared is not None:
+            self._cursor.note_needed(position)
         rank = pass_.rank.get(record.index)
         if rank is not None and (is_miss or rank >= pass_.cursor):
             pass_.go_on_after(rank)
-
-    def _note_needed(self, record: SavedRecord, event: TimedEvent | None) -> None:
-        pass_ = record.pass_
-        position = pass_.places[record.index]
-        pass_.step.need(position, record.num_handles, event)
-        if pass_.step is self._step:
-            self._cursor.note_needed(position)
 
     def upcoming(self, pass_: PassTrace) -> Iterator[SavedRecord]:
         """Records to reload next, soonest first. The caller asks for one more only after it began the last one."""
         if self._cursor.prepared is not None and pass_.step is self._step and not self._cursor.is_lost:
             return self.due()
-        return self._next_of(pass_) if not pass_.is_abandoned else iter(())
+        return self._next_of(pass_) if not pass_.step.is_abandoned else iter(())
 
     def due(self) -> Iterator[SavedRecord]:
         """Records whose reloads the plan wants begun by now, the earliest deadline first; none without a plan."""

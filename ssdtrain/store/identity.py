@@ -85,8 +85,8 @@ def rebuild(
     that was saved: a change made in backward is seen by the next unpack. A part of another tensor, whose counter is
     the other's, has no `probe`.
     """
-    original = _living(source, storage, spec) if source is not None else None
-    if original is not None:
+    original = source() if source is not None else None
+    if original is not None and _is_still(original, storage, spec):
         return original
     spec = spec._replace(storage_offset=spec.storage_offset - shift_nbytes // spec.dtype.itemsize)
     if probe is None:
@@ -100,13 +100,12 @@ def rebuild(
     return tensor
 
 
-def _living(source: weakref.ref[torch.Tensor], storage: torch.UntypedStorage, spec: ViewSpec) -> torch.Tensor | None:
-    """The saved object, if somebody holds it; ``.data = ...`` may have made it another view, or of other memory."""
-    tensor = source()
-    if tensor is None or tensor.untyped_storage()._cdata != storage._cdata or view_spec(tensor) != spec:
-        return None
+def _is_still(tensor: torch.Tensor, storage: torch.UntypedStorage, spec: ViewSpec) -> bool:
+    """Whether a saved object is as it was; ``.data = ...`` may have made it another view, or of other memory."""
+    if tensor.untyped_storage()._cdata != storage._cdata or view_spec(tensor) != spec:
+        return False
     tensor._fix_weakref()  # type: ignore[attr-defined]  # PyTorch's own word for a reference that came out of a weak one
-    return tensor
+    return True
 
 
 def has_bytes(storage: torch.UntypedStorage, end: int) -> bool:
@@ -187,7 +186,10 @@ def why_not_layout(tensor: torch.Tensor) -> str | None:
 def is_weight(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a parameter or buffer, a view of one, or a low-precision copy autocast made of one."""
     base = tensor._base
-    if _is_marked(tensor) or (base is not None and _is_marked(base)):
+    is_plain = type(tensor) is torch.Tensor and "_is_buffer" not in tensor.__dict__
+    if not is_plain and _is_marked(tensor):
+        return True
+    if base is not None and _is_marked(base):
         return True
     node = tensor.grad_fn
     for _ in range(_MAX_RESHAPES):
@@ -211,12 +213,6 @@ def is_made_by(tensor: torch.Tensor, names: frozenset[str]) -> bool:
             break
         node = node.next_functions[0][0]
     return node is not None and node.name() in names
-
-
-def is_parameter(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is a plain parameter or a view of one: the quick test, most weights end here."""
-    base = tensor._base
-    return type(tensor if base is None else base) is torch.nn.Parameter
 
 
 def _is_marked(tensor: torch.Tensor) -> bool:

@@ -1,8 +1,7 @@
 """Requests of one user of a drive that are under way, and what they hold: memory, and extents.
 
-Knows requests, extents and storages; neither what the bytes are nor when they are needed. `transfers` moves saved
-activations with it, `tensor_store` parameters and optimizer state. The owner holds a lock for every call, except for
-those that wait.
+Knows requests, extents and storages; neither what the bytes are nor when they are needed: the inside of `tensor_store`.
+The owner holds a lock for every call, except for those that wait.
 
 [Note: when an extent is free]
 When its write and all its readers are over. A read of an accelerator is handed out as soon as its copy is queued, so
@@ -19,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +33,8 @@ from ssdtrain.io.open_engine import fence
 
 Piece = tuple[int, int, int]
 """Address, bytes, offset in the extent."""
+Problem = tuple[int, int, int, str]
+"""Errno, offset, bytes, message."""
 
 
 @dataclass(eq=False, slots=True)
@@ -44,17 +46,16 @@ class Segment:
     piece: int
     extent: Extent
     start: int
+    is_in_host: bool
     readers: list[Read] = field(default_factory=list)
-
-    @property
-    def is_in_host(self) -> bool:
-        """Whether it is in the host tier."""
-        return self.drive.is_in_host(self.extent)
 
     @property
     def is_over(self) -> bool:
         """Whether nothing writes or reads its extent."""
-        return self.write.is_done and all([read.is_done for read in self.readers])
+        for reader in self.readers:
+            if not reader.is_done:
+                return False
+        return self.write.is_done
 
     def is_readable(self, device: Device) -> bool:
         """Whether it can be read to memory of `device`: an accelerator waits for a copy out that is queued."""
@@ -64,7 +65,7 @@ class Segment:
 
 @dataclass(eq=False, slots=True)
 class PendingWrite:
-    """A write and the memory it may still read, whose bytes belong to `records`: its i-th is piece i."""
+    """A write and the memory it may still read, whose bytes belong to `records`: the i-th is piece i."""
 
     extent: Extent
     records: Sequence[Any]
@@ -78,28 +79,80 @@ class PendingWrite:
         """Whether the engine is done with it."""
         return self.write is not None and self.write.is_done
 
-    @property
-    def is_lost(self) -> bool:
-        """Whether a source could not be copied: its bytes are only there."""
-        write = self.write
-        return write is not None and (write.is_lost or (write.is_done and not write.is_copied))
-
 
 @dataclass(eq=False, slots=True)
 class PendingRead:
-    """Reads to fresh memory, usable in the order of the stream it was allocated on."""
+    """Reads of a record to fresh memory, usable in the order of the stream it was allocated on.
 
+    Without segments the memory is the record's own: its bytes never left.
+    """
+
+    record: Any
     segments: Sequence[Segment]
     device: Device
     memory: Allocation
     stream: int
     reads: list[Read] = field(default_factory=list)
-    is_ahead: bool = False  # begun before anybody needed it: where it fails, it is tried again when somebody does
+    is_ahead: bool = False  # nobody waits for it yet
 
     @property
     def is_over(self) -> bool:
         """Whether nothing is being read to its memory; never after an interrupt in the middle of its beginning."""
-        return len(self.reads) == len(self.segments) and all([read.is_done for read in self.reads])
+        for read in self.reads:
+            if not read.is_done:
+                return False
+        return len(self.reads) == len(self.segments)
+
+    @property
+    def is_issued(self) -> bool:
+        """Whether the bytes are there for whoever waits in stream order, or something has failed."""
+        for read in self.reads:  # noqa: SIM110  a generator costs a call, here and below
+            if not read.is_issued:
+                return False
+        return True
+
+    @property
+    def has_left(self) -> bool:
+        """Whether the memory is fresh, and so the caller's."""
+        return bool(self.reads)
+
+    def wait(self, timeout_seconds: float) -> bool:
+        """Blocks, without a lock, until `is_issued`; false when a drive has owed an answer for so long."""
+        for read in self.reads:
+            read.expedite()
+        for segment, read in zip(self.segments, self.reads, strict=False):
+            if not segment.drive.wait(read.wait_issued, timeout_seconds, file=segment.extent.file):
+                return False
+        return True
+
+    def problem(self, timeout_seconds: float) -> tuple[Segment, Problem] | None:
+        """What keeps bytes that were waited for from being of use, and where.
+
+        A directory whose read failed, although it was tried again, is not used any more.
+        """
+        for segment, read in zip(self.segments, self.reads, strict=True):
+            if not read.is_issued:
+                why = f"no answer from the drive for {timeout_seconds:g} s"
+                return segment, (errno.ETIMEDOUT, segment.extent.offset, segment.extent.nbytes, why)
+            error = read.error
+            if error is not None:
+                if error[0] != errno.EREMOTEIO:  # that one is the device's, not the drive's
+                    segment.drive.space.note_read_error(segment.extent.file, error)
+                return segment, error
+        return None
+
+    def use(self) -> None:
+        """The current stream uses the memory from here on, after the copies into it."""
+        if self.device.driver is not None and self.reads:
+            hand_out(self.memory.storage, self.device, self.stream, self.reads)
+
+
+def are_done(requests: Iterable[Read | Write]) -> bool:
+    """Whether all of them are."""
+    for request in requests:  # noqa: SIM110
+        if not request.is_done:
+            return False
+    return True
 
 
 def hand_out(storage: torch.UntypedStorage, device: Device, stream: int, reads: Iterable[Read]) -> None:
@@ -130,7 +183,7 @@ class Pending:
         self._devices: set[Device] = set()
         self._unwanted: list[Segment] = []  # see [Note: when an extent is free]
         self._handed_over: list[Read] = []  # whose copies a stream has yet to run
-        self._seen_events = -1
+        self.seen_events = -1
 
     # -- out -----------------------------------------------------------------------------------------------------
 
@@ -208,7 +261,7 @@ class Pending:
 
     # -- back ----------------------------------------------------------------------------------------------------
 
-    def read(self, segments: Sequence[Segment], device: Device, nbytes: int) -> PendingRead:
+    def read(self, record: Any, segments: Sequence[Segment], device: Device, nbytes: int) -> PendingRead:
         """Begins to bring segments to fresh memory of the current stream, which is held until they are there.
 
         Raises:
@@ -216,14 +269,17 @@ class Pending:
         """
         space = self._drive.space
         memory = device.allocate(nbytes, space.memory_alignment, space.block_nbytes)
-        stream = device.current_stream()
-        ready = fence(device.driver, stream)
-        pending = PendingRead(segments, device, memory, stream)
+        has_streams = device.driver is not None
+        stream = device.current_stream() if has_streams else 0
+        ready = fence(device.driver, stream) if has_streams else None
+        pending = PendingRead(record, segments, device, memory, stream)
         self.reads.append(pending)
         for segment in segments:
             address, capacity = memory.address + segment.start, memory.capacity - segment.start
             read = self._engine.read(segment.write, segment.piece, address, capacity, ready)
-            segment.readers = [*[reader for reader in segment.readers if not reader.is_done], read]
+            if segment.readers:
+                segment.readers = [reader for reader in segment.readers if not reader.is_done]
+            segment.readers.append(read)
             pending.reads.append(read)
         return pending
 
@@ -233,7 +289,9 @@ class Pending:
         Nor does what was handed over hold what the engine has of its writes.
         """
         pending.segments = ()
-        self._handed_over += [read for read in pending.reads if not read.is_done]
+        for read in pending.reads:
+            if not read.is_done:
+                self._handed_over.append(read)
         if pending in self.reads:
             self.reads.remove(pending)
 
@@ -246,39 +304,45 @@ class Pending:
                 segment.write.cancel(segment.piece)
             if not segment.is_over:
                 self._unwanted.append(segment)
-            elif not self._drive.is_closed:  # then all went back at once
+            elif self._drive.is_closed:  # then all went back at once
+                pass
+            elif segment.is_in_host:
                 self._drive.release(segment.extent)
+            else:
+                self._drive.space.release(segment.extent)
 
-    def reap(self) -> list[PendingWrite]:
+    def reap(self) -> Sequence[PendingWrite]:
         """Gives back what the engine is done with: memory that is copied or filled, and unwanted extents.
 
         Returns the writes whose sources are free or that are over, those for the last time. What could not be copied
         keeps its sources, for the owner to take.
         """
         num_events = self._engine.num_events
-        if num_events == self._seen_events:
-            return []
-        self._seen_events = num_events
-        news = [pending for pending in self.writes if self._has_news(pending)]
-        over = {id(pending) for pending in news if pending.is_over}
-        self.writes = [pending for pending in self.writes if id(pending) not in over]
-        self.reads = [pending for pending in self.reads if not pending.is_over]
-        self._handed_over = [read for read in self._handed_over if not read.is_done]
-        unwanted, self._unwanted = self._unwanted, []
-        self.release(unwanted)
+        if num_events == self.seen_events:
+            return ()
+        self.seen_events = num_events
+        news, left = [], []
+        for pending in self.writes:
+            write = pending.write
+            is_done = write is not None and write.is_done
+            if write is not None and (is_done or (pending.sources and write.is_copied)):
+                is_lost = write.is_lost
+                if not is_lost and write.is_copied:
+                    pending.sources = []
+                if is_done and not is_lost and write.error is not None:
+                    self._drive.space.note_write_error(pending.extent.file, write.error)
+                news.append(pending)
+            if not is_done:
+                left.append(pending)
+        self.writes = left
+        while self.reads and self.reads[0].is_over:  # one that is over waits for those before it
+            del self.reads[0]
+        if self._handed_over:
+            self._handed_over = [read for read in self._handed_over if not read.is_done]
+        if self._unwanted:
+            unwanted, self._unwanted = self._unwanted, []
+            self.release(unwanted)
         return news
-
-    def _has_news(self, pending: PendingWrite) -> bool:
-        write = pending.write
-        if write is None:
-            return False
-        is_done, is_copied = write.is_done, write.is_copied
-        has_news = is_done or (is_copied and bool(pending.sources))
-        if is_copied and not pending.is_lost:
-            pending.sources = []
-        if is_done and write.error is not None and not write.is_lost:
-            self._drive.space.note_write_error(pending.extent.file, write.error)
-        return has_news
 
     def close(self) -> bool:
         """Calls off what is under way and gives up this user's share of the engine; `reap` says what still arrived.

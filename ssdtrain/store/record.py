@@ -17,6 +17,8 @@ import torch
 from ssdtrain.store.identity import ViewSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch.multiprocessing.reductions import StorageWeakRef
 
     from ssdtrain.devices.base import Device
@@ -30,7 +32,7 @@ class Residency(enum.IntEnum):
     """Where a record's bytes are: one at a time."""
 
     DEVICE = 1
-    """In memory, held by the record: not sent yet, kept, or back."""
+    """In memory of its owner, or held by the record: not sent yet, kept, or back."""
     OFFLOADING = 2
     """With the engine: the source is held until it is copied, after that the bytes are in slabs or in the file."""
     DISK = 4
@@ -38,17 +40,25 @@ class Residency(enum.IntEnum):
     HOST = 8
     """In the host tier: pinned memory that holds it until backward wants it."""
     RELOADING = 16
-    """A read into fresh memory is under way."""
+    """A read into fresh memory of the record is under way."""
     RELEASED = 32
     """Nobody needs the bytes any more."""
+    SHARED = 64
+    """A reload has brought it, and autograd alone holds what that brought; it is in the spill file or host tier too."""
 
 
 _NEXT: dict[int, int] = {
-    Residency.DEVICE: Residency.OFFLOADING | Residency.DISK | Residency.HOST | Residency.RELEASED,
-    Residency.OFFLOADING: Residency.DEVICE | Residency.DISK | Residency.HOST | Residency.RELOADING | Residency.RELEASED,
-    Residency.DISK: Residency.DEVICE | Residency.RELOADING | Residency.RELEASED,
-    Residency.HOST: Residency.DEVICE | Residency.RELOADING | Residency.RELEASED,
+    Residency.DEVICE: Residency.OFFLOADING | Residency.SHARED | Residency.RELEASED | Residency.DEVICE,
+    Residency.OFFLOADING: Residency.DEVICE
+    | Residency.OFFLOADING
+    | Residency.DISK
+    | Residency.HOST
+    | Residency.RELOADING
+    | Residency.RELEASED,
+    Residency.DISK: Residency.DEVICE | Residency.OFFLOADING | Residency.RELOADING | Residency.RELEASED,
+    Residency.HOST: Residency.DEVICE | Residency.OFFLOADING | Residency.RELOADING | Residency.RELEASED,
     Residency.RELOADING: Residency.DEVICE | Residency.DISK | Residency.HOST | Residency.RELEASED,
+    Residency.SHARED: Residency.DISK | Residency.HOST | Residency.RELEASED,
     Residency.RELEASED: 0,
 }
 
@@ -59,12 +69,15 @@ class Record:
     What moves it guards its attributes with its lock.
     """
 
-    __slots__ = ("__weakref__", "_name", "nbytes", "residency", "segments", "storage")
+    __slots__ = ("__weakref__", "_name", "nbytes", "residency", "segments", "start", "storage")
+
+    holds_source = False  # whether it holds what it is written from until that is copied
 
     def __init__(self, name: str, nbytes: int = 0) -> None:
         """Its bytes are in its owner's memory, and were never written."""
         self._name = name
         self.nbytes = nbytes
+        self.start = 0  # its first byte in the storage that it is written from
         self.residency = Residency.DEVICE
         self.storage: torch.UntypedStorage | None = None  # memory of its own that has the bytes
         self.segments: tuple[Segment, ...] = ()  # where they went
@@ -84,6 +97,11 @@ class Record:
         """Whether the memory it was written from may be changed."""
         return self.storage is None and all([segment.write.is_copied for segment in self.segments])
 
+    @property
+    def home(self) -> Residency:
+        """Where its segments are."""
+        return Residency.HOST if self.segments[0].is_in_host else Residency.DISK
+
     def move(self, residency: Residency) -> None:
         """Changes the residency; an impossible change is a bug here, never the user's."""
         assert residency & _NEXT[self.residency], f"{self.name}: {self.residency} -> {residency}"
@@ -93,13 +111,14 @@ class Record:
 class SavedRecord(Record):
     """One storage range that autograd has saved."""
 
+    holds_source = True
+
     __slots__ = (
         "device",
         "epoch",
         "identity",
         "index",
         "is_prefetched",
-        "is_shared",
         "is_unpacked",
         "is_wanted",
         "num_handles",
@@ -109,9 +128,7 @@ class SavedRecord(Record):
         "prefers_host",
         "probe",
         "queued_reads",
-        "reads",
         "spec",
-        "start",
         "storage_nbytes",
         "stream",
         "version",
@@ -128,21 +145,22 @@ class SavedRecord(Record):
         pass_: PassTrace,
     ) -> None:
         """A record of bytes `span` of `storage`, which it holds until they are safe elsewhere."""
-        super().__init__("", span[1] - span[0])
+        self.start, end = span  # not by `super`, which costs a call
+        self.nbytes = end - self.start
+        self.residency = Residency.DEVICE
+        self.segments = ()
         self.device = device
-        self.stream = device.current_stream()  # that last allocated, or used first, the memory that holds the bytes
+        self.stream = (
+            0 if device.driver is None else device.current_stream()
+        )  # that last allocated, or used first, the memory that holds the bytes
         self.storage = storage
         self.storage_nbytes: int = storage.nbytes()
         self.identity = identity  # of the source, for as long as the record is filed under its address
         self.weak = identity  # of the memory that last held the bytes: the source, or the latest reload
-        self.start = span[0]
         self.version: int  # at the save, and
         self.probe: torch.Tensor  # a tensor that shares the counter
-        self.residency = Residency.DEVICE
-        self.segments: tuple[Segment, ...] = ()
-        self.reads: tuple[Read, ...] = ()
-        self.pending_read: PendingRead | None = None  # reads under way
-        self.queued_reads: tuple[Read, ...] = ()  # reads of memory handed out, whose copies a stream may still run
+        self.pending_read: PendingRead | None = None  # under way
+        self.queued_reads: Sequence[Read] = ()  # that have brought memory of an accelerator, and may still copy
         self.pass_ = pass_
         self.index = pass_.append(self)
         self.spec: ViewSpec | None = None  # of the tensor it was made for, and where in the model: for messages
@@ -154,7 +172,6 @@ class SavedRecord(Record):
         self.is_wanted = False  # in memory or soon, and does not travel any more
         self.is_unpacked = False  # backward has asked for it
         self.is_prefetched = False
-        self.is_shared = False  # storage given to autograd and no longer held here
 
     @property
     def name(self) -> str:

@@ -1,12 +1,21 @@
-"""One open engine with its files and host tier: sends records and brings them back.
+"""The one mover: writes records to a drive and the host tier, reads them back, and gives their room back.
 
-Knows where records lie, but neither why they travel nor what their residency is: that is the store's, which also holds
-the lock for every call except `wait_for_room`. What is under way, and what it holds, is in `pending`.
+Knows records, segments and storages; neither what the bytes are, nor why they travel, nor when they are needed. Saved
+activations, parameters, gradients and optimizer state all move with it, each user of a drive with its own.
+
+    store.write([record], [storage], origin)    # begins; a `Growth` or False when it cannot
+    pending = store.read(record, device)        # begins
+    pending.wait(timeout_seconds)               # blocks, without the lock
+    pending.problem(timeout_seconds)            # what has failed, if anything has
+    store.release(record)
+
+The owner has a lock, which guards its records too, and holds it for every call except those that say otherwise.
 
 [Note: who keeps source memory alive]
-A record holds its storage until the engine has copied the bytes to a slab; if the record is released before that, the
-`PendingWrite` still holds the storage until the engine says it does not read it any more. Likewise the `PendingRead`
-holds the destination of every read until the read is over, whatever becomes of its record.
+A record of a saved activation holds its storage until the engine has copied the bytes to a slab; if it is released
+before that, or holds none, the `PendingWrite` still holds the source until the engine says it does not read it any
+more. Likewise the `PendingRead` holds the destination of every read until the read is over, whatever becomes of its
+record.
 
 [Note: letting go in stream order]
 The process that trains runs ahead of an accelerator: it asks for the memory of the tenth layer when the first is being
@@ -14,113 +23,131 @@ computed. A source that goes only when its copy is over then goes too late to be
 copies are queued, the stream it was saved on is told to wait for them, and the source goes at once: PyTorch gives the
 memory to later work of that stream, which the device runs after the copy. Where another stream allocated the memory,
 PyTorch gives it to that one: it was told of the stream that saved (`Device.share`) and waits for what is queued there.
+
+[Note: when old bytes may go]
+A record is written anew from memory that holds all its bytes. From then on that memory is the truth: it is held until
+the engine has copied it, then the slab holds it, and then the file, or the heap when the write fails. So the extent of
+the old bytes is free as soon as the new write has begun. A record points to its new bytes only when the request exists:
+an interrupt may cost space, never bytes. See also [Note: what an interrupt may cost].
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from ssdtrain.io.client import Drive, DriveTotals
-from ssdtrain.io.engine import Fence
+import torch
+
+from ssdtrain.devices.base import Device
+from ssdtrain.io.client import Drive, open_drive
+from ssdtrain.io.engine import Fence, SpillFile
 from ssdtrain.io.extents import Extent
-from ssdtrain.policy import ActivationPolicy
+from ssdtrain.io.spill_space import Growth
+from ssdtrain.policy import ActivationPolicy, StatePolicy
 from ssdtrain.store.pending import Pending, PendingRead, PendingWrite, Piece, Segment
-from ssdtrain.store.record import SavedRecord
+from ssdtrain.store.record import Record, Residency
 from ssdtrain.tracing.request_log import RequestLog
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where the bytes of a write come from: a device, the stream that uses them last, and whether for the host tier."""
+
+    device: Device
+    stream: int
+    prefers_host: bool
+
+
 class TensorStore:
-    """What exists between the opening and the closing of an engine."""
+    """What one user has on an open drive, and under way."""
 
     def __init__(
         self,
         drive: Drive,
-        policy: ActivationPolicy,
+        policy: ActivationPolicy | StatePolicy,
         note_fallback: Callable[[str], None],
         request_log: RequestLog | None = None,
     ) -> None:
         """Takes a drive over. `request_log` is told of every request that is over."""
-        self.engine, self.space, self.host = drive.engine, drive.space, drive.host
+        self.drive, self.engine, self.space, self.host = drive, drive.engine, drive.space, drive.host
+        self.timeout_seconds = policy.io_timeout_seconds
         self.cancelled_nbytes = 0
         self.moves_host_memory_only = drive.kind == "python"
         self.pending = Pending(
-            drive,
-            note_fallback,
-            staging_nbytes=policy.staging_nbytes,
-            timeout_seconds=policy.io_timeout_seconds,
+            drive, note_fallback, staging_nbytes=policy.staging_nbytes, timeout_seconds=policy.io_timeout_seconds
         )
+        self._host_file = drive.host.file if drive.host is not None else None
         self._request_log = request_log
         self._note_fallback = note_fallback
-        self.drive = drive
-        self._pending_reads: dict[SavedRecord, PendingRead] = {}
+        for text in drive.shortcomings():
+            note_fallback(text)
 
     # -- out -----------------------------------------------------------------------------------------------------
 
-    def prepare(self, records: list[SavedRecord]) -> None:
-        """Has host memory pinned for records that `send` gets next. Called without a lock."""
-        nbytes, first = sum([self.space.rounded(record.nbytes) for record in records]), records[0]
-        self.pending.prepare(first.device, nbytes, prefers_host=first.prefers_host)
-
-    def send(self, records: list[SavedRecord]) -> bool:
+    def write(
+        self, records: Sequence[Record], sources: Sequence[torch.UntypedStorage], origin: Origin
+    ) -> bool | Growth:
         """Begins to write one record, striped when it is large, or several small ones as one request.
 
-        All of them are of one device, stream and preference for the host tier. False when there is no room; else every
-        record has its places.
+        False when there is no room; a `Growth` when there will be. Else every record has its segments, and what it had
+        before is released. A source may not change before `Record.is_copied`.
         """
-        sizes = [self.space.rounded(record.nbytes) for record in records]
-        extents = self.drive.allocate(sum(sizes), prefers_host=records[0].prefers_host, stripe=len(records) == 1)
+        is_alone = len(records) == 1
+        sizes = [] if is_alone else [self.space.rounded(record.nbytes) for record in records]
+        need = records[0].nbytes if is_alone else sum(sizes)
+        extents = self.drive.allocate(need, prefers_host=origin.prefers_host, stripe=is_alone)
+        if isinstance(extents, Growth):
+            return extents
         if not extents:
             return False
-        first = records[0]
-        producer = self.pending.producer(first.device, first.stream)
-        for record in records if producer is not None else ():
-            assert record.storage is not None
-            record.device.share(record.storage, record.stream)  # see [Note: letting go in stream order]
-        if len(records) == 1:
-            self._send_alone(first, extents, producer)
+        producer = self.pending.producer(origin.device, origin.stream) if origin.device.driver is not None else None
+        if producer is not None:
+            for source in sources:
+                origin.device.share(source, origin.stream)  # see [Note: letting go in stream order]
+        if is_alone:
+            self._write_alone(records[0], sources[0], extents, (origin.stream, producer))
         else:
-            self._send_together(records, sizes, extents[0], producer)
+            pending = PendingWrite(extents[0], records, list(sources), origin.stream, producer)
+            self._write_together(pending, sizes)
         return True
 
-    def totals(self) -> DriveTotals:
-        """What the drive has done so far."""
-        return self.drive.totals()
-
-    @property
-    def has_accelerators(self) -> bool:
-        """Whether memory of an accelerator was ever sent."""
-        return self.pending.has_accelerators
-
-    def is_in_host(self, record: SavedRecord) -> bool:
-        """Whether the bytes of a record that was sent are in the host tier."""
-        return record.segments[0].is_in_host
-
-    def _send_alone(self, record: SavedRecord, extents: list[Extent], producer: Fence | None) -> None:
-        start, places = 0, []
-        for extent in extents:
-            nbytes = min(extent.nbytes, record.nbytes - start)
-            places.append(self._write(extent, [record], [(_address(record) + start, nbytes, 0)], producer))
-            places[-1].start = start
-            start += extent.nbytes
-        record.segments = tuple(places)
-
-    def _send_together(
-        self, records: list[SavedRecord], sizes: list[int], extent: Extent, producer: Fence | None
+    def _write_alone(
+        self, record: Record, source: torch.UntypedStorage, extents: list[Extent], point: tuple[int, Fence | None]
     ) -> None:
-        starts = [0, *itertools.accumulate(sizes)]
-        pieces = [(_address(record), record.nbytes, start) for record, start in zip(records, starts, strict=False)]
-        write = self._write(extent, records, pieces, producer).write
-        for i, record in enumerate(records):
-            own = Extent(extent.file, extent.offset + starts[i], sizes[i])
-            record.segments = (Segment(self.drive, write, i, own, 0),)
+        begin, start, segments = source.data_ptr() + record.start, 0, []
+        for extent in extents:
+            piece = (begin + start, min(extent.nbytes, record.nbytes - start), 0)
+            write = self.pending.write(PendingWrite(extent, [record], [source], *point), [piece])
+            segments.append(Segment(self.drive, write, 0, extent, start, extent.file == self._host_file))
+            start += extent.nbytes
+        self._point(record, tuple(segments))
 
-    def _write(
-        self, extent: Extent, records: list[SavedRecord], pieces: list[Piece], producer: Fence | None
-    ) -> Segment:
-        sources = [record.storage for record in records if record.storage is not None]
-        write = self.pending.write(PendingWrite(extent, records, sources, records[0].stream, producer), pieces)
-        return Segment(self.drive, write, 0, extent, 0)
+    def _write_together(self, pending: PendingWrite, sizes: list[int]) -> None:
+        pieces, start = list[Piece](), 0
+        for record, source, size in zip(pending.records, pending.sources, sizes, strict=True):
+            pieces.append((source.data_ptr() + record.start, record.nbytes, start))
+            start += size
+        write, extent = self.pending.write(pending, pieces), pending.extent
+        is_in_host = extent.file == self._host_file
+        for i, record in enumerate(pending.records):
+            own = Extent(extent.file, extent.offset + pieces[i][2], sizes[i])
+            self._point(record, (Segment(self.drive, write, i, own, 0, is_in_host),))
+
+    def _point(self, record: Record, segments: tuple[Segment, ...]) -> None:
+        """See [Note: when old bytes may go]."""
+        old, record.segments = record.segments, segments
+        if not record.holds_source:
+            record.storage = None
+        record.move(Residency.OFFLOADING)
+        if old:
+            self.pending.release(old)
+
+    def release(self, record: Record) -> None:
+        """The record's bytes on the drive or in the host tier are not needed any more. Writes are called off."""
+        segments, record.segments = record.segments, ()
+        if segments and segments[0].drive is self.drive:
+            self.pending.release(segments)
 
     def next_point(self) -> Fence | None:
         """The next point an accelerator has yet to pass before something that was sent can be copied, if there is one.
@@ -130,98 +157,147 @@ class TensorStore:
         points = (p.producer for p in self.pending.writes if p.write is not None and not p.write.is_copied)
         return next((point for point in points if point is not None and not point.is_complete), None)
 
-    def let_go(self, max_held_nbytes: int, *, only_if_behind: bool) -> list[SavedRecord]:
-        """Lets sources beyond `max_held_nbytes` go that an accelerator is yet to copy, the oldest first.
+    def let_go(self, max_held_nbytes: int, *, only_if_behind: bool) -> list[PendingWrite]:
+        """Writes whose sources an accelerator is yet to copy that may go, the oldest first: beyond `max_held_nbytes`.
 
-        See [Note: letting go in stream order]. `only_if_behind`: not those that it could be copying by now, where a
-        stream might really have to wait. Returns the records whose sources are free.
+        See [Note: letting go in stream order]; the caller has their stream wait first. `only_if_behind`: not those that
+        it could be copying by now, where a stream might really have to wait.
         """
-        free: list[SavedRecord] = []
+        found = []
         held = [p for p in self.pending.writes if p.producer is not None and p.sources]
         nbytes = sum(p.extent.nbytes for p in held)
         for pending in held:
             if nbytes <= max_held_nbytes or not _can_let_go(pending, only_if_behind):
                 break
-            _make_wait(pending)
-            pending.sources = []
             nbytes -= pending.extent.nbytes
-            free += pending.records
-        return free
+            found.append(pending)
+        return found
 
     # -- what the engine has done ------------------------------------------------------------------------------------
 
-    def collect(self) -> list[tuple[SavedRecord, bool]]:
-        """Records whose bytes the engine has all copied since the last call, and whether they are also all written."""
-        news: list[tuple[SavedRecord, bool]] = []
+    def reap(self) -> list[Any]:
+        """Takes note of what the engine has done since the last call: frees sources, destinations and extents.
+
+        Returns records that were being written and have news: their bytes are copied, or also written, or, where they
+        could not be copied, only in memory, which the record then holds.
+        """
+        news: list[Any] = []
+        if self.engine.num_events == self.pending.seen_events:
+            return news
         for pending in self.pending.reap():
+            write = pending.write
+            assert write is not None
             for record in pending.records:
-                if all([place.write.is_copied for place in record.segments]):
-                    news.append((record, all([place.write.is_done for place in record.segments])))
-            if pending.is_over:
-                self._note_over(pending)
+                if self._keep_lost(record, pending) if pending.sources else self._is_copied(record):
+                    news.append(record)
+            if write.is_done:
+                self.cancelled_nbytes += write.cancelled_nbytes
+                if self._request_log is not None or write.is_lost:
+                    self._note_over(pending, write)
         return news
 
-    def _note_over(self, pending: PendingWrite) -> None:
-        write, extent = pending.write, pending.extent
-        assert write is not None
-        self.cancelled_nbytes += write.cancelled_nbytes
+    def _is_copied(self, record: Record) -> bool:
+        """Whether a record that was being written is all copied; where it is written too, it is there from here on."""
+        if record.residency is not Residency.OFFLOADING:
+            return False
+        is_done = True
+        for segment in record.segments:
+            if not segment.write.is_done:
+                is_done = False
+                if not segment.write.is_copied:
+                    return False
+        if is_done:
+            record.move(Residency.HOST if record.segments[0].is_in_host else Residency.DISK)
+        return True
+
+    def _keep_lost(self, record: Record, pending: PendingWrite) -> bool:
+        """What could not be copied is only where it was: the record holds that."""
+        for segment in record.segments:
+            if segment.write is pending.write:
+                record.storage = pending.sources[segment.piece]
+                self.release(record)
+                record.move(Residency.DEVICE)
+                return True
+        return False
+
+    def _note_over(self, pending: PendingWrite, write: Any) -> None:
         if self._request_log is not None:
-            is_in_host = self.drive.is_in_host(extent)
-            self._request_log.note_written(write, pending.records, extent.nbytes, is_in_host=is_in_host)
+            is_in_host = pending.extent.file == self._host_file
+            self._request_log.note_written(write, pending.records, pending.extent.nbytes, is_in_host=is_in_host)
         if write.is_lost:
-            self._note_fallback("an accelerator could not copy saved tensors out; they stay where they are")
+            self._note_fallback("an accelerator could not copy tensors out; they stay where they are")
 
     # -- back ----------------------------------------------------------------------------------------------------
 
-    def read(self, record: SavedRecord) -> PendingRead:
+    def read(self, record: Record, device: Device) -> PendingRead:
         """Begins to bring a record's bytes to fresh memory, which is held until they are there.
 
         Raises:
-            MemoryError, torch.OutOfMemoryError: there is none.
+            MemoryError, torch.OutOfMemoryError: there is no memory.
         """
-        pending = self.pending.read(record.segments, record.device, record.nbytes)
-        self._pending_reads[record] = pending
-        return pending
+        return self.pending.read(record, record.segments, device, record.nbytes)
 
-    def forget_reads(self, record: SavedRecord, *, is_handed_over: bool) -> None:
-        """The record's reads are over, or nobody waits for them any more. Memory still being written to stays.
+    def end_read(self, pending: PendingRead, *, is_handed_over: bool) -> None:
+        """A read is over, or nobody waits for it any more. Memory still being written to stays until that is over.
 
-        `is_handed_over`: whoever uses the memory next waits for the copies, in stream order.
+        `is_handed_over`: it is the caller's, who orders streams after the copies.
         """
-        pending = self._pending_reads.pop(record)
         if self._request_log is not None:
-            self._request_log.note_reads(record, pending.reads)
+            self._request_log.note_reads(pending.record, pending.reads)
         if is_handed_over:
             self.pending.hand_over(pending)
 
-    def records_coming_back(self) -> list[SavedRecord]:
-        """Records that are being read, or have been and were not asked for yet."""
-        return list(self._pending_reads)
+    def where(self, segment: Segment) -> str:
+        """The directory of a segment, or that it is in host memory."""
+        return "host memory" if segment.is_in_host else self.space.directory(segment.extent.file)
 
-    def records_under_way(self) -> list[SavedRecord]:
-        """Records some of whose bytes may not be written yet."""
-        return [record for pending in self.pending.writes for record in pending.records]
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    def close(self) -> bool:
+        """Ends what is under way and gives the room back; false when the drive does not answer."""
+        is_quiet = self.pending.close()
+        if not is_quiet:
+            self._note_fallback("the drive is stuck: memory and threads of its requests stay until the process ends")
+        return is_quiet
 
 
-def _make_wait(pending: PendingWrite) -> None:
-    """What is queued later on the stream of the sources runs after the copies."""
-    first: SavedRecord = pending.records[0]
-    step = first.pass_.step
-    began = step.mark() if first.device.current_stream() == pending.stream else None
-    for write in {place.write for record in pending.records for place in record.segments} | {pending.write}:
+def make_wait(pending: PendingWrite) -> None:
+    """What is queued on the stream of the sources from now on runs after the copies."""
+    for write in {segment.write for record in pending.records for segment in record.segments} | {pending.write}:
         assert write is not None
         write.make_wait(pending.stream)
-    if began is not None:
-        step.note_wait(began, is_for_reload=False)
 
 
 def _can_let_go(pending: PendingWrite, only_if_behind: bool) -> bool:
     assert pending.producer is not None and pending.write is not None
     if only_if_behind and pending.producer.is_complete:
         return False
-    return pending.write.is_issued and all(p.write.is_issued for r in pending.records for p in r.segments)
+    return pending.write.is_issued and all(s.write.is_issued for r in pending.records for s in r.segments)
 
 
-def _address(record: SavedRecord) -> int:
-    assert record.storage is not None
-    return record.storage.data_ptr() + record.start
+def open_for(
+    policy: ActivationPolicy | StatePolicy,
+    kind: str,
+    places: Sequence[str | SpillFile],
+    slab_nbytes: int,
+    *,
+    note_fallback: Callable[[str], None],
+    **options: Any,
+) -> Drive:
+    """A drive as a policy wants it; the arguments are those of `open_drive`.
+
+    Raises:
+        OSError: a directory cannot be used; errno and filename say which and why.
+        RuntimeError: the engine asked for by name is not available.
+    """
+    return open_drive(
+        kind,
+        places,
+        policy.staging_nbytes,
+        slab_nbytes,
+        note_fallback=note_fallback,
+        checksum=policy.checksum,
+        disk_nbytes=policy.disk_nbytes,
+        timeout_seconds=policy.io_timeout_seconds,
+        **options,
+    )

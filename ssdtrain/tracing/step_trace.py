@@ -153,7 +153,7 @@ class StepTrace:
         if place != _UNRECORDED and self._needed[place] == math.inf:
             self._needed[place] = self._clock.compute_seconds()
             self._aliases[place] = num_aliases
-            timing = self._timing_now()
+            timing = self._timing_now() if self.timing is not None else None
             if timing is not None:
                 timing.need(place, event)
 
@@ -165,7 +165,7 @@ class StepTrace:
             self.records[place] = None
             self._modules[place] = record.where.removeprefix(" of ")
             self._released[place] = self._clock.compute_seconds()
-            timing = self._timing_now()
+            timing = self._timing_now() if self.timing is not None else None
             if timing is not None:
                 timing.release(place)
         self._num_live -= 1

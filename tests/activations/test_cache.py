@@ -183,7 +183,7 @@ def test_prefetch_stays_within_its_budget_and_hides_reloads(tmp_path: Path) -> N
         to_disk(offload)
         peak = 0
         counters = inside.counters(offload)
-        original = inside.store(offload).prefetch
+        original = inside.reloads(offload).prefetch
 
         def spying(record):  # type: ignore[no-untyped-def]
             nonlocal peak
@@ -191,9 +191,9 @@ def test_prefetch_stays_within_its_budget_and_hides_reloads(tmp_path: Path) -> N
             peak = max(peak, counters.prefetched_nbytes)
             return result
 
-        inside.store(offload).prefetch = spying  # type: ignore[method-assign]
+        inside.reloads(offload).prefetch = spying  # type: ignore[method-assign]
         loss.backward()
-        del inside.store(offload).prefetch
+        del inside.reloads(offload).prefetch
     stats = offload.stats
     assert 0 < peak <= budget
     assert stats.num_prefetched >= 20

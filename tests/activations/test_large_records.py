@@ -23,14 +23,14 @@ RECORD_NBYTES = 256 * KIB  # 1024 rows of 64 numbers
 def spied(offload: ssdtrain.ActivationOffload) -> list[tuple[int, bool]]:
     """Bytes that are prefetched after every wish to prefetch, and whether it was granted."""
     seen: list[tuple[int, bool]] = []
-    prefetch = inside.store(offload).prefetch
+    prefetch = inside.reloads(offload).prefetch
 
     def watched(record: SavedRecord) -> bool:
         seen.append((0, prefetch(record)))
         seen[-1] = inside.counters(offload).prefetched_nbytes, seen[-1][1]
         return seen[-1][1]
 
-    inside.store(offload).prefetch = watched  # type: ignore[method-assign]
+    inside.reloads(offload).prefetch = watched  # type: ignore[method-assign]
     return seen
 
 

@@ -113,7 +113,7 @@ def no_memory_for_reloads(directory: str, engine: str) -> None:
     steps = plain_steps(2)
     offload = ssdtrain.offload_activations(directory, policy(engine))
     trainer = Trainer()
-    device, prefetch = inside.devices(offload).cpu, inside.store(offload).prefetch
+    device, prefetch = inside.devices(offload).cpu, inside.reloads(offload).prefetch
     allocate = device.allocate
     is_ahead, num_refused = False, 0
 
@@ -132,11 +132,11 @@ def no_memory_for_reloads(directory: str, engine: str) -> None:
         return allocate(*arguments)
 
     with offload:
-        inside.store(offload).prefetch, device.allocate = watch, refuse_ahead  # type: ignore[method-assign]
+        inside.reloads(offload).prefetch, device.allocate = watch, refuse_ahead  # type: ignore[method-assign]
         loss = trainer.forward()
         drain(offload)
         check_equal(trainer.finish(loss), steps[0])
-        del inside.store(offload).prefetch, device.allocate
+        del inside.reloads(offload).prefetch, device.allocate
         assert num_refused > 0
         trainer.rows = 64 * KIB
         loss = trainer.forward()

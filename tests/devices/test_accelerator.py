@@ -248,10 +248,10 @@ def test_memory_of_a_dropped_reload_is_kept_until_it_is_filled(make: Make, devic
         offload.stats  # noqa: B018  takes note of what the engine did
         device.hold(device.driver.in_stream())
         record = next(r for r in _records(offload) if r.residency == Residency.DISK)
-        assert store.prefetch(record) and record.reads[0].wait_issued(30)
+        assert store.reloads.prefetch(record) and record.pending_read.reads[0].wait_issued(30)
         del loss, x, record
         assert offload.stats.num_live_records == 0
-        assert inside.transport_of(store).pending.reads and not inside.transport_of(store)._pending_reads
+        assert inside.transport_of(store).pending.reads and not store.reloads._under_way
         device.release(device.driver.in_stream())
 
 
@@ -286,8 +286,10 @@ def test_what_is_waited_for_gets_the_next_slab(make: Make, device: SimulatedDevi
         inside.transport(offload).engine.drain()
         offload.stats  # noqa: B018  takes note of what the engine did
         device.hold(device.driver.in_stream())
-        records = [r for r in _records(offload) if r.residency == Residency.DISK and inside.store(offload).prefetch(r)]
-        reads = [record.reads[0] for record in records]
+        records = [
+            r for r in _records(offload) if r.residency == Residency.DISK and inside.reloads(offload).prefetch(r)
+        ]
+        reads = [record.pending_read.reads[0] for record in records]
         num_staged = settled(lambda: sum(read.moments[1] > 0 for read in reads))
         assert 0 < num_staged < len(reads) - 1
         reads[-1].expedite()
@@ -468,7 +470,7 @@ def test_a_copy_out_that_fails_leaves_the_bytes_where_they_are(make: Make, devic
         device.synchronize()
         loss.backward()
     assert torch.equal(x.grad, grad_of(24))  # type: ignore[arg-type]
-    assert any("could not copy saved tensors out" in text for text in offload.stats.fallbacks)
+    assert any("could not copy tensors out" in text for text in offload.stats.fallbacks)
 
 
 @pytest.mark.parametrize("tier", ["drive", "host"])
@@ -512,7 +514,7 @@ def test_no_device_memory_for_a_prefetch(make: Make, device: SimulatedDevice, mo
         with offload:
             x, loss = layers(24)
         device.synchronize()
-        prefetch = inside.store(offload).prefetch
+        prefetch = inside.reloads(offload).prefetch
 
         def watched(record: Any) -> bool:
             monkeypatch.setattr(device, "allocate", refuse_ahead)
@@ -521,7 +523,7 @@ def test_no_device_memory_for_a_prefetch(make: Make, device: SimulatedDevice, mo
             finally:
                 monkeypatch.setattr(device, "allocate", allocate)
 
-        monkeypatch.setattr(inside.store(offload), "prefetch", watched)
+        monkeypatch.setattr(inside.reloads(offload), "prefetch", watched)
         loss.backward()
     assert num_refused > 0
     assert torch.equal(x.grad, grad_of(24))  # type: ignore[arg-type]

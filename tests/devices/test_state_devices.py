@@ -32,9 +32,9 @@ def test_equal_to_the_bit(
     losses = train(plain, expected, 3)
     model = model_of(kind)
     policy: dict[str, Any] = EAGER_STATE | {"engine": "auto" if engine == "host" else engine}
-    store = StateStore([] if engine == "host" else [str(tmp_path)], ParameterPolicy(**policy, prefetch_nbytes=40_000))
-    if device is not None:
-        store.cpu = device
+    store = StateStore(
+        [] if engine == "host" else [str(tmp_path)], ParameterPolicy(**policy, prefetch_nbytes=40_000), device
+    )
     owner = ParameterOffload(model, lambda: store, ParameterPolicy(**policy, prefetch_nbytes=40_000), None)
     more = {how: True} if "_" in how else {}
     optimizer = OffloadedOptimizer(
@@ -67,9 +67,7 @@ def test_the_host_tier_first_then_the_drive(device: SimulatedDevice | None, devi
     losses = train(plain, adamw(plain.parameters()), 3)
     model = model_of("mlp")
     policy = OptimizerPolicy(**EAGER_STATE, host_nbytes=100_000, chunk_nbytes=40_000)
-    store = StateStore([str(tmp_path)], policy)
-    if device is not None:
-        store.cpu = device
+    store = StateStore([str(tmp_path)], policy, device)
     optimizer = OffloadedOptimizer(adamw(model.parameters()), lambda: store, policy)
     check_same(train(model, optimizer, 3), losses)
     stats = optimizer.stats
@@ -93,7 +91,7 @@ def test_host_memory_reads_what_has_been_copied(
     store.write(record, source.untyped_storage(), device)
     timer = threading.Timer(0.2, device.release, [device.current_stream()])
     timer.start()
-    storage = store.take(store.read(record, store.host))
+    storage = store.wait(store.read(record, store.host))
     timer.join()
     found = torch.frombuffer(bytearray(ctypes.string_at(storage.data_ptr(), 16000)), dtype=torch.float32)
     assert torch.equal(found, torch.arange(4000.0) * 2)

@@ -43,10 +43,7 @@ class OnCopies:
 
 
 def store_of(folder: Path | None, device: SimulatedDevice | None, policy: Any) -> StateStore:
-    store = StateStore([] if folder is None else [str(folder)], policy)
-    if device is not None:
-        store.cpu = device
-    return store
+    return StateStore([] if folder is None else [str(folder)], policy, device)
 
 
 def on_cpu(

@@ -54,19 +54,19 @@ def transport(offload: ActivationOffload) -> Any:
 
 
 def transport_of(activations: Any) -> Any:
-    return activations._transport
+    return activations.source.store
 
 
 def source(offload: ActivationOffload) -> Any:
-    return store(offload)._source
+    return store(offload).source
 
 
 def reloads(offload: ActivationOffload) -> Any:
-    return store(offload)._reloads
+    return store(offload).reloads
 
 
 def drive(offload: ActivationOffload) -> Any:
-    return store(offload)._drive
+    return transport(offload).drive
 
 
 def step(offload: ActivationOffload) -> Any:

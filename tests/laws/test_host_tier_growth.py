@@ -33,7 +33,7 @@ def test_bytes_on_both_sides_of_a_step(tmp_path: Path, monkeypatch: pytest.Monke
         across = [start for start in starts if start // (64 * KIB) != (start + 20 * KIB - 1) // (64 * KIB)]
         assert across
         for i, record in enumerate(records):
-            back = torch.empty(0).set_(store.take(store.read(record, device))) * 1
+            back = torch.empty(0).set_(store.wait(store.read(record, device))) * 1
             assert torch.equal(back, torch.full((5 * KIB,), float(i)))
     store.close()
     device.close()

@@ -15,8 +15,9 @@ import torch
 import ssdtrain
 from ssdtrain.devices.simulated import SimulatedDevice
 from ssdtrain.policy import OptimizerPolicy
+from ssdtrain.store.pending import PendingRead
 from ssdtrain.store.record import Record
-from ssdtrain.store.state_store import Arrival, StateStore
+from ssdtrain.store.state_store import StateStore
 
 MIB = 1 << 20
 TIMEOUT_SECONDS = 0.6
@@ -76,8 +77,8 @@ def test_a_slow_drive_takes_and_gives_all_state(tmp_path: Path, slow: Callable[[
     for i, record in enumerate(records):
         store.write(record, some(float(i)))
     store.flush()
-    for i, arrival in enumerate([store.read(record) for record in records]):
-        assert torch.equal(as_tensor(store.take(arrival)), as_tensor(some(float(i))))
+    for i, pending in enumerate([store.read(record) for record in records]):
+        assert torch.equal(as_tensor(store.wait(pending)), as_tensor(some(float(i))))
     store.write(records[0], some(7.0))
     store.close()
     assert store.is_closed and unhappy(store.counters.fallbacks) == []
@@ -114,7 +115,7 @@ def test_other_bytes_are_read_while_a_thread_waits_for_the_drive(
     store.write(big[0], some(0.0))
     assert gate.has_come.wait(60)
     read_beside(store, small, store.flush if waits == "flush" else lambda: store.write(big[1], some(1.0)), gate.open)
-    assert torch.equal(as_tensor(store.take(store.read(big[0]))), as_tensor(some(0.0)))
+    assert torch.equal(as_tensor(store.wait(store.read(big[0]))), as_tensor(some(0.0)))
     store.close()
 
 
@@ -130,7 +131,7 @@ def test_other_bytes_are_read_while_a_thread_waits_for_an_accelerator(tmp_path: 
         storages: list[torch.UntypedStorage] = []
 
         def prefetch() -> None:
-            storages.append(store.take(store.read(far, store.host)))
+            storages.append(store.wait(store.read(far, store.host)))
 
         read_beside(store, small, prefetch, lambda: device.release(device.driver.out_stream()))
     assert torch.equal(as_tensor(storages[0]), torch.full((1024,), 3.0))
@@ -140,16 +141,16 @@ def test_other_bytes_are_read_while_a_thread_waits_for_an_accelerator(tmp_path: 
 
 def read_beside(store: StateStore, record: Record, wait: Callable[[], object], end: Callable[[], object]) -> None:
     """Begins to read a record while another thread is in `wait`, which returns only after `end`."""
-    is_over, arrivals = threading.Event(), list[Arrival]()
+    is_over, reads = threading.Event(), list[PendingRead]()
     waiting = threading.Thread(target=lambda: (wait(), is_over.set()))
-    reading = threading.Thread(target=lambda: arrivals.append(store.read(record, store.host)))
+    reading = threading.Thread(target=lambda: reads.append(store.read(record, store.host)))
     waiting.start()
     waiting.join(0.2)  # it is in the middle of it, or will be: either way the read may not wait for it
     reading.start()
     reading.join(20)
-    has_begun, is_late = bool(arrivals), is_over.is_set()
+    has_begun, is_late = bool(reads), is_over.is_set()
     end()
     waiting.join(60)
     reading.join(60)
     assert has_begun and not is_late and is_over.is_set()
-    assert torch.equal(as_tensor(store.take(arrivals[0])), torch.arange(1024.0))
+    assert torch.equal(as_tensor(store.wait(reads[0])), torch.arange(1024.0))

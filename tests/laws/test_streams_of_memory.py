@@ -148,8 +148,8 @@ def gathered(store: StateStore, record: Record, device: SimulatedDevice) -> Iter
 
     made = ParameterRecord("weight", nn.Parameter(torch.empty(64, 64), requires_grad=False), device, None)  # type: ignore[arg-type]
     made.evict()
-    arrival = store.read(record, device)
-    made.materialize(store.take(arrival), arrival)
+    pending = store.read(record, device)
+    made.materialize(store.wait(pending), pending)
     made.use()
     yield made
     made.evict()

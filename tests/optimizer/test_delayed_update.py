@@ -132,7 +132,7 @@ def test_reads_do_not_run_far_ahead(device: SimulatedDevice | None, device_kind:
         optimizer.step()
     assert Gated.entered.wait(20)
     leaves = [leaf for parameter in optimizer._offloaded for leaf in optimizer._offloaded._leaves(parameter)]
-    num_coming = sum(leaf.arrival is not None for leaf in leaves)
+    num_coming = sum(leaf.pending is not None for leaf in leaves)
     Gated.gate.set()
     optimizer.close()
     assert len(leaves) == 2 * 12 and num_coming <= 2 * 2

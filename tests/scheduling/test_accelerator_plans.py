@@ -437,9 +437,9 @@ def test_waits_before_a_plan_are_not_held_against_it(make_offload: MakeOffload, 
         assert replanner is not None and replanner.latest is not None
         prepared, caution = replanner.latest, replanner._caution
         waited = Measured(1, prepared.step.seconds, 0.9 * prepared.step.seconds, None, is_accelerated=True)
-        replanner.review(prepared.step, waited, inside.store(offload).engine_totals())
+        replanner.review(prepared.step, waited, inside.store(offload).totals())
         assert replanner._caution >= caution
-        replanner.review(prepared.step, replace(waited, followed=prepared.plan), inside.store(offload).engine_totals())
+        replanner.review(prepared.step, replace(waited, followed=prepared.plan), inside.store(offload).totals())
         assert replanner._caution < caution
 
 

@@ -154,8 +154,8 @@ def test_reloads_wait_for_their_time(make_offload: MakeOffload, monkeypatch: pyt
     with make_offload(**AUTO | {"prefetch_nbytes": "64MiB"}) as offload:
         for _ in range(3):
             step()
-        prefetch = inside.store(offload).prefetch
-        inside.store(offload).prefetch = lambda record: (  # type: ignore[method-assign]
+        prefetch = inside.reloads(offload).prefetch
+        inside.reloads(offload).prefetch = lambda record: (  # type: ignore[method-assign]
             prefetch(record),
             seen.append(inside.counters(offload).prefetched_nbytes),
         )[0]

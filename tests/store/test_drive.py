@@ -235,8 +235,7 @@ def close_with_an_unlisted_write(directory: str) -> None:
 def test_a_host_tier_only_is_shared_up_to_a_bound(tmp_path: Path) -> None:
     """Of a simulated accelerator: the other offload has no directory."""
     with SimulatedDevice(seed=0) as device:
-        store = StateStore([], OptimizerPolicy(staging_nbytes=64 * KIB, host_nbytes=1 << 20))
-        store.cpu = device
+        store = StateStore([], OptimizerPolicy(staging_nbytes=64 * KIB, host_nbytes=1 << 20), device)
         drive = store.drive.attach(noted, host_nbytes=64 * KIB)
         assert drive.host is not None
         assert drive.allocate(32 * KIB, prefers_host=True) and drive.allocate(32 * KIB, prefers_host=True)

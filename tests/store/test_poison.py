@@ -19,6 +19,8 @@ from ssdtrain.store.poison import ClosedError, PoisonableLock
 MIB = 1 << 20
 POLICY = {"min_nbytes": 0, "staging_nbytes": MIB, "mode": "all", "engine": "threads"}
 OUR_FILES = (
+    "activations/activation_store.py",
+    "activations/drive_source.py",
     "activations/writeback.py",
     "store/tensor_store.py",
     "store/pending.py",

@@ -49,14 +49,14 @@ def test_every_size_comes_back(engine: str, num_directories: int, tmp_path: Path
     for seed in range(3):
         for nbytes, record in records.items():
             store.write(record, some(nbytes, seed))
-        arrivals = {nbytes: store.read(record) for nbytes, record in records.items()}
-        for nbytes, arrival in arrivals.items():
-            assert as_bytes(store.take(arrival)) == as_bytes(some(nbytes, seed)), (nbytes, seed)
+        reads = {nbytes: store.read(record) for nbytes, record in records.items()}
+        for nbytes, pending in reads.items():
+            assert as_bytes(store.wait(pending)) == as_bytes(some(nbytes, seed)), (nbytes, seed)
     store.flush()
     in_use = inside.space(store).in_use_nbytes
     assert sum(SIZES) <= in_use < sum(SIZES) + len(SIZES) * num_directories * 4096
     for record in records.values():
-        store.free(record)
+        store.release(record)
     store.flush()
     assert inside.space(store).in_use_nbytes == 0
     assert [path for folder in folders for path in folder.iterdir()] == []
@@ -70,8 +70,8 @@ def test_a_slot_may_be_written_anew_before_it_is_written(engine: str, tmp_path: 
     for seed in range(50):
         store.write(record, some(40 * KIB, seed))
         if seed % 7 == 0:
-            assert as_bytes(store.take(store.read(record))) == as_bytes(some(40 * KIB, seed))
-    assert as_bytes(store.take(store.read(record))) == as_bytes(some(40 * KIB, 49))
+            assert as_bytes(store.wait(store.read(record))) == as_bytes(some(40 * KIB, seed))
+    assert as_bytes(store.wait(store.read(record))) == as_bytes(some(40 * KIB, 49))
     store.flush()
     assert inside.space(store).in_use_nbytes == 40 * KIB
     store.close()
@@ -83,7 +83,7 @@ def test_memory_in_flight_is_bounded(engine: str, tmp_path: Path) -> None:
     store = store_of(tmp_path, engine=engine)
     for i in range(40):
         store.write(Record(str(i)), some(32 * KIB, i))
-        held = {id(source): source for pending in store._pending.writes for source in pending.sources}
+        held = {id(source): source for pending in store._store.pending.writes for source in pending.sources}
         assert sum(source.nbytes() for source in held.values()) <= 64 * KIB + 32 * KIB
     store.close()
 
@@ -102,7 +102,7 @@ def test_a_failed_write_keeps_the_bytes(engine: str, small_ext4: Drive) -> None:
         store.flush()
     assert caught.value.errno in (errno.EIO, errno.ETIMEDOUT)
     for i, record in enumerate(records[1:], start=1):
-        assert as_bytes(store.take(store.read(record))) == as_bytes(some(100 * KIB, i))
+        assert as_bytes(store.wait(store.read(record))) == as_bytes(some(100 * KIB, i))
     assert any("write failed" in text for text in store.counters.fallbacks), store.counters.fallbacks
     small_ext4.plug()
     store.close()
@@ -116,13 +116,13 @@ def test_a_full_drive_keeps_the_bytes(engine: str, small_ext4: Drive) -> None:
     records = [Record(f"record {i}") for i in range(4)]
     for i, record in enumerate(records):
         store.write(record, some(3000 * KIB, i))
-        assert as_bytes(store.take(store.read(record))) == as_bytes(some(3000 * KIB, i))
+        assert as_bytes(store.wait(store.read(record))) == as_bytes(some(3000 * KIB, i))
     assert any("no room on the drive for record 3: it stays in memory" in text for text in store.counters.fallbacks)
     filler.unlink()
     inside.space(store)._no_growth_before = [0.0]  # it tries again after some seconds
     store.write(records[3], some(3000 * KIB, 9))
     assert records[3].storage is None
-    assert as_bytes(store.take(store.read(records[3]))) == as_bytes(some(3000 * KIB, 9))
+    assert as_bytes(store.wait(store.read(records[3]))) == as_bytes(some(3000 * KIB, 9))
     store.close()
 
 
@@ -139,10 +139,10 @@ def test_bytes_that_the_drive_changed_are_an_error(engine: str, tmp_path: Path) 
             os.pwrite(raw.fileno(), bytes([os.pread(raw.fileno(), 1, offset)[0] ^ 4]), offset)
         if checksum:
             with pytest.raises(StateLostError, match=r"exp_avg of h.0, \d+ bytes at offset \d+.*step-7.pt") as caught:
-                store.take(store.read(record))
+                store.wait(store.read(record))
             assert (caught.value.errno, caught.value.filename) == (errno.EBADMSG, str(tmp_path))
         else:
-            assert as_bytes(store.take(store.read(record))) != as_bytes(some(64 * KIB))
+            assert as_bytes(store.wait(store.read(record))) != as_bytes(some(64 * KIB))
         store.close()
 
 
@@ -153,22 +153,22 @@ def test_reads_that_fail_are_an_error(engine: str, small_ext4: Drive) -> None:
     store.flush()
     small_ext4.pull()
     with pytest.raises(StateLostError, match=r"h.0.weight") as caught:
-        store.take(store.read(record))
+        store.wait(store.read(record))
     assert caught.value.errno == errno.EIO
     small_ext4.plug()
     store.close()
 
 
 def test_what_was_dropped_is_not_written_to(tmp_path: Path) -> None:
-    """An arrival nobody takes: its memory is held until the read is over, then free."""
+    """An pending nobody takes: its memory is held until the read is over, then free."""
     store, record = store_of(tmp_path), Record("dropped")
     store.write(record, some(2000 * KIB))
     store.flush()
     for _ in range(5):
         store.read(record)
     store.engine.drain()
-    store._reap()
-    assert store._pending.reads == []
+    store._store.reap()
+    assert store._store.pending.reads == []
     store.close()
 
 
@@ -193,7 +193,7 @@ def test_closed(tmp_path: Path) -> None:
     for call in (lambda: store.read(record), lambda: store.write(record, some(KIB)), store.flush):
         with pytest.raises(RuntimeError, match="after close"):
             call()
-    store.free(record)
+    store.release(record)
 
 
 def in_a_forked_child(directory: str) -> None:
@@ -207,7 +207,7 @@ def in_a_forked_child(directory: str) -> None:
             os._exit(7 if "forked child" in str(error) else 8)
         os._exit(9)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    assert as_bytes(store.take(store.read(record))) == as_bytes(some(100 * KIB))
+    assert as_bytes(store.wait(store.read(record))) == as_bytes(some(100 * KIB))
     store.close()
 
 

@@ -32,7 +32,7 @@ def holdings(offload: ssdtrain.ActivationOffload) -> dict[str, int]:
         "slabs": transport.engine.staging_in_use_nbytes,
         "writes": len(transport.pending.writes),
         "reads": len(transport.pending.reads),
-        "pending_reads": len(transport._pending_reads),
+        "pending_reads": len(store.reloads._under_way),
         "filed": len(store.index._records),
         "descriptors": len(os.listdir("/proc/self/fd")),
         "threads": len(os.listdir("/proc/self/task")),

@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from ssdtrain.devices.base import Device
 from ssdtrain.store.identity import view_of, view_spec, whole
+from ssdtrain.store.pending import PendingRead
 from ssdtrain.store.record import Record
-from ssdtrain.store.state_store import Arrival, StateStore
+from ssdtrain.store.state_store import StateStore
 
 ITSELF = object()
 """Stands for the gradient among the arguments of a change."""
@@ -45,7 +46,7 @@ class GradientRecord:
         self.changes: list[Change] = []
         self._norm: torch.Tensor | None = None  # of the bytes that were written
         self._store, self._device = store, device
-        self._arrival: Arrival | None = None
+        self._pending: PendingRead | None = None
         self._here: torch.Tensor | None = None  # in memory until it is dropped
         self._empty = torch.empty(0, dtype=grad.dtype, device=grad.device)
         self.spec = view_spec(grad)
@@ -62,16 +63,16 @@ class GradientRecord:
             return
         self._norm = torch.linalg.vector_norm(grad)
         source = whole(grad)
-        self.spec, self._arrival, self.changes = view_spec(source), None, []
+        self.spec, self._pending, self.changes = view_spec(source), None, []
         self._store.write(self.record, source.untyped_storage(), self._device)
 
     def prefetch(self, device: Device | None = None) -> int:
         """Begins to read it, to where it came from or to another device; how many reads."""
         to = device or self._device
-        if self._here is not None or (self._arrival is not None and self._arrival.device is to):
+        if self._here is not None or (self._pending is not None and self._pending.device is to):
             return 0
-        self._arrival = self._store.read(self.record, to)
-        return int(self._arrival.pending is not None)
+        self._pending = self._store.read(self.record, to)
+        return int(self._pending.has_left)
 
     def load(self) -> torch.Tensor:
         """All of it in memory, which is the caller's, or shared by all callers while it stays there.
@@ -112,13 +113,13 @@ class GradientRecord:
 
     def _read(self, device: Device) -> tuple[torch.Tensor, bool]:
         self.prefetch(device)
-        arrival, self._arrival = self._arrival, None
-        assert arrival is not None
-        return view_of(self._store.take(arrival), self.spec), arrival.pending is None
+        pending, self._pending = self._pending, None
+        assert pending is not None
+        return view_of(self._store.wait(pending), self.spec), not pending.has_left
 
     def _stay(self, grad: torch.Tensor) -> None:
         self._here, self.changes = grad, []
-        self._store.free(self.record)
+        self._store.release(self.record)
 
     def like(self) -> dict[str, Any]:
         """Size, strides, dtype and device of a tensor that stands for it."""
@@ -141,7 +142,7 @@ class GradientRecord:
     def in_place_of(self, grad: torch.Tensor) -> GradientRecord:
         """That of another gradient, which stays in memory."""
         found = copy.copy(self)
-        found.record, found.spec, found.changes, found._arrival = Record(self.record.name), view_spec(grad), [], None
+        found.record, found.spec, found.changes, found._pending = Record(self.record.name), view_spec(grad), [], None
         found._here, found._empty = grad, grad.new_empty(0)
         return found
 

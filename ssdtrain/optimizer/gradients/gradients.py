@@ -102,7 +102,7 @@ class Gradients:
         """Gives the drive's space back of those that nobody looks at any more."""
         with contextlib.suppress(IndexError):  # autograd has a thread for each device
             while True:
-                self._store.free(self._records.pop(self._dead.pop()))
+                self._store.release(self._records.pop(self._dead.pop()))
 
     def close(self, parameters: Iterable[torch.Tensor]) -> None:
         """Has all of them in memory, whoever looks at them.
