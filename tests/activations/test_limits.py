@@ -258,9 +258,9 @@ def within_bounds(directory: str) -> None:
                         drain(offload)
                     begin_reload = inside.reloads(offload).begin
 
-                    def watch(record: object, begin_reload: object = begin_reload) -> None:
+                    def watch(record: object, begin_reload: object = begin_reload, is_ahead: bool = False) -> None:
                         nonlocal peak
-                        begin_reload(record)  # type: ignore[operator]
+                        begin_reload(record, is_ahead=is_ahead)  # type: ignore[operator]
                         peak = max(peak, inside.counters(offload).prefetched_nbytes)
 
                     inside.reloads(offload).begin = watch  # type: ignore[method-assign]
