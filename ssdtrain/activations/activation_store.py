@@ -20,10 +20,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from ssdtrain.activations.drive_source import DriveSource
-from ssdtrain.activations.limits import Limits
 from ssdtrain.activations.reload import HandedOut, Reloads
 from ssdtrain.activations.storage_index import Index
-from ssdtrain.activations.writeback import Batch, Writeback, may_leave
+from ssdtrain.activations.writeback import Batch, Limits, Writeback, may_leave
 from ssdtrain.devices.base import Device
 from ssdtrain.devices.registry import Devices
 from ssdtrain.stats import Counters
