@@ -19,6 +19,8 @@ TESTED_VERSIONS = MappingProxyType(
         "accelerate": ("1.15.0",),
         "lightning": ("2.6.6",),
         "pytorch_lightning": ("2.6.6",),
+        "axolotl": ("0.19.0",),
+        "ms-swift": ("4.6.0",),
     }
 )
 """Versions of each framework that the tests ran with."""

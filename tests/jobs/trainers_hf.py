@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import importlib.util
+import json
+import os
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -243,3 +249,54 @@ def threads_of_dataparallel(folder: Path) -> None:
     ours.args._n_gpu = 2
     with raises(ValueError, "got DataParallel on 2 GPUs", "torchrun"):
         callback.on_train_begin(ours.args, ours.state, ours.control, model=ours.model, optimizer=None)
+
+
+def axolotl_plugin(folder: Path) -> None:
+    """With axolotl itself where it can be imported, else with a stand-in of the seam it has."""
+    if importlib.util.find_spec("axolotl") is None:
+        stand_in("axolotl.integrations.base", BasePlugin=type("BasePlugin", (), {}))
+    from ssdtrain.integrations.axolotl import SsdtrainPlugin
+
+    plugin = SsdtrainPlugin()
+    module, _, name = plugin.get_input_args().rpartition(".")
+    schema = getattr(importlib.import_module(module), name)
+    own = {"directory": str(folder), **EVERYTHING}
+    assert schema(ssdtrain=own).ssdtrain == own
+    with raises(ValueError, "got 'optimiser'. Did you mean 'optimizer'?"):
+        schema(ssdtrain={"directory": str(folder), "optimiser": True})
+    assert plugin.add_callbacks_post_trainer({}, None) == []
+    with raises(ValueError, "activation_offloading='disk' beside ssdtrain: remove that key"):
+        plugin.add_callbacks_post_trainer({"ssdtrain": own, "activation_offloading": "disk"}, None)
+    (callback,) = plugin.add_callbacks_post_trainer({"ssdtrain": own}, None)
+    compare(folder, callback)
+
+
+def swift_callback(folder: Path) -> None:
+    """The same with ms-swift."""
+    if importlib.util.find_spec("swift") is None:
+        stand_in("swift.callbacks.mapping", callbacks_map={})
+    importlib.import_module("ssdtrain.integrations.swift")
+    made = importlib.import_module("swift.callbacks.mapping").callbacks_map["ssdtrain"]
+    os.environ["SSDTRAIN_CONFIG"] = str(folder / "own.json")
+    (folder / "own.json").write_text(json.dumps({"directory": str(folder), **EVERYTHING}))
+    with raises(ValueError, "got both"):
+        made(types.SimpleNamespace(callbacks=["ssdtrain", "activation_cpu_offload"]), None)
+    compare(folder, made(types.SimpleNamespace(callbacks=["ssdtrain"]), None))
+    del os.environ["SSDTRAIN_CONFIG"]
+
+
+def stand_in(name: str, **attributes: Any) -> None:
+    """Puts a module where a package would be; the version is one that is tested."""
+    parts = name.split(".")
+    for i in range(len(parts)):
+        module = types.ModuleType(".".join(parts[: i + 1]))
+        module.__path__ = []
+        sys.modules[module.__name__] = module
+    vars(module).update(attributes)
+    from ssdtrain import integrations
+
+    tested = {"axolotl": "axolotl", "swift": "ms-swift"}[parts[0]]
+    original = integrations.version
+    integrations.version = lambda package: (
+        integrations.TESTED_VERSIONS[package][0] if package == tested else original(package)
+    )
