@@ -26,9 +26,9 @@ from typing import Any
 from ssdtrain.activations.offload import ActivationOffload
 from ssdtrain.api.functions import offload_activations
 from ssdtrain.api.ranks import agree
+from ssdtrain.api.section import Section
 from ssdtrain.integrations import check_version, require
 from ssdtrain.integrations.accelerate_auto import keep_auto, restore_auto
-from ssdtrain.integrations.section import Section
 
 deepspeed: Any = require("deepspeed", "DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed==0.19.8")
 

@@ -26,7 +26,7 @@ EVERYTHING = {"activations": ACTIVATIONS, "parameters": STATE, "optimizer": STAT
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.fc = nn.Linear(32, 32)
+        self.fc = nn.Linear(64, 64)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.gelu(self.fc(x))
@@ -36,7 +36,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.h = nn.ModuleList(Block() for _ in range(4))
+        self.h = nn.ModuleList(Block() for _ in range(6))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.h:
@@ -52,7 +52,7 @@ def train(module: nn.Module, optimizer: torch.optim.Optimizer, session: ssdtrain
     generator = torch.Generator().manual_seed(1)
     losses = []
     for _ in range(steps):
-        x = torch.randn(16, 32, generator=generator)
+        x = torch.randn(128, 64, generator=generator)
         if session is None:
             loss = module(x).square().mean()
         else:
@@ -165,7 +165,7 @@ def test_step_in_backward_knows_the_last_backward(tmp_path: Path) -> None:
         nonlocal is_last
         generator = torch.Generator().manual_seed(1)
         for step in range(3):
-            x, y = torch.randn(2, 16, 32, generator=generator)
+            x, y = torch.randn(2, 16, 64, generator=generator)
 
             def closure(x: torch.Tensor = x, y: torch.Tensor = y) -> torch.Tensor:
                 nonlocal is_last
@@ -201,7 +201,7 @@ def test_the_norm_of_used_gradients_can_be_logged(tmp_path: Path) -> None:
     (optimizer,) = session.begin(module, torch.optim.SGD(module.parameters(), momentum=0.9), reads_norms=True)
     plain = model()
     for each in (plain, module):
-        each(torch.ones(4, 32)).square().mean().backward()
+        each(torch.ones(4, 64)).square().mean().backward()
     norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), float("inf")) for m in (plain, module)]
     assert torch.equal(*norms)
     with pytest.raises(RuntimeError, match="used and freed"):
@@ -274,7 +274,7 @@ def test_directories_of_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert Section.given("~/{local_rank}of{rank}").directories == (str(own),)
     with ssdtrain.offload_activations("~/{local_rank}of{rank}", ACTIVATIONS) as offload:
-        model()(torch.ones(64, 32)).sum().backward()
+        model()(torch.ones(64, 64)).sum().backward()
     offload.close()
     module = ssdtrain.offload_parameters(model(), "~/{local_rank}of{rank}", STATE)
     ssdtrain.parameter_offload(module).close()

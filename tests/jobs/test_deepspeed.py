@@ -19,8 +19,8 @@ import pytest
 from doses import dose
 from folders import JOBS, ROOT
 
+from ssdtrain.api.section import Section
 from ssdtrain.integrations import TESTED_VERSIONS, check_version
-from ssdtrain.integrations.section import Section
 from ssdtrain.launch import parse
 
 KIB = 1024

@@ -21,6 +21,7 @@ from trainers_tools import (
     llama,
     own_directory,
     raises,
+    run_recipe,
     state_of,
     values,
 )
@@ -111,3 +112,8 @@ def refused_on_every_rank(folder: Path) -> None:
     missing = folder / "missing" if RANK == NUM_RANKS - 1 else folder
     with raises(Exception, "missing"):
         Run(missing, **EVERYTHING)
+
+
+def recipe(folder: Path) -> None:
+    printed = run_recipe("accelerate", "--dir", str(folder), "--steps", "4", "--width", "64", "--cpu")
+    assert "loss " in printed and "offloaded" in printed

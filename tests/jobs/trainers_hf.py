@@ -26,6 +26,7 @@ from trainers_tools import (
     llama,
     own_directory,
     raises,
+    run_recipe,
     state_of,
     values,
 )
@@ -283,6 +284,17 @@ def swift_callback(folder: Path) -> None:
         made(types.SimpleNamespace(callbacks=["ssdtrain", "activation_cpu_offload"]), None)
     compare(folder, made(types.SimpleNamespace(callbacks=["ssdtrain"]), None))
     del os.environ["SSDTRAIN_CONFIG"]
+
+
+def recipe(folder: Path) -> None:
+    """Equal to the bit, and all of it travels."""
+    losses = []
+    for more in ([], ["--no-offload"]):
+        losses.append(
+            run_recipe("transformers", "--dir", str(folder), "--steps", "2", "--width", "64", "--length", "128", *more)
+        )
+    assert losses[0].splitlines()[-2:] != losses[1].splitlines()[-2:]
+    assert [line for line in losses[0].splitlines() if line.startswith("loss")] == losses[1].splitlines()[-1:]
 
 
 def stand_in(name: str, **attributes: Any) -> None:

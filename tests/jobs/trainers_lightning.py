@@ -23,6 +23,7 @@ from trainers_tools import (
     assert_travelled,
     own_directory,
     raises,
+    run_recipe,
     state_of,
     values,
 )
@@ -76,7 +77,9 @@ class Module(LightningModule):
 
 
 def loader(num: int = 24) -> DataLoader[Any]:
-    return DataLoader(TensorDataset(torch.randn(num, WIDTH, generator=torch.Generator().manual_seed(1))), batch_size=4)
+    return DataLoader(
+        TensorDataset(torch.randn(num, 64, WIDTH, generator=torch.Generator().manual_seed(1))), batch_size=4
+    )
 
 
 def trainer(folder: Path, *callbacks: Callback, **more: Any) -> Trainer:
@@ -180,3 +183,8 @@ def fabric(folder: Path) -> None:
     callback = FabricOffload(folder, activations=ACTIVATIONS)
     assert_equal(train(), train(callback), "trained")
     assert_travelled(callback.session)
+
+
+def recipe(folder: Path) -> None:
+    printed = run_recipe("lightning", "--steps", "4", "--width", "64")
+    assert "loss " in printed

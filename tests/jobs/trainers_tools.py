@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import os
-from collections.abc import Callable, Iterator
+import runpy
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import same_bits
+from folders import RECIPES
 from torch.utils.data import Dataset
 
 from ssdtrain.api.session import Offload
@@ -112,4 +116,13 @@ def own_directory(folder: Path) -> Path:
     return found
 
 
-Case = Callable[[Path], None]
+def run_recipe(trainer: str, *arguments: str) -> str:
+    """What a recipe prints."""
+    before, printed = sys.argv, io.StringIO()
+    sys.argv = ["train.py", *arguments]
+    try:
+        with contextlib.redirect_stdout(printed):
+            runpy.run_path(str(RECIPES / trainer / "train.py"), run_name="__main__")
+    finally:
+        sys.argv = before
+    return printed.getvalue()

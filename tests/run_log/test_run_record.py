@@ -399,8 +399,8 @@ def test_one_file_for_each_rank() -> None:
 def test_it_can_be_asked_for_by_environment_and_arguments() -> None:
     import argparse
 
+    from ssdtrain.api.section import Section
     from ssdtrain.integrations.arguments import add_arguments, asked_for
-    from ssdtrain.integrations.section import Section
 
     assert ssdtrain.ActivationPolicy.from_environment({"SSDTRAIN_RECORD": "a", "SSDTRAIN_LOG_EVERY": "5"}).record == "a"
     words = ["--ssdtrain-dir", "/x", "--ssdtrain-record", "run.{rank}", "--ssdtrain-record-nbytes", "1MiB"]
