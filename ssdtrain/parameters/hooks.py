@@ -37,6 +37,7 @@ from ssdtrain.store.saved_tensors import innermost_hooks, modified, take_off, un
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 _RESHAPES = ("ToCopyBackward0", "TBackward0", "TransposeBackward0", "ViewBackward0", "PermuteBackward0")
 _MAX_RESHAPES = 3
+_is_traced = torch.compiler.is_compiling
 
 
 class _Saved(NamedTuple):
@@ -278,7 +279,11 @@ class Hooks:
 
     # -- what autograd saves -------------------------------------------------------------------------------------------
 
-    def _pack(self, outer: Callable[[torch.Tensor], Any], tensor: torch.Tensor) -> Any:
+    def _pack(self, outer: Callable[[torch.Tensor], Any], tensor: torch.Tensor, is_aside: bool = False) -> Any:
+        if _is_traced() and not is_aside:  # by the compiler, see `ssdtrain.store.untraced`
+            from ssdtrain.store.untraced import aside
+
+            return aside(self._pack, outer, tensor, True)
         found = self._working_set.records.by_storage.get(_storage_address(tensor))
         if found is not None:
             return _Saved(found, view_spec(tensor), found.parameter._version, None)
@@ -287,7 +292,11 @@ class Hooks:
             return _Saved(record, view_spec(tensor), record.parameter._version, tensor.dtype)
         return outer(tensor)
 
-    def _unpack(self, outer: Callable[[Any], torch.Tensor], saved: Any) -> torch.Tensor:
+    def _unpack(self, outer: Callable[[Any], torch.Tensor], saved: Any, is_aside: bool = False) -> torch.Tensor:
+        if _is_traced() and not is_aside:
+            from ssdtrain.store.untraced import aside
+
+            return aside(self._unpack, outer, saved, True)  # type: ignore[no-any-return]
         if type(saved) is not _Saved:
             return outer(saved)
         record, spec, version, cast = saved

@@ -16,6 +16,7 @@ from ssdtrain.stats import Counters
 from ssdtrain.store.record import Resident, SavedRecord
 
 _ALIGNMENT = 512  # of a record's first byte: a view comes back as aligned as it was, so that kernels are the same
+_is_traced = torch.compiler.is_compiling
 _WHOLE_STORAGE_FRACTION = 4  # a view of at least a quarter of its storage takes the whole storage along
 
 
@@ -152,7 +153,15 @@ def keep_resident() -> HookScope:
         ...         loss = head(hidden)  # needed first by backward
     """
     counters = Counters()
-    return HookScope(lambda tensor: Resident(tensor, 0, counters), unpack_resident)
+
+    def pack(tensor: torch.Tensor) -> Resident:
+        if _is_traced():
+            from ssdtrain.store.untraced import aside
+
+            return aside(Resident, tensor, 0, counters)  # type: ignore[no-any-return]
+        return Resident(tensor, 0, counters)
+
+    return HookScope(pack, unpack_resident)
 
 
 def unpack_resident(handle: Resident) -> torch.Tensor:

@@ -21,7 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 import ssdtrain
 
-pytestmark = [pytest.mark.cpu_only, pytest.mark.filterwarnings("ignore")]  # the compiler's own
+pytestmark = [
+    pytest.mark.cpu_only,
+    pytest.mark.filterwarnings("ignore", "error::pytest.PytestUnraisableExceptionWarning"),  # the compiler's own
+]
 
 NUM_STEPS = 2
 Compile = Callable[[Any, Any], Any]
