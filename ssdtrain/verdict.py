@@ -33,7 +33,7 @@ _REMEDIES = {
     "no spill space": "free some space, raise disk_nbytes, or pass another directory",
     "host tier full": "raise host_nbytes, or pass a directory",
     "outlives its graph": "somebody holds these when backward is over, so nothing would be freed: hold them no longer",
-    "tensor subclass": _NOT_PLAIN,
+    "tensor subclass": "its class does not say what it is made of: give it __tensor_flatten__ and __tensor_unflatten__",
     "nested": _NOT_PLAIN,
     "not strided": _NOT_PLAIN,
     "quantised": _NOT_PLAIN,

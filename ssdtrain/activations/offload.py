@@ -33,8 +33,8 @@ from ssdtrain.store.saved_tensors import HookScope, innermost_hooks, not_entered
 from ssdtrain.tracing.finished_step import Callback
 
 
-class ActivationOffload(SavedTensorHooks):
-    """A context manager inside which saved activations travel. Made by `offload_activations`, which documents it."""
+class ActivationOffload(SavedTensorHooks, contextlib.ContextDecorator):
+    """A context, or decorator, inside which saved activations travel. `offload_activations` makes and documents it."""
 
     def __init__(
         self,

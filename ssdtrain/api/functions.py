@@ -28,6 +28,7 @@ def offload_activations(
     model: torch.nn.Module | None = None,
     *,
     record: str | os.PathLike[str] | None = None,
+    **options: Any,
 ) -> ActivationOffload:
     """Keeps saved activations on the drive, or in pinned host memory, between forward and backward.
 
@@ -47,11 +48,12 @@ def offload_activations(
         model: names modules in messages, marks its parameters and buffers as weights, and has the blocks that
             ``recompute`` is about. Never needed for correctness.
         record: the file for a record of the run, which ``ssdtrain report`` shows; the same as the policy's field.
+        options: fields of the policy, such as ``min_nbytes="4MiB"``; they go before those of `policy`.
 
     Returns:
-        A context manager with `stats` and `close()`. Everything is freed by `close()`, when the object is gone, and,
-        unless tensors of an accelerator travelled or the drive is shared, when the context is left and the last graph
-        is gone.
+        A context manager, or decorator of a function, with `stats` and `close()`. Everything is freed by `close()`,
+        when the object is gone, and, unless tensors of an accelerator travelled or the drive is shared, when the
+        context is left and the last graph is gone.
 
     Raises:
         OSError: a directory is missing, not writable or full.
@@ -65,8 +67,14 @@ def offload_activations(
         ...         model(batch).backward()
         ...         optimizer.step(); optimizer.zero_grad()
         >>> print(offload.stats)
+
+        >>> @offload_activations("/mnt/nvme", min_nbytes="4MiB")
+        ... def loss_of(batch):
+        ...     return model(batch)
     """
     chosen = ActivationPolicy.of(policy)
+    if options:
+        chosen = ActivationPolicy.of(chosen.model_dump(exclude_unset=True) | options)
     if record is not None:
         chosen = chosen.model_copy(update={"record": absolute_path(record, "a file for the record")})
     if isinstance(directory, ParameterOffload | OffloadedOptimizer):
