@@ -123,6 +123,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+def pytest_collection_finish() -> None:
+    """From here on a collection looks at what tests made, not at all that PyTorch and the tests are made of."""
+    gc.collect()
+    gc.freeze()
+
+
 def _turn(item: pytest.Item) -> int:
     """Workers begin with the longest, so that none is left with one of them at the end."""
     folder = item.path.parent.name
