@@ -67,7 +67,7 @@ def run(context):
         with context, torch.cuda.graph(graph, stream=side):
             loss = w * w
             with torch.cuda.device(0):  # somebody has another device current
-                loss = loss.sin()
+                loss = loss.sin().sin().sin()
             loss.sum().backward()
     graph.replay()
     torch.cuda.synchronize(1)
