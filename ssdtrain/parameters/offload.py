@@ -220,7 +220,7 @@ class ParameterOffload:
 
     @contextlib.contextmanager
     def accessed(self, parameters: Iterable[torch.Tensor], *, to_change: bool, stays: bool = False) -> Iterator[None]:
-        """See `ssdtrain.placeholder.Owner`."""
+        """See `ssdtrain.parameters.placeholder.Owner`."""
         chosen = list({id(r): r for r in self._working_set.find(parameters)}.values())
         with self._lock:
             check_differentiable(chosen)
@@ -241,7 +241,7 @@ class ParameterOffload:
                 self._working_set.limit_gathered()
 
     def assign(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
-        """See `ssdtrain.placeholder.Owner`."""
+        """See `ssdtrain.parameters.placeholder.Owner`."""
         with self._lock, contextlib.ExitStack() as stack:
             for r in self._working_set.find([parameter]):
                 for offload in offloads_of([value]):
@@ -251,7 +251,7 @@ class ParameterOffload:
                 self._working_set.limit_gathered()
 
     def values(self, parameter: torch.Tensor) -> torch.nn.Parameter:
-        """See `ssdtrain.placeholder.Owner`."""
+        """See `ssdtrain.parameters.placeholder.Owner`."""
         with self.in_memory([parameter], to_change=False):
             return torch.nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
 

@@ -3,7 +3,7 @@
 A step is all passes alive together, from the first save to the moment when nothing is alive: with gradient accumulation
 one micro-batch, in a pipeline all micro-batches that overlap. No optimizer has to be known for it. It costs a clock
 reading per event and stays on; finished, it becomes the `Step` that the planner reads. The host's clock says little of
-a step on an accelerator, which therefore has its own: see `timing`.
+a step on an accelerator, which therefore has its own: see `device_trace`.
 """
 
 from __future__ import annotations
