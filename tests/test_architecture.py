@@ -45,10 +45,7 @@ LADDER = [
 ]
 WITHOUT_TORCH = ["policy", "stats", "state_stats", "verdict", "planner", "io", "scheduling", "run_log", "report"]
 MAY_KNOW_TORCH = ("io/kvikio/", "scheduling/consensus.py", "run_log/environment.py")
-MORE_FILES = {"activations": 13}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 420, 60
-NOT_YET = ("activations/", "store/tensor_store.py")
-LONGER_FILES: dict[str, int] = {}
 # By the name of a variable, after a file where it is meant only there: what may be set on it from another module.
 SET_FROM_ELSEWHERE = {
     # Numbers that nobody has to be told of.
@@ -70,6 +67,7 @@ SET_FROM_ELSEWHERE = {
     # A record is one object whose owners, under one lock, each change their part.
     "record": ("*",),
     "handle": ("epoch",),
+    "pending": ("is_ahead", "sources"),
     # What the thread that updates on the CPU makes of a job, which it alone has meanwhile.
     "optimizer/cpu/cpu_updates.py: entry": ("state", "result"),
     "optimizer/cpu/cpu_updates.py: job": ("changes",),
@@ -216,13 +214,12 @@ def test_the_house_is_small_enough_to_draw() -> None:
 def test_no_package_has_more_files_than_a_reader_remembers() -> None:
     for package in PACKAGES:
         files = [p.name for p in package.glob("*.py") if p.name != "__init__.py"]
-        most = MORE_FILES.get(str(package.relative_to(PACKAGE)), 10)
-        assert len(files) <= most, f"{sorted(files)}: what would a stranger look for together? Give it a package"
+        assert len(files) <= 10, f"{sorted(files)}: what would a stranger look for together? Give it a package"
 
 
 def test_files_and_functions_are_short() -> None:
     for path in FILES:
-        num_lines, most = len(path.read_text().splitlines()), LONGER_FILES.get(name_of(path), MAX_FILE_LINES)
+        num_lines, most = len(path.read_text().splitlines()), MAX_FILE_LINES
         assert num_lines <= most, f"{name_of(path)} has {num_lines} lines: cut it by what a reader looks for"
         for name, lines in _functions(path):
             assert lines <= MAX_FUNCTION_LINES, f"{name_of(path)}: {name} has {lines} lines"
@@ -242,7 +239,7 @@ def _functions(path: Path) -> list[tuple[str, int]]:
 def test_nothing_is_set_on_an_object_of_another_module() -> None:
     """Who must be told of something is passed to a constructor; what changes later, its own module changes."""
     every = frozenset().union(*map(_attributes, FILES))
-    for path in [path for path in FILES if not name_of(path).startswith(NOT_YET)]:
+    for path in FILES:
         of_others = every - _attributes(path)
         for target in [t for node in ast.walk(tree_of(path)) for t in _targets(node)]:
             if isinstance(target, ast.Attribute) and target.attr in of_others:

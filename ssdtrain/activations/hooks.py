@@ -34,7 +34,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ssdtrain.activations.activation_store import ActivationStore
 from ssdtrain.activations.module_names import ModuleNames
-from ssdtrain.activations.observers import StepObservers
+from ssdtrain.activations.reporting.observers import StepObservers
 from ssdtrain.activations.storage_index import Index
 from ssdtrain.activations.wrapped import (
     Subclassed,

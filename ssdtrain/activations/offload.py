@@ -16,10 +16,10 @@ from ssdtrain.activations.activation_store import ActivationStore
 from ssdtrain.activations.drive_source import Attach, DriveSource
 from ssdtrain.activations.hooks import SavedTensorHooks
 from ssdtrain.activations.module_names import ModuleNames
-from ssdtrain.activations.observers import StepObservers, recorder_for
-from ssdtrain.activations.recompute import Recompute, candidates_for
+from ssdtrain.activations.recompute.recompute import Recompute, candidates_for
+from ssdtrain.activations.reporting.nothing_offloaded import NothingOffloaded
+from ssdtrain.activations.reporting.observers import StepObservers, recorder_for
 from ssdtrain.activations.storage_index import Index
-from ssdtrain.activations.witness import Witness
 from ssdtrain.devices.base import Device
 from ssdtrain.devices.cpu import CpuDevice
 from ssdtrain.devices.registry import Devices
@@ -77,7 +77,7 @@ class ActivationOffload(SavedTensorHooks, contextlib.ContextDecorator):
             for text in check_directories(directories, policy.io_timeout_seconds) if directories is not None else ():
                 self._store.note_fallback(text)
             self._store.open()
-        self._witness = Witness(self, policy, self._counters, self._threads)
+        self._nothing_offloaded = NothingOffloaded(self, policy, self._counters, self._threads)
 
     # -- context -------------------------------------------------------------------------------------------------
 
@@ -88,14 +88,14 @@ class ActivationOffload(SavedTensorHooks, contextlib.ContextDecorator):
             RuntimeError: the context was closed.
         """
         self._check_open()
-        self._witness.enter()
+        self._nothing_offloaded.enter()
         if self.policy.enabled:
             _untraced(self._enter)
         return self
 
     def _enter(self) -> None:
         with contextlib.ExitStack() as stack:  # an error, Ctrl-C too, undoes what was done: no `__exit__` follows
-            stack.callback(self._witness.leave)
+            stack.callback(self._nothing_offloaded.leave)
             self._store.enter()
             stack.callback(self._store.leave)
             stack.callback(self._observers.leave)
@@ -166,7 +166,7 @@ class ActivationOffload(SavedTensorHooks, contextlib.ContextDecorator):
     def close(self) -> None:
         """Frees slabs, threads and spill files at once. A later backward through records on disk raises an error."""
         self._is_closed = True
-        self._witness.end()
+        self._nothing_offloaded.end()
         self._observers.close()
         self._store.close()
 

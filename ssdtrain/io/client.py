@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ssdtrain.io.engine import Direction, SpillFile
-from ssdtrain.io.errands import run_all
 from ssdtrain.io.extents import Extent
 from ssdtrain.io.host_space import HostShare, HostSpace
 from ssdtrain.io.open_engine import EngineChoice, open_engine
 from ssdtrain.io.spill_space import NO_SPACE, Growth, SpillSpace
+from ssdtrain.io.timed_calls import run_all
 
 _GRACE_SECONDS = 0.1  # an answer may be there that no thread has had the time to take
 
@@ -226,12 +226,12 @@ class Drive:
     def _give_back(self) -> None:
         if self.host is not None:
             self.host.give_back()
-        errands = run_all([file.shrink_to_nothing for file in self.files], self._choice.timeout_seconds)
-        for file, errand in zip(self.files, errands, strict=True):
-            if not errand.wait(0.0):
+        timed_calls = run_all([file.shrink_to_nothing for file in self.files], self._choice.timeout_seconds)
+        for file, timed in zip(self.files, timed_calls, strict=True):
+            if not timed.wait(0.0):
                 self._note_silent(file.directory)
             else:
-                errand.take()
+                timed.take()
 
     def _note_silent(self, directory: str) -> None:
         seconds = f"{self._choice.timeout_seconds:g} s"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from ssdtrain.io.engine import SpillFile
-from ssdtrain.io.errands import Errand, run_all
+from ssdtrain.io.timed_calls import TimedCall, run_all
 
 
 class KeptFiles:
@@ -24,14 +24,14 @@ class KeptFiles:
         """The engine they are for."""
         self._timeout_seconds = timeout_seconds
         self._lock = threading.Lock()  # of whoever waits for them
-        self._emptying: deque[tuple[SpillFile, Errand[None]]] = deque()
+        self._emptying: deque[tuple[SpillFile, TimedCall[None]]] = deque()
         self._empty: list[SpillFile] = []
 
     def keep(self, kind: str, files: Sequence[SpillFile]) -> None:
         """Begins to give the room of `files` back. Waits for nothing."""
         self.kind = kind
         for file in files:
-            self._emptying.append((file, Errand(file.shrink_to_nothing, partial(_close, file))))
+            self._emptying.append((file, TimedCall(file.shrink_to_nothing, partial(_close, file))))
 
     def settle(self) -> list[tuple[str, str]]:
         """Waits until their room is given back; directories whose drive does not answer or refuses, and what happened.
@@ -42,16 +42,16 @@ class KeptFiles:
         with self._lock:
             deadline = time.monotonic() + self._timeout_seconds
             while self._emptying:
-                file, errand = self._emptying.popleft()
-                if not errand.wait(deadline - time.monotonic()):
-                    errand.abandon()
+                file, timed = self._emptying.popleft()
+                if not timed.wait(deadline - time.monotonic()):
+                    timed.abandon()
                     lost.append((file.directory, f"it did not shorten a file within {self._timeout_seconds:g} s"))
                     continue
                 try:
-                    errand.take()
+                    timed.take()
                 except OSError as error:
                     lost.append((file.directory, f"it could not shorten a file: {error.strerror}"))
-                    Errand(file.close)
+                    TimedCall(file.close)
                 else:
                     self._empty.append(file)
         return lost

@@ -17,9 +17,9 @@ from typing import Any, cast
 
 from ssdtrain.io import kvikio, python
 from ssdtrain.io.engine import Engine, Fence, SpillFile
-from ssdtrain.io.errands import Errand, no_answer, run, run_all
 from ssdtrain.io.kvikio import GpuDirect
 from ssdtrain.io.kvikio import probe as gpudirect
+from ssdtrain.io.timed_calls import TimedCall, no_answer, run, run_all
 
 KINDS = ("auto", "io_uring", "threads", "python", "kvikio")
 _ANYWHERE = ("io_uring", "threads", "python")
@@ -110,23 +110,23 @@ class _Request:
         cap = None if self.disk_nbytes is None else self.disk_nbytes // len(self.places)
         others = [place for place in self.places if isinstance(place, str)] if self.is_shared else []
         wanted = [(place, cap, 0) for place in self.places] + [(place, None, 1) for place in others]
-        made: list[SpillFile | Errand[SpillFile]] = [
-            Errand(partial(make, place, most, user), _close) if isinstance(place, str) else place
+        made: list[SpillFile | TimedCall[SpillFile]] = [
+            TimedCall(partial(make, place, most, user), _close) if isinstance(place, str) else place
             for place, most, user in wanted
         ]
         deadline = time.monotonic() + self.timeout_seconds
         try:
             for i, (place, _, _) in enumerate(wanted):
-                errand = made[i]
-                if isinstance(errand, Errand):
-                    if not errand.wait(deadline - time.monotonic()):
+                timed = made[i]
+                if isinstance(timed, TimedCall):
+                    if not timed.wait(deadline - time.monotonic()):
                         raise no_answer("a spill file", self.timeout_seconds, str(place))
-                    made[i] = errand.take()
+                    made[i] = timed.take()
         except BaseException:
             for one in made:
-                if isinstance(one, Errand):
+                if isinstance(one, TimedCall):
                     one.abandon()
-            self.give_up([one for one in made if not isinstance(one, Errand)], 0.0)
+            self.give_up([one for one in made if not isinstance(one, TimedCall)], 0.0)
             raise
         return cast(list[SpillFile], made)
 
@@ -137,8 +137,8 @@ class _Request:
 
 def close_files(files: Sequence[SpillFile], timeout_seconds: float) -> list[str]:
     """Closes files in the background; the directories of those that are not closed in time."""
-    errands = run_all([file.close for file in files], timeout_seconds)
-    return [file.directory for file, errand in zip(files, errands, strict=True) if not errand.wait(0.0)]
+    timed_calls = run_all([file.close for file in files], timeout_seconds)
+    return [file.directory for file, timed in zip(files, timed_calls, strict=True) if not timed.wait(0.0)]
 
 
 def _close(what: Any) -> None:

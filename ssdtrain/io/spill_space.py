@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from ssdtrain.io.engine import SpillFile
-from ssdtrain.io.errands import Errand, no_answer, run_all
 from ssdtrain.io.extents import BLOCK_NBYTES, Extent, ExtentAllocator
+from ssdtrain.io.timed_calls import TimedCall, no_answer, run_all
 from ssdtrain.stats import nbytes_text
 
 logger = logging.getLogger("ssdtrain")
@@ -39,17 +39,17 @@ class Growth:
 
     def __init__(self, call: Callable[[], int], timeout_seconds: float) -> None:
         """Begins `call()`, which returns how long the file is."""
-        self.errand = Errand(call)
+        self.timed = TimedCall(call)
         self._deadline = time.monotonic() + timeout_seconds
 
     @property
     def is_over(self) -> bool:
         """Whether there is an answer, or there should be one by now."""
-        return self.errand.wait(0.0) or time.monotonic() >= self._deadline
+        return self.timed.wait(0.0) or time.monotonic() >= self._deadline
 
     def wait(self) -> None:
         """Blocks until it is over."""
-        self.errand.wait(self._deadline - time.monotonic())
+        self.timed.wait(self._deadline - time.monotonic())
 
 
 class SpillSpace:
@@ -212,20 +212,20 @@ class SpillSpace:
             partial(lengthen, file, nbytes, limit, _FIRST_NBYTES)
             for file, nbytes, limit in zip(self._files, least, limits, strict=True)
         ]
-        for i, errand in enumerate(run_all(calls, self._timeout_seconds)):
+        for i, timed in enumerate(run_all(calls, self._timeout_seconds)):
             try:
-                if self._has_ended(i, errand):
-                    self._extents[i].extend(errand.take())
+                if self._has_ended(i, timed):
+                    self._extents[i].extend(timed.take())
             except OSError as error:
                 if error.errno not in NO_SPACE:
                     raise
                 self._note_fallback(f"{self._files[i].directory} is full ({error.strerror}): not used")
 
-    def _has_ended(self, file: int, errand: Errand[int]) -> bool:
+    def _has_ended(self, file: int, timed: TimedCall[int]) -> bool:
         """Whether a file has answered; else nothing more is put there."""
-        if errand.wait(0.0):
+        if timed.wait(0.0):
             return True
-        errand.abandon()
+        timed.abandon()
         self.retire(self._first + file, f"after it did not grow within {self._timeout_seconds:g} s")
         return False
 
@@ -244,8 +244,8 @@ class SpillSpace:
         self._growths[file] = None
         extents = self._extents[file]
         try:
-            if self._has_ended(file, growth.errand):
-                extents.extend(growth.errand.take())
+            if self._has_ended(file, growth.timed):
+                extents.extend(growth.timed.take())
         except OSError as error:
             self._no_growth_before[file] = time.monotonic() + _RETRY_GROW_SECONDS
             self._note_fallback(

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from ssdtrain.io.errands import run
 from ssdtrain.io.files.unlinked import open_unlinked
+from ssdtrain.io.timed_calls import run
 from ssdtrain.stats import nbytes_text
 from ssdtrain.store.identity import ViewSpec, spec_nbytes
 

@@ -37,10 +37,10 @@ from torch.profiler import record_function
 from ssdtrain.devices.base import Allocation, Device
 from ssdtrain.devices.cpu import CpuDevice
 from ssdtrain.devices.registry import Devices
-from ssdtrain.io.errands import run
 from ssdtrain.io.host_space import host_limit_nbytes
 from ssdtrain.io.open_engine import slab_nbytes_for
 from ssdtrain.io.spill_space import Growth
+from ssdtrain.io.timed_calls import run
 from ssdtrain.policy import StatePolicy
 from ssdtrain.state_stats import StateCounters
 from ssdtrain.stats import nbytes_text

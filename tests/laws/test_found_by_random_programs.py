@@ -122,7 +122,7 @@ def test_a_context_that_is_collected_in_the_middle_of_somebodys_step(tmp_path: P
     assert torch.equal(p.detach(), torch.zeros(3))
     other.close()
     ssdtrain.offload_activations(tmp_path).close()
-    assert not [hook for hook in _global_optimizer_post_hooks.values() if "witness" in repr(hook)]
+    assert not [hook for hook in _global_optimizer_post_hooks.values() if "_after_step" in repr(hook)]
 
 
 def test_closing_in_the_middle_of_a_step_says_so(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def stick(under: str) -> None:
 
 
 def is_growing() -> bool:
-    return any(thread.name == "ssdtrain-errand" for thread in threading.enumerate())
+    return any(thread.name == "ssdtrain-timed-call" for thread in threading.enumerate())
 
 
 def backward_goes_on(directory: str, engine: str) -> None:

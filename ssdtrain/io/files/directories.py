@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from ssdtrain.io.errands import no_answer, run_all
+from ssdtrain.io.timed_calls import no_answer, run_all
 
 _MEMORY = frozenset({"tmpfs", "ramfs", "hugetlbfs", "devtmpfs"})
 _NETWORK = frozenset(
@@ -32,13 +32,13 @@ def check_directories(directories: Sequence[str], timeout_seconds: float = 60.0)
     """
     if not directories:
         raise ValueError("Expected one directory or several, got none")
-    errands = run_all([partial(_looked_at, directory) for directory in directories], timeout_seconds)
+    timed_calls = run_all([partial(_looked_at, directory) for directory in directories], timeout_seconds)
     found: dict[str, list[str]] = {}
-    for directory, errand in zip(directories, errands, strict=True):
-        if not errand.wait(0.0):
-            errand.abandon()
+    for directory, timed in zip(directories, timed_calls, strict=True):
+        if not timed.wait(0.0):
+            timed.abandon()
             continue
-        real, unwise = errand.take()
+        real, unwise = timed.take()
         if real in found:
             raise ValueError(f"Expected different directories, got {directory!r} twice: list each drive once")
         found[real] = unwise

@@ -31,7 +31,7 @@ from ssdtrain.verdict import DISABLED, Training, on_activations
 logger = logging.getLogger("ssdtrain")
 
 
-class Witness:
+class NothingOffloaded:
     """Follows one offload context from its making to its end."""
 
     def __init__(
@@ -43,7 +43,7 @@ class Witness:
         self._pid = os.getpid()
         self._num_entered = self._num_steps = 0
         self._unseen = ""
-        self._has_met_step = self._has_spoken = self._is_over = False
+        self._has_seen_step = self._has_spoken = self._is_over = False
         self._handles: list[Any] = []
         if policy.enabled:
             weakref.finalize(offload, self._finish)
@@ -69,7 +69,7 @@ class Witness:
     def note_step(self) -> None:
         """An optimizer has taken a step."""
         self._num_steps += 1
-        if self._has_met_step or not self._num_entered or os.getpid() != self._pid:
+        if self._has_seen_step or not self._num_entered or os.getpid() != self._pid:
             return
         if self._counters.num_saved:
             self._judge_step()
@@ -111,8 +111,8 @@ class Witness:
             self._judge(is_over=True)
 
     def _judge_step(self) -> None:
-        if not self._has_met_step:
-            self._has_met_step = True
+        if not self._has_seen_step:
+            self._has_seen_step = True
             self._stop_looking()
             self._judge(is_over=False)
 
@@ -164,20 +164,20 @@ def _clear_away() -> None:
             del _global_optimizer_post_hooks[key]
 
 
-def _is_done(witness: Witness | None) -> bool:
-    return witness is None or not witness._handles
+def _is_done(reporter: NothingOffloaded | None) -> bool:
+    return reporter is None or not reporter._handles
 
 
-def _after_step(witness: weakref.ref[Witness], *_: object) -> None:
+def _after_step(reporter: weakref.ref[NothingOffloaded], *_: object) -> None:
     if not torch.compiler.is_compiling():  # nothing of this is to be traced
-        own = witness()
+        own = reporter()
         if own is not None:
             own.note_step()
 
 
-def _before_forward(witness: weakref.ref[Witness], *_: object) -> None:
+def _before_forward(reporter: weakref.ref[NothingOffloaded], *_: object) -> None:
     if not torch.compiler.is_compiling():
-        own = witness()
+        own = reporter()
         if own is not None:
             own.note_forward()
 

@@ -7,7 +7,7 @@ send them. Which blocks are recomputed is decided elsewhere and looked up at eve
 [Note: what may run twice]
 A block may when nothing but its result shows that it ran. One with running statistics is never chosen, nor one that was
 seen to change a buffer, a parameter or an argument in place. The call in which that is seen has run once and stays so:
-what it saved is kept as if it had not been chosen, see `ssdtrain.activations.first_run`. One that is called with an
+what it saved is kept as if it had not been chosen, see `first_run`. One that is called with an
 argument that is neither a tensor nor a plain value, such as a key-value cache, runs once in that call.
 """
 
@@ -23,7 +23,7 @@ from torch._compile import _disable_dynamo
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from ssdtrain.activations.first_run import CheckVersion, FirstRun, SecondRun, State
+from ssdtrain.activations.recompute.first_run import CheckVersion, FirstRun, SecondRun, State
 from ssdtrain.blocks import find_blocks
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.stats import Counters

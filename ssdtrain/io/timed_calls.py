@@ -3,8 +3,8 @@
 Knows neither files nor directories. Opening, growing, shortening and closing a file are single system calls that
 nothing can call off: whoever made one waits for as long as the drive does.
 
-    errand = Errand(lambda: SpillFile(directory), undo=SpillFile.close)
-    file = errand.take() if errand.wait(60.0) else errand.abandon()
+    timed = TimedCall(lambda: SpillFile(directory), undo=SpillFile.close)
+    file = timed.take() if timed.wait(60.0) else timed.abandon()
 
 [Note: what comes late]
 The thread of a call that nobody waits for any more stays until the drive answers, and then undoes what it did. It never
@@ -23,7 +23,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Errand(Generic[T]):
+class TimedCall(Generic[T]):
     """One call under way."""
 
     def __init__(self, call: Callable[[], T], undo: Callable[[T], object] | None = None) -> None:
@@ -40,7 +40,7 @@ class Errand(Generic[T]):
             self._ended.set()
             return
         try:
-            threading.Thread(target=self._run, name="ssdtrain-errand", daemon=True).start()
+            threading.Thread(target=self._run, name="ssdtrain-timed-call", daemon=True).start()
         except RuntimeError:  # no thread to be had: it is the caller's own
             self._run()
 
@@ -78,7 +78,7 @@ class Errand(Generic[T]):
 
     def _clean_up(self) -> None:
         if self._undo is not None and self._results:
-            Errand(lambda: self._undo(self._results.pop()))  # type: ignore[misc]  # which may get no answer either
+            TimedCall(lambda: self._undo(self._results.pop()))  # type: ignore[misc]  # which may get no answer either
 
 
 def run(
@@ -96,24 +96,24 @@ def run(
     Raises:
         TimeoutError: there was no answer (ETIMEDOUT).
     """
-    errand = Errand(call, undo)
+    timed = TimedCall(call, undo)
     try:
-        if errand.wait(seconds):
-            return errand.take()
+        if timed.wait(seconds):
+            return timed.take()
     except BaseException:  # Ctrl-C too: nobody waits any more
-        errand.abandon()
+        timed.abandon()
         raise
-    errand.abandon()
+    timed.abandon()
     raise no_answer(what, seconds, directory)
 
 
-def run_all(calls: Sequence[Callable[[], T]], seconds: float) -> list[Errand[T]]:
+def run_all(calls: Sequence[Callable[[], T]], seconds: float) -> list[TimedCall[T]]:
     """All of `calls` at once, when they are over or the time is; those that are not are told by `wait(0)`."""
     deadline = time.monotonic() + seconds
-    errands = [Errand(call) for call in calls]
-    for errand in errands:
-        errand.wait(deadline - time.monotonic())
-    return errands
+    timed_calls = [TimedCall(call) for call in calls]
+    for timed in timed_calls:
+        timed.wait(deadline - time.monotonic())
+    return timed_calls
 
 
 def no_answer(what: str, seconds: float, directory: str) -> OSError:
