@@ -91,7 +91,9 @@ wheels:
 lint: $(VENV)/.linters
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict ssdtrain
+	$(BIN)/mypy --strict ssdtrain tests/release/typed_usage.py
+	$(BIN)/python docs/code.py build/docs-code
+	$(BIN)/mypy --follow-imports=silent build/docs-code
 	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h
 
 format: $(VENV)/.linters

@@ -77,13 +77,16 @@ _MODULES = MappingProxyType(
 )
 
 
-def __getattr__(name: str) -> object:
-    """Imports a public name when it is first used: commands that need no PyTorch do not wait seconds for it."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-    return value
+if not TYPE_CHECKING:  # to checkers, a name that is not imported above is an error
+
+    def __getattr__(name: str) -> object:
+        """Imports a public name when it is first used: commands that need no PyTorch do not wait seconds for it."""
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+        return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    """What users are to see: no module and no helper."""
+    return sorted([*__all__, "__all__", "__doc__", "__file__", "__name__", "__path__", "__spec__", "__version__"])

@@ -15,10 +15,10 @@ import os
 import re
 from collections.abc import Mapping
 from decimal import Decimal
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from typing_extensions import Self
+from typing_extensions import Self, TypedDict, Unpack
 
 _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
@@ -64,6 +64,63 @@ def _nbytes_of(text: str) -> int:
 Nbytes = Annotated[int, BeforeValidator(parse_nbytes)]
 
 
+Size = int | str
+"""As users give it: bytes, or a text such as ``"16MiB"``."""
+
+
+class ActivationOptions(TypedDict, total=False):
+    """Fields of an `ActivationPolicy`, as they may be given."""
+
+    enabled: bool
+    min_nbytes: Size
+    mode: Literal["auto", "all"]
+    staging_nbytes: Size
+    prefetch_nbytes: Size
+    disk_nbytes: Size | None
+    memory_budget: Size | None
+    recompute: Literal["never", "auto", "all"]
+    drive_writes_per_day: float | None
+    endurance_tbw: float | None
+    drive_life_years: float
+    host_nbytes: Size | None
+    engine: Literal["auto", "io_uring", "threads", "python", "kvikio"]
+    io_timeout_seconds: float
+    record: str | None
+    record_nbytes: Size
+    log_every: int
+    checksum: bool
+
+
+class StateOptions(TypedDict, total=False):
+    """Fields that policies of parameters and of optimizer state share, as they may be given."""
+
+    enabled: bool
+    min_nbytes: Size
+    staging_nbytes: Size
+    disk_nbytes: Size | None
+    host_nbytes: Size | None
+    engine: Literal["auto", "io_uring", "threads", "python", "kvikio"]
+    io_timeout_seconds: float
+    checksum: bool
+
+
+class ParameterOptions(StateOptions, total=False):
+    """Fields of a `ParameterPolicy`, as they may be given."""
+
+    prefetch_nbytes: Size
+
+
+class OptimizerOptions(StateOptions, total=False):
+    """Fields of an `OptimizerPolicy`, as they may be given."""
+
+    chunk_nbytes: Size
+    step_in_backward: bool | Literal["together"]
+    offload_gradients: bool
+    update_on: Literal["device", "cpu"]
+    master_weights: bool
+    delayed_update: bool
+
+
 class _Policy(BaseModel):
     """What all policies share: frozen, and a key that is not theirs is named."""
 
@@ -104,6 +161,10 @@ class ActivationPolicy(_Policy):
     Raises:
         pydantic.ValidationError: (a ``ValueError``) an unknown key or a bad value, with what is accepted.
     """
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **options: Unpack[ActivationOptions]) -> None: ...
 
     enabled: bool = True
     """False makes ``offload_activations`` a null context: no hooks, no file, no cost."""
@@ -238,12 +299,20 @@ class StatePolicy(_Policy):
 class ParameterPolicy(StatePolicy):
     """How parameters are offloaded."""
 
+    if TYPE_CHECKING:
+
+        def __init__(self, **options: Unpack[ParameterOptions]) -> None: ...
+
     prefetch_nbytes: Nbytes = Field(default=256 << 20, ge=0)
     """Bound on bytes of blocks that are read before they are needed. 0: every block is waited for."""
 
 
 class OptimizerPolicy(StatePolicy):
     """How optimizer state is offloaded."""
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **options: Unpack[OptimizerOptions]) -> None: ...
 
     chunk_nbytes: Nbytes = Field(default=32 << 20, gt=0)
     """State that is updated at once. The step holds about three chunks in memory, and always at least one parameter's

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -152,7 +152,7 @@ def offload_optimizer(
     optimizer: torch.optim.Optimizer,
     directory: Directories | ParameterOffload | OffloadedOptimizer | None,
     policy: OptimizerPolicy | Mapping[str, Any] | None = None,
-) -> torch.optim.Optimizer:
+) -> OffloadedOptimizer:
     """Keeps an optimizer's state on the drive; a step has it in memory for a few parameters at a time.
 
     Memory falls by the state but for about three chunks of `chunk_nbytes` and `staging_nbytes`. The optimizer itself
@@ -169,7 +169,8 @@ def offload_optimizer(
         policy: an `OptimizerPolicy` or a mapping with its fields.
 
     Returns:
-        An optimizer with `stats`, `flush()` and `close()`, which brings the state back to `optimizer`.
+        An optimizer with `stats`, `flush()`, `accumulate()`, `clip_grad_norm_()` and `close()`, which brings the state
+        back to `optimizer`. With ``enabled=False`` it is `optimizer` itself, which has none of them.
 
     Raises:
         TypeError: it is no `torch.optim.Optimizer`.
@@ -184,7 +185,9 @@ def offload_optimizer(
         >>> print(optimizer.stats)
     """
     chosen = OptimizerPolicy.of(policy)
-    return page_optimizer(optimizer, directory, chosen, Loop()) if chosen.enabled else optimizer
+    if not chosen.enabled:
+        return cast(OffloadedOptimizer, optimizer)
+    return page_optimizer(optimizer, directory, chosen, Loop())
 
 
 def page_optimizer(
