@@ -51,7 +51,7 @@ from ssdtrain.devices.base import Device
 from ssdtrain.devices.registry import Devices
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.scheduling.schedule import Schedule
-from ssdtrain.stats import Counters
+from ssdtrain.stats import Counters, nbytes_text
 from ssdtrain.store.identity import (
     SUBCLASS,
     byte_range,
@@ -75,6 +75,8 @@ _running_node = torch._C._current_autograd_node
 _is_traced = torch.compiler.is_compiling
 
 _SMALL = "smaller than min_nbytes"
+_MANY = 16  # tensors saved by one operator: no operator of PyTorch's own does
+_MOST = 0.75  # of the bytes of a pass
 
 Saved = Resident | Handle | Subclassed | Wrapped
 """What autograd holds for a saved tensor."""
@@ -87,6 +89,7 @@ class ForwardThread(threading.local):
         self.saved: list[SavedRecord] = []  # by an operator that may not be over
         self.sequence_number = -1
         self.pass_: PassTrace | None = None
+        self.many: tuple[PassTrace, int, int] | None = None  # bytes and number of what one operator saved in it
         self.entered: list[contextlib.ExitStack] = []  # what undoes each `__enter__`, the latest last
 
 
@@ -299,7 +302,24 @@ class SavedTensorHooks:
         if self._schedule.has_news:
             self._observers.review()
         due, thread.saved = thread.saved, []
+        if len(due) >= _MANY:
+            self._note_many(due)
         return due
+
+    def _note_many(self, due: list[SavedRecord]) -> None:
+        """One operator has saved `due`. If that was most of the last such pass, all of it comes back at once."""
+        thread, pass_, nbytes = self._thread, due[0].pass_, sum([record.nbytes for record in due])
+        last, thread.many = thread.many, (pass_, nbytes, len(due))
+        if last is None:
+            return
+        if last[0] is pass_:
+            thread.many = max(last, thread.many, key=lambda many: many[1])
+        elif last[1] > _MOST * sum(last[0].sizes):
+            self._store.note_fallback(
+                f"one operator saves {last[2]} of the {len(last[0].sizes)} tensors that travel, "
+                f"{nbytes_text(last[1])}, and needs them all at once in backward: the peak of memory is not lower than "
+                "that. If it is a compiled model, compile every block instead: block.compile()"
+            )
 
     def _start(self, due: list[SavedRecord], *, is_planned: bool) -> list[Batch]:
         """Sends what the plan does not keep; what has to wait first."""

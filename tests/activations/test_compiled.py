@@ -256,3 +256,31 @@ def test_compiled_autograd(make_offload: MakeOffload) -> None:
     offload = make_offload()
     assert same_bits(run(contextlib.nullcontext()), run(offload))
     assert offload.stats.read_nbytes > 0, str(offload.stats)
+
+
+class SaveMany(torch.autograd.Function):
+    """As a compiled model does: one node has everything."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, num: int) -> torch.Tensor:
+        ctx.save_for_backward(*[x * i for i in range(num)])
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad * len(ctx.saved_tensors), None
+
+
+@pytest.mark.parametrize(("sizes", "is_said"), [((24,), True), ((24, 24, 24), False), ((4,), False)])
+def test_one_node_that_needs_everything_at_once(
+    make_offload: MakeOffload, sizes: tuple[int, ...], is_said: bool
+) -> None:
+    """Bytes travel and the peak does not fall: said once, with what to do."""
+    with make_offload() as offload:
+        for _ in range(3):
+            x = torch.randn(1024, requires_grad=True)
+            for num in sizes:
+                x = SaveMany.apply(x, num)
+            x.sin().sum().backward()
+    said = [text for text in offload.stats.fallbacks if "compile every block" in text]
+    assert len(said) == is_said, said
