@@ -93,21 +93,15 @@ class Recompute:
             else:
                 block.forward = forward.own
 
-    def run(
-        self,
-        name: str,
-        block: torch.nn.Module,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Calls a block's own `forward`, which may run a second time."""
+    def run(self, forward: _Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Calls a block's own forward, which may run a second time."""
         if not self._num_entered or not torch.is_grad_enabled() or allows_mutation():
-            return forward(*args, **kwargs)
+            return forward.call(*args, **kwargs)
+        name = forward.name
         is_chosen = self._chosen is None or name in self._chosen()
-        if is_chosen and name not in self._impure and self._may_run_twice(name, block, args, kwargs):
-            return self._run_twice(name, block, forward, args, kwargs)
-        return self._watched(name, block, forward, args, kwargs)
+        if is_chosen and name not in self._impure and self._may_run_twice(name, forward.block, args, kwargs):
+            return self._run_twice(forward, args, kwargs)
+        return self._watched(forward, args, kwargs)
 
     def _may_run_twice(self, name: str, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if any(_keeps_statistics(module) for module in block.modules()):
@@ -122,14 +116,7 @@ class Recompute:
         return not strange
 
     @_disable_dynamo  # which knows PyTorch's checkpoint only without hooks in front
-    def _run_twice(
-        self,
-        name: str,
-        block: torch.nn.Module,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def _run_twice(self, forward: _Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, tree = tree_flatten((args, kwargs))
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         tensors = [leaves[i] for i in places]
@@ -141,41 +128,34 @@ class Recompute:
             for i, tensor in zip(places, inputs, strict=True):
                 filled[i] = tensor
             own_args, own_kwargs = tree_unflatten(filled, tree)
-            return forward(*own_args, **own_kwargs)
+            return forward.call(*own_args, **own_kwargs)
 
-        state, first = self._state(name, block, tensors), FirstRun(self._check)
+        state, first = self._state(forward, tensors), FirstRun(self._check)
         change = None
         try:
-            contexts = first, SecondRun(block, self._check)
+            contexts = first, SecondRun(forward.block, self._check)
             result = checkpoint(again, *tensors, use_reentrant=False, context_fn=lambda: contexts)
             change = state.change()
         finally:
             first.end(keeps=change is not None)
         if change is not None:
-            self._refuse(name, change)
+            self._refuse(forward.name, change)
         return result
 
-    def _watched(
-        self,
-        name: str,
-        block: torch.nn.Module,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        if name in self._impure:
-            return forward(*args, **kwargs)
-        state = self._state(name, block, [leaf for leaf in tree_flatten((args, kwargs))[0] if _is_tensor(leaf)])
-        result = forward(*args, **kwargs)
+    def _watched(self, forward: _Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if forward.name in self._impure:
+            return forward.call(*args, **kwargs)
+        state = self._state(forward, [leaf for leaf in tree_flatten((args, kwargs))[0] if _is_tensor(leaf)])
+        result = forward.call(*args, **kwargs)
         change = state.change()
         if change is not None:
-            self._refuse(name, change)
+            self._refuse(forward.name, change)
         return result
 
-    def _state(self, name: str, block: torch.nn.Module, tensors: list[torch.Tensor]) -> State:
-        is_new = name not in self._seen
-        self._seen.add(name)
-        return State(block, tensors, with_values=is_new)
+    def _state(self, forward: _Forward, tensors: list[torch.Tensor]) -> State:
+        is_new = forward.name not in self._seen
+        self._seen.add(forward.name)
+        return State(forward.block, tensors, with_values=is_new)
 
     def _note(self, text: str) -> None:
         if self._counters.fall_back(text):
@@ -192,16 +172,16 @@ class _Forward:
     def __init__(self, recompute: Recompute, name: str, block: torch.nn.Module) -> None:
         self.own = block.__dict__.get("forward", _MISSING)
         self._recompute = recompute
-        self._name = name
-        self._block = block
-        self._forward = block.forward
+        self.name = name
+        self.block = block
+        self.call: Callable[..., Any] = block.forward  # the plain one
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._recompute.run(self._name, self._block, self._forward, args, kwargs)
+        return self._recompute.run(self, args, kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.own is _MISSING:
-            return getattr, (self._block, "forward")  # of the copy, which by then exists, and of its class
+            return getattr, (self.block, "forward")  # of the copy, which by then exists, and of its class
         return operator.itemgetter(0), ((self.own,),)
 
 
