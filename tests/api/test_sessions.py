@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import same_bits
+from drives import Drive, fill
 from torch import nn
 
 import ssdtrain
@@ -135,6 +136,21 @@ def test_what_fails_undoes_the_rest(tmp_path: Path) -> None:
     assert same_bits(before, dict(module.state_dict())) and list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match="is not"):
         ssdtrain.parameter_offload(module)
+
+
+def test_a_full_disk_is_said_before_training(small_tmpfs: Drive, monkeypatch: pytest.MonkeyPatch) -> None:
+    """State that has no room is refused, with all as it was."""
+    fill(small_tmpfs.directory, 64 << 10)
+    monkeypatch.setenv("SSDTRAIN_DIR", str(small_tmpfs.directory))
+    monkeypatch.setenv("SSDTRAIN_OPTIMIZER", '{"min_nbytes": 0}')
+    module = model()
+    optimizer = torch.optim.AdamW(module.parameters())
+    session = ssdtrain.Offload()
+    with pytest.raises(OSError, match="got a full file system") as caught:
+        session.begin(module, optimizer)
+    assert str(small_tmpfs.directory) in str(caught.value)
+    module(torch.ones(4, 64)).sum().backward()
+    optimizer.step()
 
 
 def test_other_offloaders_are_refused(tmp_path: Path) -> None:

@@ -30,7 +30,10 @@ CASES = {
     ("lightning", 1): """everything saved_and_resumed raised_anywhere step_in_backward refused_on_every_rank
         fabric recipe""".split(),
     ("lightning", 2): "everything saved_and_resumed refused_on_every_rank".split(),
+    ("trl", 1): ["trl_sft_with_lora"],
+    ("trl", 2): ["trl_sft_with_lora"],
 }
+MODULES = {"trl": "hf"}  # that have the cases of another one
 
 
 def run_job(folder: Path, trainer: str, num_ranks: int) -> list[dict[str, str]]:
@@ -41,7 +44,13 @@ def run_job(folder: Path, trainer: str, num_ranks: int) -> list[dict[str, str]]:
     path = os.pathsep.join([str(ROOT), *(p for p in sys.path if p)])
     common = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1"}
     common |= {"MASTER_PORT": port, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
-    command = [sys.executable, JOBS / "trainers_worker.py", f"trainers_{trainer}", folder, folder / "results"]
+    command = [
+        sys.executable,
+        JOBS / "trainers_worker.py",
+        f"trainers_{MODULES.get(trainer, trainer)}",
+        folder,
+        folder / "results",
+    ]
     children = []
     for rank in range(num_ranks):
         own = {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": num_ranks, "WORLD_SIZE": num_ranks}

@@ -17,6 +17,7 @@ from trainers_tools import (
     ACTIVATIONS,
     EVERYTHING,
     NUM_RANKS,
+    NUM_TOKENS,
     PAGED,
     RANK,
     Texts,
@@ -312,3 +313,40 @@ def stand_in(name: str, **attributes: Any) -> None:
     integrations.version = lambda package: (
         integrations.TESTED_VERSIONS[package][0] if package == tested else original(package)
     )
+
+
+def trl_sft_with_lora(folder: Path) -> None:
+    """TRL's own trainer; its own offloading is refused."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    def train(*callbacks: Any, **more: Any) -> Any:
+        torch.manual_seed(0)
+        config = SFTConfig(
+            output_dir=str(folder), use_cpu=True, max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2,
+            gradient_accumulation_steps=2, logging_steps=1, report_to=[], disable_tqdm=True, save_strategy="no",
+            bf16=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, **more,
+        )  # fmt: skip
+        rows = Dataset.from_dict({"input_ids": Texts().tokens.tolist(), "labels": Texts().tokens.tolist()})
+        own = SFTTrainer(
+            llama(), config, train_dataset=rows, processing_class=tokenizer(),
+            peft_config=LoraConfig(r=4, target_modules=["q_proj", "up_proj"]), callbacks=list(callbacks),
+        )  # fmt: skip
+        own.train()
+        return outcome(own)
+
+    small = {"min_nbytes": 0, "chunk_nbytes": "1KiB"}
+    callback = Offload(own_directory(folder), **(EVERYTHING | {"optimizer": small}))
+    assert_equal(train(), train(callback), "trained")
+    assert_travelled(callback.session)
+
+
+def tokenizer() -> Any:
+    """One that knows its tokens by number."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"t{i}": i for i in range(NUM_TOKENS)}
+    own = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    return PreTrainedTokenizerFast(tokenizer_object=own, pad_token="t0", eos_token="t1", unk_token="t0")
