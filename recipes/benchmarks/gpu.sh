@@ -65,7 +65,7 @@ one() {
   if [ -d .wheels ]; then
     part 40 wheels "$python" -m pip install --quiet --no-index --no-deps .wheels/*.whl
   fi
-  part 90 build env SSDTRAIN_BUILD_JOBS="$(nproc)" "$python" setup.py build_ext --inplace
+  part 90 build env SSDTRAIN_BUILD_JOBS="$(getconf _NPROCESSORS_ONLN)" "$python" setup.py build_ext --inplace
   part 60 smoke "$python" recipes/benchmarks/gpu_smoke.py "$results/smoke.json" "${smoke[@]}"
   suite 110 cuda $some tests/devices/test_cuda.py
   bench 120 host-8192 --tier host $([ -n "$toy" ] || echo --hidden 8192 --heads 64 --layers 4 --sequence 4096 --batch 4)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Fetches what a bare GPU machine (Python 3.12, torch with CUDA, no network) lacks into .wheels/, which git ignores:
-# under 10 MB; setuptools because older ones do not read pyproject.toml. Run it where a package index can be reached, before `gpu.sh`.
+# under 10 MB; setuptools because older ones do not read pyproject.toml. Run it where a package index can be reached,
+# before `gpu.sh`.
 #
 #     recipes/benchmarks/gpu_wheels.sh [FOLDER]
 set -euo pipefail
