@@ -77,16 +77,6 @@ class PassTrace:
         self.rank: dict[int, int] = {}
         self.cursor = 0  # first place in `order` whose reload was not begun
 
-    @property
-    def is_abandoned(self) -> bool:
-        """Whether nothing that is noted here can be relied on."""
-        return self.step.is_abandoned
-
-    @property
-    def is_open(self) -> bool:
-        """Whether another record of the same forward belongs here."""
-        return not self.is_closed and not self.is_abandoned
-
     def append(self, record: Traced) -> int:
         """Adds a record; its position."""
         self.records.append(record)
