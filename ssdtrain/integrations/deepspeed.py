@@ -102,10 +102,19 @@ def _open(config: Mapping[str, Any]) -> ActivationOffload | None:
     if "ssdtrain" not in config:
         return None
     section = Section.of(config["ssdtrain"], {"local_rank": _local_rank(), "rank": deepspeed.comm.get_rank()})
+    _check_features(section)
     offload = offload_activations(section.directories or None, policy=section.policy)  # none when it is disabled
     for text in _shared_drives(section.directories, config):
         offload.note(text)
     return offload
+
+
+def _check_features(section: Section) -> None:
+    if section.parameters is not None or section.optimizer is not None:
+        raise ValueError(
+            "In the section 'ssdtrain': expected 'activations' alone under DeepSpeed, which offloads parameters and "
+            "optimizer state itself; use its offload_param and offload_optimizer"
+        )
 
 
 def _close(offload: ActivationOffload | None) -> None:

@@ -371,6 +371,15 @@ def test_sections_that_are_refused(section: object, text: str) -> None:
     assert text in str(caught.value)
 
 
+@needs_deepspeed
+def test_only_activations_in_its_section() -> None:
+    from ssdtrain.integrations import deepspeed
+
+    for feature in ("parameters", "optimizer"):
+        with pytest.raises(ValueError, match="expected 'activations' alone under DeepSpeed"):
+            deepspeed._check_features(Section.of({"directory": "/a", feature: True}, PLACES))
+
+
 def test_sections_that_are_taken() -> None:
     taken = Section.of({"activations": {"directory": "/nvme{local_rank}/{rank}", "min_nbytes": "2MiB"}}, PLACES)
     assert taken.directories == ("/nvme3/11",) and taken.policy.min_nbytes == 2 << 20 and taken.policy.enabled
