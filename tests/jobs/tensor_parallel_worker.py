@@ -100,7 +100,7 @@ def train(
                 loss = loss_of(model, *data(step))
                 torch.zeros((), requires_grad=True).exp()
             if context is not None:
-                context._store._transport.engine.drain()
+                context._store.source.store.engine.drain()
                 held_nbytes = context.stats.num_live_records and context._counters.held_nbytes
             loss.backward()
         values.append(local(loss).detach())
