@@ -32,9 +32,13 @@ FILES = [
 
 
 @pytest.fixture(scope="module")
-def passed(kvikio_environment: Mapping[str, str]) -> Counter[str]:
-    """How many tests of each file passed in one process; none may fail or be skipped."""
+def passed(kvikio_environment: Mapping[str, str], tmp_path_factory: pytest.TempPathFactory) -> Counter[str]:
+    """How many tests of each file passed in one process; none may fail or be skipped.
+
+    In a folder of its own: a second run in the common one takes away what other users were let into there.
+    """
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", "kvikio"]
+    command += ["--basetemp", str(tmp_path_factory.mktemp("session"))]
     done = subprocess.run(
         [*command, *FILES], cwd=ROOT, env=kvikio_environment, capture_output=True, text=True, timeout=LIMIT_SECONDS
     )
