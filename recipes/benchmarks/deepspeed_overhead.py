@@ -41,7 +41,8 @@ def engine_of(args: argparse.Namespace, directory: str | None) -> Any:
         "zero_optimization": {"stage": 2},
     }
     if directory is not None:
-        config["ssdtrain"] = {"activations": {"directory": directory, "min_nbytes": args.min_nbytes}}
+        policy = {"min_nbytes": args.min_nbytes, "mode": args.mode}
+        config["ssdtrain"] = {"activations": {"directory": directory} | policy}
     return deepspeed.initialize(model=GPT(GPTConfig(args.layers, args.width, 4, args.sequence)), config=config)[0]
 
 
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--min-nbytes", default="1MiB")
+    parser.add_argument("--mode", default="auto", choices=["auto", "all"], help="what travels; a toy only with all")
     args = parser.parse_args()
     if os.environ["DS_ACCELERATOR"] == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # takes minutes to compile, not needed

@@ -48,6 +48,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--sequence", type=int, default=512)
     parser.add_argument("--micro-batch", type=int, default=2)
     parser.add_argument("--min-nbytes", default="1MiB")
+    parser.add_argument("--mode", default="auto", choices=["auto", "all"], help="what travels; a toy only with all")
     args = parser.parse_args()
     fixed = {"pipeline": 1, "heads": 4, "num_micro_batches": 2, "recompute": None}
     return argparse.Namespace(**vars(args), **fixed)
@@ -94,7 +95,7 @@ class Training:
 def measure(args: argparse.Namespace) -> dict[str, object]:
     parallel_state.initialize_model_parallel(args.tensor)
     schedule = get_forward_backward_func()
-    offloading = offload_schedule(schedule, args.directory, {"min_nbytes": args.min_nbytes})
+    offloading = offload_schedule(schedule, args.directory, {"min_nbytes": args.min_nbytes, "mode": args.mode})
     text = Text(standard_library())
     trainings = [Training(args, schedule), Training(args, offloading)]
     pairs = []

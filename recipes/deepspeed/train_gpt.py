@@ -33,6 +33,7 @@ parser.add_argument("--heads", type=int, default=4)
 parser.add_argument("--sequence", type=int, default=256, help="bytes per sequence")
 parser.add_argument("--steps", type=int, default=10)
 parser.add_argument("--min-nbytes", help="smallest tensor that travels, instead of the one in the configuration")
+parser.add_argument("--mode", choices=["auto", "all"], help="what travels, instead of that of the configuration")
 parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher")
 args = parser.parse_args()
 
@@ -43,6 +44,8 @@ config["ssdtrain"]["enabled"] = not args.no_offload
 config["ssdtrain"]["activations"]["directory"] = args.dir or config["ssdtrain"]["activations"]["directory"]
 if args.min_nbytes:
     config["ssdtrain"]["activations"]["min_nbytes"] = args.min_nbytes
+if args.mode:
+    config["ssdtrain"]["activations"]["mode"] = args.mode
 if not torch.cuda.is_available():
     # gloo alone will do: DeepSpeed's shared-memory operator takes minutes to compile
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

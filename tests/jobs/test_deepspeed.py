@@ -401,7 +401,7 @@ def test_sections_that_are_taken() -> None:
 def test_recipe(tmp_path: Path, name: str) -> None:
     """Out of the box on two processes; the losses are those without offloading."""
     recipe = ROOT / "recipes" / "deepspeed"
-    size = "--layers 2 --width 64 --sequence 64 --steps 3 --min-nbytes 16KiB".split()
+    size = "--layers 2 --width 64 --sequence 64 --steps 3 --min-nbytes 16KiB --mode all".split()
     command = [str(recipe / "train_gpt.py"), "--config", str(recipe / name), "--dir", str(tmp_path), *size]
     with_us, without = run(command, 2), run([*command, "--no-offload"], 2) if name == "ds_zero2.json" else None
     steps = [line.split("|")[1] for line in with_us[0].splitlines() if line.startswith("step ")]
@@ -414,7 +414,7 @@ def test_recipe(tmp_path: Path, name: str) -> None:
 @needs_deepspeed
 def test_benchmark(tmp_path: Path) -> None:
     """It measures, and something travels."""
-    size = "--layers 1 --width 64 --sequence 64 --rounds 2 --min-nbytes 16KiB".split()
+    size = "--layers 1 --width 64 --sequence 64 --rounds 2 --min-nbytes 16KiB --mode all".split()
     (output,) = run([str(ROOT / "recipes" / "benchmarks" / "deepspeed_overhead.py"), str(tmp_path), *size])
     result = json.loads(next(line for line in reversed(output.splitlines()) if line.startswith("{")))
     assert result["ratio"] > 0 and result["offloaded_nbytes"] > 0 and list(tmp_path.iterdir()) == []

@@ -273,7 +273,9 @@ def run_recipe(*options: str) -> list[str]:
 def test_recipe(tmp_path: Path) -> None:
     """It prints the same losses with and without, and what travelled."""
     plain = run_recipe()
-    *losses, stats = run_recipe("--ssdtrain-dir", str(tmp_path), "--ssdtrain-min-nbytes", "16KiB")
+    *losses, stats = run_recipe(
+        "--ssdtrain-dir", str(tmp_path), "--ssdtrain-mode", "all", "--ssdtrain-min-nbytes", "16KiB"
+    )
     assert len(plain) == 3 and losses == plain
     assert re.match(r"ssdtrain: [\d.]+ MiB of \d+ records offloaded", stats)
 
@@ -341,7 +343,7 @@ def test_running_a_script_of_a_checkout(tmp_path: Path) -> None:
 
 
 def test_benchmark(tmp_path: Path) -> None:
-    size = "--pairs 1 --layers 2 --hidden 64 --sequence 128 --min-nbytes 16KiB".split()
+    size = "--pairs 1 --layers 2 --hidden 64 --sequence 128 --min-nbytes 16KiB --mode all".split()
     command = [sys.executable, str(RECIPES / "benchmarks" / "megatron_overhead.py"), str(tmp_path), *size]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MASTER_PORT": str(20000 + os.getpid() % 20000)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, env=environment)
