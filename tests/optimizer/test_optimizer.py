@@ -575,6 +575,7 @@ def test_a_job_of_several_processes_is_refused_what_replicas_cannot_do(
     """Gradients are averaged after backward's hooks have seen them: replicas would drift apart."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     for mode in ("step_in_backward", "offload_gradients"):
         with pytest.raises(ValueError, match=f"Expected {mode}=False in a job of several processes"):
             offloaded(adamw(model_of("mlp").parameters()), tmp_path, **{mode: True})
