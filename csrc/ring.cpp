@@ -98,33 +98,10 @@ bool Ring::take_unsubmitted(io_uring_sqe* entry) {
   return true;
 }
 
-int Ring::reserve_buffers(size_t num) {
-#if defined(IORING_RSRC_REGISTER_SPARSE)
-  io_uring_rsrc_register request{};
-  request.nr = static_cast<uint32_t>(num);
-  request.flags = IORING_RSRC_REGISTER_SPARSE;
-  long rc = ::syscall(__NR_io_uring_register, fd_.get(), IORING_REGISTER_BUFFERS2, &request,
-                      sizeof request);
+int Ring::register_buffers(const std::vector<iovec>& buffers) {
+  long rc = ::syscall(__NR_io_uring_register, fd_.get(), IORING_REGISTER_BUFFERS, buffers.data(),
+                      static_cast<unsigned>(buffers.size()));
   return rc >= 0 ? 0 : errno;
-#else
-  (void)num;
-  return ENOSYS;
-#endif
-}
-
-int Ring::register_buffer(size_t index, iovec buffer) {
-#if defined(IORING_RSRC_REGISTER_SPARSE)
-  io_uring_rsrc_update2 request{};
-  request.offset = static_cast<uint32_t>(index);
-  request.data = reinterpret_cast<uint64_t>(&buffer);
-  request.nr = 1;
-  long rc = ::syscall(__NR_io_uring_register, fd_.get(), IORING_REGISTER_BUFFERS_UPDATE, &request,
-                      sizeof request);
-  return rc >= 0 ? 0 : errno;
-#else
-  (void)index, (void)buffer;
-  return ENOSYS;
-#endif
 }
 
 }  // namespace ssdtrain

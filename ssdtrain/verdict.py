@@ -27,7 +27,6 @@ _REMEDIES = {
     "no engine open in this process": "make the offload, or enter it, in the process that trains, and close it after",
     "engine python moves host memory only": "build the extension, which moves tensors of accelerators",
     "CUDA graph capture": "replayed graphs save where nothing may move: train without capturing forward",
-    "too little to gain": "leave ssdtrain out, or let the model save more",
     "drive behind": "the drive is slower than training; mode='all' waits for it, `ssdtrain bench` measures it",
     "drive stuck": "look after the drive, or pass another directory",
     "no directory left": "look after the drive, or pass another directory",
@@ -88,8 +87,6 @@ def on_activations(counters: Counters, policy: ActivationPolicy, training: Train
         peak = counters.peak_saved_nbytes
         little = f"at most {nbytes_text(peak)} is saved at once, which is little to gain: leave ssdtrain out, or "
         return says + (little if peak < _FEW_NBYTES else "") + _remedy(main, (num, nbytes))
-    if main in ("planned to stay", "too little to gain") and counters.plan.startswith("declined: saved tensors are"):
-        return f"nothing is offloaded: {counters.plan.removeprefix('declined: ')}"
     if main == "planned to stay":
         plan = f" ({counters.plan})" if counters.plan else ""
         return f"{says}the plan gains nothing by moving more{plan}: see offload.plan, or ask for memory_budget=..."

@@ -26,9 +26,8 @@ from deepspeed import PipelineEngine
 from deepspeed.utils import log_dist
 
 from ssdtrain.activations.offload import ActivationOffload
-from ssdtrain.stats import Stats
+from ssdtrain.stats import Stats, progress_line
 from ssdtrain.store.saved_tensors import innermost_hooks
-from ssdtrain.tracing.finished_step import progress_line
 
 Method = Callable[..., Any]
 

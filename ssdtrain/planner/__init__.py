@@ -7,8 +7,7 @@ Example:
     >>> plan = make_plan(step, Machine(disk=Tier(write_bandwidth=1e9, read_bandwidth=2e9)), Goal())
 """
 
-from ssdtrain.planner.buffers import Buffers
-from ssdtrain.planner.decide import make_plan, nothing_to_gain
+from ssdtrain.planner.decide import make_plan
 from ssdtrain.planner.plan import SECONDS_PER_DAY, Goal, Plan
 from ssdtrain.planner.probe import make_probe
 from ssdtrain.planner.recompute import choose
@@ -16,7 +15,6 @@ from ssdtrain.planner.step import Lifetime, Machine, Step, Tier, Where
 
 __all__ = [
     "SECONDS_PER_DAY",
-    "Buffers",
     "Goal",
     "Lifetime",
     "Machine",
@@ -27,5 +25,4 @@ __all__ = [
     "choose",
     "make_plan",
     "make_probe",
-    "nothing_to_gain",
 ]

@@ -35,14 +35,6 @@ def make_plan(step: Step, machine: Machine, goal: Goal) -> Plan:
     return _Decision(step, replace(machine, max_written_nbytes=per_step), goal).plan()
 
 
-def nothing_to_gain(saved_nbytes: float, pays_at_nbytes: float) -> str:
-    """Why nothing moves while so little is saved."""
-    return (
-        f"declined: saved tensors are {nbytes_text(saved_nbytes)}: nothing to gain; offloading begins to pay at about "
-        f"{nbytes_text(pays_at_nbytes)} here"
-    )
-
-
 class _Decision:
     """One decision while it is being made."""
 
@@ -56,9 +48,6 @@ class _Decision:
         budget = self._goal.memory_budget
         if budget is not None and self._search.kept_peak <= budget:
             return self._as_plan(self._kept, f"nothing moves: everything fits the budget of {nbytes_text(budget)}")
-        kept, pays_at = self._search.kept_peak, self._timeline.machine.pays_at_nbytes
-        if kept < pays_at:
-            return self._as_plan(self._kept, nothing_to_gain(kept, pays_at))
         placement = self._search.run(enough=budget or 0)
         if budget is not None and self._search.best_peak > budget:
             return self._plan_with_waits(budget)
@@ -69,7 +58,7 @@ class _Decision:
 
     def _gain(self, peak: float) -> float:
         kept = self._search.kept_peak
-        return 1 - (peak + self._timeline.machine.buffers_nbytes) / kept if kept else 0.0
+        return 1 - peak / kept if kept else 0.0
 
     def _but(self, placement: list[int]) -> str:
         """What keeps the peak from falling further, where that is the drive's endurance and not the drive's speed."""
@@ -178,7 +167,6 @@ class _Decision:
             disk_nbytes=sent[Where.DISK],
             endurance_nbytes=self._goal.endurance_nbytes,
             others_daily_nbytes=self._goal.others_daily_nbytes,
-            buffers_nbytes=timeline.machine.buffers_nbytes if any(placement) else 0,
         )
 
 

@@ -59,8 +59,6 @@ class Plan:
     """What may be written to the drive in its life."""
     others_daily_nbytes: float = 0.0
     """What is written to it per day for parameters and optimizer state."""
-    buffers_nbytes: int = 0
-    """Our own memory on top of the peak: staging that stays in use."""
     recomputed: tuple[str, ...] = ()
     """Names of the blocks that run a second time in backward instead of keeping what they saved."""
 

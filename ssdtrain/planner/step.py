@@ -77,10 +77,6 @@ class Machine:
     """Bound on bytes reloaded, or being reloaded, and not asked for yet; but for 0, one record may be alone beyond."""
     idle_nbytes: float = 0.0
     """Most memory of released reloads that is kept for later ones of the same size."""
-    buffers_nbytes: int = 0
-    """Memory for bytes on their way out, which stays in use: it comes on top of what training saves."""
-    pays_at_nbytes: int = 0
-    """Peak of saved tensors below which nothing is to be gained."""
     max_written_nbytes: float = math.inf
     """What the drive's endurance allows to write per step."""
 

@@ -31,7 +31,7 @@ from functools import partial
 
 from ssdtrain.io.host_space import host_limit_nbytes
 from ssdtrain.io.timed_calls import run
-from ssdtrain.planner import Buffers, Goal, Machine, Plan, Step, Tier, choose, make_plan, make_probe, nothing_to_gain
+from ssdtrain.planner import Goal, Machine, Plan, Step, Tier, choose, make_plan, make_probe
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.scheduling.bandwidth import DRIFT, FIRST_PATIENCE, MAX_PATIENCE, Meter, Others, Speeds, differs
 from ssdtrain.scheduling.consensus import Consensus, consensus_of_job
@@ -80,15 +80,12 @@ class Replanner:
         goal: Goal,
         blocks: Callable[[], Sequence[str]] | None = None,
         join: Callable[[], Consensus | None] = consensus_of_job,
-        buffers: Buffers | None = None,
     ) -> None:
         """`machine` has the tiers and their bounds; how fast they are is measured.
 
-        `blocks`: names those that may be recomputed. None: nothing is. `join`: joins the other ranks. `buffers`: which
-        grow, those of `machine` are their limits.
+        `blocks`: names those that may be recomputed. None: nothing is. `join`: joins the other ranks.
         """
         self._machine, self._goal, self._blocks = machine, goal, blocks
-        self._buffers = buffers
         self._meter = Meter()
         self._speeds: Speeds = (0.0, 0.0, 0.0, 0.0)
         self._others = Others(time.perf_counter())
@@ -113,14 +110,6 @@ class Replanner:
     def latest(self) -> PreparedPlan | None:
         """The plan that was made or confirmed last, or a probe in its place."""
         return self._or_probe(next(reversed(self._prepared_plans.values()), None))
-
-    @property
-    def statement(self) -> str:
-        """What the plan in force does, or why there is none; empty while that is not known."""
-        latest, buffers = self.latest, self._buffers
-        if latest is None and buffers is not None and not buffers.pays:
-            return nothing_to_gain(buffers.saved_nbytes, buffers.pays_at_nbytes)
-        return latest.plan.statement if latest is not None else ""
 
     def prepared_of(self, shape: Shape) -> PreparedPlan | None:
         """A plan for a step that began like this."""
@@ -227,23 +216,16 @@ class Replanner:
     def _machine_now(self, *, is_accelerated: bool) -> Machine:
         """The bounds, with the tiers that are known, as fast as may be counted on."""
         write, read, copy_out, copy_in = self._speeds
-        machine, bounds, buffers = self._machine, self._bounds, self._buffers
+        machine, bounds = self._machine, self._bounds
         host = _measured(machine.host, copy_out, self._caution * copy_in) if is_accelerated else None
         if host is not None and host.capacity_nbytes == math.inf:
             host = replace(host, capacity_nbytes=bounds.host_limit_nbytes)  # which grows with the memory there is
-        prefetch = max(machine.prefetch_nbytes, bounds.prefetch_limit_nbytes)
-        if buffers is not None:
-            prefetch = min(prefetch, buffers.prefetch_nbytes)
-            machine = replace(machine, idle_nbytes=buffers.idle_nbytes)
-            if not is_accelerated:
-                own, pays_at = buffers.cost_nbytes, buffers.pays_at_nbytes
-                machine = replace(machine, buffers_nbytes=own, pays_at_nbytes=pays_at)
         return replace(
             machine,
             disk=_measured(machine.disk, write, self._caution * read),
             host=host,
             staging_nbytes=max(machine.staging_nbytes, bounds.staging_limit_nbytes),
-            prefetch_nbytes=prefetch,
+            prefetch_nbytes=max(machine.prefetch_nbytes, bounds.prefetch_limit_nbytes),
             idle_nbytes=0.0 if is_accelerated else machine.idle_nbytes,
         )
 
@@ -263,10 +245,7 @@ def _has_other_tiers(now: Machine, then: Machine) -> bool:
 
 
 def replanner_for(
-    policy: ActivationPolicy,
-    directories: Sequence[str],
-    blocks: Callable[[], Sequence[str]] | None = None,
-    buffers: Buffers | None = None,
+    policy: ActivationPolicy, directories: Sequence[str], blocks: Callable[[], Sequence[str]] | None = None
 ) -> Replanner | None:
     """What mode ``"auto"`` adapts with; None where nothing is to be decided.
 
@@ -283,8 +262,7 @@ def replanner_for(
         prefetch_nbytes=policy.prefetch_nbytes,
         idle_nbytes=policy.idle_nbytes,
     )
-    own_blocks = blocks if policy.recompute == "auto" else None
-    return Replanner(machine, _goal(policy, directories), own_blocks, buffers=buffers)
+    return Replanner(machine, _goal(policy, directories), blocks if policy.recompute == "auto" else None)
 
 
 def _goal(policy: ActivationPolicy, directories: Sequence[str]) -> Goal:

@@ -94,14 +94,8 @@ class Schedule:
         """See `StepReview.review`; `counters` also say what the next step's plan is."""
         finished = self.review.review(counters, totals)
         if finished is not None:
-            counters.plan = self._statement()
+            counters.plan = self.plan.statement if self.plan is not None else ""
         return finished
-
-    def _statement(self) -> str:
-        plan = self.plan
-        if plan is None and self._replanner is not None:
-            return self._replanner.statement
-        return plan.statement if plan is not None else ""
 
     # -- what stays ------------------------------------------------------------------------------------------------
 

@@ -115,7 +115,6 @@ class Run:
         self.trainer = Trainer(job.settings)
         self._role = job.role
         self._counter: SavedTensorCounter | None = None
-        _ = ssdtrain.ActivationOffload  # imports what one of the runs needs, in both
         self._resident = PeakResident()
         self._private = PeakSampler("VmData") if job.measures_private_memory else None
         self._limit = None if job.memory_limit_nbytes is None else MemoryLimit(job.memory_limit_nbytes)
