@@ -88,7 +88,8 @@ def load_part(
             optimizer.load_state_dict({"state": dict(entries), "param_groups": groups})
     finally:
         vars(optimizer).update(hooks)
-    own = {id(value) for entry in entries.values() for value in entry.values()}
+    mappings = [entry for entry in entries.values() if isinstance(entry, Mapping)]  # some count for all parameters
+    own = {id(value) for entry in mappings for value in entry.values()}
     for parameter in places:
         state = optimizer.state.get(parameter, {})
         state.update({n: v.clone() for n, v in state.items() if isinstance(v, torch.Tensor) and id(v) in own})

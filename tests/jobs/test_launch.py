@@ -38,7 +38,8 @@ def launch(folder: Path, *arguments: str, **variables: str) -> subprocess.Comple
     info = folder / "points" / "declared-0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: declared\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("\n".join(f"[{group}]\n{lines}" for group, lines in missing).replace('"', ""))
+    points = "\n".join(f"[{group}]\n{lines}" for group, lines in missing)
+    (info / "entry_points.txt").write_text(points.replace('"', ""))
     path = os.pathsep.join([str(folder / "points"), str(ROOT), str(JOBS), *(p for p in sys.path if p)])
     environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
