@@ -154,7 +154,7 @@ def test_results_are_the_same_to_the_bit(tmp_path: Path) -> None:
 def test_nothing_is_there_without_a_record(tmp_path: Path) -> None:
     offload = ssdtrain.offload_activations(tmp_path, POLICY)
     train(offload, network(), 3)
-    assert inside.store(offload).request_log is None and not inside.schedule(offload).review._is_watched
+    assert inside.source(offload).request_log is None and not inside.schedule(offload).review._is_watched
     assert list(tmp_path.iterdir()) == []
 
 
@@ -226,7 +226,7 @@ def test_a_step_that_never_ends_does_not_fill_memory(tmp_path: Path, monkeypatch
         for _ in range(4):
             alive.append(model(torch.randn(256, 64)))
             model(torch.randn(256, 64)).sum().backward()
-    request_log = inside.store(offload).request_log
+    request_log = inside.source(offload).request_log
     assert request_log is not None and 0 < len(request_log._writes) <= 5 and len(request_log._reads) <= 6
     alive.clear()
     offload.close()
