@@ -45,7 +45,7 @@ class Wrapped:
                 and getattr(tensor, name).untyped_storage()._cdata != part.record.identity.cdata
             ):
                 return None
-        tensor._fix_weakref()  # type: ignore[attr-defined]
+        tensor._fix_weakref()  # type: ignore[attr-defined]  # as in `identity`: the reference came out of a weak one
         return tensor
 
     def made_of(self, inner: dict[str, Any]) -> torch.Tensor:

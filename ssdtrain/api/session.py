@@ -38,6 +38,7 @@ from ssdtrain.parameters.offload import ParameterOffload
 from ssdtrain.policy import ActivationPolicy, OptimizerPolicy, ParameterPolicy
 from ssdtrain.state_stats import StateStats
 from ssdtrain.stats import Stats, progress_line
+from ssdtrain.store.saved_tensors import hooks_may_be_entered
 
 Feature = bool | Mapping[str, Any]
 
@@ -328,8 +329,7 @@ class _Covered:
 
 def _may_enter() -> bool:
     """Not without gradients, nor inside `torch.autograd.graph.disable_saved_tensors_hooks`."""
-    may: bool = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
-    return may and torch.is_grad_enabled()
+    return hooks_may_be_entered() and torch.is_grad_enabled()
 
 
 def _check_replicas(models: list[torch.nn.Module], optimizer: OptimizerPolicy | None) -> None:

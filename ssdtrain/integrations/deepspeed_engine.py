@@ -27,7 +27,7 @@ from deepspeed.utils import log_dist
 
 from ssdtrain.activations.offload import ActivationOffload
 from ssdtrain.stats import Stats, progress_line
-from ssdtrain.store.saved_tensors import innermost_hooks
+from ssdtrain.store.saved_tensors import hooks_may_be_entered, innermost_hooks
 
 Method = Callable[..., Any]
 
@@ -83,7 +83,7 @@ class EngineOffload:
     # -- see [Note: what is covered] -------------------------------------------------------------------------------
 
     def _forward(self, original: Method, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled() or not _hooks_may_be_entered():
+        if not torch.is_grad_enabled() or not hooks_may_be_entered():
             return original(*args, **kwargs)
         stays = self._enter()
         try:
@@ -163,9 +163,3 @@ class EngineOffload:
         now = self.stats
         self._reported = step, now
         log_dist(f"ssdtrain: step={step}, in {step - last_step} steps: {progress_line(last, now)}", ranks=[0])
-
-
-def _hooks_may_be_entered() -> bool:
-    """False inside `torch.autograd.graph.disable_saved_tensors_hooks`."""
-    may: bool = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
-    return may

@@ -169,3 +169,9 @@ def unpack_resident(handle: Resident) -> torch.Tensor:
     if handle.tensor._version != handle.version:
         raise modified(handle.tensor, handle.tensor._version, handle.version)
     return handle.tensor
+
+
+def hooks_may_be_entered() -> bool:
+    """False inside `torch.autograd.graph.disable_saved_tensors_hooks`, which PyTorch tells by this name alone."""
+    may: bool = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+    return may
