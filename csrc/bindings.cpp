@@ -52,15 +52,19 @@ bool is_main_thread() { return ::syscall(SYS_gettid) == ::getpid(); }
 // Lets go of the GIL for as long as it lives. While the interpreter shuts down, a thread that wants
 // it back never gets it: Python ends the thread by unwinding its stack, which ends the process
 // where a destructor may not throw, as pybind11's own guard may not. Such a thread stays here until
-// the process ends.
+// the process ends, also when the shutdown begins while it waits.
 class GilReleased {
  public:
   GilReleased() : state_(PyEval_SaveThread()) {}
   GilReleased(const GilReleased&) = delete;
   GilReleased& operator=(const GilReleased&) = delete;
-  ~GilReleased() noexcept(false) {
+  ~GilReleased() {
     while (is_finalizing() && !is_main_thread()) ::pause();
-    PyEval_RestoreThread(state_);
+    try {
+      PyEval_RestoreThread(state_);
+    } catch (...) {  // the unwinding of its stack, which Python began
+      for (;;) ::pause();
+    }
   }
 
  private:
