@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ssdtrain.activations.offload import ActivationOffload
+    from ssdtrain.activations.recompute.checkpoint import checkpoint
     from ssdtrain.api.functions import offload_activations, offload_optimizer, offload_parameters, parameter_offload
     from ssdtrain.api.section import Section
     from ssdtrain.api.session import Offload
@@ -43,6 +44,7 @@ __all__ = [
     "StateLostError",
     "StateStats",
     "Stats",
+    "checkpoint",
     "keep_resident",
     "load_safetensors",
     "offload_activations",
@@ -66,6 +68,7 @@ _MODULES = MappingProxyType(
         "StateLostError": "store.state_store",
         "StateStats": "state_stats",
         "Stats": "stats",
+        "checkpoint": "activations.recompute.checkpoint",
         "keep_resident": "store.saved_tensors",
         "load_safetensors": "parameters.safetensors",
         "offload_activations": "api.functions",

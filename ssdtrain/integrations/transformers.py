@@ -12,6 +12,10 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+from ssdtrain.activations.recompute.checkpoint import checkpoint
 from ssdtrain.api.session import Offload as Session
 from ssdtrain.integrations import check_version, require
 
@@ -19,7 +23,7 @@ transformers: Any = require("transformers", "pip install transformers==5.24.0 ac
 accelerate: Any = require("accelerate", "pip install accelerate==1.15.0")
 logger: Any = transformers.utils.logging.get_logger(__name__)
 
-__all__ = ["Offload"]
+__all__ = ["Offload", "use_checkpoint"]
 
 
 class Offload(transformers.TrainerCallback):  # type: ignore[misc]
@@ -31,6 +35,7 @@ class Offload(transformers.TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """All is prepared, and a checkpoint loaded."""
+        use_checkpoint(kwargs["model"])
         _check(args, self.session)
         gradients = accelerate.state.GradientState()
         switches = {"activation_offloading": getattr(args, "activation_offloading", False)}  # TRL's
@@ -59,6 +64,30 @@ class Offload(transformers.TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Parameters and state stay on the drive, where the model can be saved and evaluated."""
         self.session.end()
+
+
+def use_checkpoint(model: torch.nn.Module) -> int:
+    """Has a model whose activation checkpointing is on run `ssdtrain.checkpoint`: masks and positions travel too.
+
+    To be called after `model.gradient_checkpointing_enable()`; `Offload` does so by itself. Layers that run something
+    else than PyTorch's non-reentrant checkpoint stay as they are.
+
+    Returns:
+        How many modules it was changed in.
+
+    Example:
+        >>> model.gradient_checkpointing_enable()
+        >>> ssdtrain.integrations.transformers.use_checkpoint(model)
+    """
+    num_changed = 0
+    for module in model.modules():
+        held = vars(module).get("_gradient_checkpointing_func")
+        if not isinstance(held, functools.partial) or held.func is not torch_checkpoint or held.args:
+            continue
+        if held.keywords.get("use_reentrant") is False:
+            vars(module)["_gradient_checkpointing_func"] = functools.partial(checkpoint, **held.keywords)
+            num_changed += 1
+    return num_changed
 
 
 def _check(args: Any, session: Session) -> None:

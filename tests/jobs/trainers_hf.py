@@ -33,7 +33,8 @@ from trainers_tools import (
 )
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from ssdtrain.integrations.transformers import Offload
+import ssdtrain
+from ssdtrain.integrations.transformers import Offload, use_checkpoint
 
 
 def arguments(folder: Path, **more: Any) -> TrainingArguments:
@@ -95,6 +96,25 @@ def everything(folder: Path) -> None:
     compare(folder, callback)
     assert len(callback.session.state_stats) == 2
     callback.session.close()
+
+
+def checkpointing(folder: Path) -> None:
+    """The trainer's own switch; all that a layer is called with travels, not its positional arguments alone."""
+    callback = Offload(own_directory(folder), activations=ACTIVATIONS)
+    compare(folder, callback, activation_checkpointing=True)
+
+    tokens = Texts()[0]["input_ids"][None].repeat(4, 1)
+    stats, gradients = {}, {}
+    for is_ours in (False, True):
+        model = llama().train()
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        assert not is_ours or use_checkpoint(model) > 0 == use_checkpoint(model)
+        with ssdtrain.offload_activations(own_directory(folder), ACTIVATIONS | {"min_nbytes": 1}) as offload:
+            model(input_ids=tokens, labels=tokens).loss.backward()
+        stats[is_ours] = offload.stats
+        gradients[is_ours] = {name: p.grad for name, p in model.named_parameters()}
+    assert_equal(gradients[False], gradients[True], "gradients")
+    assert stats[True].num_saved > stats[False].num_saved, stats  # cosines and sines of every layer
 
 
 def directory_of_a_rank(folder: Path) -> None:
