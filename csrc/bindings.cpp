@@ -180,11 +180,11 @@ size_t checked_piece(const WriteState& write, size_t piece) {
 
 PyEngine open_engine(const std::string& kind, const std::vector<PySpillFile*>& files,
                      size_t staging_nbytes, size_t slab_nbytes, bool checksum, size_t num_threads,
-                     size_t queue_depth, size_t host_nbytes) {
+                     size_t queue_depth, size_t host_nbytes, size_t first_staging_nbytes) {
   Engine::Files shared;
   for (const PySpillFile* file : files) shared.push_back(file->get());
-  EngineOptions options{kind,        staging_nbytes, slab_nbytes, checksum,
-                        num_threads, queue_depth,    host_nbytes};
+  EngineOptions options{kind,     staging_nbytes, first_staging_nbytes, slab_nbytes,
+                        checksum, num_threads,    queue_depth,          host_nbytes};
   // The destructor waits for what is in flight, which must not stop other Python threads.
   auto destroy = [](Engine* engine) {
     GilReleased released;
@@ -406,7 +406,8 @@ void bind_engine_methods(py::class_<PyEngine>& engine) {
   engine
       .def(py::init(&open_engine), py::arg("kind"), py::arg("files"), py::arg("staging_nbytes"),
            py::arg("slab_nbytes"), py::arg("checksum") = false, py::arg("num_threads") = 4,
-           py::arg("queue_depth") = 64, py::arg("host_nbytes") = 0)
+           py::arg("queue_depth") = 64, py::arg("host_nbytes") = 0,
+           py::arg("first_staging_nbytes") = 0)
       .def(
           "add_device",
           [](const PyEngine& engine, std::shared_ptr<DeviceDriver> driver) {
@@ -415,6 +416,14 @@ void bind_engine_methods(py::class_<PyEngine>& engine) {
             return target->add_device(std::move(driver));
           },
           py::arg("driver"))
+      .def(
+          "grow_staging",
+          [](const PyEngine& engine, size_t nbytes) {
+            Engine* target = engine.get().get();
+            GilReleased released;
+            return target->grow_staging(nbytes);
+          },
+          py::arg("nbytes"))
       .def(
           "grow_host",
           [](const PyEngine& engine, size_t nbytes) {

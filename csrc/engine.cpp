@@ -94,8 +94,10 @@ Engine::Engine(Files files, EngineOptions options, const OpenBackend& open)
       doorbell_(std::make_shared<Doorbell>()) {
   check_options(options_, files_);
   for (const std::shared_ptr<SpillFile>& file : files_) open_files_.push_back(file->open_file());
-  pool_ = std::make_shared<SlabPool>(options_.staging_nbytes / options_.slab_nbytes,
-                                     options_.slab_nbytes, doorbell_);
+  size_t num_slabs = options_.staging_nbytes / options_.slab_nbytes;
+  size_t num_usable = options_.first_staging_nbytes / options_.slab_nbytes;
+  num_usable = num_usable == 0 ? num_slabs : std::min(num_usable, num_slabs);
+  pool_ = std::make_shared<SlabPool>(num_slabs, num_usable, options_.slab_nbytes, doorbell_);
   staging_nbytes_ = pool_->nbytes();
   StagingSpan staging{pool_->data(), pool_->nbytes(), pool_->slab_nbytes()};
   BackendFactory factory = [&](IoBackend::OnComplete on_complete) {
@@ -140,6 +142,16 @@ std::string Engine::add_device(std::shared_ptr<DeviceDriver> driver) {
   check_open();
   devices_.emplace(driver.get(), std::move(copier));
   return reason;
+}
+
+std::string Engine::grow_staging(size_t nbytes) {
+  std::shared_ptr<SlabPool> pool;
+  {
+    std::lock_guard<std::mutex> lock(monitor_->mutex);
+    check_open();
+    pool = pool_;
+  }
+  return pool->grow(nbytes / options_.slab_nbytes);
 }
 
 std::string Engine::grow_host(size_t nbytes) {

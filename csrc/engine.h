@@ -28,7 +28,8 @@ namespace ssdtrain {
 
 struct EngineOptions {
   std::string kind = "threads";  // "io_uring" or "threads"
-  size_t staging_nbytes = 0;
+  size_t staging_nbytes = 0;  // limit; and how much of it is used until grow_staging(): 0 is all
+  size_t first_staging_nbytes = 0;
   size_t slab_nbytes = 0;
   bool has_checksum = false;
   size_t num_threads = 4;
@@ -69,6 +70,8 @@ class Engine {
 
   // Gets a device ready for writes and reads with its fences. Empty, or why its copies block.
   std::string add_device(std::shared_ptr<DeviceDriver> driver);
+  // Uses at least `nbytes` for slabs, as far as there are. Empty, or why they are not pinned.
+  std::string grow_staging(size_t nbytes);
   // Makes the host tier at least `nbytes` long. Empty, or why it is not pinned.
   std::string grow_host(size_t nbytes);
 

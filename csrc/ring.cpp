@@ -14,6 +14,17 @@ namespace ssdtrain {
 
 namespace {
 
+// IORING_REGISTER_BUFFERS_UPDATE and its argument, which headers before Linux 5.13 do not have.
+constexpr unsigned kRegisterBuffersUpdate = 16;
+struct BufferUpdate {
+  uint32_t offset;
+  uint32_t reserved;
+  uint64_t data;
+  uint64_t tags;
+  uint32_t num;
+  uint32_t reserved2;
+};
+
 int setup(unsigned num_entries, unsigned flags, io_uring_params* params) {
   std::memset(params, 0, sizeof *params);
   params->flags = flags;
@@ -98,9 +109,20 @@ bool Ring::take_unsubmitted(io_uring_sqe* entry) {
   return true;
 }
 
-int Ring::register_buffers(const std::vector<iovec>& buffers) {
-  long rc = ::syscall(__NR_io_uring_register, fd_.get(), IORING_REGISTER_BUFFERS, buffers.data(),
-                      static_cast<unsigned>(buffers.size()));
+int Ring::reserve_buffers(size_t num) {
+  std::vector<iovec> none(num);  // since Linux 5.13 a buffer may be none
+  long rc = ::syscall(__NR_io_uring_register, fd_.get(), IORING_REGISTER_BUFFERS, none.data(),
+                      static_cast<unsigned>(num));
+  return rc >= 0 ? 0 : errno;
+}
+
+int Ring::register_buffer(size_t index, iovec buffer) {
+  BufferUpdate request{};
+  request.offset = static_cast<uint32_t>(index);
+  request.data = reinterpret_cast<uint64_t>(&buffer);
+  request.num = 1;
+  long rc = ::syscall(__NR_io_uring_register, fd_.get(), kRegisterBuffersUpdate, &request,
+                      sizeof request);
   return rc >= 0 ? 0 : errno;
 }
 

@@ -43,8 +43,10 @@ class Ring {
   bool pop(io_uring_cqe* completion);
   // Takes back one prepared entry the kernel has not accepted; false when there is none.
   bool take_unsubmitted(io_uring_sqe* entry);
-  // 0 or errno.
-  int register_buffers(const std::vector<iovec>& buffers);
+  // Makes room for `num` buffers to be registered one by one. 0 or errno.
+  int reserve_buffers(size_t num);
+  // Registers one; the kernel pins its pages, which makes them memory in use. 0 or errno.
+  int register_buffer(size_t index, iovec buffer);
 
  private:
   unsigned num_unsubmitted() const;

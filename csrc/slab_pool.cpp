@@ -19,13 +19,35 @@ std::shared_ptr<char> SlabLease::share() && {
   return std::shared_ptr<char>(owner, owner->data());
 }
 
-SlabPool::SlabPool(size_t num_slabs, size_t slab_nbytes, std::shared_ptr<Doorbell> available)
+SlabPool::SlabPool(size_t num_slabs, size_t num_usable, size_t slab_nbytes,
+                   std::shared_ptr<Doorbell> available)
     : slab_nbytes_(slab_nbytes),
       region_(num_slabs * slab_nbytes),
       available_{std::move(available)} {
-  region_.grow(region_.limit_nbytes());
   free_.reserve(num_slabs);
-  for (size_t i = num_slabs; i > 0; --i) free_.push_back(data() + (i - 1) * slab_nbytes);
+  region_.grow(num_usable * slab_nbytes);
+  add_slabs(num_usable);
+}
+
+void SlabPool::add_slabs(size_t num_usable) {
+  std::vector<char*> fresh;
+  for (size_t i = num_usable; i > num_usable_; --i) fresh.push_back(data() + (i - 1) * slab_nbytes_);
+  free_.insert(free_.begin(), fresh.begin(), fresh.end());  // used when all others are
+  num_usable_ = std::max(num_usable_, num_usable);
+  if (has_drivers_) num_reserved_ = num_usable_ / kReadShare;
+}
+
+std::string SlabPool::grow(size_t num_usable) {
+  std::lock_guard<std::mutex> growing(growing_mutex_);  // pinning takes its time
+  size_t nbytes = std::min(num_usable * slab_nbytes_, region_.limit_nbytes());
+  if (nbytes <= region_.nbytes()) return "";
+  std::string reason = region_.grow(nbytes);
+  std::lock_guard<std::mutex> lock(mutex_);
+  add_slabs(nbytes / slab_nbytes_);
+  if (std::exchange(is_wanted_, false)) {
+    for (const std::shared_ptr<Doorbell>& doorbell : available_) doorbell->ring_all();
+  }
+  return reason;
 }
 
 SlabLease SlabPool::try_lease(For use) {
@@ -45,7 +67,8 @@ std::string SlabPool::add_driver(const std::shared_ptr<DeviceDriver>& driver,
   {
     std::lock_guard<std::mutex> lock(mutex_);
     available_.push_back(std::move(available));
-    num_reserved_ = region_.limit_nbytes() / slab_nbytes_ / kReadShare;
+    has_drivers_ = true;
+    num_reserved_ = num_usable_ / kReadShare;
   }
   return region_.add_driver(driver);
 }

@@ -3,11 +3,13 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <sys/eventfd.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdlib>
 #include <cstring>
 #include <utility>
 
@@ -18,12 +20,22 @@ namespace ssdtrain {
 namespace {
 
 constexpr size_t kMaxBufferNbytes = size_t{1} << 30;  // the kernel's limit for one buffer
+constexpr size_t kMaxBuffers = 1024;
 constexpr uint64_t kWakeup = 0;                       // no context has this address
 constexpr useconds_t kBackOffMicroseconds = 1000;
 
 size_t registered_nbytes(const StagingSpan& staging) {
-  if (staging.unit_nbytes == 0 || staging.unit_nbytes > kMaxBufferNbytes) return 0;
-  return kMaxBufferNbytes / staging.unit_nbytes * staging.unit_nbytes;
+  if (staging.unit_nbytes == 0) return 0;
+  size_t num_units = (staging.nbytes / staging.unit_nbytes + kMaxBuffers - 1) / kMaxBuffers;
+  size_t nbytes = num_units * staging.unit_nbytes;
+  return nbytes <= kMaxBufferNbytes ? nbytes : 0;
+}
+
+// Whether so much memory may be locked, told without touching it. 0 or errno.
+int try_lock(const StagingSpan& staging) {
+  if (::mlock2(staging.data, staging.nbytes, MLOCK_ONFAULT) != 0) return errno;
+  ::munlock(staging.data, staging.nbytes);
+  return 0;
 }
 
 bool is_temporary(int errnum) {
@@ -87,6 +99,7 @@ void UringBackend::run(const ProbeFile& probe, std::promise<void>& opened) {
   std::unique_ptr<Ring> ring;
   try {
     ring = std::make_unique<Ring>(static_cast<unsigned>(depth_ + 1));
+    ring_ = ring.get();
     open(ring.get(), probe);
   } catch (...) {
     ring.reset();
@@ -98,7 +111,7 @@ void UringBackend::run(const ProbeFile& probe, std::promise<void>& opened) {
 }
 
 void UringBackend::open(Ring* ring, const ProbeFile& probe) {
-  register_staging(ring);
+  prepare_staging(ring);
   int errnum = probe_once(ring, probe);
   if (errnum != 0 && is_registered_) {
     is_registered_ = false;
@@ -111,12 +124,15 @@ void UringBackend::open(Ring* ring, const ProbeFile& probe) {
   }
 }
 
-void UringBackend::register_staging(Ring* ring) {
-  std::vector<iovec> buffers;
-  for (size_t at = 0; buffer_nbytes_ > 0 && at < staging_.nbytes; at += buffer_nbytes_) {
-    buffers.push_back({staging_.data + at, std::min(buffer_nbytes_, staging_.nbytes - at)});
+// Registered memory is in use whether or not anything was ever written to it. So each buffer is
+// registered when it is first used: memory follows the need.
+void UringBackend::prepare_staging(Ring* ring) {
+  int errnum = EFBIG;
+  if (buffer_nbytes_ > 0) {
+    fixed_.assign((staging_.nbytes + buffer_nbytes_ - 1) / buffer_nbytes_, Fixed::kUnknown);
+    errnum = try_lock(staging_);
+    if (errnum == 0) errnum = ring->reserve_buffers(fixed_.size() + 1);  // and the probe's
   }
-  int errnum = buffers.empty() ? EFBIG : ring->register_buffers(buffers);
   is_registered_ = errnum == 0;
   if (!is_registered_) {
     notes_.push_back(std::string("buffers not registered: ") + std::strerror(errnum) +
@@ -124,23 +140,43 @@ void UringBackend::register_staging(Ring* ring) {
   }
 }
 
+bool UringBackend::is_fixed(size_t index) {
+  Fixed& fixed = fixed_[index];
+  if (fixed == Fixed::kUnknown) {
+    char* data = staging_.data + index * buffer_nbytes_;
+    size_t nbytes = std::min(buffer_nbytes_, staging_.nbytes - index * buffer_nbytes_);
+    fixed = ring_->register_buffer(index, {data, nbytes}) == 0 ? Fixed::kYes : Fixed::kNo;
+  }
+  return fixed == Fixed::kYes;
+}
+
 int UringBackend::probe_once(Ring* ring, const ProbeFile& probe) {
   struct stat before;
   if (::fstat(probe.fd, &before) != 0) return errno;
   size_t nbytes = probe.block_nbytes;
-  std::memset(staging_.data, 0xA5, nbytes);
-  IoOp op{IoOp::Kind::kWrite, probe.fd, staging_.data, nbytes, 0, this};
-  fill(op, ring->prepare());
-  int written = run_one(ring);
+  probe_block_.reset(static_cast<char*>(std::aligned_alloc(nbytes, nbytes)));
+  char* block = probe_block_.get();
+  if (!block) return ENOMEM;
+  if (is_registered_) {
+    int errnum = ring->register_buffer(fixed_.size(), {block, nbytes});
+    if (errnum != 0) return errnum;
+  }
+  std::memset(block, 0xA5, nbytes);
+  int written = probe_with({IoOp::Kind::kWrite, probe.fd, block, nbytes, 0, this}, ring);
   if (written < 0) return -written;
-  std::memset(staging_.data, 0, nbytes);
-  op.kind = IoOp::Kind::kRead;
-  fill(op, ring->prepare());
-  int read = run_one(ring);
+  std::memset(block, 0, nbytes);
+  int read = probe_with({IoOp::Kind::kRead, probe.fd, block, nbytes, 0, this}, ring);
   if (::ftruncate(probe.fd, before.st_size) != 0) return errno;
   if (read < 0) return -read;
   bool is_whole = written == static_cast<int>(nbytes) && read == written;
-  return is_whole && staging_.data[0] == '\xA5' && staging_.data[nbytes - 1] == '\xA5' ? 0 : EIO;
+  return is_whole && block[0] == '\xA5' && block[nbytes - 1] == '\xA5' ? 0 : EIO;
+}
+
+int UringBackend::probe_with(const IoOp& op, Ring* ring) {
+  io_uring_sqe* entry = ring->prepare();
+  fill(op, entry);
+  if (is_registered_) fix(op, fixed_.size(), entry);
+  return run_one(ring);
 }
 
 void UringBackend::serve(Ring* ring) {
@@ -208,7 +244,7 @@ void UringBackend::arm_wakeup(Ring* ring) {
   entry->user_data = kWakeup;
 }
 
-void UringBackend::fill(const IoOp& op, io_uring_sqe* entry) const {
+void UringBackend::fill(const IoOp& op, io_uring_sqe* entry) {
   entry->fd = op.fd;
   entry->off = op.offset;
   entry->len = static_cast<uint32_t>(op.nbytes);
@@ -230,14 +266,21 @@ void UringBackend::fill(const IoOp& op, io_uring_sqe* entry) const {
   }
 }
 
-void UringBackend::fill_transfer(const IoOp& op, io_uring_sqe* entry) const {
+void UringBackend::fix(const IoOp& op, size_t index, io_uring_sqe* entry) {
+  bool is_write = op.kind == IoOp::Kind::kWrite;
+  entry->opcode = is_write ? IORING_OP_WRITE_FIXED : IORING_OP_READ_FIXED;
+  entry->buf_index = static_cast<uint16_t>(index);
+}
+
+void UringBackend::fill_transfer(const IoOp& op, io_uring_sqe* entry) {
   bool is_write = op.kind == IoOp::Kind::kWrite;
   entry->opcode = is_write ? IORING_OP_WRITE : IORING_OP_READ;
   entry->addr = reinterpret_cast<uint64_t>(op.address);
   bool is_staging = op.address >= staging_.data && op.address < staging_.data + staging_.nbytes;
   if (!is_registered_ || !is_staging) return;
-  entry->opcode = is_write ? IORING_OP_WRITE_FIXED : IORING_OP_READ_FIXED;
-  entry->buf_index = static_cast<uint16_t>((op.address - staging_.data) / buffer_nbytes_);
+  size_t index = (op.address - staging_.data) / buffer_nbytes_;
+  if (!is_fixed(index)) return;
+  fix(op, index, entry);
 }
 
 }  // namespace ssdtrain

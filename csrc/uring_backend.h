@@ -49,7 +49,9 @@ class UringBackend : public IoBackend {
  private:
   void run(const ProbeFile& probe, std::promise<void>& opened);
   void open(Ring* ring, const ProbeFile& probe);
-  void register_staging(Ring* ring);
+  void prepare_staging(Ring* ring);
+  // Whether the buffer is registered, from its first use on; the ring thread's.
+  bool is_fixed(size_t index);
   int probe_once(Ring* ring, const ProbeFile& probe);
   void serve(Ring* ring);
   // Moves submitted operations into the ring; false when stopping.
@@ -58,8 +60,10 @@ class UringBackend : public IoBackend {
   void reap(Ring* ring);
   void fail_unsubmitted(Ring* ring, int errnum);
   void arm_wakeup(Ring* ring);
-  void fill(const IoOp& op, io_uring_sqe* entry) const;
-  void fill_transfer(const IoOp& op, io_uring_sqe* entry) const;
+  void fill(const IoOp& op, io_uring_sqe* entry);
+  void fill_transfer(const IoOp& op, io_uring_sqe* entry);
+  int probe_with(const IoOp& op, Ring* ring);
+  static void fix(const IoOp& op, size_t index, io_uring_sqe* entry);
 
   const size_t depth_;
   const StagingSpan staging_;
@@ -74,7 +78,15 @@ class UringBackend : public IoBackend {
   bool is_stopping_ = false;
   UniqueFd wakeup_;
 
-  std::vector<IoOp> batch_;  // the ring thread's
+  // The ring thread's.
+  enum class Fixed : char { kUnknown, kYes, kNo };
+  Ring* ring_ = nullptr;
+  struct Free {
+    void operator()(char* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<char, Free> probe_block_;  // registered as long as the ring is
+  std::vector<Fixed> fixed_;
+  std::vector<IoOp> batch_;
   ThreadGroup threads_;
 };
 

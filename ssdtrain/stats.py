@@ -111,6 +111,7 @@ class Counters:
         self.copy_out_seconds = self.copy_in_seconds = 0.0
         self.ahead_seconds = 0.0
         self.num_live_records = 0
+        self.live_nbytes = 0  # gauge: their bytes, wherever they are
         self.held_nbytes = 0  # gauge: bytes of saved tensors in memory now, staging excluded
         self.prefetched_nbytes = 0  # gauge: bytes reloaded, or being reloaded, and not asked for yet
         self.staging_limit_nbytes = self.prefetch_limit_nbytes = self.host_limit_nbytes = 0

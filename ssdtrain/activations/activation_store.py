@@ -22,9 +22,10 @@ from collections.abc import Callable, Iterable, Sequence
 from ssdtrain.activations.drive_source import DriveSource
 from ssdtrain.activations.reload import HandedOut, Reloads
 from ssdtrain.activations.storage_index import Index
-from ssdtrain.activations.writeback import Batch, Limits, Writeback, may_leave
+from ssdtrain.activations.writeback import Batch, Writeback, may_leave
 from ssdtrain.devices.base import Device
 from ssdtrain.devices.registry import Devices
+from ssdtrain.scheduling.limits import Limits
 from ssdtrain.stats import Counters
 from ssdtrain.store.poison import PoisonableLock
 from ssdtrain.store.record import Residency, SavedRecord
@@ -61,7 +62,7 @@ class ActivationStore:
         """Whether `process_releases` is to be called when the lock is free: see [Note: the lock]."""
         self.writeback = Writeback(source, self.lock)
         self.reloads = Reloads(source)
-        self._limits = Limits(source.policy, source.counters)
+        self._limits = Limits(source.policy, source.counters, source.buffers)
         self._on_reset, self._on_fork = on_reset, on_fork
         self._num_entered = 0  # contexts that are active now
         self._why_closed = ""  # to be said when more is saved
@@ -165,6 +166,7 @@ class ActivationStore:
         self.reloads.forget_records()
         self._forget_engine()
         self.counters.num_live_records, self.counters.held_nbytes = 0, self.counters.resident_nbytes
+        self.counters.live_nbytes = 0
         self.note_fallback("interrupted in the middle of its bookkeeping: began anew, without what was on the drive")
         if self._num_entered:
             self._open_again(self.source.open_now)
@@ -207,10 +209,10 @@ class ActivationStore:
             self.devices.trim()
         self.index.add(record)
         self.counters.num_live_records += 1
+        self.counters.live_nbytes += record.nbytes
         store = self.source.store
         self.counters.hold(record.nbytes, store.engine.staging_in_use_nbytes if store is not None else 0)
-        if record.nbytes > self._limits.largest_nbytes:
-            self._limits.note_largest(record)
+        if self._limits.note_saved(record, store.drive if store is not None else None):
             self.source.allow_in_flight()
 
     def release_later(self, note: tuple[SavedRecord, int]) -> None:
@@ -256,6 +258,7 @@ class ActivationStore:
         pass_.remove(record.index)
         self.index.forget(record)
         self.counters.num_live_records -= 1
+        self.counters.live_nbytes -= record.nbytes
 
     # -- out -----------------------------------------------------------------------------------------------------
 

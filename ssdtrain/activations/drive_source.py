@@ -22,6 +22,7 @@ from ssdtrain.io.engine import SpillFile
 from ssdtrain.io.host_space import host_limit_nbytes
 from ssdtrain.io.kept_files import KeptFiles
 from ssdtrain.io.open_engine import close_files, slab_nbytes_for
+from ssdtrain.planner import Buffers
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.stats import Counters
 from ssdtrain.store.poison import PoisonableLock
@@ -45,6 +46,7 @@ class DriveSource:
         counters: Counters,
         attach: Attach | None = None,
         request_log: RequestLog | None = None,
+        buffers: Buffers | None = None,
     ) -> None:
         """Opens nothing yet. `attach`: takes a share of another's drive instead. `request_log`: of every request."""
         self.store: TensorStore | None = None
@@ -54,6 +56,8 @@ class DriveSource:
         self.is_shared = attach is not None
         self.request_log = request_log
         self.policy, self.counters = policy, counters
+        self.buffers = buffers or Buffers(policy)
+        """How large staging, prefetching and idle memory may be by now."""
         self.note_fallback = partial(_note_fallback, counters)  # knows nothing else: nothing here keeps itself alive
         """Warns once and remembers why something did not go the best way."""
         self._directories, self._attach = directories, attach
@@ -129,6 +133,7 @@ class DriveSource:
             host_nbytes=host_limit_nbytes(self.policy.host_nbytes, has_directories=self.has_directories),
             device_index=Devices.gpu_index(),
             keeps_files=True,
+            first_staging_nbytes=self.buffers.staging_nbytes,
         )
 
     def stall(self, tier: str, seconds: float, record: SavedRecord) -> None:

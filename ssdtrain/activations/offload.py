@@ -24,7 +24,7 @@ from ssdtrain.devices.base import Device
 from ssdtrain.devices.cpu import CpuDevice
 from ssdtrain.devices.registry import Devices
 from ssdtrain.io.files.directories import check_directories
-from ssdtrain.planner import Plan
+from ssdtrain.planner import Buffers, Plan
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.scheduling.replanner import replanner_for
 from ssdtrain.scheduling.schedule import Schedule
@@ -51,9 +51,10 @@ class ActivationOffload(SavedTensorHooks, contextlib.ContextDecorator):
         `attach`: takes a share of another offload's drive, which is in these directories, instead of opening one.
         `known_devices`: the accelerators that other one knows.
         """
-        counters, index, names = Counters(), Index(), ModuleNames(model)
+        counters, index, names, buffers = Counters(), Index(), ModuleNames(model), Buffers(policy)
         candidates = candidates_for(policy, model)
-        replanner = replanner_for(policy, directories or (), candidates.names if candidates is not None else None)
+        blocks = candidates.names if candidates is not None else None
+        replanner = replanner_for(policy, directories or (), blocks, buffers)
         self._recompute: Recompute | None = None
         if candidates is not None:
             chosen = (lambda: replanner.recomputed) if replanner is not None and policy.recompute == "auto" else None
@@ -64,12 +65,11 @@ class ActivationOffload(SavedTensorHooks, contextlib.ContextDecorator):
         self._is_closed = False
         if directories is None and policy.host_nbytes == 0:
             raise ValueError("Expected a directory or a host tier, got directory=None and host_nbytes=0; pass either")
-        devices = Devices(
-            cpu or CpuDevice(policy.idle_nbytes), has_host_tier_only=directories is None, known=known_devices
-        )
+        cpu = cpu or CpuDevice(lambda: buffers.idle_nbytes)
+        devices = Devices(cpu, has_host_tier_only=directories is None, known=known_devices)
         recorder = recorder_for(policy, directories or ())
         log = recorder.request_log if recorder is not None else None
-        source = DriveSource(directories or (), policy, counters, attach, log)
+        source = DriveSource(directories or (), policy, counters, attach, log, buffers)
         store = ActivationStore(source, index, devices, on_reset=schedule.reset, on_fork=schedule.forget_accelerators)
         observers = StepObservers(policy, schedule, store, recorder)
         super().__init__(policy, counters, index, schedule, devices, store, observers, names)

@@ -73,6 +73,7 @@ class Reloads:
             return True
         counters, nbytes = self._counters, record.nbytes
         ahead, most = counters.prefetched_nbytes, counters.prefetch_limit_nbytes
+        most = min(most, self._source.buffers.prefetch_nbytes)
         if ahead + nbytes > most and (ahead or not most):  # one may always come
             return False
         try:

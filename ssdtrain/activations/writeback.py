@@ -25,14 +25,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import cast
 
 from ssdtrain.activations.drive_source import DriveSource
-from ssdtrain.devices.base import Accelerator
 from ssdtrain.io.engine import Fence
 from ssdtrain.io.spill_space import Growth
-from ssdtrain.policy import ActivationPolicy
-from ssdtrain.stats import Counters
 from ssdtrain.store.pending import PendingWrite
 from ssdtrain.store.poison import PoisonableLock
 from ssdtrain.store.record import Residency, SavedRecord
@@ -41,8 +37,6 @@ from ssdtrain.store.tensor_store import Origin, TensorStore, make_wait
 _MAX_QUEUE = 256  # writes that a plan may have under way
 _HELD_SHARE = 4  # of staging: sources that an accelerator is yet to copy, before they are let go in stream order
 
-_NUM_RECORDS = 2  # of the largest size, that may be under way at once
-_FREE_SHARE = 8  # of free memory, for them
 
 Batch = list[SavedRecord]
 Wait = int | Fence | Growth
@@ -207,29 +201,6 @@ class Writeback:
     def forget_engine(self) -> None:
         """What was gathered stays where it is."""
         self._batch, self.gathered_nbytes = [], 0
-
-
-class Limits:
-    """The bounds in force, which are in the counters for all to see."""
-
-    def __init__(self, policy: ActivationPolicy, counters: Counters) -> None:
-        """Those of the policy."""
-        self.largest_nbytes = 0
-        self._counters = counters
-        names = ("staging_nbytes", "prefetch_nbytes") if policy.memory_budget is None else ()
-        self._may_grow = [name not in policy.model_fields_set for name in names] or [False, False]
-        counters.staging_limit_nbytes, counters.prefetch_limit_nbytes = policy.staging_nbytes, policy.prefetch_nbytes
-
-    def note_largest(self, record: SavedRecord) -> None:
-        """A record is larger than all before it."""
-        self.largest_nbytes = record.nbytes
-        if record.device.driver is None or not any(self._may_grow):
-            return
-        room = cast(Accelerator, record.device).free_nbytes() // _FREE_SHARE
-        most = min(_NUM_RECORDS * record.nbytes, room)
-        counters, (staging, prefetch) = self._counters, self._may_grow
-        counters.staging_limit_nbytes = max(counters.staging_limit_nbytes, most if staging else 0)
-        counters.prefetch_limit_nbytes = max(counters.prefetch_limit_nbytes, most if prefetch else 0)
 
 
 def may_leave(record: SavedRecord) -> bool:

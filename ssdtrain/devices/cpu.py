@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 from collections import deque
+from collections.abc import Callable
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -29,9 +30,9 @@ class CpuDevice:
     kind = "cpu"
     driver = None
 
-    def __init__(self, max_idle_nbytes: int) -> None:
-        """Keeps at most `max_idle_nbytes` for later."""
-        self._max_idle_nbytes = max_idle_nbytes
+    def __init__(self, max_idle_nbytes: int | Callable[[], int]) -> None:
+        """Keeps at most `max_idle_nbytes` for later, or as many as that says by then."""
+        self._max_idle_nbytes = max_idle_nbytes if callable(max_idle_nbytes) else lambda: max_idle_nbytes
         self._lent: deque[tuple[mmap.mmap, StorageWeakRef]] = deque()  # the oldest first: mostly it dies first
         self._idle: dict[int, list[mmap.mmap]] = {}  # by size, those of the size used longest ago first
         self._idle_nbytes = 0
@@ -110,11 +111,12 @@ class CpuDevice:
         Too many idle bytes unmap what was asked for longest ago.
         """
         capacity = len(mapping)
-        if capacity > self._max_idle_nbytes:
+        most = self._max_idle_nbytes()
+        if capacity > most:
             return
         self._idle.setdefault(capacity, []).append(mapping)
         self._idle_nbytes += capacity
-        while self._idle_nbytes > self._max_idle_nbytes:
+        while self._idle_nbytes > most:
             oldest = next(iter(self._idle))
             self._idle[oldest].pop()
             self._idle_nbytes -= oldest

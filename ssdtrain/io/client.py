@@ -283,6 +283,12 @@ class Drive:
         """Whether an extent is in the host tier."""
         return self.host is not None and extent.file == self.host.file
 
+    def grow_staging(self, nbytes: int) -> None:
+        """Lets at least `nbytes` of the staging be used, as far as there is."""
+        why = self.engine.grow_staging(nbytes)
+        if why:
+            self._note_fallback(why)
+
     @property
     def peak_host_nbytes(self) -> int:
         """Most of the host tier in use, by both clients."""

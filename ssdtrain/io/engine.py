@@ -316,6 +316,9 @@ class Engine(Protocol):
             RuntimeError: this engine moves host memory only.
         """
 
+    def grow_staging(self, nbytes: int) -> str:
+        """Uses at least `nbytes` for slabs, as far as there are. Empty, or why they are not pinned."""
+
     def grow_host(self, nbytes: int) -> str:
         """Makes the host tier at least `nbytes` long. Empty, or why it is not pinned."""
 

@@ -9,7 +9,7 @@ import errno
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -98,6 +98,7 @@ class _Request:
     host_nbytes: int | None
     is_shared: bool
     timeout_seconds: float
+    first_staging_nbytes: int = 0
 
     def files(self, make: Callable[[str, int | None, int], SpillFile]) -> list[SpillFile]:
         """The files as they are, or one new file per directory, which share `disk_nbytes` evenly.
@@ -163,15 +164,14 @@ def open_engine(
     is_shared: bool = False,
     timeout_seconds: float = 60.0,
     keeps_files: bool = False,
+    first_staging_nbytes: int = 0,
 ) -> EngineChoice:
     """Opens the engine asked for, or with ``"auto"`` the best that works here, on files or on new files.
 
     Args:
-        kind: one of `KINDS`. ``"auto"`` tries io_uring, then threads, then python; for device memory it takes kvikio
-            instead where GPUDirect is real and measured faster.
-        files_or_directories: open spill files of the engine's own kind, or directories to open them in. None at all
-            with a host tier: then nothing is ever written.
-        staging_nbytes: memory for slabs; allocated now.
+        kind: one of `KINDS`. ``"auto"``: io_uring, threads, python, or kvikio where GPUDirect is measured to be faster.
+        files_or_directories: open spill files of the engine's own kind, or directories; none with a host tier only.
+        staging_nbytes: most memory for slabs.
         slab_nbytes: size of a slab, a multiple of 4096.
         checksum: verify every byte that is read from a file.
         disk_nbytes: bound on all files together; None for no bound.
@@ -180,18 +180,19 @@ def open_engine(
         is_shared: another user may join later: it gets files of its own, in the same directories.
         timeout_seconds: how long a drive is waited for.
         keeps_files: the files outlive the engine.
+        first_staging_nbytes: what of the staging is used until it grows; 0 for all.
 
     Raises:
         ValueError: `kind` is unknown, or the sizes do not fit together.
         OSError: a directory cannot hold a spill file, or its drive does not answer (ETIMEDOUT).
         RuntimeError: the engine asked for by name does not work here.
     """
-    if kind not in KINDS:
-        raise ValueError(f"Expected an engine among {', '.join(KINDS)}, got {kind!r}")
+    _check_kind(kind)
     places = list(files_or_directories)
     request = _Request(
         places, staging_nbytes, slab_nbytes, checksum, disk_nbytes, host_nbytes, is_shared, timeout_seconds
     )
+    request = replace(request, first_staging_nbytes=first_staging_nbytes)
     if not request.places:
         return _open_without_files(request)
     names, preference = _names(kind, request, device_index)
@@ -210,6 +211,11 @@ def open_engine(
         reason = "; ".join(filter(None, [*reasons, preference]))
         return _chosen(request, name, engine, files, reason, fallbacks, keeps_files=keeps_files)
     raise AssertionError("the python engine is always available")
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"Expected an engine among {', '.join(KINDS)}, got {kind!r}")
 
 
 def _chosen(
@@ -287,7 +293,8 @@ def _open(name: str, request: _Request) -> tuple[Engine, list[SpillFile]]:
     else:
         extension = _extension()
         make_file = extension.SpillFile
-        make = partial(_with_host_tier, partial(extension.Engine, name), request.host_nbytes)
+        engine = partial(extension.Engine, name, first_staging_nbytes=request.first_staging_nbytes)
+        make = partial(_with_host_tier, engine, request.host_nbytes)
     files = request.files(make_file)
     open_on = partial(make, files, request.staging_nbytes, request.slab_nbytes, request.checksum)
     first = files[0].directory if files else ""  # which is tried out

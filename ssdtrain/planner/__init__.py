@@ -7,6 +7,7 @@ Example:
     >>> plan = make_plan(step, Machine(disk=Tier(write_bandwidth=1e9, read_bandwidth=2e9)), Goal())
 """
 
+from ssdtrain.planner.buffers import Buffers
 from ssdtrain.planner.decide import make_plan
 from ssdtrain.planner.plan import SECONDS_PER_DAY, Goal, Plan
 from ssdtrain.planner.probe import make_probe
@@ -15,6 +16,7 @@ from ssdtrain.planner.step import Lifetime, Machine, Step, Tier, Where
 
 __all__ = [
     "SECONDS_PER_DAY",
+    "Buffers",
     "Goal",
     "Lifetime",
     "Machine",

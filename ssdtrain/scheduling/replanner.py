@@ -31,7 +31,7 @@ from functools import partial
 
 from ssdtrain.io.host_space import host_limit_nbytes
 from ssdtrain.io.timed_calls import run
-from ssdtrain.planner import Goal, Machine, Plan, Step, Tier, choose, make_plan, make_probe
+from ssdtrain.planner import Buffers, Goal, Machine, Plan, Step, Tier, choose, make_plan, make_probe
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.scheduling.bandwidth import DRIFT, FIRST_PATIENCE, MAX_PATIENCE, Meter, Others, Speeds, differs
 from ssdtrain.scheduling.consensus import Consensus, consensus_of_job
@@ -80,12 +80,15 @@ class Replanner:
         goal: Goal,
         blocks: Callable[[], Sequence[str]] | None = None,
         join: Callable[[], Consensus | None] = consensus_of_job,
+        buffers: Buffers | None = None,
     ) -> None:
         """`machine` has the tiers and their bounds; how fast they are is measured.
 
-        `blocks`: names those that may be recomputed. None: nothing is. `join`: joins the other ranks.
+        `blocks`: names those that may be recomputed. None: nothing is. `join`: joins the other ranks. `buffers`: which
+        grow, those of `machine` are their limits.
         """
         self._machine, self._goal, self._blocks = machine, goal, blocks
+        self._buffers = buffers
         self._meter = Meter()
         self._speeds: Speeds = (0.0, 0.0, 0.0, 0.0)
         self._others = Others(time.perf_counter())
@@ -216,16 +219,20 @@ class Replanner:
     def _machine_now(self, *, is_accelerated: bool) -> Machine:
         """The bounds, with the tiers that are known, as fast as may be counted on."""
         write, read, copy_out, copy_in = self._speeds
-        machine, bounds = self._machine, self._bounds
+        machine, bounds, buffers = self._machine, self._bounds, self._buffers
         host = _measured(machine.host, copy_out, self._caution * copy_in) if is_accelerated else None
         if host is not None and host.capacity_nbytes == math.inf:
             host = replace(host, capacity_nbytes=bounds.host_limit_nbytes)  # which grows with the memory there is
+        prefetch = max(machine.prefetch_nbytes, bounds.prefetch_limit_nbytes)
+        if buffers is not None:
+            prefetch = min(prefetch, buffers.prefetch_nbytes)
+            machine = replace(machine, idle_nbytes=buffers.idle_nbytes)
         return replace(
             machine,
             disk=_measured(machine.disk, write, self._caution * read),
             host=host,
             staging_nbytes=max(machine.staging_nbytes, bounds.staging_limit_nbytes),
-            prefetch_nbytes=max(machine.prefetch_nbytes, bounds.prefetch_limit_nbytes),
+            prefetch_nbytes=prefetch,
             idle_nbytes=0.0 if is_accelerated else machine.idle_nbytes,
         )
 
@@ -245,7 +252,10 @@ def _has_other_tiers(now: Machine, then: Machine) -> bool:
 
 
 def replanner_for(
-    policy: ActivationPolicy, directories: Sequence[str], blocks: Callable[[], Sequence[str]] | None = None
+    policy: ActivationPolicy,
+    directories: Sequence[str],
+    blocks: Callable[[], Sequence[str]] | None = None,
+    buffers: Buffers | None = None,
 ) -> Replanner | None:
     """What mode ``"auto"`` adapts with; None where nothing is to be decided.
 
@@ -262,7 +272,8 @@ def replanner_for(
         prefetch_nbytes=policy.prefetch_nbytes,
         idle_nbytes=policy.idle_nbytes,
     )
-    return Replanner(machine, _goal(policy, directories), blocks if policy.recompute == "auto" else None)
+    own_blocks = blocks if policy.recompute == "auto" else None
+    return Replanner(machine, _goal(policy, directories), own_blocks, buffers=buffers)
 
 
 def _goal(policy: ActivationPolicy, directories: Sequence[str]) -> Goal:

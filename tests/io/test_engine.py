@@ -110,6 +110,23 @@ def test_short_staging_only_slows_down(open_io: OpenIo) -> None:
     assert io.engine.staging_in_use_nbytes == 0
 
 
+def test_staging_is_used_as_far_as_it_is_needed(open_io: OpenIo, kind: str) -> None:
+    """What may be used later is neither used nor registered before; whoever waits for it goes on when it may."""
+    is_native = kind in ("io_uring", "threads")  # others may use all of it from the beginning
+    io = open_io(**({"first_staging_nbytes": 2 * SLAB_NBYTES} if is_native else {}))
+    for written in [io.write(random_bytes(SLAB_NBYTES, seed)) for seed in range(12)]:
+        written.write.wait_copied()
+        io.check(written)
+    assert io.engine.peak_staging_nbytes <= (2 if is_native else 8) * SLAB_NBYTES
+    writes = [io.write(random_bytes(3 * SLAB_NBYTES, seed)) for seed in range(12)]
+    assert io.engine.grow_staging(100 * SLAB_NBYTES) == ""
+    assert io.engine.grow_staging(SLAB_NBYTES) == ""  # it never gets less
+    for written in writes:
+        written.write.wait_copied()
+        io.check(written)
+    assert io.engine.peak_staging_nbytes <= 8 * SLAB_NBYTES
+
+
 def test_several_files(open_io: OpenIo) -> None:
     io = open_io(num_files=3)
     writes = [io.write(random_bytes(SLAB_NBYTES + seed, seed), file=seed % 3) for seed in range(1, 20)]

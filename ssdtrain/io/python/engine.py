@@ -106,6 +106,9 @@ class BaseEngine(Owned):
             source = memoryview(chunk.rescued)[start:]
         return FetchJob(read, write, part, address, nbytes, source, chunk.slab, ready)
 
+    def grow_staging(self, nbytes: int) -> str:
+        return ""  # all of it may be used from the beginning
+
     def grow_host(self, nbytes: int) -> str:
         raise RuntimeError("Expected an engine with a host tier, got one without; use 'io_uring' or 'threads'")
 

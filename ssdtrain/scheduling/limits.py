@@ -1,0 +1,59 @@
+"""How many bytes of saved tensors may be under way at once: the policy's bounds, and more for large records.
+
+[Note: bounds that follow the records]
+One record may always be on its way, whatever its size. But with one at a time an accelerator waits for each of them:
+the next sets out only when the last has arrived. So where a bound was not set, it grows to twice the largest record
+that an accelerator saves, as far as an eighth of the memory that is free there allows: that memory holds them
+meanwhile. A bound that was set stays, and none grows under a memory budget, which counts every byte.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from ssdtrain.devices.base import Accelerator
+from ssdtrain.io.client import Drive
+from ssdtrain.planner import Buffers
+from ssdtrain.policy import ActivationPolicy
+from ssdtrain.stats import Counters
+from ssdtrain.store.record import SavedRecord
+
+_NUM_RECORDS = 2
+_FREE_SHARE = 8
+
+
+class Limits:
+    """The bounds in force, which are in the counters for all to see."""
+
+    def __init__(self, policy: ActivationPolicy, counters: Counters, buffers: Buffers) -> None:
+        """Those of the policy, within which `buffers` grow."""
+        self._largest_nbytes = 0
+        self._buffers = buffers
+        self._counters = counters
+        names = ("staging_nbytes", "prefetch_nbytes") if policy.memory_budget is None else ()
+        self._may_grow = [name not in policy.model_fields_set for name in names] or [False, False]
+        counters.staging_limit_nbytes, counters.prefetch_limit_nbytes = policy.staging_nbytes, policy.prefetch_nbytes
+
+    def note_saved(self, record: SavedRecord, drive: Drive | None) -> bool:
+        """A record more is alive; whether other bounds are in force."""
+        if self._counters.live_nbytes > self._buffers.saved_nbytes:
+            self._grow_buffers(record.nbytes, drive)
+        if record.nbytes <= self._largest_nbytes:
+            return False
+        self._note_largest(record)
+        return True
+
+    def _grow_buffers(self, nbytes: int, drive: Drive | None) -> None:
+        """More is saved than ever before."""
+        if self._buffers.note_saved(self._counters.live_nbytes, nbytes) and drive is not None:
+            drive.grow_staging(self._buffers.staging_nbytes)
+
+    def _note_largest(self, record: SavedRecord) -> None:
+        self._largest_nbytes = record.nbytes
+        if record.device.driver is None or not any(self._may_grow):
+            return
+        room = cast(Accelerator, record.device).free_nbytes() // _FREE_SHARE
+        most = min(_NUM_RECORDS * record.nbytes, room)
+        counters, (staging, prefetch) = self._counters, self._may_grow
+        counters.staging_limit_nbytes = max(counters.staging_limit_nbytes, most if staging else 0)
+        counters.prefetch_limit_nbytes = max(counters.prefetch_limit_nbytes, most if prefetch else 0)
