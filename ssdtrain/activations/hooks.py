@@ -77,6 +77,7 @@ _is_traced = torch.compiler.is_compiling
 _SMALL = "smaller than min_nbytes"
 _MANY = 16  # tensors saved by one operator: no operator of PyTorch's own does
 _MOST = 0.75  # of the bytes of a pass
+_OUTLIVES = "outlives its graph"
 
 Saved = Resident | Handle | Subclassed | Wrapped
 """What autograd holds for a saved tensor."""
@@ -135,6 +136,7 @@ class SavedTensorHooks:
     def _stay(self, tensor: torch.Tensor, reason: str, nbytes: int) -> Resident:
         counters = self._counters
         counters.skip(reason, nbytes)
+        nbytes = 0 if reason == _OUTLIVES else nbytes  # in memory anyway
         counters.hold(nbytes)
         counters.resident_nbytes += nbytes
         return Resident(tensor, nbytes, counters)
@@ -261,8 +263,8 @@ class SavedTensorHooks:
                     span = widen(span, storage.nbytes() if outer._base is not None else 0)
                 if span[1] - span[0] < self.policy.min_nbytes:
                     reason = _SMALL
-                elif self._is_auto and self._index.outlives_graphs(storage._cdata):
-                    reason = "outlives its graph"
+                elif self._is_auto and self._is_held(storage, span[1] - span[0]):
+                    reason = _OUTLIVES
                 else:
                     record = self._new_record(storage, span, device)
                     record.version, record.probe, record.spec = version, probe, spec
@@ -279,12 +281,22 @@ class SavedTensorHooks:
             return self._stay(tensor, reason, span[1] - span[0])
         return handle
 
+    def _is_held(self, storage: torch.UntypedStorage, nbytes: int) -> bool:
+        """Whether somebody keeps these bytes in memory longer than the graph."""
+        index = self._index
+        if index.outlives_graphs(storage._cdata):
+            return True
+        return index.is_kept_by_others(self._open_pass().next_spot(nbytes), storage)
+
+    def _open_pass(self) -> PassTrace:
+        pass_ = self._thread.pass_
+        if pass_ is None or pass_.is_closed or pass_.step.is_abandoned:
+            pass_ = self._thread.pass_ = self._schedule.new_pass()
+        return pass_
+
     def _new_record(self, storage: torch.UntypedStorage, span: tuple[int, int], device: Device) -> SavedRecord:
         thread = self._thread
-        pass_ = thread.pass_
-        if pass_ is None or pass_.is_closed or pass_.step.is_abandoned:
-            pass_ = thread.pass_ = self._schedule.new_pass()
-        record = SavedRecord(storage, StorageWeakRef(storage), span, device, pass_)
+        record = SavedRecord(storage, StorageWeakRef(storage), span, device, self._open_pass())
         record.where = self._names.where()
         self._store.adopt(record)
         self._schedule.note_saved(record)

@@ -14,8 +14,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ssdtrain.activations.wrapped import inner_tensors
 from ssdtrain.store.identity import shares_version_counter
 from ssdtrain.store.record import Residency, SavedRecord
+from ssdtrain.tracing.pass_trace import Spot
 
 _PURGE_AT = 256
+_NUM_SEEN = 2  # steps, before what outlives its graph is left alone
+_TRY_AGAIN_AFTER = 256  # of them
 
 
 class Index:
@@ -27,6 +30,7 @@ class Index:
         self.weights: dict[int, StorageWeakRef] = {}
         """Storages of marked parameters and buffers, by address."""
         self._lasting: dict[int, StorageWeakRef] = {}
+        self._lasting_spots: dict[Spot, int] = {}  # how often in a row
         self._purge_weights_at = _PURGE_AT
 
     def find(self, key: int, tensor: torch.Tensor, start: int, end: int) -> SavedRecord | None:
@@ -49,7 +53,9 @@ class Index:
         siblings.remove(record)
         if not siblings:
             del self._records[key]
-        if not record.identity.expired():
+        is_lasting = not record.identity.expired()
+        self._note_lasting(record.spot, is_lasting=is_lasting)
+        if is_lasting:
             self._lasting[key] = record.identity
             self._purge()
 
@@ -77,6 +83,29 @@ class Index:
     def outlives_graphs(self, key: int) -> bool:
         """Whether the storage at `key` was still held by somebody when a graph that saved it was gone."""
         return key in self._lasting
+
+    def is_kept_by_others(self, spot: Spot, storage: torch.UntypedStorage) -> bool:
+        """Whether what was saved at this spot outlived its graph in the last steps: then `storage` will, too.
+
+        Now and then it is tried again.
+        """
+        num = self._lasting_spots.get(spot, 0)
+        if num < _NUM_SEEN:
+            return False
+        self._lasting_spots[spot] = num + 1 if num < _TRY_AGAIN_AFTER else _NUM_SEEN - 1
+        if num < _TRY_AGAIN_AFTER:
+            ref = StorageWeakRef(storage)
+            self._lasting[ref.cdata] = ref
+            self._purge()
+        return num < _TRY_AGAIN_AFTER
+
+    def _note_lasting(self, spot: Spot, *, is_lasting: bool) -> None:
+        if is_lasting:
+            if len(self._lasting_spots) > _PURGE_AT * _PURGE_AT:  # of sizes that do not come again
+                self._lasting_spots.clear()
+            self._lasting_spots[spot] = self._lasting_spots.get(spot, 0) + 1
+        elif self._lasting_spots:
+            self._lasting_spots.pop(spot, None)
 
     def _purge(self) -> None:
         if len(self._lasting) > _PURGE_AT:

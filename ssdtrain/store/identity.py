@@ -28,6 +28,7 @@ _RESHAPES = frozenset(
         "UnsafeView Unsqueeze View"
     ).split()
 )
+_COPY = "ToCopyBackward0"
 _MAX_RESHAPES = 6
 
 SUBCLASS = "tensor subclass"
@@ -184,7 +185,10 @@ def why_not_layout(tensor: torch.Tensor) -> str | None:
 
 
 def is_weight(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is a parameter or buffer, a view of one, or a low-precision copy autocast made of one."""
+    """Whether a tensor is a parameter or buffer, a view of one, or a low-precision copy that autocast keeps of one.
+
+    A copy that nobody keeps but autograd, as of ``weight.to(torch.bfloat16)``, is memory like any other.
+    """
     base = tensor._base
     is_plain = type(tensor) is torch.Tensor and "_is_buffer" not in tensor.__dict__
     if not is_plain and _is_marked(tensor):
@@ -193,13 +197,22 @@ def is_weight(tensor: torch.Tensor) -> bool:
         return True
     node = tensor.grad_fn
     for _ in range(_MAX_RESHAPES):
-        if node is None or node.name() not in _RESHAPES:
+        if node is None or (name := node.name()) not in _RESHAPES:
+            return False
+        if name == _COPY and not _autocast_keeps_copies():
             return False
         node = next((n for n, _ in node.next_functions if n is not None), None)
         variable = getattr(node, "variable", None)
         if variable is not None:
             return _is_marked(variable)
     return False
+
+
+def _autocast_keeps_copies() -> bool:
+    """Inside an operator that it casts for, autocast says that it is off; only how deep it is nested tells."""
+    depth = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    return depth > 1 and torch.is_autocast_cache_enabled()
 
 
 def is_made_by(tensor: torch.Tensor, names: frozenset[str]) -> bool:

@@ -129,6 +129,7 @@ class SavedRecord(Record):
         "probe",
         "queued_reads",
         "spec",
+        "spot",
         "storage_nbytes",
         "stream",
         "version",
@@ -163,6 +164,7 @@ class SavedRecord(Record):
         self.queued_reads: Sequence[Read] = ()  # that have brought memory of an accelerator, and may still copy
         self.pass_ = pass_
         self.index = pass_.append(self)
+        self.spot = pass_.spot
         self.spec: ViewSpec | None = None  # of the tensor it was made for, and where in the model: for messages
         self.where = ""
         self.num_handles = 0

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _NUM_REMEMBERED = 16
 
 Signature = tuple[int, ...]
+Spot = tuple[int, int, int]
+"""Which save of which pass of a step it is, of those that could travel, and its size: the same in the next step."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class PassTrace:
         "expected",
         "is_closed",
         "num_live",
+        "num_spots",
         "number",
         "order",
         "places",
@@ -72,10 +75,21 @@ class PassTrace:
         self.sizes: list[int] = []
         self.unpacked: list[int] = []
         self.num_live = 0
+        self.num_spots = 0  # saves that could travel, records or not
         self.is_closed = False
         self.order: list[int] = []  # predicted when the pass is closed
         self.rank: dict[int, int] = {}
         self.cursor = 0  # first place in `order` whose reload was not begun
+
+    def next_spot(self, nbytes: int) -> Spot:
+        """Names another save that could travel."""
+        self.num_spots += 1
+        return self.number, self.num_spots, nbytes
+
+    @property
+    def spot(self) -> Spot:
+        """The latest save, of `append` too."""
+        return self.number, self.num_spots, self.sizes[-1]
 
     def append(self, record: Traced) -> int:
         """Adds a record; its position."""

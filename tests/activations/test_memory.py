@@ -1,0 +1,86 @@
+"""Memory that the user sees: what gains nothing when it leaves is left alone, and what weighs something counts."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ssdtrain
+
+KIB, MIB = 1 << 10, 1 << 20
+
+
+def blocks(num: int) -> nn.ModuleList:
+    torch.manual_seed(0)
+    return nn.ModuleList([nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(num)])
+
+
+SMALL = {"min_nbytes": 32 * KIB, "staging_nbytes": MIB}
+
+
+def test_what_the_user_holds_is_left_alone_after_two_steps(tmp_path: Path) -> None:
+    """Hidden states kept until the next step are in memory anyway: to write them frees nothing."""
+    layers = blocks(8)
+    with ssdtrain.offload_activations(tmp_path, policy=SMALL) as offload:
+        written = []
+        for _ in range(6):
+            x = torch.randn(512, 64)
+            hidden = [x := layer(x) for layer in layers]
+            x.square().sum().backward()
+            written.append(offload.stats.offloaded_nbytes)
+        del hidden
+    held = 512 * 64 * 4
+    skipped = offload.stats.skipped["outlives its graph"]
+    assert skipped.count >= 4 * 7 and skipped.nbytes >= 4 * 7 * held  # from the third step on
+    per_step = [after - before for before, after in itertools.pairwise(written)]
+    assert all(nbytes <= 9 * held for nbytes in per_step[2:]), per_step  # GELU's inputs and the first layer's
+
+
+def test_what_is_held_no_longer_travels_again(tmp_path: Path) -> None:
+    layers = blocks(4)
+    with ssdtrain.offload_activations(tmp_path, policy=SMALL | {"min_nbytes": 64 * KIB}) as offload:
+        for step in range(300):
+            x = torch.randn(512, 64)
+            hidden = [x := layer(x) for layer in layers]
+            if step >= 4:
+                hidden.clear()
+            x.square().sum().backward()
+        before = offload.stats.skipped["outlives its graph"].count
+        for _ in range(4):
+            x = torch.randn(512, 64)
+            for layer in layers:
+                x = layer(x)
+            x.square().sum().backward()
+        assert offload.stats.skipped["outlives its graph"].count <= before + 4  # what comes out last is held here
+
+
+class Cast(nn.Module):
+    """Computes in bfloat16 with weights that it casts itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(512, 512))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.to(torch.bfloat16), self.weight.to(torch.bfloat16)).float()
+
+
+def test_casts_of_weights_by_hand_count_and_travel(tmp_path: Path) -> None:
+    """Nobody keeps such a copy but autograd: it is memory like any other."""
+    model = nn.Sequential(*[Cast() for _ in range(4)])
+    x = torch.randn(16, 512)
+    model(x).square().sum().backward()
+    expected = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    with ssdtrain.offload_activations(tmp_path, policy=SMALL | {"mode": "all"}) as offload:
+        loss = model(x).square().sum()
+        assert offload.stats.num_saved >= 3  # the first one's input needs no gradient
+        loss.backward()
+    assert offload.stats.offloaded_nbytes >= 2 * 512 * 512 * 2
+    for parameter, grad in zip(model.parameters(), expected, strict=True):
+        assert parameter.grad is not None and grad is not None and torch.equal(parameter.grad, grad)
