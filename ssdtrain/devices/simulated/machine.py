@@ -25,7 +25,7 @@ RAW_POISON = 0xFF  # not a number in every floating-point type
 INTEGER_POISON = 0xA5
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Work:
     """An operation to be queued."""
 

@@ -16,12 +16,12 @@ import torch
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_unflatten
 
 from ssdtrain.devices.simulated.machine import Machine, Work
 from ssdtrain.devices.simulated.order import Span
 from ssdtrain.devices.simulated.shapes import Outcome, Shapes
-from ssdtrain.devices.simulated.tensors import Alias, make, map_tensors, spans_of
+from ssdtrain.devices.simulated.tensors import Alias, make, map_tensors, spans_of, tensors_in
 
 _aten = torch.ops.aten
 _VIEWS_IN_DISGUISE = {"aten::_unsafe_view", "aten::unsafe_split", "aten::unsafe_split_with_sizes", "aten::unsafe_chunk"}
@@ -78,7 +78,7 @@ class LaterMode(TorchDispatchMode):
     ) -> Any:
         """Called by PyTorch for every operator."""
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
+        tensors = tensors_in(*args, *kwargs.values())
         if not all(type(tensor) in _PLAIN_TYPES for tensor in tensors):
             return NotImplemented
         if not isinstance(func, OpOverload) or func.namespace == "profiler":  # marks what the host does
@@ -112,27 +112,27 @@ class LaterMode(TorchDispatchMode):
         if not _makes_tensors(func):
             return _own_targets(func, args, kwargs)
         made = [None if spec is None else make(self._machine, spec) for spec in outcome.specs]
-        return tree_unflatten(made, outcome.tree)
+        return made[0] if outcome.is_single else tree_unflatten(made, outcome.tree)
 
     def _queue(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """The operator on aliases; what it returns is copied to where the caller will look for it."""
         run_args, run_kwargs = map_tensors((args, kwargs), self._alias.of)
         targets = _targets(func, args, kwargs)
-        fresh = [leaf for leaf in tree_flatten(result)[0] if leaf is not None] if _makes_tensors(func) else []
+        fresh = tensors_in(result) if _makes_tensors(func) else []
         places = [self._alias.of(tensor) for tensor in fresh]
 
         def run() -> None:
             actual = func(*run_args, **run_kwargs)
             if places:
-                _fill(places, actual, str(func))
+                _fill(places, actual, _name(func))
 
-        reads = _spans([leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)])
-        self._machine.submit(self._machine.current, Work(str(func), run, reads, _spans(targets + fresh)))
+        reads = _spans(tensors_in(*args, *kwargs.values()))
+        self._machine.submit(self._machine.current, Work(_name(func), run, reads, _spans(targets + fresh)))
 
     def _draw(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], outcome: Outcome) -> Any:
         """Random numbers that do not depend on data are drawn now; others when the stream has come this far."""
         targets = _targets(func, args, kwargs)
-        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
+        tensors = tensors_in(*args, *kwargs.values())
         is_like = func._schema.name.endswith("_like")
         if len(tensors) != len(targets) and not (is_like and len(tensors) == 1):
             return self._wait_for_result(func, args, kwargs)
@@ -146,7 +146,7 @@ class LaterMode(TorchDispatchMode):
         run_args, run_kwargs = map_tensors((args, kwargs), self._alias.of)
         targets = _targets(func, args, kwargs)
         actual: list[Any] = []
-        reads = _spans([leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)])
+        reads = _spans(tensors_in(*args, *kwargs.values()))
         work = Work(str(func), lambda: _catch(actual, func, run_args, run_kwargs), reads, _spans(targets))
         self._machine.submit(self._machine.current, work)
         synchronize(self._machine, str(func))
@@ -199,22 +199,35 @@ def _makes_tensors(func: OpOverload) -> bool:
 
 def _own_targets(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What an operator in place, or with `out=`, returns."""
-    names = {name for r in func._schema.returns if r.alias_info for name in r.alias_info.before_set}
-    returned = tuple(
-        args[i] if i < len(args) else kwargs[a.name]
-        for i, a in enumerate(func._schema.arguments)
-        if a.alias_info is not None and a.alias_info.before_set & names
-    )
+    returned = tuple(args[i] if i < len(args) else kwargs[name] for i, name in _returned(func))
     return returned[0] if len(returned) == 1 else returned or None
 
 
 def _targets(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """The arguments that the operator writes to, whether its schema says so or not."""
-    written = [args[i] for i in _HIDDEN_TARGETS.get(func._schema.name, ())]
-    for i, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            written.append(args[i] if i < len(args) else kwargs.get(argument.name))
-    return [leaf for leaf in tree_flatten(written)[0] if isinstance(leaf, torch.Tensor)]
+    return tensors_in(*(args[i] if i < len(args) else kwargs.get(name) for i, name in _written(func)))
+
+
+@cache
+def _returned(func: OpOverload) -> list[tuple[int, str]]:
+    """Places and names of the arguments that it returns."""
+    names = {name for r in func._schema.returns if r.alias_info for name in r.alias_info.before_set}
+    arguments = enumerate(func._schema.arguments)
+    return [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.before_set & names]
+
+
+@cache
+def _written(func: OpOverload) -> list[tuple[int, str]]:
+    """Places and names of the arguments that it writes to."""
+    hidden = _HIDDEN_TARGETS.get(func._schema.name, ())
+    arguments = list(enumerate(func._schema.arguments))
+    told = [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [(i, a.name) for i, a in arguments if i in hidden] + told
+
+
+@cache
+def _name(func: OpOverload) -> str:
+    return str(func)
 
 
 def _spans(tensors: list[torch.Tensor]) -> tuple[Span, ...]:
@@ -222,9 +235,9 @@ def _spans(tensors: list[torch.Tensor]) -> tuple[Span, ...]:
 
 
 def _fill(places: list[torch.Tensor], actual: Any, name: str) -> None:
-    results = [leaf for leaf in tree_flatten(actual)[0] if leaf is not None]
-    expected, got = ([(tuple(t.shape), t.dtype) for t in tensors] for tensors in (places, results))
-    if expected != got:
+    results = tensors_in(actual)
+    if [(t.shape, t.dtype) for t in places] != [(t.shape, t.dtype) for t in results]:
+        expected, got = ([(tuple(t.shape), t.dtype) for t in tensors] for tensors in (places, results))
         raise RuntimeError(f"Expected `{name}` to return {expected} as its rule for fake tensors says, got {got}")
     for place, result in zip(places, results, strict=True):
         place.copy_(result)

@@ -39,14 +39,23 @@ class Span(NamedTuple):
         return f"{self.nbytes} bytes at {self.address:#x}"
 
 
-@dataclass(frozen=True, eq=False)
-class Operation:
+class Line(NamedTuple):
+    """A line of the program; none: an engine's thread is not in one."""
+
+    file: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{Path(self.file).name}:{self.number}" if self.file else "an engine thread"
+
+
+class Operation(NamedTuple):
     """Something queued on a stream, or done by the host, that touches memory."""
 
     name: str
     actor: int
     tick: int
-    where: str
+    where: Line
 
     def __str__(self) -> str:
         place = "the host" if self.actor == HOST else f"stream {self.actor}"
@@ -203,11 +212,11 @@ def _verb(is_write: bool) -> str:
     return "writes" if is_write else "reads"
 
 
-def caller() -> str:
+def caller() -> Line:
     """The line outside of torch and of this package that is being run, for messages."""
     frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_CALLER):
+    while frame.f_code.co_filename.startswith(_NOT_THE_CALLER):
         if frame.f_back is None:
-            return "an engine thread"
+            return Line("", 0)
         frame = frame.f_back
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+    return Line(frame.f_code.co_filename, frame.f_lineno)

@@ -31,6 +31,8 @@ class Outcome(NamedTuple):
 
     specs: list[Spec | None]
     tree: TreeSpec
+    is_single: bool
+    """Nothing but one tensor, or None."""
 
 
 class Shapes:
@@ -48,10 +50,10 @@ class Shapes:
             return self._infer(func, args, kwargs)
 
     def _infer(self, func: _Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome | None:
-        leaves, tree = tree_flatten((args, kwargs))
-        if not all(isinstance(leaf, torch.Tensor) or type(leaf) in _PLAIN for leaf in leaves):
+        described = _describe([*args, *kwargs.items()])
+        if described is None:
             return self._ask(func, args, kwargs)
-        key = (func, tree, torch.get_default_dtype(), *map(_describe, leaves))
+        key = (func, torch.get_default_dtype(), described)
         if key not in self._known:
             self._known[key] = self._ask(func, args, kwargs)
         return self._known[key]
@@ -69,7 +71,8 @@ class Shapes:
             return None
         if sizes != [fake.shape for fake in fakes]:  # `out=` of another size
             return None
-        return Outcome([None if r is None else Spec(tuple(r.shape), r.stride(), r.dtype) for r in results], tree)
+        specs = [None if r is None else Spec(tuple(r.shape), r.stride(), r.dtype) for r in results]
+        return Outcome(specs, tree, tree.is_leaf())
 
     def _imitate(self, tensor: torch.Tensor) -> torch.Tensor:
         fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
@@ -88,7 +91,14 @@ def _is_plain(result: Any) -> bool:
     return isinstance(result, torch.Tensor) and result.layout is torch.strided and result.device.type == "cpu"
 
 
-def _describe(leaf: Any) -> Any:
-    if isinstance(leaf, torch.Tensor):
-        return (tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device, leaf.is_conj(), leaf.is_neg())
-    return (type(leaf), leaf)
+def _describe(value: Any) -> Any:
+    """What of an argument decides over results; None where that cannot be told."""
+    if isinstance(value, torch.Tensor):
+        return (value.shape, value.stride(), value.dtype, value.device, value.is_conj(), value.is_neg())
+    kind = type(value)
+    if kind in _PLAIN:
+        return (kind, value)
+    if kind not in (list, tuple):
+        return None
+    parts = [_describe(part) for part in value]
+    return None if None in parts else (kind, *parts)

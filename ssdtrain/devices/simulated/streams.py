@@ -23,7 +23,7 @@ class SimulationStuckError(RuntimeError):
     """A wait took longer than the simulation allows."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Item:
     """One thing to do on a stream."""
 
@@ -53,7 +53,7 @@ class Stream:
         return f"stream {self.handle} {self.name}{held}: [{', '.join(shown[:_MAX_SHOWN])}{more}]"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Event:
     """A place in a stream's queue, and what is before it."""
 
@@ -70,7 +70,7 @@ class Event:
         return f"waits for {self.position - self.stream.num_done} more of stream {self.stream.handle}"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class _Waiter:
     """A thread that waits. The executor looks for it: to wake it after every operation would cost most of the time."""
 

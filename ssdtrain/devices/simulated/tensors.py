@@ -19,6 +19,8 @@ def spans_of(tensor: torch.Tensor) -> tuple[Span, ...]:
     if tensor.numel() == 0:
         return ()
     address, run = tensor.data_ptr(), tensor.element_size()
+    if tensor.is_contiguous():
+        return (Span(address, tensor.numel() * run),)
     outer: list[tuple[int, int]] = []
     for stride, size in sorted(zip(tensor.stride(), tensor.size(), strict=True)):
         if size == 1 or stride == 0:
@@ -49,25 +51,33 @@ class Alias:
         Device memory may be freed and handed out again before the alias is used; memory of others is kept alive.
         """
         storage = tensor.untyped_storage()
-        start = tensor.storage_offset()
-        with self._machine.lock:
-            block = self._machine.pool.find(storage.data_ptr()) if storage.nbytes() else None
-        if block is not None:
-            start += (storage.data_ptr() - block.segment.address) // tensor.element_size()
-            storage = block.segment.storage
-        elif storage.nbytes():
-            self._machine.note_foreign(storage)
+        start = int(tensor.storage_offset())
+        if storage.nbytes():
+            address = storage.data_ptr()
+            with self._machine.lock:
+                block = self._machine.pool.find(address)
+            if block is not None:
+                start += (address - block.segment.address) // tensor.element_size()
+                storage = block.segment.storage
+            else:
+                self._machine.note_foreign(storage)
+        if not torch.is_inference_mode_enabled():
+            return _like(tensor, storage, start)
         with torch.inference_mode(False):  # it is written to in a thread that is not in that mode
-            alias = torch.empty(0, dtype=tensor.dtype).set_(storage, start, tensor.size(), tensor.stride())
-            if tensor.is_conj():
-                alias = torch._conj(alias)
-            return torch._neg_view(alias) if tensor.is_neg() else alias
+            return _like(tensor, storage, start)
 
     def is_managed(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's memory is a block of ours."""
         storage = tensor.untyped_storage()
         with self._machine.lock:
             return storage.nbytes() > 0 and self._machine.pool.find(storage.data_ptr()) is not None
+
+
+def _like(tensor: torch.Tensor, storage: torch.UntypedStorage, start: int) -> torch.Tensor:
+    alias = torch.empty(0, dtype=tensor.dtype).set_(storage, start, tensor.size(), tensor.stride())
+    if tensor.is_conj():
+        alias = torch._conj(alias)
+    return torch._neg_view(alias) if tensor.is_neg() else alias
 
 
 def make(machine: Machine, spec: Spec) -> torch.Tensor:
@@ -79,6 +89,19 @@ def make(machine: Machine, spec: Spec) -> torch.Tensor:
     is_integer = not (spec.dtype.is_floating_point or spec.dtype.is_complex)
     storage, _ = machine.allocate((last + 1) * itemsize, poison=INTEGER_POISON if is_integer else RAW_POISON)
     return torch.empty(0, dtype=spec.dtype).set_(storage, 0, spec.size, spec.stride)
+
+
+def tensors_in(*values: Any) -> list[torch.Tensor]:
+    """All tensors of an operator's arguments or results, in order; for each operator, hence not by `torch.utils`."""
+    found: list[torch.Tensor] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += tensors_in(*value)
+        elif isinstance(value, dict):
+            found += tensors_in(*value.values())
+    return found
 
 
 def map_tensors(value: Any, function: Any) -> Any:
