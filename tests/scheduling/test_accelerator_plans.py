@@ -30,7 +30,7 @@ from ssdtrain.tracing.device_trace import DeviceTrace, _ComputeClock
 pytest.importorskip("ssdtrain._C", reason="an accelerator needs the extension")
 
 MIB = 1 << 20
-NUM_UNTIL_PLAN = 4  # two that look the same, and one in which the second is known
+NUM_UNTIL_PLAN = 5  # a first one, two that look the same, one in which the device gets through them, and the next
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def test_once_there_is_a_plan_few_steps_are_timed(
         assert planned(offload, step) is not None
         before = len(timings)
         planned(offload, step, num=20)
-    assert before >= 3 and 3 <= len(timings) - before <= 12
+    assert before >= 2 and 3 <= len(timings) - before <= 12
 
 
 @pytest.mark.accelerator_only
