@@ -1,7 +1,8 @@
-"""What the tests on the stand-in share: contexts of each tier, and gates that hold a stream still."""
+"""What the tests on the stand-in share: contexts of each tier, a training, and gates that hold a stream still."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any
 
 import pytest
 import standin_gpu
+import torch
 
 import ssdtrain
 
 POLICY = {"min_nbytes": "64KiB", "staging_nbytes": "16MiB"}
 TIERS = [(mode, tier) for mode in ("all", "auto") for tier in ("drive", "host")]
 Make = Callable[..., ssdtrain.ActivationOffload]
+Context = contextlib.AbstractContextManager[Any]
 
 
 @pytest.fixture
@@ -56,3 +59,34 @@ def gates() -> Iterator[Callable[[], Gate]]:
     yield make_gate
     for gate in made:
         gate.open()
+
+
+def blocks(layers: int = 6, width: int = 128) -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    parts = [part for _ in range(layers) for part in (torch.nn.Linear(width, width), torch.nn.GELU())]
+    return torch.nn.Sequential(*parts).cuda()
+
+
+def train(model: torch.nn.Module, context: Context, steps: int = 3) -> list[torch.Tensor]:
+    """Losses and parameters; the process never waits for the device."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    generator = torch.Generator("cuda").manual_seed(1)
+    losses = []
+    for _ in range(steps):
+        x = torch.randn(256, 128, generator=generator, device="cuda")
+        with context:
+            loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return [*losses, *(p.detach() for p in model.parameters())]
+
+
+def on_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    torch.cuda.synchronize()
+    return [tensor.cpu() for tensor in tensors]
+
+
+def are_equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+    return len(left) == len(right) and all(map(torch.equal, left, right))

@@ -10,46 +10,14 @@ from typing import Any
 import pytest
 import standin_gpu
 import torch
-from standin_tools import TIERS, gates, make
+from standin_tools import TIERS, Context, are_equal, blocks, gates, make, on_host, train
 
 import ssdtrain
 from ssdtrain.devices.cuda import CudaDevice
 
 Offload = ssdtrain.ActivationOffload
-Context = contextlib.AbstractContextManager[Any]
 MIB = 1 << 20
 NUM = 1 << 18  # elements of 1 MiB
-
-
-def blocks(layers: int = 6, width: int = 128) -> torch.nn.Sequential:
-    torch.manual_seed(0)
-    parts = [part for _ in range(layers) for part in (torch.nn.Linear(width, width), torch.nn.GELU())]
-    return torch.nn.Sequential(*parts).cuda()
-
-
-def train(model: torch.nn.Module, context: Context, steps: int = 3) -> list[torch.Tensor]:
-    """Losses and parameters; the process never waits for the device."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    generator = torch.Generator("cuda").manual_seed(1)
-    losses = []
-    for _ in range(steps):
-        x = torch.randn(256, 128, generator=generator, device="cuda")
-        with context:
-            loss = model(x).square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-    return [*losses, *(p.detach() for p in model.parameters())]
-
-
-def on_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    torch.cuda.synchronize()
-    return [tensor.cpu() for tensor in tensors]
-
-
-def are_equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
-    return len(left) == len(right) and all(map(torch.equal, left, right))
 
 
 def saved_on_another_stream(context: Context, gates: Callable[[], Any]) -> float:
