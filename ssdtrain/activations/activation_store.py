@@ -256,9 +256,16 @@ class ActivationStore:
         record.storage = None
         record.move(Residency.RELEASED)
         pass_.remove(record.index)
-        self.index.forget(record)
+        self.index.forget(record, is_source=self._is_source(record))
         self.counters.num_live_records -= 1
         self.counters.live_nbytes -= record.nbytes
+
+    def _is_source(self, record: SavedRecord) -> bool:
+        """Whether the engine may still copy from the storage that it was made for."""
+        store = self.source.store
+        if store is None or record.identity.expired():
+            return False
+        return any([s._cdata == record.identity.cdata for pending in store.pending.writes for s in pending.sources])
 
     # -- out -----------------------------------------------------------------------------------------------------
 

@@ -45,8 +45,11 @@ class Index:
         """Files a new record."""
         self._records.setdefault(record.identity.cdata, []).append(record)
 
-    def forget(self, record: SavedRecord) -> None:
-        """Takes a released record out. A storage that lives on although its graph is gone is somebody else's."""
+    def forget(self, record: SavedRecord, *, is_source: bool) -> None:
+        """Takes a released record out. A storage that lives on although its graph is gone is somebody else's.
+
+        Not while it is the source of a write, or another graph's too: then nothing is known.
+        """
         assert record.residency is Residency.RELEASED
         key = record.identity.cdata
         siblings = self._records[key]
@@ -54,6 +57,8 @@ class Index:
         if not siblings:
             del self._records[key]
         is_lasting = not record.identity.expired()
+        if is_lasting and (siblings or is_source):
+            return
         self._note_lasting(record.spot, is_lasting=is_lasting)
         if is_lasting:
             self._lasting[key] = record.identity
