@@ -66,7 +66,7 @@ SET_FROM_ELSEWHERE = {
     "part": ("checksum",),
     # A record is one object whose owners, under one lock, each change their part.
     "record": ("*",),
-    "handle": ("epoch",),
+    "handle": ("epoch", "task"),
     "pending": ("is_ahead", "sources"),
     # What the thread that updates on the CPU makes of a job, which it alone has meanwhile.
     "optimizer/cpu/cpu_updates.py: entry": ("state", "result"),

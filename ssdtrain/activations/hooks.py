@@ -66,12 +66,11 @@ from ssdtrain.store.identity import (
     why_not_layout,
 )
 from ssdtrain.store.record import Handle, Resident, SavedRecord
-from ssdtrain.store.saved_tensors import is_resized, modified, widen
+from ssdtrain.store.saved_tensors import ItemByItem, is_computed_again, is_resized, modified, widen
 from ssdtrain.tracing.pass_trace import PassTrace
 
 _sequence_number = torch._C._autograd._get_sequence_nr
 _graph_task = torch._C._current_graph_task_id
-_running_node = torch._C._current_autograd_node
 _is_traced = torch.compiler.is_compiling
 
 _SMALL = "smaller than min_nbytes"
@@ -114,6 +113,7 @@ class SavedTensorHooks:
         self._devices, self._store, self._observers, self._names = devices, store, observers, names
         self._thread = ForwardThread()
         self._left_alone: frozenset[str] = frozenset()
+        self._item_by_item = ItemByItem()
 
     # -- pack ----------------------------------------------------------------------------------------------------
 
@@ -217,7 +217,7 @@ class SavedTensorHooks:
         device = self._devices.of(tensor)
         if isinstance(device, str):
             return self._stay(tensor, device, nbytes)
-        if _graph_task() != -1 and _is_computed_again():
+        if _graph_task() != -1 and is_computed_again():
             return self._stay(tensor, "saved during backward", nbytes)
         if self._left_alone and is_made_by(outer, self._left_alone):
             self._counters.skip("refilled by its owner", nbytes)  # autograd holds next to nothing
@@ -256,6 +256,8 @@ class SavedTensorHooks:
             record = self._index.find(storage._cdata, outer, *span)
             if record is not None:
                 self._counters.deduplicated_nbytes += span[1] - span[0]
+                if record.pass_ is self._thread.pass_:
+                    record.pass_.saves.append(record.index)
                 if device.driver is not None and device.current_stream() != record.stream:
                     device.share(storage, device.current_stream())  # the memory may go before this stream has used it
             else:
@@ -311,6 +313,8 @@ class SavedTensorHooks:
         if number == thread.sequence_number:
             return []
         thread.sequence_number = number
+        if thread.pass_ is not None:
+            thread.pass_.starts.append(len(thread.pass_.saves))
         if self._schedule.has_news:
             self._observers.review()
         due, thread.saved = thread.saved, []
@@ -406,10 +410,8 @@ class SavedTensorHooks:
         if store.is_release_urgent:
             store.process_releases()
         storage, shift, handle.epoch = handed_out
+        task = _graph_task()
+        if task != -1 and (task == handle.task or self._item_by_item.kinds):
+            self._item_by_item.hold(storage, is_again=task == handle.task)
+        handle.task = task
         return storage, shift
-
-
-def _is_computed_again() -> bool:
-    """See [Note: graphs made in backward]."""
-    node = _running_node()
-    return node is not None and "checkpoint" in node.name().lower()

@@ -104,7 +104,7 @@ class Reloads:
             raise _read_error(record, *problem)
 
     def _demand(self, record: SavedRecord) -> None:
-        self._drop_mispredicted()
+        self._drop_mispredicted(record)
         self.begin(record)
         self._counters.num_demand_reloads += 1
 
@@ -228,9 +228,14 @@ class Reloads:
 
     # -- ahead of need ---------------------------------------------------------------------------------------------
 
-    def _drop_mispredicted(self) -> None:
-        """A miss while prefetched records wait means that these were guessed wrong: the oldest half makes room."""
-        for record in list(self._prefetched)[: (len(self._prefetched) + 1) // 2]:
+    def _drop_mispredicted(self, missed: SavedRecord) -> None:
+        """A miss means that what was to come before it was guessed wrong: the oldest half of that makes room.
+
+        What is to come later stays: it will be wanted.
+        """
+        pass_, rank = missed.pass_, missed.pass_.rank.get(missed.index, -1)
+        wrong = [other for other in self._prefetched if other.pass_ is not pass_ or pass_.rank[other.index] < rank]
+        for record in wrong[: (len(wrong) + 1) // 2]:
             pending = record.pending_read
             if pending is not None and are_done(pending.reads):
                 self._leave_prefetched(record)

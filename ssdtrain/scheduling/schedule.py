@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 class Schedule:
     """Decides by plan, or predicts the order of reloads of each pass.
 
-    Without a plan it is the last step's order when the step looks the same, else the rule "the one saved just before
-    the one unpacked last", which also fits each micro-batch of a pipeline.
+    Without a plan it is the last step's order when the step looks the same, else the rule "what was saved just before
+    what was unpacked last, and all of one operator together", which also fits each micro-batch of a pipeline.
     """
 
     def __init__(self, clock: StepClock, replanner: Replanner | None) -> None:
@@ -138,7 +138,7 @@ class Schedule:
 
     def begin_backward(self, pass_: PassTrace) -> None:
         """Closes a pass at its first unpack and predicts its order."""
-        pass_.close(self._history.order_of(pass_.signature) or list(range(len(pass_.records) - 1, -1, -1)))
+        pass_.close(self._history.order_of(pass_.signature) or pass_.likely_order())
 
     def note_unpacked(
         self, record: SavedRecord, *, is_first: bool, is_miss: bool, event: TimedEvent | None = None

@@ -205,7 +205,7 @@ class Resident:
 class Handle:
     """What autograd holds for one saved tensor that may travel. When it dies, the record learns of it."""
 
-    __slots__ = ("epoch", "probe", "record", "release_later", "source", "spec", "version")
+    __slots__ = ("epoch", "probe", "record", "release_later", "source", "spec", "task", "version")
 
     def __init__(
         self,
@@ -224,7 +224,7 @@ class Handle:
         self.spec = spec
         self.probe = probe
         self.version = version
-        self.epoch = -1
+        self.epoch = self.task = -1  # the reload, and the graph task, that it was unpacked in last
         self.release_later = release_later
         self.source = None if tensor.requires_grad else weakref.ref(tensor)
 

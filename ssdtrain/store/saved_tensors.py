@@ -16,6 +16,7 @@ from ssdtrain.stats import Counters
 from ssdtrain.store.record import Resident, SavedRecord
 
 _ALIGNMENT = 512  # of a record's first byte: a view comes back as aligned as it was, so that kernels are the same
+_HELD = "_held_by_ssdtrain"  # an attribute of the node, which goes with it
 _is_traced = torch.compiler.is_compiling
 _WHOLE_STORAGE_FRACTION = 4  # a view of at least a quarter of its storage takes the whole storage along
 
@@ -47,6 +48,38 @@ def modified(what: object, version: int, expected: int) -> RuntimeError:
         f"{what} is at version {version}; expected version {expected} instead. Hint: find the in-place operation on a "
         "tensor that was saved for backward, and use its out-of-place form or clone the tensor first"
     )
+
+
+class ItemByItem:
+    """Keeps what a function was handed out until its node is over, where it reads `ctx.saved_tensors` item by item.
+
+    Every such access unpacks all of them: without this, each would have all reloaded.
+    """
+
+    def __init__(self) -> None:
+        """Knows no such function yet."""
+        self.kinds: set[type] = set()  # of nodes
+
+    def hold(self, storage: torch.UntypedStorage, *, is_again: bool) -> None:
+        """Called where a node was handed out a storage; `is_again`: not for the first time in this backward."""
+        node: Any = torch._C._current_autograd_node()
+        if not isinstance(node, torch.autograd.function.BackwardCFunction):
+            return
+        if is_again:
+            self.kinds.add(type(node))
+        elif type(node) not in self.kinds:
+            return
+        held: dict[int, torch.UntypedStorage] | None = vars(node).get(_HELD)
+        if held is None:
+            held = vars(node)[_HELD] = {}
+            node.register_hook(lambda *_, held=held: held.clear())
+        held[storage._cdata] = storage
+
+
+def is_computed_again() -> bool:
+    """Whether a reentrant checkpoint runs now; see [Note: graphs made in backward] in `hooks`."""
+    node = torch._C._current_autograd_node()
+    return node is not None and "checkpoint" in node.name().lower()
 
 
 def innermost_hooks() -> tuple[Any, Any] | None:

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -54,7 +55,9 @@ class PassTrace:
         "places",
         "rank",
         "records",
+        "saves",
         "sizes",
+        "starts",
         "step",
         "unpacked",
     )
@@ -73,6 +76,8 @@ class PassTrace:
         self.expected = expected
         self.records: list[Traced | None] = []
         self.sizes: list[int] = []
+        self.saves: list[int] = []  # positions of records in the order they were saved, once more for every time, and
+        self.starts: list[int] = []  # where in it each operator began to save
         self.unpacked: list[int] = []
         self.num_live = 0
         self.num_spots = 0  # saves that could travel, records or not
@@ -98,6 +103,7 @@ class PassTrace:
         self.sizes.append(record.nbytes)
         self.num_live += 1
         index = len(self.records) - 1
+        self.saves.append(index)
         if self.expected is not None and self.expected.sizes[index : index + 1] != (record.nbytes,):
             self.expected = None
         return index
@@ -106,6 +112,12 @@ class PassTrace:
         """Backward begins; `order`: of its records, as backward will probably want them."""
         self.is_closed, self.order = True, order
         self.rank = {index: rank for rank, index in enumerate(order)}
+
+    def likely_order(self) -> list[int]:
+        """While nothing is known: the last operator first, and what it saved in one go, as its node will ask for it."""
+        starts = [0, *self.starts, len(self.saves)]
+        nodes = [self.saves[begin:end] for begin, end in pairwise(starts)]
+        return list(dict.fromkeys([index for node in reversed(nodes) for index in node]))
 
     def go_on_after(self, rank: int) -> None:
         """Reloads of this pass go on with the record after this one of `order`."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import inside
 import pytest
 import torch
 from conftest import MakeOffload, grads_of, same_bits, send
@@ -284,3 +285,39 @@ def test_one_node_that_needs_everything_at_once(
             x.sin().sum().backward()
     said = [text for text in offload.stats.fallbacks if "compile every block" in text]
     assert len(said) == is_said, said
+
+
+def test_compiled_blocks_are_read_once(make_offload: MakeOffload) -> None:
+    """In the first backward, too: a node asks in the order in which it saved, blocks come in the reverse one.
+
+    Prefetching has no room for the nodes of two blocks.
+    """
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*[Block() for _ in range(6)]), torch.randn(64, 32)
+    for block in model:
+        block.compile(backend="aot_eager")
+    model(x).sum().backward()
+    expected = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    offload = make_offload(prefetch_nbytes=64 * 1024)
+    with offload:
+        loss = model(x).sum()
+        send()
+    loss.backward()
+    stats = offload.stats
+    assert same_bits(expected, grads_of(model))
+    assert stats.num_demand_reloads <= 2 and stats.num_prefetched > 6 * 3, stats
+    assert stats.read_nbytes <= stats.offloaded_nbytes, stats
+
+
+def test_what_compiled_functions_are_handed_out_is_not_held(make_offload: MakeOffload) -> None:
+    """They ask once, and give up each tensor when it is used; also in a second backward."""
+    model, offload = torch.compile(nn.Sequential(Block(), Block()), backend="aot_eager"), make_offload()
+    for retain in (True, False):
+        with offload:
+            loss = model(torch.randn(64, 32)).sum()
+            send()
+        loss.backward(retain_graph=retain)
+        if retain:
+            loss.backward()
+    assert not inside.item_by_item(offload).kinds

@@ -1,9 +1,10 @@
 """What tests look at inside the package: every private name of it that several tests need stands here, once.
 
-Of an `ActivationOffload`: `store`, `counters`, `schedule`, `devices`, `names`, `index`, `thread` (of this thread),
-`pack` and `unpack` (a tensor, its handle), and what those have inside: `transport` (None while no engine is open),
-`source` (where the engine comes from), `reloads`, `drive`, `step` (the one under way), `replanner`. Of a store of
-parameters or optimizer state: `space`. Of an offloaded optimizer: `cpu_updates`. Of a parameter offload: `working_set`.
+Of an `ActivationOffload`: `store`, `counters`, `schedule`, `devices`, `names`, `item_by_item`, `index`, `thread` (of
+this thread), `pack` and `unpack` (a tensor, its handle), and what those have inside: `transport` (None while no engine
+is open), `source` (where the engine comes from), `reloads`, `drive`, `step` (the one under way), `replanner`. Of a
+store of parameters or optimizer state: `space`. Of an offloaded optimizer: `cpu_updates`. Of a parameter offload:
+`working_set`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ def schedule(offload: ActivationOffload) -> Any:
 
 def devices(offload: ActivationOffload) -> Any:
     return offload._devices
+
+
+def item_by_item(offload: ActivationOffload) -> Any:
+    return offload._item_by_item
 
 
 def names(offload: ActivationOffload) -> Any:
