@@ -105,8 +105,12 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """State by parameter, to be read and changed: what is looked at comes to memory, and leaves when nobody has it.
 
         Until the next step a chunk of it may stay.
+
+        Raises:
+            RuntimeError: `step_in_backward` has updated it, and `step()` is yet to come.
         """
         self._check_open()
+        self._progress.early.check_look()
         self._stepper.finish()
         return self._updates.live
 
@@ -273,7 +277,6 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             self._progress.begin_load()
             self._cpu_updates.abandon()
         self._updates.load(entries, groups, self._progress.begin_load)
-        self._gradients.forget_used(self._group_of)
         self._progress.finish_load()
         for post_hook in inner._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
+from ssdtrain.optimizer.gradients.early_updates import EarlyUpdates
 from ssdtrain.parameters.offload import offloads_of
 
 _MAX_AHEAD = 64  # parameters
@@ -43,6 +44,7 @@ class StepProgress:
         self.has_updated = False  # a parameter, ever
         self.updated: set[torch.Tensor] = set()  # in backward, since the last step
         self.arrived: dict[torch.Tensor, None] = {}  # with a gradient, in backward, not updated yet
+        self.early = EarlyUpdates()
         self._incomplete = ""  # what was interrupted
         self._is_aborted = False  # that step will never be complete
         self._backwards: set[int] = set()  # that began and are not over
@@ -104,6 +106,7 @@ class StepProgress:
     def begin_anew(self) -> None:
         """Forgets which parameters were updated and which gradients arrived."""
         self.updated, self.arrived, self._order, self._backwards = set(), {}, [], set()
+        self.early.forget()
         if self._num_arrivals is not None:
             self._num_arrivals = Counter()
 

@@ -55,7 +55,13 @@ class Stepper:
         self.progress.check_complete(self._store.checkpoint, may_go_on=may_go_on)
 
     def step(self) -> None:
-        """Updates all parameters that are due."""
+        """Updates all parameters that are due.
+
+        Raises:
+            RuntimeError: those that were updated in backward would be updated otherwise by now.
+        """
+        if self._policy.step_in_backward:
+            self.progress.early.check(self._updates.group_of, self._inner.param_groups, self._updates.name_of)
         with torch.no_grad(), record_function("ssdtrain::optimizer_step"), self.noting_errors():
             self._update_all()
             if not self._on_cpu.is_busy or not self._policy.delayed_update:
@@ -124,7 +130,9 @@ class Stepper:
             self._prefetch(following)
         if sum(map(nbytes_of, progress.arrived)) >= chunk_nbytes:
             with self.noting_errors():
-                self._update(progress.take_arrived())
+                arrived = progress.take_arrived()
+                self._update(arrived)
+            progress.early.note(arrived, self._updates.group_of, self._inner.param_groups)
 
     @contextlib.contextmanager
     def noting_errors(self) -> Iterator[None]:
