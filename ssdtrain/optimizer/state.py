@@ -15,6 +15,7 @@ from ssdtrain.devices.base import Device
 from ssdtrain.state_stats import StateCounters
 from ssdtrain.store.frames import has_gaps, nbytes_of, put_together, take_apart
 from ssdtrain.store.identity import ViewSpec, view_of, view_spec, whole, why_not
+from ssdtrain.store.mapped import Copies
 from ssdtrain.store.pending import PendingRead
 from ssdtrain.store.record import Record
 from ssdtrain.store.state_store import StateLostError, StateStore
@@ -46,6 +47,7 @@ class OffloadedState:
         self._store, self._counters, self._min_nbytes = store, counters, min_nbytes
         self._devices = store.devices()
         self._entries: dict[torch.Tensor, dict[str, _StateValue]] = {}
+        self._copies = Copies[_Leaf](lambda leaf: (leaf.record.segments, leaf.record.storage), lambda leaf: leaf.record.name)
         self.lent: dict[torch.Tensor, int] = {}  # parameters whose state somebody may be looking at, and its bytes
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -65,6 +67,7 @@ class OffloadedState:
 
     def prefetch(self, parameter: torch.Tensor, device: Device | None = None) -> int:
         """Begins to read a parameter's state, to where they came from or to another device; how many reads."""
+        self.take_over_copies()
         num_begun = 0
         for leaf in self._leaves(parameter):
             to = device or leaf.device
@@ -166,31 +169,53 @@ class OffloadedState:
     def lend(self, parameter: torch.Tensor, state: dict[str, Any]) -> None:
         """Puts a parameter's state in memory, where it stays while it is in `lent`, the only place it is then."""
         self.reload(parameter, state)
-        self.drop(parameter)
+        self._release(parameter)
         self.lent[parameter] = nbytes_of(state)
 
     def copies(self, parameter: torch.Tensor) -> dict[str, Any]:
         """A parameter's state on the drive, as copies in memory."""
         return self._read(parameter, lambda tensor, _: tensor.clone())
 
+    def take_over_copies(self) -> None:
+        """Takes over what was written to values of state dicts.
+
+        Raises:
+            RuntimeError: it cannot be, as the state has changed since they were taken.
+        """
+        self._copies.take_over(self._write_copy)
+
+    def _write_copy(self, leaf: _Leaf, value: torch.Tensor) -> None:
+        self._store.write(leaf.record, value.untyped_storage(), self._store.host, prefers_host=True)
+        leaf.pending = None  # of the old value
+
     def mapped(self, parameter: torch.Tensor) -> dict[str, Any]:
         """A parameter's state on the drive, in files that are mapped to memory, for state dicts."""
-        return self._read(parameter, self._store.mapped_copy)
+        return self._read(parameter, self._mapped_copy)
+
+    def _mapped_copy(self, tensor: torch.Tensor, leaf: _Leaf) -> torch.Tensor:
+        copy = self._store.mapped_copy(tensor, leaf.spec)
+        self._copies.note(copy, leaf)
+        return copy
 
     def _read(
-        self, parameter: torch.Tensor, copied: Callable[[torch.Tensor, ViewSpec], torch.Tensor]
+        self, parameter: torch.Tensor, copied: Callable[[torch.Tensor, _Leaf], torch.Tensor]
     ) -> dict[str, Any]:
+        self.take_over_copies()
         store, found = self._store, {}
         for key, entry in self._entries.get(parameter, {}).items():
             tensors = [
-                copied(view_of(store.wait(store.read(leaf.record, leaf.device)), leaf.spec), leaf.spec)
+                copied(view_of(store.wait(store.read(leaf.record, leaf.device)), leaf.spec), leaf)
                 for leaf in entry.leaves
             ]
             found[key] = put_together(entry.frame, tensors)
         return found
 
     def drop(self, parameter: torch.Tensor) -> None:
-        """Frees the space of a parameter's state."""
+        """Frees the space of a parameter's state, which is none any more."""
+        self._copies.forget(self._leaves(parameter))
+        self._release(parameter)
+
+    def _release(self, parameter: torch.Tensor) -> None:
         for key in list(self._entries.get(parameter, {})):
             self._discard(parameter, key)
         self._entries.pop(parameter, None)

@@ -62,6 +62,7 @@ class Stepper:
         """
         if self._policy.step_in_backward:
             self.progress.early.check(self._updates.group_of, self._inner.param_groups, self._updates.name_of)
+        self._updates.offloaded.take_over_copies()
         with torch.no_grad(), record_function("ssdtrain::optimizer_step"), self.noting_errors():
             self._update_all()
             if not self._on_cpu.is_busy or not self._policy.delayed_update:
@@ -119,6 +120,7 @@ class Stepper:
 
     def _begin_backward(self) -> None:
         self.reach.check()
+        self._updates.offloaded.take_over_copies()
         if self.progress.count_arrivals(has_reentrant_checkpoints):
             self._store.note("a checkpoint is reentrant: all gradients of the first step stay in memory until it")
 

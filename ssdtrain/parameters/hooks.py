@@ -329,6 +329,7 @@ class Hooks:
                     self._working_set.records.reload([r])
                     state[prefix + name] = self._mapped_copy(r.view(r.spec), r.spec)
                     self._working_set.release([r])
+                    self._working_set.records.copies.note(state[prefix + name], r)
         for r, version in self._saving.pop(module, []):
             if not r.is_shared:
                 r.version = version  # what the module took out of it to put into the dict was not changed

@@ -31,6 +31,7 @@ from ssdtrain.parameters.placeholder import (
 )
 from ssdtrain.state_stats import StateCounters
 from ssdtrain.store.identity import ViewSpec, spec_nbytes, view_of, view_spec, whole
+from ssdtrain.store.mapped import Copies
 from ssdtrain.store.pending import PendingRead
 from ssdtrain.store.record import Record
 from ssdtrain.store.state_store import StateStore
@@ -58,6 +59,7 @@ class ParameterRecord:
         self._reloaded_by: PendingRead | None = None  # the read that `storage` came from
         self._streams: set[int] = set()  # that are known to use it
         self.num_pins = 0  # it does not leave while somebody holds it
+        self.num_changes = 0  # that somebody said there were
         self.is_gathered = False  # others may have its memory
         self.owner: Owner | None = owner  # None: its owner is closed
         self.is_valid = not parameter.is_meta  # false: without bytes until a checkpoint is loaded
@@ -204,6 +206,7 @@ class ParameterRecords:
         """No parameter yet. `by_storage` finds those in memory by the address of their storage object."""
         self.store = store
         self.by_storage: dict[int, ParameterRecord] = {}
+        self.copies = Copies[ParameterRecord](lambda r: (r.parameter._version, r.num_changes), lambda r: r.name)
         self._counters = counters
 
     def prefetch(self, records: Iterable[ParameterRecord]) -> int:
@@ -228,6 +231,7 @@ class ParameterRecords:
             RuntimeError: one has never been given any.
         """
         records = list(records)
+        self.copies.take_over(self._write_copy)
         for r in records:
             if r.is_replaced:
                 self._adopt_replaced(r)
@@ -272,6 +276,15 @@ class ParameterRecords:
         """Says that they were changed, perhaps behind the version counter."""
         for r in records:
             r.version = -1
+            r.num_changes += 1
+
+    def _write_copy(self, r: ParameterRecord, value: torch.Tensor) -> None:
+        """Gives one the value that was written to a copy of it, where it is."""
+        if not r.is_valid or self.replace(r, value):
+            return
+        with plainly(), torch.no_grad():
+            r.view(r.spec).copy_(value)
+        torch.autograd.graph.increment_version(r.parameter)
 
     def assign(self, r: ParameterRecord, data: torch.Tensor) -> None:
         """`parameter.data = data`.
@@ -299,6 +312,7 @@ class ParameterRecords:
         Raises:
             RuntimeError: it has never been given any bytes.
         """
+        self.copies.take_over(self._write_copy)
         pending = None
         if r.storage is None and r.is_valid and not r.is_replaced:
             pending = self.store.read(r.record, self.store.host)
@@ -324,6 +338,7 @@ class ParameterRecords:
 
     def write(self, records: Iterable[ParameterRecord]) -> None:
         """Writes what has changed; it stays in memory, and may not change before it is copied."""
+        self.copies.take_over(self._write_copy)
         for r in records:
             if r.is_replaced:
                 self._adopt_replaced(r)

@@ -1,6 +1,14 @@
 """Tensors in a file without a name: a state dict larger than memory, whose pages the kernel writes out and drops.
 
 Knows shapes and directories, nothing of parameters or optimizers.
+
+[Note: writes to copies]
+In PyTorch the values of a state dict are the state itself: `for value in ema.state_dict().values(): value.mul_(0.9)`
+changes the module. Ours are copies. Each shares its version counter with an empty tensor that is kept here, so that a
+write to it, or to a view of it, is noticed also when it has been dropped since; its memory is kept as long as it lives,
+and after that only if it was written to. Whoever needs the state next takes over what was written. A copy of what has
+changed since cannot be taken over: that is an error. What is written past the version counter (through `.data` or
+NumPy) is not noticed.
 """
 
 from __future__ import annotations
@@ -9,18 +17,23 @@ import ctypes
 import errno
 import mmap
 import os
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from ssdtrain.io.files.unlinked import open_unlinked
 from ssdtrain.io.timed_calls import run
 from ssdtrain.stats import nbytes_text
-from ssdtrain.store.identity import ViewSpec, spec_nbytes
+from ssdtrain.store.identity import ViewSpec, spec_nbytes, version_probe, view_of, view_spec
 
 _MS_SYNC = 4
 _SYNC_NBYTES = 64 << 20  # what a drive that answers writes within any time limit
+
+Owner = TypeVar("Owner")
 
 
 def mapped_copy(
@@ -79,3 +92,65 @@ def _write_out(start: int, nbytes: int, storage: torch.UntypedStorage) -> None:
         number = ctypes.get_errno()
         raise OSError(number, f"Expected to write a state dict out, got {os.strerror(number)}")
     libc.madvise(address, length, mmap.MADV_DONTNEED)
+
+
+@dataclass(eq=False)
+class _Copy(Generic[Owner]):
+    owner: Owner
+    stamp: object  # of its owner's bytes when it was made
+    storage: torch.UntypedStorage
+    spec: ViewSpec
+    probe: torch.Tensor
+    version: int
+    value: weakref.ref[torch.Tensor] | None = None
+
+
+class Copies(Generic[Owner]):
+    """Copies of state that somebody may have: see [Note: writes to copies]."""
+
+    def __init__(self, stamp_of: Callable[[Owner], object], name_of: Callable[[Owner], str]) -> None:
+        """There is none. `stamp_of` gives another value when the owner's bytes have changed."""
+        self._stamp_of, self._name_of = stamp_of, name_of
+        self._copies: dict[int, _Copy[Owner]] = {}
+
+    def note(self, value: torch.Tensor, owner: Owner) -> None:
+        """`value` is a copy of what `owner` has now."""
+        probe = version_probe(value)
+        copy = _Copy(owner, self._stamp_of(owner), value.untyped_storage(), view_spec(value), probe, probe._version)
+        key, copies = id(copy), self._copies
+
+        def drop(_: object, probe: torch.Tensor = probe, version: int = probe._version) -> None:
+            if probe._version == version:  # else somebody has to learn of it
+                copies.pop(key, None)
+
+        copy.value = weakref.ref(value, drop)
+        copies[key] = copy
+
+    def forget(self, owners: Iterable[Owner]) -> None:
+        """Copies of what these have had until now are nobody's."""
+        gone = {id(owner) for owner in owners} if self._copies else set()
+        for key, copy in list(self._copies.items()):
+            if id(copy.owner) in gone:
+                self._copies.pop(key, None)
+
+    def take_over(self, write: Callable[[Owner, torch.Tensor], None]) -> None:
+        """Has `write(owner, value)` write what was written to copies; the value is its own.
+
+        Raises:
+            RuntimeError: a copy was written to whose owner has changed since it was made.
+        """
+        for key, copy in list(self._copies.items()) if self._copies else ():
+            version = copy.probe._version
+            if version == copy.version:
+                continue
+            copy.version = version
+            if copy.value is None or copy.value() is None:
+                self._copies.pop(key, None)
+            if self._stamp_of(copy.owner) != copy.stamp:
+                raise RuntimeError(
+                    f"Expected no write to values of a state dict that was taken before the last change, got one to "
+                    f"that of {self._name_of(copy.owner)}: it is a copy, which cannot be taken over any more. Take a new "
+                    "state_dict() before writing to it, or write to a clone"
+                )
+            write(copy.owner, view_of(copy.storage, copy.spec).clone())
+            copy.stamp = self._stamp_of(copy.owner)
