@@ -47,7 +47,9 @@ class OffloadedState:
         self._store, self._counters, self._min_nbytes = store, counters, min_nbytes
         self._devices = store.devices()
         self._entries: dict[torch.Tensor, dict[str, _StateValue]] = {}
-        self._copies = Copies[_Leaf](lambda leaf: (leaf.record.segments, leaf.record.storage), lambda leaf: leaf.record.name)
+        self._copies = Copies[_Leaf](
+            lambda leaf: (leaf.record.segments, leaf.record.storage), lambda leaf: leaf.record.name
+        )
         self.lent: dict[torch.Tensor, int] = {}  # parameters whose state somebody may be looking at, and its bytes
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -197,9 +199,7 @@ class OffloadedState:
         self._copies.note(copy, leaf)
         return copy
 
-    def _read(
-        self, parameter: torch.Tensor, copied: Callable[[torch.Tensor, _Leaf], torch.Tensor]
-    ) -> dict[str, Any]:
+    def _read(self, parameter: torch.Tensor, copied: Callable[[torch.Tensor, _Leaf], torch.Tensor]) -> dict[str, Any]:
         self.take_over_copies()
         store, found = self._store, {}
         for key, entry in self._entries.get(parameter, {}).items():

@@ -71,7 +71,9 @@ class EarlyUpdates:
             return
         if not is_used:
             what = "another one in its place" if parameter.grad is not None else "none"
-            raise RuntimeError(f"Expected the gradient of {name_of(parameter)} to stay until step(), got {what}: {_HINT}")
+            raise RuntimeError(
+                f"Expected the gradient of {name_of(parameter)} to stay until step(), got {what}: {_HINT}"
+            )
         if parameter._version != version:
             raise RuntimeError(f"Expected {name_of(parameter)} to stay as it is until step(), got a write: {_HINT}")
 
