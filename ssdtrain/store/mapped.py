@@ -149,8 +149,8 @@ class Copies(Generic[Owner]):
             if self._stamp_of(copy.owner) != copy.stamp:
                 raise RuntimeError(
                     f"Expected no write to values of a state dict that was taken before the last change, got one to "
-                    f"that of {self._name_of(copy.owner)}: it is a copy, which cannot be taken over any more. Take a new "
-                    "state_dict() before writing to it, or write to a clone"
+                    f"that of {self._name_of(copy.owner)}: it is a copy, which cannot be taken over any more. Take a "
+                    "new state_dict() before writing to it, or write to a clone"
                 )
             write(copy.owner, view_of(copy.storage, copy.spec).clone())
             copy.stamp = self._stamp_of(copy.owner)

@@ -115,11 +115,11 @@ def test_a_write_to_an_older_state_dict_is_refused(tmp_path: Path) -> None:
     weights, moments = model.state_dict(), optimizer.state_dict()
     train(model, optimizer, 1)
     weights["blocks.0.up.weight"].zero_()
-    with pytest.raises(RuntimeError, match="that of blocks.0.up.weight: it is a copy"):
+    with pytest.raises(RuntimeError, match=r"that of blocks.0.up.weight: it is a copy"):
         train(model, optimizer, 1)
     train(model, optimizer, 1)
     first_moments(moments)[0].zero_()
-    with pytest.raises(RuntimeError, match="that of exp_avg of .*: it is a copy"):
+    with pytest.raises(RuntimeError, match=r"that of exp_avg of .*: it is a copy"):
         train(model, optimizer, 1)
     optimizer.close()  # type: ignore[attr-defined]
 

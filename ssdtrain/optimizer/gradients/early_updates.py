@@ -65,8 +65,8 @@ class EarlyUpdates:
         if version is None:
             if is_used:
                 raise RuntimeError(
-                    f"Expected a backward before step() with step_in_backward, got the gradient of {name_of(parameter)}, which an "
-                    "earlier step has used and freed: call optimizer.zero_grad() after each step()"
+                    f"Expected a backward before step() with step_in_backward, got that of {name_of(parameter)}, "
+                    "whose gradient an earlier step has used and freed: call optimizer.zero_grad() after each step()"
                 )
             return
         if not is_used:
