@@ -439,7 +439,9 @@ def test_waits_before_a_plan_are_not_held_against_it(make_offload: MakeOffload, 
         waited = Measured(1, prepared.step.seconds, 0.9 * prepared.step.seconds, None, is_accelerated=True)
         replanner.review(prepared.step, waited, inside.store(offload).totals())
         assert replanner._caution >= caution
-        replanner.review(prepared.step, replace(waited, followed=prepared.plan), inside.store(offload).totals())
+        plan = replanner.latest.plan  # another one, where the drive's speed has changed
+        waited = replace(waited, followed=plan, stall_seconds=waited.stall_seconds + plan.stall_seconds)
+        replanner.review(prepared.step, waited, inside.store(offload).totals())
         assert replanner._caution < caution
 
 
