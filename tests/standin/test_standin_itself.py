@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from standin_tools import gates
+from torch.utils.checkpoint import checkpoint
 
 
 def test_streams_run_beside_each_other_and_events_order_them(gates: Any) -> None:
@@ -98,3 +100,61 @@ def test_dropout_draws_from_the_state_that_is_set() -> None:
     again.sum().backward()
     assert torch.equal(x.grad, again.detach())
     assert 0.15 < (again == 0).float().mean().item() < 0.35
+
+
+LAYERS: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
+    "attention": (lambda: SelfAttention(16, 4, batch_first=True), (2, 5, 16)),
+    "encoder": (lambda: torch.nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0), (5, 2, 16)),
+    "convolution": (lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)), (2, 3, 8, 8)),
+}
+
+
+class SelfAttention(torch.nn.MultiheadAttention):
+    """Of a sequence with itself."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        result: torch.Tensor = super().forward(x, x, x)[0]
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_are_those_of_the_cpu(name: str, dtype: torch.dtype) -> None:
+    make_layer, shape = LAYERS[name]
+    torch.manual_seed(0)
+    there, x = make_layer().to(dtype), torch.randn(shape).to(dtype)
+    here = make_layer().cuda().to(dtype)
+    here.load_state_dict(there.state_dict())
+    ours, theirs = here(x.cuda()), there(x)
+    tolerance = {"rtol": 0.1, "atol": 0.1} if dtype is torch.bfloat16 else {}
+    torch.testing.assert_close(ours.cpu(), theirs, **tolerance)
+    ours.float().square().mean().backward(), theirs.float().square().mean().backward()
+    for left, right in zip(here.parameters(), there.parameters(), strict=True):
+        torch.testing.assert_close(left.grad.cpu(), right.grad, **tolerance)
+
+
+def test_bags_and_connectionist_loss_are_those_of_the_cpu() -> None:
+    torch.manual_seed(0)
+    numbers, table = torch.randint(0, 10, (3, 4)), torch.randn(10, 5, requires_grad=True)
+    targets, lengths = torch.randint(1, 5, (3, 2)), (torch.tensor([3, 3, 3]), torch.tensor([2, 2, 2]))
+    grads = []
+    for device in ("cpu", "cuda"):
+        weight = table.detach().to(device).requires_grad_()
+        bags = F.embedding_bag(numbers.to(device), weight)
+        steps = torch.stack([bags, bags * 2, bags * 3]).log_softmax(-1)
+        F.ctc_loss(steps, targets.to(device), *lengths).backward()
+        grads.append(weight.grad.cpu())
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("is_reentrant", [True, False])
+def test_a_checkpoint_draws_what_its_forward_drew(is_reentrant: bool) -> None:
+    layer = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Dropout(0.5), torch.nn.GELU()).cuda()
+    grads = []
+    for recomputes in (False, True):
+        torch.manual_seed(3)
+        x = torch.linspace(-1, 1, 64 * 64, device="cuda").view(64, 64).requires_grad_()
+        y = checkpoint(layer, x, use_reentrant=is_reentrant) if recomputes else layer(x)
+        y.square().sum().backward()
+        grads.append(x.grad.cpu())
+    assert torch.equal(*grads)

@@ -21,6 +21,9 @@ from standin_gpu.views import CPU, host, on_host, on_meta
 KEPT = {"empty", "empty_strided", "set_", "resize_", "record_stream", "_local_scalar_dense", "is_set_to", "is_pinned"}
 KEPT |= {"_pin_memory", "_resize_output_", "_copy_from"}
 
+# Whose results have other shapes on the CPU than on the meta device.
+AT_ONCE = {"aten::_embedding_bag", "aten::_embedding_bag_forward_only"}
+
 
 def install_kernels(library: torch.library.Library) -> None:
     """Overrides all of them."""
@@ -76,6 +79,8 @@ class Kernel:
 
     def _make(self, flat: list[Any], spec: TreeSpec, device: torch.device, stream: int) -> Any:
         """New tensors."""
+        if self.__name__ in AT_ONCE:
+            return self._make_now(flat, spec, device, stream)
         try:
             args, kwargs = tree_unflatten([on_meta(x) for x in flat], spec)
             shapes = self.compute(*args, **kwargs)

@@ -150,6 +150,15 @@ def _layer_norm_backward(grad: Any, x: Any, shape: Any, mean: Any, rstd: Any, we
     return aten.native_layer_norm_backward(grad, x, shape, mean, rstd, weight, bias, mask)
 
 
+@_own("native_batch_norm_backward")
+def _batch_norm_backward(
+    grad: Any, x: Any, weight: Any, mean: Any, var: Any, saved: Any, inverse: Any, *rest: Any
+) -> Any:
+    """As above, but for the dtype, which is the weight's."""
+    saved, inverse = (s if s is None or weight is None else s.to(weight.dtype) for s in (saved, inverse))
+    return aten.native_batch_norm_backward(grad, x, weight, mean, var, saved, inverse, *rest)
+
+
 @_own("_fused_rms_norm_backward")
 def _rms_norm_backward(
     grad: torch.Tensor,
@@ -167,3 +176,14 @@ def _rms_norm_backward(
     grad_weight = (grad.float() * normal).sum(rest) if rest else grad.float() * normal
     of_weight = grad_weight.to(weight.dtype) if weight is not None and output_mask[1] else None
     return grad_x.to(x.dtype) if output_mask[0] else None, of_weight
+
+
+# -- losses ----------------------------------------------------------------------------------------------------------
+
+
+@_own("_use_cudnn_ctc_loss")
+@_own("_use_cudnn_ctc_loss.Tensor")
+@_own("_use_miopen_ctc_loss")
+@_own("_use_miopen_ctc_loss.Tensor")
+def _use_another_ctc_loss(*args: Any) -> bool:
+    return False
