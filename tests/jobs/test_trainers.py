@@ -32,7 +32,7 @@ CASES = {
     ("lightning", 1): """everything saved_and_resumed raised_anywhere step_in_backward refused_on_every_rank
         fabric recipe""".split(),
     ("lightning", 2): "everything saved_and_resumed refused_on_every_rank".split(),
-    ("trl", 1): ["trl_sft_with_lora"],
+    ("trl", 1): ["trl_sft_with_lora", "trl_own_switch"],
     ("trl", 2): ["trl_sft_with_lora"],
 }
 MODULES = {"trl": "hf"}  # that have the cases of another one

@@ -335,31 +335,57 @@ def stand_in(name: str, **attributes: Any) -> None:
     )
 
 
-def trl_sft_with_lora(folder: Path) -> None:
-    """TRL's own trainer; its own offloading is refused."""
+def sft(folder: Path, *callbacks: Any, **more: Any) -> Any:
+    """What TRL's own trainer comes to, with LoRA."""
     from datasets import Dataset
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
-    def train(*callbacks: Any, **more: Any) -> Any:
-        torch.manual_seed(0)
-        config = SFTConfig(
-            output_dir=str(folder), use_cpu=True, max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2,
-            gradient_accumulation_steps=2, logging_steps=1, report_to=[], disable_tqdm=True, save_strategy="no",
-            bf16=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, **more,
-        )  # fmt: skip
-        rows = Dataset.from_dict({"input_ids": Texts().tokens.tolist(), "labels": Texts().tokens.tolist()})
-        own = SFTTrainer(
-            llama(), config, train_dataset=rows, processing_class=tokenizer(),
-            peft_config=LoraConfig(r=4, target_modules=["q_proj", "up_proj"]), callbacks=list(callbacks),
-        )  # fmt: skip
-        own.train()
-        return outcome(own)
+    torch.manual_seed(0)
+    config = SFTConfig(
+        output_dir=str(folder), use_cpu=True, max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2,
+        gradient_accumulation_steps=2, logging_steps=1, report_to=[], disable_tqdm=True, save_strategy="no",
+        bf16=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, **more,
+    )  # fmt: skip
+    rows = Dataset.from_dict({"input_ids": Texts().tokens.tolist(), "labels": Texts().tokens.tolist()})
+    own = SFTTrainer(
+        llama(), config, train_dataset=rows, processing_class=tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "up_proj"]), callbacks=list(callbacks),
+    )  # fmt: skip
+    own.train()
+    return outcome(own)
 
+
+def trl_sft_with_lora(folder: Path) -> None:
+    """Its own offloading is refused."""
     small = {"min_nbytes": 0, "chunk_nbytes": "1KiB"}
     callback = Offload(own_directory(folder), **(EVERYTHING | {"optimizer": small}))
-    assert_equal(train(), train(callback), "trained")
+    assert_equal(sft(folder), sft(folder, callback), "trained")
     assert_travelled(callback.session)
+
+
+def trl_own_switch(folder: Path) -> None:
+    """TRL's `activation_offloading=True` with our class in the place of its own."""
+    from trl.models import activation_offloading as theirs
+
+    from ssdtrain.api.peers import OffloadActivations
+
+    made: list[OffloadActivations] = []
+
+    def make(**options: Any) -> OffloadActivations:
+        policy = {name: ACTIVATIONS[name] for name in ("staging_nbytes", "prefetch_nbytes")}
+        made.append(OffloadActivations(directory=own_directory(folder), policy=policy, **options))
+        return made[-1]
+
+    expected, own = sft(folder), theirs.OffloadActivations
+    theirs.OffloadActivations = make
+    try:
+        assert_equal(expected, sft(folder, activation_offloading=True), "trained")
+    finally:
+        theirs.OffloadActivations = own
+    (offload,) = made
+    assert offload.stats.num_offloaded > 0, offload.stats
+    offload.close()
 
 
 def tokenizer() -> Any:
