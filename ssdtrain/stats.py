@@ -1,12 +1,12 @@
 """Counters of one offload context and the readable snapshot users print.
 
-`Counters` is written by the hooks and the store; `Stats` is a frozen copy. Sizes are bytes, times seconds. Nothing here
-knows where the numbers come from.
+`Counters` is written by the hooks and the store; `Stats` is a frozen copy. Sizes are bytes, times seconds.
 """
 
 from __future__ import annotations
 
 import copy
+import html
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -112,6 +112,10 @@ class Counters:
         self.ahead_seconds = 0.0
         self.num_live_records = 0
         self.live_nbytes = 0  # gauge: their bytes, wherever they are
+        self.staging_nbytes = 0  # gauge: slabs that were ever in use, which stay in memory
+        self.without_nbytes = self.peak_memory_nbytes = self.peak_memory_step = self.peak_process_nbytes = 0
+        self.peak_allocated_nbytes = self.peak_reserved_nbytes = self.num_steps = 0
+        self.step_memory_nbytes = self.last_memory_nbytes = 0  # of the step that runs, and of the last one
         self.held_nbytes = 0  # gauge: bytes of saved tensors in memory now, staging excluded
         self.prefetched_nbytes = 0  # gauge: bytes reloaded, or being reloaded, and not asked for yet
         self.staging_limit_nbytes = self.prefetch_limit_nbytes = self.host_limit_nbytes = 0
@@ -158,14 +162,20 @@ class Counters:
 
     def fall_back(self, text: str) -> bool:
         """Notes once why something did not go the best way; whether it is news."""
-        is_news = text not in self.fallbacks
+        is_news = bool(text) and text not in self.fallbacks
         if is_news:
             self.fallbacks.append(text)
         return is_news
 
-    def hold(self, nbytes: int, staging_nbytes: int = 0) -> None:
-        """Moves the gauge of held bytes and its peak; `staging_nbytes` is what the slabs hold at this moment."""
+    def hold(self, nbytes: int, staging_nbytes: int = 0, idle_nbytes: int = 0) -> None:
+        """Moves the gauge of held bytes and its peaks; slabs hold `staging_nbytes` now, later reloads `idle_nbytes`."""
         self.held_nbytes += nbytes
+        self.staging_nbytes = max(self.staging_nbytes, staging_nbytes)
+        memory = self.held_nbytes + self.staging_nbytes + idle_nbytes
+        if memory > self.peak_memory_nbytes:
+            self.peak_memory_nbytes, self.peak_memory_step = memory, self.num_steps + 1
+        self.step_memory_nbytes = max(self.step_memory_nbytes, memory)
+        staging_nbytes += idle_nbytes
         if self.held_nbytes > self.step_device_peak_nbytes:
             self.step_device_peak_nbytes = self.held_nbytes
             self.peak_device_nbytes = max(self.peak_device_nbytes, self.held_nbytes)
@@ -176,6 +186,23 @@ class Counters:
     def begin_step(self) -> None:
         """Looks for the peak of another step."""
         self.step_peak_nbytes = self.step_device_peak_nbytes = self.held_nbytes
+        self.num_steps += 1
+        self.last_memory_nbytes, self.step_memory_nbytes = self.step_memory_nbytes, 0
+
+    def save(self, nbytes: int) -> None:
+        """A record more is alive."""
+        self.num_live_records += 1
+        self.live_nbytes += nbytes
+        self._note_without()
+
+    def stay(self, nbytes: int) -> None:
+        """Bytes more are in memory that no record stands for."""
+        self.hold(nbytes)
+        self.resident_nbytes += nbytes
+        self._note_without()
+
+    def _note_without(self) -> None:
+        self.without_nbytes = max(self.without_nbytes, self.live_nbytes + self.resident_nbytes)
 
     def compute_seconds(self) -> float:
         """A clock that stands still while training waits for a drive."""
@@ -255,6 +282,20 @@ class Stats:
     """An accelerator's latest step that was timed, by its own clock."""
     device_wait_seconds: float = 0.0
     """Time in which it waited there for bytes on their way back."""
+    peak_memory_nbytes: int = 0
+    """The peak over the run: saved tensors in memory, staging that was ever in use (an accelerator's: of the host) and
+    memory kept for later reloads."""
+    peak_memory_step: int = 0  # in which that was, counted from 1
+    last_memory_nbytes: int = 0  # the same in the last step that is over
+    held_nbytes: int = 0  # in memory now
+    num_steps: int = 0  # that are over
+    without_nbytes: int = 0
+    """An estimate of the peak of saved tensors without ssdtrain: most bytes of them alive at once."""
+    peak_process_nbytes: int = 0
+    """Most resident memory of this process since it began, as the system reports."""
+    peak_allocated_nbytes: int = 0
+    """What PyTorch reports of the current CUDA device, `max_memory_allocated`; 0 without one."""
+    peak_reserved_nbytes: int = 0  # and `max_memory_reserved`
     staging_limit_nbytes: int = 0
     """Bound on bytes on their way out: the policy's, or more where records of an accelerator are large,"""
     prefetch_limit_nbytes: int = 0
@@ -290,45 +331,17 @@ class Stats:
         skipped = {reason: vars(entry).copy() for reason, entry in self.skipped.items()}
         return vars(self) | {"skipped": skipped, "stalls": dict(self.stalls), "fallbacks": list(self.fallbacks)}
 
-    def _host_lines(self) -> list[str]:
-        if not self.peak_host_nbytes:
-            return []
+    def _now_lines(self) -> list[str]:
         return [
-            f"  host tier took {nbytes_text(self.hosted_nbytes)}, gave {nbytes_text(self.host_read_nbytes)} back;"
-            f" peak {nbytes_text(self.peak_host_nbytes)}"
-        ]
-
-    def _shared_lines(self) -> list[str]:
-        if not self.shared_written_nbytes and not self.shared_read_nbytes:
-            return []
-        return [
-            f"            and for parameters and optimizer state wrote {nbytes_text(self.shared_written_nbytes)},"
-            f" read {nbytes_text(self.shared_read_nbytes)}"
-        ]
-
-    def __str__(self) -> str:
-        """One screen: what it did, what it cost, what it left alone."""
-        lines = [
-            f"ssdtrain: {nbytes_text(self.offloaded_nbytes)} of {self.num_offloaded} records offloaded"
-            f" ({self.num_saved} tensors saved, {nbytes_text(self.deduplicated_nbytes)} of them shared)",
-            f"  memory    saved tensors peaked at {nbytes_text(self.peak_saved_nbytes)},"
-            f" {nbytes_text(self.peak_device_nbytes)} of them on the device;"
-            f" staging {nbytes_text(self.peak_staging_nbytes)}, spill space {nbytes_text(self.peak_disk_nbytes)}",
-            f"  bounds    {nbytes_text(self.staging_limit_nbytes)} on their way out,"
+            f"  now       saved tensors in memory {nbytes_text(self.held_nbytes)}; bounds"
+            f" {nbytes_text(self.staging_limit_nbytes)} on their way out,"
             f" {nbytes_text(self.prefetch_limit_nbytes)} on their way back",
-            f"  drive     wrote {rate_text(self.written_nbytes, self.write_busy_seconds)},"
-            f" read {rate_text(self.read_nbytes, self.read_busy_seconds)}"
-            f"; {nbytes_text(self.forwarded_nbytes)} forwarded,"
-            f" {nbytes_text(self.cancelled_write_nbytes)} of writes cancelled",
-            *self._shared_lines(),
-            *self._host_lines(),
-            f"  cost      {self.stall_seconds:.3f} s stalled"
-            + "".join(f", {tier} {seconds:.3f} s" for tier, seconds in self.stalls.items())
-            + f"; {self.num_prefetched} reloads prefetched, {self.num_demand_reloads} on demand",
             f"  engine    {self.engine or 'not opened'}{': ' + self.engine_reason if self.engine_reason else ''}",
+            *([f"  plan      {self.plan}"] if self.plan else []),
         ]
-        if self.plan:
-            lines.append(f"  plan      {self.plan}")
+
+    def _last_step_lines(self) -> list[str]:
+        lines = [f"  last step peak {nbytes_text(self.last_memory_nbytes)}"] if self.num_steps else []
         if self.measured_step_seconds:
             lines.append(
                 f"  step      peak {nbytes_text(self.predicted_peak_nbytes)} predicted,"
@@ -340,8 +353,54 @@ class Stats:
                 f"  device    {self.device_step_seconds:.3f} s in the latest step that was timed,"
                 f" {self.device_wait_seconds:.3f} s of it waiting for bytes on their way back"
             )
+        return lines
+
+    def _peak_lines(self) -> list[str]:
+        allocated, reserved = nbytes_text(self.peak_allocated_nbytes), nbytes_text(self.peak_reserved_nbytes)
+        device = f"; the device had {allocated} allocated, {reserved} reserved" if self.peak_reserved_nbytes else ""
+        return [
+            f"  the run   peak {nbytes_text(self.peak_memory_nbytes)} of saved tensors and our buffers, in step"
+            f" {max(1, self.peak_memory_step)}; {nbytes_text(self.without_nbytes)} without ssdtrain (estimated)",
+            f"            saved tensors alone {nbytes_text(self.peak_device_nbytes)},"
+            f" staging {nbytes_text(self.peak_staging_nbytes)}, spill space {nbytes_text(self.peak_disk_nbytes)};"
+            f" the process took {nbytes_text(self.peak_process_nbytes)} at most{device}",
+        ]
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+    def _other_lines(self) -> list[str]:
+        shared = (
+            f"            and for parameters and optimizer state wrote {nbytes_text(self.shared_written_nbytes)},"
+            f" read {nbytes_text(self.shared_read_nbytes)}"
+        )
+        host = (
+            f"  host tier took {nbytes_text(self.hosted_nbytes)}, gave {nbytes_text(self.host_read_nbytes)} back;"
+            f" peak {nbytes_text(self.peak_host_nbytes)}"
+        )
+        has_shared = self.shared_written_nbytes or self.shared_read_nbytes
+        return [shared] * bool(has_shared) + [host] * bool(self.peak_host_nbytes)
+
+    def __str__(self) -> str:
+        """One screen: what is now, what the last step took, and what the whole run did, cost and left alone."""
+        lines = [
+            f"ssdtrain: {nbytes_text(self.offloaded_nbytes)} of {self.num_offloaded} records offloaded"
+            f" ({self.num_saved} tensors saved, {nbytes_text(self.deduplicated_nbytes)} of them shared)",
+            *self._now_lines(),
+            *self._last_step_lines(),
+            *self._peak_lines(),
+            f"  drive     wrote {rate_text(self.written_nbytes, self.write_busy_seconds)},"
+            f" read {rate_text(self.read_nbytes, self.read_busy_seconds)}"
+            f"; {nbytes_text(self.forwarded_nbytes)} forwarded,"
+            f" {nbytes_text(self.cancelled_write_nbytes)} of writes cancelled",
+            *self._other_lines(),
+            f"  cost      {self.stall_seconds:.3f} s stalled"
+            + "".join(f", {tier} {seconds:.3f} s" for tier, seconds in self.stalls.items())
+            + f"; {self.num_prefetched} reloads prefetched, {self.num_demand_reloads} on demand",
+        ]
         for reason, skipped in sorted(self.skipped.items(), key=lambda item: -item[1].nbytes):
-            lines.append(f"  in memory {skipped.count} x {reason} ({nbytes_text(skipped.nbytes)})")
+            lines.append(f"  left      {skipped.count} x {reason} ({nbytes_text(skipped.nbytes)}), over the run")
         lines += [f"  fallback  {text}" for text in self.fallbacks]
         return "\n".join(lines)
 
@@ -353,20 +412,6 @@ def nbytes_text(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1024
     return f"{nbytes:.2f} GiB"
-
-
-def progress_line(last: Stats, now: Stats) -> str:
-    """What happened between two snapshots, and the peaks so far, in one line."""
-
-    def since(name: str) -> str:
-        return nbytes_text(getattr(now, name) - getattr(last, name))
-
-    return (
-        f"{since('offloaded_nbytes')} offloaded, {since('written_nbytes')} written, {since('read_nbytes')} read,"
-        f" {since('kept_nbytes')} kept, {now.stall_seconds - last.stall_seconds:.3f} s stalled; peaks:"
-        f" {nbytes_text(now.peak_saved_nbytes)} of saved tensors in memory, {nbytes_text(now.peak_disk_nbytes)} on"
-        f" disk; {len(now.fallbacks)} fallbacks"
-    )
 
 
 def rate_text(nbytes: int, seconds: float) -> str:

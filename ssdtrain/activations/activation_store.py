@@ -25,6 +25,7 @@ from ssdtrain.activations.storage_index import Index
 from ssdtrain.activations.writeback import Batch, Writeback, may_leave
 from ssdtrain.devices.base import Device
 from ssdtrain.devices.registry import Devices
+from ssdtrain.devices.reported import note_reported
 from ssdtrain.scheduling.limits import Limits
 from ssdtrain.stats import Counters
 from ssdtrain.store.poison import PoisonableLock
@@ -134,6 +135,7 @@ class ActivationStore:
             self.reloads.drop_expired()
             totals = self.counters.copy()
             self.source.add_totals(totals)
+            note_reported(totals)
         self.process_releases()
         return totals
 
@@ -208,8 +210,7 @@ class ActivationStore:
         if record.index == 0:  # a forward begins: no reload is near
             self.devices.trim()
         self.index.add(record)
-        self.counters.num_live_records += 1
-        self.counters.live_nbytes += record.nbytes
+        self.counters.save(record.nbytes)
         store = self.source.store
         self.counters.hold(record.nbytes, store.engine.staging_in_use_nbytes if store is not None else 0)
         if self._limits.note_saved(record, store.drive if store is not None else None):

@@ -137,8 +137,7 @@ class SavedTensorHooks:
         counters = self._counters
         counters.skip(reason, nbytes)
         nbytes = 0 if reason == _OUTLIVES else nbytes  # in memory anyway
-        counters.hold(nbytes)
-        counters.resident_nbytes += nbytes
+        counters.stay(nbytes)
         return Resident(tensor, nbytes, counters)
 
     def _stay_weight(self, tensor: torch.Tensor, nbytes: int) -> Resident:

@@ -176,7 +176,7 @@ class Reloads:
         record.pending_read, record.stream = pending, pending.stream
         self._under_way[record] = None
         record.move(Residency.RELOADING)
-        self._counters.hold(record.nbytes, store.engine.staging_in_use_nbytes + device.idle_nbytes())
+        self._counters.hold(record.nbytes, store.engine.staging_in_use_nbytes, device.idle_nbytes())
 
     def _finish(self, record: SavedRecord) -> torch.UntypedStorage | None:
         """The bytes that came. None when they did not, but nobody had waited for them yet: a demand tries again."""

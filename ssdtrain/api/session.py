@@ -37,8 +37,9 @@ from ssdtrain.optimizer.optimizer import OffloadedOptimizer
 from ssdtrain.parameters.offload import ParameterOffload
 from ssdtrain.policy import ActivationPolicy, OptimizerPolicy, ParameterPolicy
 from ssdtrain.state_stats import StateStats
-from ssdtrain.stats import Stats, progress_line
+from ssdtrain.stats import Stats
 from ssdtrain.store.saved_tensors import hooks_may_be_entered
+from ssdtrain.tracing.finished_step import progress_line
 
 Feature = bool | Mapping[str, Any]
 

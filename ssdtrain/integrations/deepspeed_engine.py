@@ -26,8 +26,9 @@ from deepspeed import PipelineEngine
 from deepspeed.utils import log_dist
 
 from ssdtrain.activations.offload import ActivationOffload
-from ssdtrain.stats import Stats, progress_line
+from ssdtrain.stats import Stats
 from ssdtrain.store.saved_tensors import hooks_may_be_entered, innermost_hooks
+from ssdtrain.tracing.finished_step import progress_line
 
 Method = Callable[..., Any]
 

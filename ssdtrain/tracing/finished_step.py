@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from ssdtrain.stats import Counters, Stats, progress_line
+from ssdtrain.stats import Counters, Stats, nbytes_text
 
 if TYPE_CHECKING:
     from ssdtrain.planner import Plan, Step
@@ -85,3 +85,17 @@ class CallbackObserver:
             self._callback = None
             return f"a step callback raised {type(error).__name__} and is not called any more: {error}"
         return ""
+
+
+def progress_line(last: Stats, now: Stats) -> str:
+    """What happened between two snapshots, and the peaks so far, in one line."""
+
+    def since(name: str) -> str:
+        return nbytes_text(getattr(now, name) - getattr(last, name))
+
+    return (
+        f"{since('offloaded_nbytes')} offloaded, {since('written_nbytes')} written, {since('read_nbytes')} read,"
+        f" {since('kept_nbytes')} kept, {now.stall_seconds - last.stall_seconds:.3f} s stalled; peaks:"
+        f" {nbytes_text(now.peak_saved_nbytes)} of saved tensors in memory, {nbytes_text(now.peak_disk_nbytes)} on"
+        f" disk; {len(now.fallbacks)} fallbacks"
+    )

@@ -84,3 +84,28 @@ def test_casts_of_weights_by_hand_count_and_travel(tmp_path: Path) -> None:
     assert offload.stats.offloaded_nbytes >= 2 * 512 * 512 * 2
     for parameter, grad in zip(model.parameters(), expected, strict=True):
         assert parameter.grad is not None and grad is not None and torch.equal(parameter.grad, grad)
+
+
+def test_the_peak_is_the_highest_of_the_run_and_names_its_step(tmp_path: Path) -> None:
+    layers = nn.Sequential(*blocks(8))
+    with ssdtrain.offload_activations(tmp_path, policy=SMALL) as offload:
+        for rows in (512, 512, 32768, 512, 512):
+            layers(torch.randn(rows, 64)).square().sum().backward()
+        layers(torch.randn(512, 64)).square().sum().backward()
+    stats = offload.stats
+    assert (stats.peak_memory_step, stats.num_steps) == (3, 5)
+    assert stats.last_memory_nbytes < stats.peak_memory_nbytes
+    assert stats.peak_device_nbytes <= stats.peak_memory_nbytes
+    assert stats.without_nbytes >= 8 * 32768 * 64 * 4
+    assert stats.peak_process_nbytes > stats.without_nbytes
+    text = str(stats)
+    assert "in step 3" in text and "without ssdtrain (estimated)" in text and "last step peak" in text
+    assert stats._repr_html_().startswith("<pre>ssdtrain:")
+
+
+def test_who_moves_nothing_has_the_peak_of_plain_training(tmp_path: Path) -> None:
+    """What stays is in memory as it would be without us, and is stated as such."""
+    with ssdtrain.offload_activations(tmp_path, policy={"min_nbytes": "1GiB"}) as offload:
+        blocks(4)[0](torch.randn(512, 64)).square().sum().backward()
+    stats = offload.stats
+    assert stats.peak_memory_nbytes == stats.peak_device_nbytes == stats.without_nbytes > 0
