@@ -74,6 +74,7 @@ class ActivationOptions(TypedDict, total=False):
     enabled: bool
     min_nbytes: Size
     mode: Literal["auto", "all"]
+    only: Literal["marked", "checkpoint_inputs"] | None
     staging_nbytes: Size
     prefetch_nbytes: Size
     disk_nbytes: Size | None
@@ -175,6 +176,10 @@ class ActivationPolicy(_Policy):
     mode: Literal["auto", "all"] = "auto"
     """``"auto"`` keeps a tensor in memory when the drive is behind, so that training never waits for a write.
     ``"all"`` sends everything eligible and waits for the drive: lowest memory, step time at the drive's mercy."""
+
+    only: Literal["marked", "checkpoint_inputs"] | None = None
+    """What travels, if not everything: tensors that ``offload.mark(tensor)`` was called with, or those and the inputs
+    of activation checkpoints, reentrant or not."""
 
     staging_nbytes: Nbytes = Field(default=128 << 20, ge=MIN_STAGING_NBYTES)
     """Host memory for bytes on their way to the drive, and the bound on bytes in flight. What exceeds it is waited for

@@ -9,10 +9,12 @@ import contextlib
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 
 from ssdtrain.activations.activation_store import ActivationStore
+from ssdtrain.activations.chosen import NOT_CHOSEN, Chosen
 from ssdtrain.activations.drive_source import Attach, DriveSource
 from ssdtrain.activations.hooks import SavedTensorHooks
 from ssdtrain.activations.module_names import ModuleNames
@@ -61,6 +63,7 @@ class ActivationOffload(SavedTensorHooks, contextlib.ContextDecorator):
             self._recompute = Recompute(candidates, counters, self._check_version, chosen)
         schedule = Schedule(counters, replanner)
         self._model = model
+        self._chosen = Chosen(policy.only) if policy.only is not None else None
         self._threads: list[threading.Thread] = []  # in which it is entered, as often as it is
         self._is_closed = False
         if directories is None and policy.host_nbytes == 0:
@@ -101,7 +104,7 @@ class ActivationOffload(SavedTensorHooks, contextlib.ContextDecorator):
             stack.callback(self._observers.leave)
             if self._model is not None:
                 self.mark_weights([*self._model.parameters(), *self._model.buffers()])
-            stack.enter_context(HookScope(self._pack, self._unpack, self.note))
+            stack.enter_context(HookScope(self._outer_pack, self._unpack, self.note))
             stack.callback(self._names.unwatch)
             self._names.install()
             if self._recompute is not None:
@@ -128,10 +131,26 @@ class ActivationOffload(SavedTensorHooks, contextlib.ContextDecorator):
             raise RuntimeError("Expected an open offload, got one after close(); make a new one")
 
     @property
+    def _outer_pack(self) -> Callable[[torch.Tensor], Any]:
+        """The pack hook."""
+        return self._pack if self._chosen is None else self._pack_chosen
+
+    def _pack_chosen(self, tensor: torch.Tensor, is_aside: bool = False) -> Any:
+        if torch.compiler.is_compiling() and not is_aside:  # see [Note: compiled functions] in `hooks`
+            from ssdtrain.store.untraced import aside
+
+            return aside(self._pack_chosen, tensor, True)
+        assert self._chosen is not None
+        if not self._chosen.leaves_alone(tensor, sys._getframe(1)):
+            return self._pack(tensor, True)
+        self._counters.num_saved += 1
+        return self._stay(tensor, NOT_CHOSEN, tensor.nbytes)
+
+    @property
     def is_innermost(self) -> bool:
         """Whether it is this context that takes what autograd saves in this thread now, rather than a later one."""
         hooks = innermost_hooks()
-        return hooks is not None and hooks[0] == self._pack
+        return hooks is not None and hooks[0] == self._outer_pack
 
     @property
     def is_busy(self) -> bool:
@@ -154,6 +173,26 @@ class ActivationOffload(SavedTensorHooks, contextlib.ContextDecorator):
         """Says that these are weights: whatever shares a storage with one of them, as it is now, stays in memory."""
         with self._store.lock.mutex, self._store.lock:
             self._index.mark_weights(tensors)
+
+    def mark(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Has a tensor travel, and its views, when an operator saves it from now on; for a policy with `only`.
+
+        Returns:
+            The same tensor.
+
+        Raises:
+            ValueError: the policy has no `only`, so that everything travels.
+
+        Example:
+            >>> with ssdtrain.offload_activations("/mnt/nvme", only="marked") as offload:
+            ...     loss = head(offload.mark(body(batch)))
+        """
+        if self._chosen is None:
+            raise ValueError(
+                "Expected a policy with only='marked' or 'checkpoint_inputs', got one of which all travels"
+            )
+        self._chosen.mark(tensor)
+        return tensor
 
     def leave_alone(self, nodes: Iterable[str]) -> None:
         """Leaves what autograd nodes of these names made in memory: its maker frees its storage and refills it."""
