@@ -102,7 +102,7 @@ def test_weights_stay(seen: dict[str, list[dict[str, Any]]], name: str, rank: in
 
 @pytest.mark.parametrize("name, rank", CASES)
 def test_peak(seen: dict[str, list[dict[str, Any]]], name: str, rank: int) -> None:
-    """The peak of saved bytes falls by what the formula says.
+    """The peak of saved bytes falls by at least what the formula says.
 
     Recomputing whole layers keeps less than staging and prefetch may take: such cases have no peak to lower here.
     """
@@ -119,9 +119,10 @@ def test_peak(seen: dict[str, list[dict[str, Any]]], name: str, rank: int) -> No
         small_nbytes  # what is too small to travel, of all forward steps that wait for their backward
         + STAGING  # on its way out while the last of it is being saved, or being read ahead of need
         + PREFETCH  # read, or read and lent to backward, before it is asked for
-        + LARGEST  # what the operator in hand works with
+        + 2
+        * LARGEST  # what the operator in hand works with, and what the one before it saved and is not yet on its way
     )
-    assert abs(result["kept_nbytes"] - result["peak_saved_nbytes"] - predicted) <= 0.1 * predicted
+    assert result["kept_nbytes"] - result["peak_saved_nbytes"] >= 0.9 * predicted  # more, the faster the drive
 
 
 @pytest.mark.parametrize("name", ["selective-recompute", "sequence-selective"])
