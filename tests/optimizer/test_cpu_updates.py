@@ -43,17 +43,8 @@ HOW: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize(
-    ("kind", "where"),
-    [
-        ("mlp", "drive"),
-        ("mlp", "memory"),
-        ("mlp", "host tier"),
-        ("mlp", "threads"),
-        ("tied", "drive"),
-        ("lora", "drive"),
-    ],
-)
+@pytest.mark.parametrize("where", ["drive", "memory", "host tier", "threads"])
+@pytest.mark.parametrize("kind", ["mlp", "tied", "lora"])
 def test_equal_to_the_bit(
     kind: str, how: str, where: str, device: SimulatedDevice | None, device_kind: str, tmp_path: Path
 ) -> None:
@@ -94,7 +85,8 @@ def test_every_optimizer(name: str, device: SimulatedDevice | None, device_kind:
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize(("kind", "where"), [("mlp", "drive"), ("mlp", "host"), ("tied", "drive")])
+@pytest.mark.parametrize("where", ["drive", "host"])
+@pytest.mark.parametrize("kind", ["mlp", "tied"])
 def test_parameters_that_are_away_are_updated_where_they_are(
     kind: str, how: str, where: str, device: SimulatedDevice | None, device_kind: str, tmp_path: Path
 ) -> None:
