@@ -182,8 +182,9 @@ class ActivationPolicy(_Policy):
     of activation checkpoints, reentrant or not."""
 
     staging_nbytes: Nbytes = Field(default=128 << 20, ge=MIN_STAGING_NBYTES)
-    """Host memory for bytes on their way to the drive, and the bound on bytes in flight. What exceeds it is waited for
-    (``"all"``), queued where a plan sends it, else kept (``"auto"``)."""
+    """Most host memory for bytes on their way to the drive, and the bound on bytes in flight. What exceeds it is waited
+    for (``"all"``), queued where a plan sends it, else kept (``"auto"``). Used are 16 MiB, or a sixteenth of what is
+    saved."""
 
     prefetch_nbytes: Nbytes = Field(default=128 << 20, ge=0)
     """Bound on bytes reloaded before backward asks for them; one larger record may be so alone. 0 turns prefetch off:
