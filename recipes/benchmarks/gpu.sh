@@ -56,7 +56,7 @@ small=() few=() smoke=() most=12 some=4
 if [ "$toy" = --toy ]; then
   small=(--hidden 64 --heads 2 --layers 2 --sequence 64 --batch 2 --repeats 1 --warm-up 2 --link-nbytes 1048576
     --dtype float32 --policy '{"min_nbytes": 0, "staging_nbytes": "256KiB", "prefetch_nbytes": "256KiB"}')
-  few=(-k "(equal_to_the_bit and host) or second_unpack or dtypes")
+  few=(-k "(equal_to_the_bit and host) or second_unpack")
   smoke=(--toy) most=2 some=2
 fi
 
