@@ -56,6 +56,7 @@ def test_the_default_stream_is_shared_with_under_its_handle(gates: Any) -> None:
     again before that.
     """
     device, side = CudaDevice(0), torch.cuda.Stream()
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
     with torch.cuda.stream(side):
         allocation = device.allocate(4 * MIB, 512, 512)
     address = allocation.address
