@@ -134,7 +134,7 @@ class Stepper:
             with self.noting_errors():
                 arrived = progress.take_arrived()
                 self._update(arrived)
-            progress.early.note(arrived, self._updates.group_of, self._inner.param_groups)
+            progress.early.note(arrived, self._updates.group_of, self._inner.param_groups, self._on_cpu.__contains__)
 
     @contextlib.contextmanager
     def noting_errors(self) -> Iterator[None]:

@@ -18,6 +18,7 @@ import torch
 
 from ssdtrain.optimizer.gradients.offloaded_gradient import UsedGradient
 
+_PENDING = -1  # in place of a version
 _HINT = (
     "the parameter was updated in backward. Change it before backward, or after step() and zero_grad(); or use "
     "offload_gradients instead"
@@ -32,10 +33,19 @@ class EarlyUpdates:
         self._versions: dict[torch.Tensor, int] = {}
         self._options: dict[int, dict[str, Any]] = {}  # of the groups, by index
 
-    def note(self, parameters: Iterable[torch.Tensor], group_of: Mapping[torch.Tensor, int], groups: list[Any]) -> None:
-        """These have just been updated in backward, with the options that their groups have."""
+    def note(
+        self,
+        parameters: Iterable[torch.Tensor],
+        group_of: Mapping[torch.Tensor, int],
+        groups: list[Any],
+        is_pending: Callable[[torch.Tensor], bool],
+    ) -> None:
+        """These have just been updated in backward, with the options that their groups have.
+
+        `is_pending`: whether the CPU still updates it. It gets its values later, from who looks for writes until then.
+        """
         for parameter in parameters:
-            self._versions[parameter] = parameter._version
+            self._versions[parameter] = _PENDING if is_pending(parameter) else parameter._version
             index = group_of[parameter]
             if index not in self._options:
                 self._options[index] = {key: _kept(value) for key, value in groups[index].items() if key != "params"}
@@ -74,7 +84,7 @@ class EarlyUpdates:
             raise RuntimeError(
                 f"Expected the gradient of {name_of(parameter)} to stay until step(), got {what}: {_HINT}"
             )
-        if parameter._version != version:
+        if version != _PENDING and parameter._version != version:
             raise RuntimeError(f"Expected {name_of(parameter)} to stay as it is until step(), got a write: {_HINT}")
 
     def check_look(self) -> None:
