@@ -75,8 +75,8 @@ class EarlyUpdates:
         if version is None:
             if is_used:
                 raise RuntimeError(
-                    f"Expected a backward before step() with step_in_backward, got that of {name_of(parameter)}, "
-                    "whose gradient an earlier step has used and freed: call optimizer.zero_grad() after each step()"
+                    "Expected a backward before step() with step_in_backward, got none: an earlier step has used and "
+                    f"freed the gradient of {name_of(parameter)}. Call optimizer.zero_grad() after each step()"
                 )
             return
         if not is_used:
