@@ -105,12 +105,10 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """State by parameter, to be read and changed: what is looked at comes to memory, and leaves when nobody has it.
 
         Until the next step a chunk of it may stay.
-
-        Raises:
-            RuntimeError: `step_in_backward` has updated it, and `step()` is yet to come.
+        With `step_in_backward` a look between backward and `step()` is an error of that step.
         """
         self._check_open()
-        self._progress.early.check_look()
+        self._progress.early.note_look()
         self._stepper.finish()
         return self._updates.live
 

@@ -32,6 +32,7 @@ class EarlyUpdates:
         """There were none."""
         self._versions: dict[torch.Tensor, int] = {}
         self._options: dict[int, dict[str, Any]] = {}  # of the groups, by index
+        self._was_looked_at = False  # state, since backward
 
     def note(
         self,
@@ -58,6 +59,11 @@ class EarlyUpdates:
         Raises:
             RuntimeError: `step()` would make other updates now.
         """
+        if self._was_looked_at:
+            raise RuntimeError(
+                "Expected step() before optimizer.state with step_in_backward, got a look at it after a backward, "
+                "which has updated it already: look at it after step(), or use offload_gradients"
+            )
         for index, options in self._options.items():
             now = groups[index] if index < len(groups) else {}
             for key, value in options.items():
@@ -87,17 +93,13 @@ class EarlyUpdates:
         if version != _PENDING and parameter._version != version:
             raise RuntimeError(f"Expected {name_of(parameter)} to stay as it is until step(), got a write: {_HINT}")
 
-    def check_look(self) -> None:
-        """Raises when state is looked at that `step()` would be yet to change."""
-        if self._versions:
-            raise RuntimeError(
-                "Expected step() before optimizer.state with step_in_backward, got a look at it after a backward, "
-                "which has updated it already: look at it after step(), or use offload_gradients"
-            )
+    def note_look(self) -> None:
+        """Somebody looks at state that `step()` is yet to change. Who only cleans up never comes to `step()`."""
+        self._was_looked_at = bool(self._versions)
 
     def forget(self) -> None:
         """The step is over, or will never be."""
-        self._versions, self._options = {}, {}
+        self._versions, self._options, self._was_looked_at = {}, {}, False
 
 
 def _kept(value: Any) -> Any:
