@@ -233,8 +233,9 @@ class Reloads:
 
         What is to come later stays: it will be wanted.
         """
-        pass_, rank = missed.pass_, missed.pass_.rank.get(missed.index, -1)
-        wrong = [other for other in self._prefetched if other.pass_ is not pass_ or pass_.rank[other.index] < rank]
+        pass_, ranks = missed.pass_, missed.pass_.rank
+        rank = ranks.get(missed.index, -1)
+        wrong = [r for r in self._prefetched if r.pass_ is not pass_ or ranks.get(r.index, -1) < rank]
         for record in wrong[: (len(wrong) + 1) // 2]:
             pending = record.pending_read
             if pending is not None and are_done(pending.reads):
