@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from ssdtrain.optimizer.gradients.offloaded_gradient import UsedGradient
 
@@ -103,13 +104,16 @@ class EarlyUpdates:
 
 
 def _kept(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), value)
 
 
 def _is_same(value: Any, kept: Any) -> bool:
+    """Tensors by their values, also those in tuples, such as a pair of betas; anything else by `==`."""
+    (now, form), (then, other_form) = tree_flatten(value), tree_flatten(kept)
+    return form == other_form and all([_is_same_leaf(a, b) for a, b in zip(now, then, strict=True)])
+
+
+def _is_same_leaf(value: Any, kept: Any) -> bool:
     if isinstance(kept, torch.Tensor):
         return isinstance(value, torch.Tensor) and value.shape == kept.shape and torch.equal(value, kept.to(value))
-    try:
-        return value is kept or bool(value == kept)
-    except Exception:  # what cannot be compared
-        return True
+    return value is kept or bool(value == kept)
