@@ -213,8 +213,10 @@ class ActivationStore:
         self.counters.save(record.nbytes)
         store = self.source.store
         self.counters.hold(record.nbytes, store.engine.staging_in_use_nbytes if store is not None else 0)
-        if self._limits.note_saved(record, store.drive if store is not None else None):
+        if self._limits.note_saved(record):
             self.source.allow_in_flight()
+        if self._limits.is_staging_short and store is not None and not store.pending.has_accelerators:
+            self._limits.grow_staging(store.drive)  # nothing is pinned; else see `prepare`
 
     def release_later(self, note: tuple[SavedRecord, int]) -> None:
         """A handle of a record died. Called from destructors, on any thread: see [Note: the lock]."""
@@ -275,6 +277,8 @@ class ActivationStore:
         store = self.source.store
         if store is None or not records or records[0].device.driver is None:
             return
+        if self._limits.is_staging_short:
+            self._limits.grow_staging(store.drive)
         nbytes = sum([store.space.rounded(record.nbytes) for record in records]) + self.writeback.gathered_nbytes
         store.pending.prepare(records[0].device, nbytes, prefers_host=records[0].prefers_host)
 

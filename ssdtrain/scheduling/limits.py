@@ -29,24 +29,27 @@ class Limits:
         """Those of the policy, within which `buffers` grow."""
         self._largest_nbytes = 0
         self._buffers = buffers
+        self.is_staging_short = False
+        """Whether `grow_staging` is to be called."""
         self._counters = counters
         names = ("staging_nbytes", "prefetch_nbytes") if policy.memory_budget is None else ()
         self._may_grow = [name not in policy.model_fields_set for name in names] or [False, False]
         counters.staging_limit_nbytes, counters.prefetch_limit_nbytes = policy.staging_nbytes, policy.prefetch_nbytes
 
-    def note_saved(self, record: SavedRecord, drive: Drive | None) -> bool:
+    def note_saved(self, record: SavedRecord) -> bool:
         """A record more is alive; whether other bounds are in force."""
-        if self._counters.live_nbytes > self._buffers.saved_nbytes:
-            self._grow_buffers(record.nbytes, drive)
+        alive = self._counters.live_nbytes
+        if alive > self._buffers.saved_nbytes and self._buffers.note_saved(alive, record.nbytes):
+            self.is_staging_short = True
         if record.nbytes <= self._largest_nbytes:
             return False
         self._note_largest(record)
         return True
 
-    def _grow_buffers(self, nbytes: int, drive: Drive | None) -> None:
-        """More is saved than ever before."""
-        if self._buffers.note_saved(self._counters.live_nbytes, nbytes) and drive is not None:
-            drive.grow_staging(self._buffers.staging_nbytes)
+    def grow_staging(self, drive: Drive) -> None:
+        """More staging may be used. For accelerators it is pinned, which takes long: without the lock."""
+        self.is_staging_short = False
+        drive.grow_staging(self._buffers.staging_nbytes)
 
     def _note_largest(self, record: SavedRecord) -> None:
         self._largest_nbytes = record.nbytes

@@ -21,6 +21,8 @@ from torch.nn import functional as F
 
 import ssdtrain
 from ssdtrain.devices.simulated import SimulatedDevice
+from ssdtrain.io.client import Drive
+from ssdtrain.planner import buffers
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.store.record import Residency
 from ssdtrain.tools.demo.model import GPT, GPTConfig
@@ -558,3 +560,35 @@ def test_gated_units_that_share_a_storage(make: Make, device: SimulatedDevice) -
         ours = run()
     assert same_bits(ours, expected)
     assert offload.stats.skipped["interleaved with other tensors"].count > 0
+
+
+def test_staging_is_pinned_while_others_may_use_the_records(
+    make: Make, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pinning more of it takes long, and was done with the lock that every hook and every thread of backward takes."""
+    monkeypatch.setattr(buffers, "_LEAST_NBYTES", 64 * KIB)
+    offload, grow, are_free = make(staging_nbytes=1024 * KIB), Drive.grow_staging, list[bool]()
+
+    def watched(drive: Drive, nbytes: int) -> None:
+        mutex = inside.store(offload).lock.mutex
+
+        def look() -> None:
+            are_free.append(mutex.acquire(timeout=5))
+            if are_free[-1]:
+                mutex.release()
+
+        other = threading.Thread(target=look)
+        other.start()
+        other.join()
+        grow(drive, nbytes)
+
+    monkeypatch.setattr(Drive, "grow_staging", watched)
+    x = torch.linspace(0, 1, 32 * KIB).requires_grad_()
+    with device:
+        with offload:
+            y = x
+            for _ in range(48):
+                y = y.sin()
+        y.sum().backward()
+    assert are_free
+    assert all(are_free)
