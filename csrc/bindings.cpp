@@ -530,6 +530,7 @@ void bind_engine_properties(py::class_<PyEngine>& engine) {
 PYBIND11_MODULE(_C, module) {
   using namespace ssdtrain;
   module.doc() = "Moves bytes between memory and spill files.";
+  module.attr("INTERFACE") = 1;  // as in ssdtrain/io/extension.py
   py::register_exception_translator([](std::exception_ptr pointer) {
     try {
       if (pointer) std::rethrow_exception(pointer);

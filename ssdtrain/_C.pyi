@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+INTERFACE: int
+
 class DeviceDriver:
     def __init__(self) -> None: ...
     def index(self) -> int: ...

@@ -1,22 +1,20 @@
 """Which engine this machine can run: io_uring and threads (C++), kvikio, or plain Python.
 
-The only file that imports them, and the extension `ssdtrain._C`.
+The only file that imports them.
 """
 
 from __future__ import annotations
 
 import errno
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from types import ModuleType
 from typing import Any, cast
 
 from ssdtrain.io import kvikio, python
 from ssdtrain.io.engine import Engine, Fence, SpillFile
+from ssdtrain.io.extension import UnavailableError, extension
 from ssdtrain.io.kvikio import GpuDirect
 from ssdtrain.io.kvikio import probe as gpudirect
 from ssdtrain.io.timed_calls import TimedCall, no_answer, run, run_all
@@ -28,7 +26,6 @@ _PAGE = 4096
 _NUM_SLABS = 16
 _MAX_SLAB_NBYTES = 4 << 20
 _ADDRESSES_NBYTES, _LEAST_ADDRESSES_NBYTES = 1 << 40, 64 << 20  # of a host tier that grows with the memory there is
-_ROOT = Path(__file__).parents[2]
 
 __all__ = [
     "KINDS",
@@ -37,8 +34,6 @@ __all__ = [
     "close_files",
     "cuda_driver",
     "driver_type",
-    "extension_problem",
-    "extension_remedy",
     "fence",
     "gpudirect",
     "io_uring_problem",
@@ -200,7 +195,7 @@ def open_engine(
     for name in names:
         try:
             engine, files = _open(name, request)
-        except _UnavailableError as unavailable:
+        except UnavailableError as unavailable:
             _give_up_if_named(kind, unavailable)
             refused.setdefault(str(unavailable), []).append(name)
             continue
@@ -254,7 +249,7 @@ def _open_without_files(request: _Request) -> EngineChoice:
     """Threads that copy, and no file: which kind the user asked for does not matter."""
     try:
         engine, files = _open("threads", request)
-    except _UnavailableError as error:
+    except UnavailableError as error:
         raise RuntimeError(f"Expected the C++ engine for a host tier, got: {error}; or pass a directory") from error
     reason = "no directory: pinned host memory only"
     takes_half = request.host_nbytes is None
@@ -265,16 +260,12 @@ def _open_without_files(request: _Request) -> EngineChoice:
     )
 
 
-class _UnavailableError(Exception):
-    """The engine cannot run here; the message says why."""
-
-
 def _not_available(names: Sequence[str], why: str) -> str:
     which = f"engine {names[0]} is" if len(names) == 1 else f"engines {' and '.join(names)} are"
     return f"{which} not available: {why}"
 
 
-def _give_up_if_named(kind: str, unavailable: _UnavailableError) -> None:
+def _give_up_if_named(kind: str, unavailable: UnavailableError) -> None:
     if kind == "auto":
         return
     others = " or ".join(f"engine={name!r}" for name in KINDS[1:] if name != kind)
@@ -291,9 +282,9 @@ def _open(name: str, request: _Request) -> tuple[Engine, list[SpillFile]]:
     elif name == "kvikio":
         make_file, make = kvikio.SpillFile, kvikio.KvikioEngine
     else:
-        extension = _extension()
-        make_file = extension.SpillFile
-        engine = partial(extension.Engine, name, first_staging_nbytes=request.first_staging_nbytes)
+        module = extension()
+        make_file = module.SpillFile
+        engine = partial(module.Engine, name, first_staging_nbytes=request.first_staging_nbytes)
         make = partial(_with_host_tier, engine, request.host_nbytes)
     files = request.files(make_file)
     open_on = partial(make, files, request.staging_nbytes, request.slab_nbytes, request.checksum)
@@ -307,7 +298,7 @@ def _open(name: str, request: _Request) -> tuple[Engine, list[SpillFile]]:
         request.give_up(files, request.timeout_seconds)
         if name == "python":
             raise
-        raise _UnavailableError(str(error)) from error
+        raise UnavailableError(str(error)) from error
 
 
 def _with_host_tier(make: Callable[..., Engine], host_nbytes: int | None, *args: Any) -> Engine:
@@ -329,32 +320,23 @@ def cuda_driver(index: int) -> Any:
         RuntimeError: the extension is not built, or there is no CUDA driver.
     """
     try:
-        return _extension().CudaDriver(index)
-    except _UnavailableError as error:
+        return extension().CudaDriver(index)
+    except UnavailableError as error:
         raise RuntimeError(str(error)) from error
 
 
 def driver_type() -> Any:
     """What a driver written in Python derives from; `object` without the extension, which alone calls drivers."""
     try:
-        return _extension().DeviceDriver
-    except _UnavailableError:
+        return extension().DeviceDriver
+    except UnavailableError:
         return object
 
 
 def fence(driver: Any, stream: int) -> Fence | None:
     """The point that `stream` has come to: a `Fence`, or None where there is no driver, for host memory."""
-    made: Fence | None = None if driver is None else _extension().Fence(driver, stream)
+    made: Fence | None = None if driver is None else extension().Fence(driver, stream)
     return made
-
-
-def extension_problem() -> str | None:
-    """Why the C++ engines cannot run here; None when they can."""
-    try:
-        _extension()
-    except _UnavailableError as error:
-        return str(error)
-    return None
 
 
 def io_uring_problem(directory: str) -> str | None:
@@ -364,42 +346,3 @@ def io_uring_problem(directory: str) -> str | None:
     except (OSError, RuntimeError) as error:
         return str(error.__cause__ or error)
     return None
-
-
-def _extension() -> ModuleType:
-    if _opts_out():
-        raise _UnavailableError("SSDTRAIN_NO_CPP is set")
-    try:
-        from ssdtrain import _C
-    except ImportError as error:
-        raise _UnavailableError(f"{_why_without(error)}; {extension_remedy()}") from error
-    return _C
-
-
-def _opts_out() -> bool:
-    return os.environ.get("SSDTRAIN_NO_CPP", "0") not in ("", "0")
-
-
-def _why_without(error: ImportError) -> str:
-    if _is_source_checkout():
-        return f"ssdtrain was imported from its source code in {_ROOT}, where the C++ extension is not built"
-    return f"the C++ extension ssdtrain._C does not import ({error})"
-
-
-def extension_remedy() -> str:
-    """What to do about an extension that does not import."""
-    if _opts_out():
-        return "unset SSDTRAIN_NO_CPP"
-    if _is_source_checkout():
-        return (
-            f"start Python in another directory to use an installed ssdtrain, or build this one: pip install -e {_ROOT}"
-        )
-    return (
-        "install a wheel for this Python, or reinstall with a C++17 compiler and without SSDTRAIN_NO_CPP: "
-        "pip install --force-reinstall --no-deps ssdtrain"
-    )
-
-
-def _is_source_checkout() -> bool:
-    """Whether the C++ sources lie beside the package: an installed one has none."""
-    return (_ROOT / "csrc" / "bindings.cpp").exists()

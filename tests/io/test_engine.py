@@ -19,6 +19,7 @@ from folders import HELPERS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ssdtrain.io.extension import INTERFACE
 from ssdtrain.io.open_engine import open_engine
 
 SIZES = [1, 511, 512, 4095, 4096, 4097, SLAB_NBYTES, 3 * SLAB_NBYTES + 1, 40 * SLAB_NBYTES - 5]
@@ -583,6 +584,23 @@ def test_no_cpp_is_obeyed_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert list(choice.fallbacks) == ["engines io_uring and threads are not available: SSDTRAIN_NO_CPP is set"]
     choice.engine.close()
     with pytest.raises(RuntimeError, match=r"Expected engine 'threads' to be available.*use engine='auto'"):
+        open_engine("threads", [str(tmp_path)], 1 << 20, 1 << 16)
+
+
+@pytest.mark.parametrize("number, name", [(None, "none"), (10**6, "1000000")])
+def test_an_extension_of_other_source_code_is_not_used_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int | None, name: str
+) -> None:
+    """Else what is said is whatever fails first in it: an argument that it does not take, a name it does not have."""
+    extension = pytest.importorskip("ssdtrain._C")
+    monkeypatch.setattr(extension, "INTERFACE", number)
+    choice = open_engine("auto", [str(tmp_path)], 1 << 20, 1 << 16)
+    choice.close()
+    assert choice.kind == "python"
+    (said,) = choice.fallbacks
+    why = f"{extension.__file__} does not belong to this source code (Expected interface {INTERFACE}, got {name})"
+    assert said.startswith(f"engines io_uring and threads are not available: {why}; build it anew: rm ")
+    with pytest.raises(RuntimeError, match=r"Expected engine 'threads' to be available.* build it anew"):
         open_engine("threads", [str(tmp_path)], 1 << 20, 1 << 16)
 
 

@@ -60,6 +60,14 @@ def test_without_the_extension(tmp_path: Path) -> None:
     assert {found[name]["verdict"] for name in ("C++ extension", "io_uring", "engine")} == {"unwise"}
 
 
+def test_an_extension_of_other_source_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = pytest.importorskip("ssdtrain._C")
+    monkeypatch.delattr(module, "INTERFACE")  # as of one that was built before there was a number
+    found = {finding.name: finding for finding in examine([str(tmp_path)])}
+    assert found["C++ extension"].verdict is Verdict.UNWISE and "does not belong" in found["C++ extension"].found
+    assert f"build it anew: rm {module.__file__} && pip install" in found["C++ extension"].remedy
+
+
 def test_only_what_may_have_a_gpu_waits_for_pytorch(tmp_path: Path) -> None:
     """Importing PyTorch takes seconds: its version file says whether it could see a GPU at all."""
     for cuda, is_imported in (("None", False), ("'13.0'", True)):

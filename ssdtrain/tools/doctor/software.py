@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from ssdtrain.integrations import TESTED_TORCH, TESTED_VERSIONS
-from ssdtrain.io.open_engine import extension_problem, extension_remedy
+from ssdtrain.io.extension import extension_problem, extension_remedy
 from ssdtrain.tools.doctor.finding import Finding, Verdict
 
 _AREA = "software"
