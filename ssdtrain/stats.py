@@ -282,6 +282,14 @@ class Stats:
     """An accelerator's latest step that was timed, by its own clock."""
     device_wait_seconds: float = 0.0
     """Time in which it waited there for bytes on their way back."""
+    copied_out_nbytes: int = 0
+    """Bytes copied from accelerators to host memory,"""
+    copy_out_seconds: float = 0.0
+    """and the time in which there were such copies,"""
+    copied_in_nbytes: int = 0
+    """bytes copied from host memory to accelerators,"""
+    copy_in_seconds: float = 0.0
+    """and the time in which there were such copies."""
     peak_memory_nbytes: int = 0
     """The peak over the run: saved tensors in memory, staging that was ever in use (an accelerator's: of the host) and
     memory kept for later reloads."""

@@ -12,6 +12,8 @@ import ctypes
 import json
 import mmap
 import os
+import re
+import resource
 import subprocess
 import sys
 import threading
@@ -26,6 +28,7 @@ import torch.nn.functional as F
 MIB = 1 << 20
 RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 PORTABLE = 1  # CU_MEMHOSTREGISTER_PORTABLE
+LIBRARY = Path(__file__).parents[2] / "csrc/cuda_library.cpp"
 
 
 class Smoke:
@@ -54,6 +57,11 @@ class Smoke:
         arguments = ctypes.c_void_p(host), ctypes.c_uint64(device), ctypes.c_size_t(nbytes), ctypes.c_void_p(stream)
         return int(self.cuda.cuMemcpyDtoHAsync_v2(*arguments))
 
+    def copy_in(self, host: int, device: int, nbytes: int, stream: int = 0) -> int:
+        """Queues a copy from host memory; the driver's code."""
+        arguments = ctypes.c_uint64(device), ctypes.c_void_p(host), ctypes.c_size_t(nbytes), ctypes.c_void_p(stream)
+        return int(self.cuda.cuMemcpyHtoDAsync_v2(*arguments))
+
     def register(self, address: int, nbytes: int) -> int:
         """Pins host memory; the driver's code."""
         arguments = ctypes.c_void_p(address), ctypes.c_size_t(nbytes), ctypes.c_uint(PORTABLE)
@@ -61,7 +69,9 @@ class Smoke:
 
 
 def _region(nbytes: int) -> tuple[mmap.mmap, int]:
-    region = mmap.mmap(-1, nbytes)
+    """As the host tier has it: private, and room for it is not reserved."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    region = mmap.mmap(-1, nbytes, flags=flags)
     return region, ctypes.addressof(ctypes.c_char.from_buffer(region))
 
 
@@ -72,19 +82,53 @@ def _output(*command: str) -> str:
         return str(error)
 
 
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError as error:
+        return str(error)
+
+
 def facts(smoke: Smoke) -> dict[str, Any]:
-    """Memory, overcommit, file systems, the driver."""
+    """Memory and its limits, file systems, the driver."""
     memory = {line.split(":")[0]: line.split()[1] for line in Path("/proc/meminfo").read_text().splitlines()}
     return {
         "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name(),
         "memory_kib": {name: int(memory[name]) for name in ("MemTotal", "MemAvailable")},
-        "overcommit": Path("/proc/sys/vm/overcommit_memory").read_text().strip(),
+        "overcommit": _text("/proc/sys/vm/overcommit_memory"),
+        "cgroup_limit": _text("/sys/fs/cgroup/memory.max"),
+        "memlock": resource.getrlimit(resource.RLIMIT_MEMLOCK),
+        "huge_pages": _text("/sys/kernel/mm/transparent_hugepage/enabled"),
         "kernel": os.uname().release,
         "cores": os.cpu_count(),
         "file_systems": _output("df", "-hT", "/tmp", "."),
         "nvidia_smi": _output("nvidia-smi"),
     }
+
+
+def driver_functions(smoke: Smoke) -> dict[str, Any]:
+    """Whether the driver has every function that the extension looks up by name, and its version."""
+    version = ctypes.c_int()
+    smoke.cuda.cuDriverGetVersion(ctypes.byref(version))
+    names = re.findall(r'find\(library, "(\w+)"', LIBRARY.read_text())
+    return {
+        "version": version.value,
+        "looked_up": len(names),
+        "missing": [n for n in names if not hasattr(smoke.cuda, n)],
+    }
+
+
+def gpudirect(smoke: Smoke) -> dict[str, Any]:
+    """What GPUDirect Storage would need: cuFile, its kernel module, and udev's data."""
+    paths = ("/proc/driver/nvidia-fs/version", "/etc/cufile.json", "/run/udev/data")
+    found: dict[str, Any] = {path: Path(path).exists() for path in paths}
+    try:
+        ctypes.CDLL("libcufile.so.0")
+        found["libcufile"] = "on the loader's path"
+    except OSError as error:
+        found["libcufile"] = str(error)
+    return found
 
 
 def host_memory_that_grows(smoke: Smoke) -> dict[str, int]:
@@ -115,7 +159,10 @@ def copy_across_two_registrations(smoke: Smoke) -> dict[str, Any]:
 
 
 def event_query_of_another_thread_in_capture(smoke: Smoke) -> dict[str, Any]:
-    """Does a thread that asks for an event break the capture of another one, and does the relaxed mode cure it?"""
+    """Does a thread that asks for an event break the capture of another one, and does the relaxed mode cure it?
+
+    The last part: a capture that broke leaves PyTorch on the stream of it.
+    """
     event = torch.cuda.Event()
     event.record()
     torch.cuda.synchronize()
@@ -186,25 +233,28 @@ def link(smoke: Smoke) -> dict[str, Any]:
     stream = torch.cuda.current_stream().cuda_stream
     for name, host in (("pinned", pinned.data_ptr()), ("registered", address)):
         for chunk in (4 * MIB, 32 * MIB, nbytes):
-            for _ in range(2):  # the first one warms up
-                torch.cuda.synchronize()
-                begin = time.perf_counter()
-                for at in range(0, nbytes, chunk):
-                    smoke.copy_out(host + at, source.data_ptr() + at, min(chunk, nbytes - at), stream)
-                torch.cuda.synchronize()
-                seconds = time.perf_counter() - begin
-            found[f"{name}, {chunk // MIB} MiB, GB/s"] = nbytes / seconds / 1e9
+            for way, copy in (("out", smoke.copy_out), ("in", smoke.copy_in)):
+                for _ in range(2):  # the first one warms up
+                    torch.cuda.synchronize()
+                    begin = time.perf_counter()
+                    for at in range(0, nbytes, chunk):
+                        copy(host + at, source.data_ptr() + at, min(chunk, nbytes - at), stream)
+                    torch.cuda.synchronize()
+                    seconds = time.perf_counter() - begin
+                found[f"{name}, {chunk // MIB} MiB, {way}, GB/s"] = nbytes / seconds / 1e9
     return found
 
 
 PARTS = (
     facts,
+    driver_functions,
+    gpudirect,
     host_memory_that_grows,
     copy_across_two_registrations,
-    event_query_of_another_thread_in_capture,
     attention_backward_twice,
     external_stream_0,
     link,
+    event_query_of_another_thread_in_capture,
 )
 
 
