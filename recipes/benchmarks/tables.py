@@ -2,7 +2,8 @@
 
 Fresh data: `ssdtrain demo --json | tail -1 > recipes/benchmarks/results/demo.json`, and
 `python recipes/benchmarks/compare.py DIR | tail -1 > recipes/benchmarks/results/compare.json`, the same for `curve`,
-`memory_cap`, `state_cap`, `state_compare`, `throttle` and `throttle_large`; then run this file.
+`memory_cap`, `state_cap`, `state_compare`, `throttle` and `throttle_large`; what `gpu.py` left in the results of
+`gpu.sh` (`host-*.json`, `drive-*.json`) goes to `results/gpu/`; then run this file.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from gpu_tables import gpu_section, gpu_summary, results_of
 from picture import compare_picture, curve_picture
 from state_figures import bandwidth_of, waiting_seconds
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
 PAGE = HERE.parents[1] / "docs" / "explanation" / "benchmarks.md"
+GPU_PAGE = PAGE.with_name("on-a-gpu.md")
 GIB, MIB = 1 << 30, 1 << 20
 
 
@@ -191,17 +194,22 @@ PICTURES = {"compare": compare_picture, "curve": curve_picture}
 
 def main() -> None:
     """Replaces what stands between the marks."""
-    texts = {path: path.read_text() for path in (README, PAGE)}
     for name, table in TABLES.items():
-        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
-        (path,) = (path for path, text in texts.items() if begin in text)
-        head, rest = texts[path].split(begin)
         result = json.loads((HERE / "results" / f"{name}.json").read_text())
-        texts[path] = head + begin + table(result) + rest[rest.index(end) :]
+        (path,) = (path for path in (README, PAGE) if f"<!-- {name}: begin -->" in path.read_text())
+        replace(path, name, table(result))
         if name in PICTURES:
             (PAGE.parent / f"{name}.svg").write_text(PICTURES[name](result))
-    for path, text in texts.items():
-        path.write_text(text)
+    results = results_of(HERE / "results" / "gpu")
+    replace(README, "gpu", gpu_summary(results))
+    replace(GPU_PAGE, "gpu", gpu_section(results))
+
+
+def replace(path: Path, name: str, new: str) -> None:
+    """Puts `new` between the marks of that name."""
+    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+    head, rest = path.read_text().split(begin)
+    path.write_text(head + begin + new + rest[rest.index(end) :])
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,7 @@ def test_engine(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_gpu(tmp_path: Path) -> None:
+def test_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What runs without a GPU: every way gives the same gradients, and bytes travelled in ours."""
     size = "--hidden 64 --heads 2 --layers 3 --sequence 64 --batch 2 --dtype float32 --repeats 1 --warm-up 1".split()
     policy = '{"min_nbytes": 0, "staging_nbytes": "256KiB"}'
@@ -65,6 +67,34 @@ def test_gpu(tmp_path: Path) -> None:
     assert all(row["is_equal"] for row in rows.values())
     assert rows["ssdtrain drive all"]["stats"]["written_nbytes"] > 0
     assert result["saved_nbytes"] > 0 and result["machine"]["torch"]
+    moved = [rows[f"ssdtrain drive {mode}"] for mode in ("all", "auto")]
+    assert all(0 < row["moved_nbytes"] <= result["saved_nbytes"] for row in moved[:1])
+    assert not result["drive_gbs"] or all(0 < row["fraction_of_bound"] < 2 for row in moved)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_tables
+
+    for table in (gpu_tables.gpu_section, gpu_tables.gpu_summary):
+        text = table({"drive-64": result})
+        assert result["machine"]["torch"] in text and "| ssdtrain drive all" in text, text
+
+
+def test_gpu_leaves_what_it_measured_whenever_it_ends(tmp_path: Path) -> None:
+    """In the middle of the rounds that only teach: the file is whole at any time, and SIGINT also leaves the table."""
+    size = "--hidden 64 --heads 2 --layers 2 --sequence 64 --batch 2 --dtype float32 --warm-up 1000".split()
+    written, begun = tmp_path / "gpu.json", False
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), str(tmp_path), *size, "--json", str(written)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while not begun and process.poll() is None:
+            begun = written.exists() and len(json.loads(written.read_text())["rows"]) > 1
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        printed = process.stdout.read()
+    result = json.loads(written.read_text())
+    assert not result["is_complete"]
+    assert [row["num_steps"] for row in result["rows"]][:2] == [0, 0]
+    assert all(row["step_seconds"] > 0 for row in result["rows"][:2])
+    assert "equal\nplain " in printed and json.loads(printed.splitlines()[-1]) == result
 
 
 def test_gpu_keeps_what_it_measured(tmp_path: Path) -> None:
@@ -88,8 +118,8 @@ def test_readme_shows_the_recorded_results(tmp_path: Path) -> None:
     """Tables and pictures of README and docs are made from the data, not by hand."""
     names = "demo compare curve memory_cap state_cap state_compare throttle throttle_large".split()
     results = [f"recipes/benchmarks/results/{name}.json" for name in names]
-    scripts = [f"recipes/benchmarks/{name}.py" for name in ("tables", "picture", "state_figures")]
-    pages = ["README.md", "docs/explanation/benchmarks.md"]
+    scripts = [f"recipes/benchmarks/{name}.py" for name in ("tables", "gpu_tables", "picture", "state_figures")]
+    pages = ["README.md", "docs/explanation/benchmarks.md", "docs/explanation/on-a-gpu.md"]
     for name in (*scripts, *results, *pages):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
