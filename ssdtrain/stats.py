@@ -222,8 +222,7 @@ class Stats:
     """Tensors autograd saved while the hooks were on."""
     num_offloaded: int
     """Records (storages or parts of storages) that left memory."""
-    offloaded_nbytes: int
-    """Bytes of those records."""
+    offloaded_nbytes: int  # of those records
     deduplicated_nbytes: int
     """Bytes that did not travel because the same storage range was already saved."""
     forwarded_nbytes: int
@@ -248,8 +247,7 @@ class Stats:
     """Time the training thread waited for the drive, both directions."""
     stalls: Mapping[str, float]
     """The same by what was waited for."""
-    num_live_records: int
-    """Records autograd still holds."""
+    num_live_records: int  # that autograd still holds
     peak_staging_nbytes: int
     """Most staging memory in use at once."""
     peak_disk_nbytes: int
@@ -282,14 +280,10 @@ class Stats:
     """An accelerator's latest step that was timed, by its own clock."""
     device_wait_seconds: float = 0.0
     """Time in which it waited there for bytes on their way back."""
-    copied_out_nbytes: int = 0
-    """Bytes copied from accelerators to host memory,"""
-    copy_out_seconds: float = 0.0
-    """and the time in which there were such copies,"""
-    copied_in_nbytes: int = 0
-    """bytes copied from host memory to accelerators,"""
-    copy_in_seconds: float = 0.0
-    """and the time in which there were such copies."""
+    copied_out_nbytes: int = 0  # from accelerators to host memory
+    copy_out_seconds: float = 0.0  # in which there were such copies
+    copied_in_nbytes: int = 0  # from host memory to accelerators
+    copy_in_seconds: float = 0.0  # in which there were such copies
     peak_memory_nbytes: int = 0
     """The peak over the run: saved tensors in memory, staging that was ever in use (an accelerator's: of the host) and
     memory kept for later reloads."""
@@ -312,10 +306,8 @@ class Stats:
     """The most the host tier may hold, by the memory there is now."""
     skipped: Mapping[str, Skipped] = field(default_factory=lambda: MappingProxyType({}))
     """Saved tensors left alone, by reason."""
-    engine: str = ""
-    """Who executes the file requests."""
-    engine_reason: str = ""
-    """Why this engine."""
+    engine: str = ""  # who executes the file requests
+    engine_reason: str = ""  # why this engine
     plan: str = ""
     """What the plan in force does, or why nothing moves; empty while there is none."""
     fallbacks: tuple[str, ...] = ()
