@@ -114,19 +114,19 @@ class DriveSource:
         if self._attach is not None:
             return self._attach(self.note_fallback, p.disk_nbytes, p.host_nbytes, self._retired)
         try:
-            places = [kept.get(directory, directory) for directory in directories]
-            return self._open_on(self._kept.kind if kept else p.engine, places)
+            locations = [kept.get(directory, directory) for directory in directories]
+            return self._open_on(self._kept.kind if kept else p.engine, locations)
         except RuntimeError:  # that engine cannot be had any more
             close_files(list(kept.values()), 0.0)
             if not kept or p.engine != "auto":
                 raise
         return self._open_on(p.engine, directories)
 
-    def _open_on(self, kind: str, places: Sequence[str | SpillFile]) -> Drive:
+    def _open_on(self, kind: str, locations: Sequence[str | SpillFile]) -> Drive:
         return open_for(
             self.policy,
             kind,
-            places,
+            locations,
             self.slab_nbytes,
             note_fallback=self.note_fallback,
             leave_out=self._retired.add,

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 
 from ssdtrain.activations.offload import ActivationOffload
-from ssdtrain.api.ranks import places
+from ssdtrain.api.ranks import path_fields
 from ssdtrain.io.files.directories import check_directories
 from ssdtrain.io.files.paths import absolute_directories, absolute_path
 from ssdtrain.optimizer.gradients.reach import Loop
@@ -79,7 +79,9 @@ def offload_activations(
         chosen = chosen.model_copy(update={"record": absolute_path(record, "a file for the record")})
     if isinstance(directory, ParameterOffload | OffloadedOptimizer):
         return _attach(directory.store, chosen, model)
-    return ActivationOffload(None if directory is None else absolute_directories(directory, places()), chosen, model)
+    return ActivationOffload(
+        None if directory is None else absolute_directories(directory, path_fields()), chosen, model
+    )
 
 
 def _attach(store: StateStore, policy: ActivationPolicy, model: torch.nn.Module | None) -> ActivationOffload:
@@ -206,7 +208,7 @@ def _store_for(
     """A new one on a drive, or that of another offload."""
     if isinstance(directory, ParameterOffload | OffloadedOptimizer):
         return directory.store.share()
-    paths = absolute_directories(directory, places()) if directory is not None else []
+    paths = absolute_directories(directory, path_fields()) if directory is not None else []
     unwise = check_directories(paths, policy.io_timeout_seconds) if paths else []
     store = StateStore(paths, policy)
     for text in unwise:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ssdtrain.activations.offload import ActivationOffload
-from ssdtrain.api.ranks import places
+from ssdtrain.api.ranks import path_fields
 from ssdtrain.io.files.paths import absolute_directories
 from ssdtrain.policy import ActivationPolicy
 
@@ -58,7 +58,7 @@ class OffloadActivations(ActivationOffload):
             raise ValueError(f"Expected max_fwd_stash_size of at least 1, got {max_fwd_stash_size}; leave it out")
         given = ActivationPolicy.of(policy).model_dump(exclude_unset=True)
         chosen = ActivationPolicy.of({"mode": "all", "min_nbytes": min_offload_size} | given)
-        super().__init__(None if directory is None else absolute_directories(directory, places()), chosen)
+        super().__init__(None if directory is None else absolute_directories(directory, path_fields()), chosen)
         if not use_pin_memory:
             self.note("use_pin_memory=False is not used: staging memory is pinned where there is an accelerator")
         if use_streams is False:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from ssdtrain.io.files.paths import places_of_process
+from ssdtrain.io.files.paths import path_fields_of_process
 
 _T = TypeVar("_T")
 
@@ -46,7 +46,7 @@ def _failed_ranks(error: Exception | None) -> list[str]:
     return [f"on rank {rank} {text}" for rank, text in enumerate(texts) if text is not None]
 
 
-def places() -> dict[str, str | None]:
+def path_fields() -> dict[str, str | None]:
     """What a directory may name, in this process of a job."""
     is_distributed = dist.is_available() and dist.is_initialized()
-    return places_of_process(dist.get_rank() if is_distributed else None)
+    return path_fields_of_process(dist.get_rank() if is_distributed else None)

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from ssdtrain.api.ranks import places
+from ssdtrain.api.ranks import path_fields
 from ssdtrain.io.files.paths import absolute_directories, absolute_path
 from ssdtrain.policy import ActivationPolicy, OptimizerPolicy, ParameterPolicy
 
@@ -152,7 +152,7 @@ class Section:
     def _of_policies(
         cls, directory: object, policies: Mapping[str, Mapping[str, Any]], named: Mapping[str, int] | None
     ) -> Section:
-        known = places() if named is None else {name: str(value) for name, value in named.items()}
+        known = path_fields() if named is None else {name: str(value) for name, value in named.items()}
         parameters = dict(policies.get("parameters") or {})
         blocks = parameters.pop("blocks", None)
         if isinstance(blocks, str) or not isinstance(blocks, Sequence | None):

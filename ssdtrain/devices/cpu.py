@@ -16,7 +16,7 @@ from ssdtrain.devices.base import Allocation
 
 _SMALL_NBYTES = 128 * 1024
 _HUGE_NBYTES = 2 * 1024 * 1024
-_MAX_LENT = 32  # mappings, before looking which of them were dropped out of turn
+_MAX_IN_USE = 32  # mappings, before looking which of them were dropped out of turn
 
 
 class CpuDevice:
@@ -33,7 +33,7 @@ class CpuDevice:
     def __init__(self, max_idle_nbytes: int | Callable[[], int]) -> None:
         """Keeps at most `max_idle_nbytes` for later, or as many as that says by then."""
         self._max_idle_nbytes = max_idle_nbytes if callable(max_idle_nbytes) else lambda: max_idle_nbytes
-        self._lent: deque[tuple[mmap.mmap, StorageWeakRef]] = deque()  # the oldest first: mostly it dies first
+        self._in_use: deque[tuple[mmap.mmap, StorageWeakRef]] = deque()  # the oldest first: mostly it dies first
         self._idle: dict[int, list[mmap.mmap]] = {}  # by size, those of the size used longest ago first
         self._idle_nbytes = 0
 
@@ -61,7 +61,7 @@ class CpuDevice:
         view = torch.frombuffer(mapping, dtype=torch.uint8, count=nbytes)
         storage = view.untyped_storage()
         weak = StorageWeakRef(storage)
-        self._lent.append((mapping, weak))
+        self._in_use.append((mapping, weak))
         return Allocation(storage, view.data_ptr(), capacity, weak)
 
     def idle_nbytes(self) -> int:
@@ -71,7 +71,7 @@ class CpuDevice:
 
     def trim(self) -> None:
         """See `Device`. Memory that is still a tensor's goes back when the tensor does."""
-        self._lent.clear()
+        self._in_use.clear()
         self._idle, self._idle_nbytes = {}, 0
 
     def _reuse(self, capacity: int) -> mmap.mmap | None:
@@ -90,20 +90,20 @@ class CpuDevice:
 
     def _take_back(self) -> None:
         """Keeps the mappings of dropped storages, the oldest first; now and then looks at all that are in use."""
-        lent = self._lent
-        while lent and lent[0][1].expired():
-            self._keep(lent.popleft()[0])
-        if len(lent) > _MAX_LENT:
+        in_use = self._in_use
+        while in_use and in_use[0][1].expired():
+            self._keep(in_use.popleft()[0])
+        if len(in_use) > _MAX_IN_USE:
             self._take_all_back()
 
     def _take_all_back(self) -> None:
         """Keeps the mapping of every storage that was dropped, in whatever order that happened."""
-        lent, self._lent = self._lent, deque()
-        for mapping, weak in lent:
+        in_use, self._in_use = self._in_use, deque()
+        for mapping, weak in in_use:
             if weak.expired():
                 self._keep(mapping)
             else:
-                self._lent.append((mapping, weak))
+                self._in_use.append((mapping, weak))
 
     def _keep(self, mapping: mmap.mmap) -> None:
         """Keeps a mapping for the next reload of its size.

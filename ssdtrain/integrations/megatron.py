@@ -31,7 +31,7 @@ import torch
 
 from ssdtrain.activations.offload import ActivationOffload
 from ssdtrain.api import offload_activations
-from ssdtrain.api.ranks import places
+from ssdtrain.api.ranks import path_fields
 from ssdtrain.integrations import TESTED_VERSIONS, check_version
 from ssdtrain.integrations.arguments import add_arguments, asked_for
 from ssdtrain.io.files.paths import absolute_directories
@@ -327,7 +327,7 @@ def offload_schedule(
     rank = _Rank()
     with rank.noting_errors():
         _check_schedule(schedule)
-        rank.open(absolute_directories(directory, places()), ActivationPolicy.of(policy))
+        rank.open(absolute_directories(directory, path_fields()), ActivationPolicy.of(policy))
     rank.agree()
     return _Schedule(schedule, rank)
 

@@ -356,7 +356,7 @@ def _minus(now: Direction, before: Direction) -> Direction:
 
 def open_drive(
     kind: str,
-    places: Sequence[str | SpillFile],
+    locations: Sequence[str | SpillFile],
     staging_nbytes: int,
     slab_nbytes: int,
     *,
@@ -364,11 +364,11 @@ def open_drive(
     leave_out: Callable[[str], object],
     **options: Any,
 ) -> Drive:
-    """A drive on those of `places` that answer and are not full.
+    """A drive on those of `locations` that answer and are not full.
 
     Args:
         kind: as for `open_engine`, like all that is not named here.
-        places: directories, or open files in them.
+        locations: directories, or open files in them.
         staging_nbytes: memory for slabs.
         slab_nbytes: size of a slab.
         note_fallback: is told what is not used, and why.
@@ -379,12 +379,12 @@ def open_drive(
         OSError: none is left; the last one's reason.
         RuntimeError: the engine asked for by name is not available.
     """
-    left = list(places)
+    left = list(locations)
     while True:
         try:
             return Drive(open_engine(kind, left, staging_nbytes, slab_nbytes, **options), note_fallback)
         except OSError as error:
-            names = [place if isinstance(place, str) else place.directory for place in left]
+            names = [location if isinstance(location, str) else location.directory for location in left]
             is_silent = isinstance(error, TimeoutError)
             if not (is_silent or error.errno in NO_SPACE) or error.filename not in names:
                 raise

@@ -85,7 +85,7 @@ class EngineChoice:
 
 @dataclass(frozen=True)
 class _Request:
-    places: Sequence[str | SpillFile]
+    locations: Sequence[str | SpillFile]
     staging_nbytes: int
     slab_nbytes: int
     checksum: bool
@@ -103,20 +103,20 @@ class _Request:
         Raises:
             OSError: a file cannot be made, or not in time (ETIMEDOUT); the directory is the `filename`.
         """
-        cap = None if self.disk_nbytes is None else self.disk_nbytes // len(self.places)
-        others = [place for place in self.places if isinstance(place, str)] if self.is_shared else []
-        wanted = [(place, cap, 0) for place in self.places] + [(place, None, 1) for place in others]
+        cap = None if self.disk_nbytes is None else self.disk_nbytes // len(self.locations)
+        others = [location for location in self.locations if isinstance(location, str)] if self.is_shared else []
+        wanted = [(location, cap, 0) for location in self.locations] + [(location, None, 1) for location in others]
         made: list[SpillFile | TimedCall[SpillFile]] = [
-            TimedCall(partial(make, place, most, user), _close) if isinstance(place, str) else place
-            for place, most, user in wanted
+            TimedCall(partial(make, location, most, user), _close) if isinstance(location, str) else location
+            for location, most, user in wanted
         ]
         deadline = time.monotonic() + self.timeout_seconds
         try:
-            for i, (place, _, _) in enumerate(wanted):
+            for i, (location, _, _) in enumerate(wanted):
                 timed = made[i]
                 if isinstance(timed, TimedCall):
                     if not timed.wait(deadline - time.monotonic()):
-                        raise no_answer("a spill file", self.timeout_seconds, str(place))
+                        raise no_answer("a spill file", self.timeout_seconds, str(location))
                     made[i] = timed.take()
         except BaseException:
             for one in made:
@@ -128,7 +128,7 @@ class _Request:
 
     def give_up(self, files: Sequence[SpillFile], timeout_seconds: float) -> None:
         """Closes those of `files` that are new."""
-        close_files([file for file in files if file not in self.places], timeout_seconds)
+        close_files([file for file in files if file not in self.locations], timeout_seconds)
 
 
 def close_files(files: Sequence[SpillFile], timeout_seconds: float) -> list[str]:
@@ -183,12 +183,12 @@ def open_engine(
         RuntimeError: the engine asked for by name does not work here.
     """
     _check_kind(kind)
-    places = list(files_or_directories)
+    locations = list(files_or_directories)
     request = _Request(
-        places, staging_nbytes, slab_nbytes, checksum, disk_nbytes, host_nbytes, is_shared, timeout_seconds
+        locations, staging_nbytes, slab_nbytes, checksum, disk_nbytes, host_nbytes, is_shared, timeout_seconds
     )
     request = replace(request, first_staging_nbytes=first_staging_nbytes)
-    if not request.places:
+    if not request.locations:
         return _open_without_files(request)
     names, preference = _names(kind, request, device_index)
     refused: dict[str, list[str]] = {}
@@ -238,8 +238,8 @@ def _names(kind: str, request: _Request, device_index: int | None) -> tuple[tupl
     """The engines to try in turn, and why kvikio is among the automatic ones or not."""
     if kind != "auto":
         return (kind,), ""
-    directories = tuple(place for place in request.places if isinstance(place, str))
-    if device_index is None or len(directories) < len(request.places):
+    directories = tuple(location for location in request.locations if isinstance(location, str))
+    if device_index is None or len(directories) < len(request.locations):
         return _ANYWHERE, ""
     is_better, why = kvikio.pays(directories, device_index, open_engine)
     return (("kvikio", *_ANYWHERE), why) if is_better else (_ANYWHERE, f"kvikio is not preferred: {why}")

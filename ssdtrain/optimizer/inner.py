@@ -57,11 +57,11 @@ def shadow_of(
 
 
 @contextlib.contextmanager
-def _replaced(optimizer: torch.optim.Optimizer, places: Mapping[torch.Tensor, torch.Tensor]) -> Iterator[None]:
+def _replaced(optimizer: torch.optim.Optimizer, likes: Mapping[torch.Tensor, torch.Tensor]) -> Iterator[None]:
     """Inside, the optimizer has other parameters in the place of some, under which it files their state."""
-    back = {place: parameter for parameter, place in places.items()}
+    back = {like: parameter for parameter, like in likes.items()}
     for group in optimizer.param_groups:
-        group["params"] = [places.get(p, p) for p in group["params"]]
+        group["params"] = [likes.get(p, p) for p in group["params"]]
     try:
         yield
     finally:
@@ -74,23 +74,23 @@ def load_part(
     optimizer: torch.optim.Optimizer,
     entries: Mapping[Any, Any],
     groups: list[dict[str, Any]],
-    places: Mapping[torch.Tensor, torch.Tensor],
+    likes: Mapping[torch.Tensor, torch.Tensor],
 ) -> None:
     """`load_state_dict` of a part, without the hooks around it.
 
-    `places`: for some parameters, tensors of the device and dtype that their state is to be of. PyTorch copies state to
+    `likes`: for some parameters, tensors of the device and dtype that their state is to be of. PyTorch copies state to
     another device, but takes what is there already as it is: then a step would change the caller's own `entries`.
     """
     hooks = {name: value for name, value in vars(optimizer).items() if name.startswith("_optimizer_load_state_dict_")}
     try:
         vars(optimizer).update({name: {} for name in hooks})
-        with _replaced(optimizer, places):
+        with _replaced(optimizer, likes):
             optimizer.load_state_dict({"state": dict(entries), "param_groups": groups})
     finally:
         vars(optimizer).update(hooks)
     mappings = [entry for entry in entries.values() if isinstance(entry, Mapping)]  # some count for all parameters
     own = {id(value) for entry in mappings for value in entry.values()}
-    for parameter in places:
+    for parameter in likes:
         state = optimizer.state.get(parameter, {})
         state.update({n: v.clone() for n, v in state.items() if isinstance(v, torch.Tensor) and id(v) in own})
 

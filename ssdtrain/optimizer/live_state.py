@@ -2,11 +2,11 @@
 
 Knows the optimizer that does the arithmetic and where its state is; not when it steps.
 
-[Note: state that is lent]
+[Note: state that is handed out]
 What is handed out is the optimizer's own dictionary with the state itself in memory, and nothing of it on the drive: so
 whatever is done to it, by whatever name, is done to the state. It goes back to the drive when nobody else holds it any
 more, which the reference counts say: of the dictionary, of every value in it and of the tensors' memory, of which views
-are other holders. Looked for before every update, and when more than a chunk is lent.
+are other holders. Looked for before every update, and when more than a chunk is handed out.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ class LiveState(MutableMapping[Any, Any]):
     def __getitem__(self, key: Any) -> Any:
         """A parameter's state; it gets an empty one while it has none."""
         found = self.own[key]
-        if isinstance(key, torch.Tensor) and key not in self._offloaded.lent:
+        if isinstance(key, torch.Tensor) and key not in self._offloaded.handed_out:
             self._check(key)
-            self._offloaded.lend(key, found)
+            self._offloaded.hand_out(key, found)
             self.settle(self._max_nbytes)
         return found
 
@@ -81,7 +81,7 @@ class LiveState(MutableMapping[Any, Any]):
         """Gives a parameter other state."""
         if isinstance(key, torch.Tensor):
             self._offloaded.drop(key)
-            self._offloaded.lent[key] = nbytes_of(value)
+            self._offloaded.handed_out[key] = nbytes_of(value)
         self.own[key] = value
         self.settle(self._max_nbytes)
 
@@ -120,7 +120,7 @@ class LiveState(MutableMapping[Any, Any]):
     def _forget(self, key: Any) -> None:
         if isinstance(key, torch.Tensor):
             self._offloaded.drop(key)
-            self._offloaded.lent.pop(key, None)
+            self._offloaded.handed_out.pop(key, None)
 
     def __contains__(self, key: object) -> bool:
         """Whether a parameter has state."""
@@ -148,15 +148,15 @@ class LiveState(MutableMapping[Any, Any]):
             self.update(given)
 
     def settle(self, max_nbytes: int = 0) -> None:
-        """Sends away what nobody holds, until no more than this is lent."""
-        lent, state = self._offloaded.lent, self.own
-        total = sum(lent.values())
-        for parameter, nbytes in list(lent.items()):
+        """Sends away what nobody holds, until no more than this is handed out."""
+        handed_out, state = self._offloaded.handed_out, self.own
+        total = sum(handed_out.values())
+        for parameter, nbytes in list(handed_out.items()):
             if total <= max_nbytes and max_nbytes:
                 break
             if parameter in state and (_num_refs(state, parameter) > _NUM_REFS or _is_held(state[parameter])):
                 continue
-            del lent[parameter]
+            del handed_out[parameter]
             total -= nbytes
             self._offload(parameter)
 

@@ -50,7 +50,7 @@ class OffloadedState:
         self._copies = Copies[_Leaf](
             lambda leaf: (leaf.record.segments, leaf.record.storage), lambda leaf: leaf.record.name
         )
-        self.lent: dict[torch.Tensor, int] = {}  # parameters whose state somebody may be looking at, and its bytes
+        self.handed_out: dict[torch.Tensor, int] = {}  # parameters whose state is in use, and its bytes
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """Parameters with state on the drive."""
@@ -116,10 +116,10 @@ class OffloadedState:
     ) -> None:
         """Begins to write a parameter's state, which is all in `state`, and takes it out of there.
 
-        Unless it is lent. `host`: the device of host memory, where all of it is by then, whatever the parameter's own
-        is.
+        Unless it is handed out. `host`: the device of host memory, where all of it is by then, whatever the
+        parameter's own is.
         """
-        if parameter in self.lent:
+        if parameter in self.handed_out:
             return
         for key in [key for key in self._entries.get(parameter, {}) if key not in state]:
             self._discard(parameter, key)  # the optimizer has done away with it
@@ -168,11 +168,11 @@ class OffloadedState:
             return None
         return device
 
-    def lend(self, parameter: torch.Tensor, state: dict[str, Any]) -> None:
-        """Puts a parameter's state in memory, where it stays while it is in `lent`, the only place it is then."""
+    def hand_out(self, parameter: torch.Tensor, state: dict[str, Any]) -> None:
+        """Puts a parameter's state in memory, where it stays while it is in `handed_out`, the only place it is then."""
         self.reload(parameter, state)
         self._release(parameter)
-        self.lent[parameter] = nbytes_of(state)
+        self.handed_out[parameter] = nbytes_of(state)
 
     def copies(self, parameter: torch.Tensor) -> dict[str, Any]:
         """A parameter's state on the drive, as copies in memory."""
@@ -231,6 +231,6 @@ class OffloadedState:
 
     def forget(self) -> None:
         """Frees the space of all state."""
-        self.lent.clear()
+        self.handed_out.clear()
         for parameter in self:
             self.drop(parameter)

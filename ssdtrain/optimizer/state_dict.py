@@ -48,15 +48,15 @@ def load_chunks(
     groups: list[dict[str, Any]],
     chunks: Iterable[Mapping[torch.Tensor, Any]],
     offload: Callable[[torch.Tensor], None],
-    places: Mapping[torch.Tensor, torch.Tensor],
+    likes: Mapping[torch.Tensor, torch.Tensor],
 ) -> None:
     """Loads the entries of some parameters after the other, and sends them away before the next ones come.
 
-    `places`: see `load_part`.
+    `likes`: see `load_part`.
     """
     kept = dict(optimizer.state)
     for chunk in chunks:
-        load_part(optimizer, {key: entries[key] for key in chunk.values()}, groups, places)
+        load_part(optimizer, {key: entries[key] for key in chunk.values()}, groups, likes)
         for parameter in chunk:
             offload(parameter)
         kept |= {parameter: optimizer.state[parameter] for parameter in chunk}  # others may have been looked up

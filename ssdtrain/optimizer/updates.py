@@ -57,7 +57,7 @@ class Updates:
         if group_of.keys() - self.group_of.keys():
             is_on_cpu = policy.update_on == "cpu"  # whose thread has no default device
             with torch.device("cpu") if is_on_cpu else contextlib.nullcontext():
-                trial = try_out(self._inner, self.on_cpu.place, self._state_of, may_take_all=not is_on_cpu)
+                trial = try_out(self._inner, self.on_cpu.state_like, self._state_of, may_take_all=not is_on_cpu)
             nbytes = int(trial.state_ratio * sum(nbytes_of(p) for p in group_of if p.requires_grad))
             check_trial(type(self._inner), trial, policy, nbytes)
             self._trial = trial
@@ -120,14 +120,14 @@ class Updates:
             ValueError: it has other groups.
         """
         own = {i for group in groups for i in group["params"]}
-        places, is_apart = self.on_cpu.places(), loads_apart(self._inner)
-        load_part(self._inner, {k: v for k, v in entries.items() if not is_apart or k not in own}, groups, places)
+        likes, is_apart = self.on_cpu.state_likes(), loads_apart(self._inner)
+        load_part(self._inner, {k: v for k, v in entries.items() if not is_apart or k not in own}, groups, likes)
         when_changing()
         self.offloaded.forget()
         keys = parameters_with_entries(self.group_of, entries, groups)
         if is_apart:
             chunks = [{p: keys[p] for p in chunk} for chunk in self.chunks(keys)]
-            load_chunks(self._inner, entries, groups, chunks, self.offload, places)
+            load_chunks(self._inner, entries, groups, chunks, self.offload, likes)
             return
         for parameter in keys:
             self.offload(parameter)

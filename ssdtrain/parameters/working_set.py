@@ -128,9 +128,9 @@ class WorkingSet:
         gone = [block for block in blocks if not block.num_running]
         self._active = [block for block in self._active if block not in gone]
         leaving = [r for block in gone for r in block.records]
-        lent = [r for r in leaving if r.is_shared]  # who has their memory may write there: they stay meanwhile
-        self.gather(lent)
-        self.records.note_changed(lent)
+        shared = [r for r in leaving if r.is_shared]  # who has their memory may write there: they stay meanwhile
+        self.gather(shared)
+        self.records.note_changed(shared)
         self.release(leaving)
 
     def _prefetch(self) -> None:

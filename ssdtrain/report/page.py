@@ -212,7 +212,7 @@ def _modules_section(modules: Sequence[Mapping[str, Any]]) -> str:
     return (
         f"<section><h2>By module</h2><p class=caption>What each module saved in a step, where it went, and how"
         f" long backward waited for it: averages over the run.{hint}</p>"
-        + _table(("module", "tensors", "size", "place", "to the drive", "kept in memory", "waited"), rows)
+        + _table(("module", "tensors", "size", "tier", "to the drive", "kept in memory", "waited"), rows)
         + "</section>"
     )
 

@@ -36,13 +36,13 @@ class Stay:
     is_in_host: bool
 
     @classmethod
-    def of(cls, detail: Detail, place: int, writes: Sequence[list[int]], reads: Sequence[list[int]]) -> Stay:
+    def of(cls, detail: Detail, position: int, writes: Sequence[list[int]], reads: Sequence[list[int]]) -> Stay:
         """Puts the requests of a record together; what never left, leaves when it is released."""
         columns = detail.records
         end = round(detail.seconds * 1e6)
-        released = columns["released"][place] if columns["released"][place] >= 0 else end
-        needed = columns["needed"][place] if columns["needed"][place] >= 0 else released
-        saved = columns["saved"][place]
+        released = columns["released"][position] if columns["released"][position] >= 0 else end
+        needed = columns["needed"][position] if columns["needed"][position] >= 0 else released
+        saved = columns["saved"][position]
         leaves = is_copied = has_left = returns = is_back = released
         if writes:
             leaves, is_copied = min(w[4] for w in writes), max(w[6] for w in writes)
@@ -56,9 +56,9 @@ class Stay:
         ordered = [saved]
         for at in (leaves, min(is_copied, has_left), has_left, returns, is_back, released):
             ordered.append(min(max(at, ordered[-1]), max(released, saved)))
-        is_in_host = bool(writes) and columns["where"][place] == Where.HOST
+        is_in_host = bool(writes) and columns["where"][position] == Where.HOST
         begins = dict(zip(_STAGES, ordered, strict=True))
-        return cls(nbytes=columns["nbytes"][place], is_in_host=is_in_host, **begins)
+        return cls(nbytes=columns["nbytes"][position], is_in_host=is_in_host, **begins)
 
 
 def stays(detail: Detail) -> list[Stay]:
@@ -70,8 +70,8 @@ def stays(detail: Detail) -> list[Stay]:
             writes.setdefault(write[0], []).append(write)
     for read in detail.reads:
         reads.setdefault(read[0], []).append(read)
-    places = range(len(detail.records["nbytes"]))
-    return [Stay.of(detail, place, writes.get(place, ()), reads.get(place, ())) for place in places]
+    positions = range(len(detail.records["nbytes"]))
+    return [Stay.of(detail, position, writes.get(position, ()), reads.get(position, ())) for position in positions]
 
 
 def residency(detail: Detail) -> dict[str, list[float]]:
@@ -154,26 +154,26 @@ class Bar:
 def bars(detail: Detail) -> list[Bar]:
     """What happened when, lane by lane; several records of one request are one bar."""
     found = [*_phases(detail), *_writes(detail), *_reads(detail)]
-    for tier, place, begin, microseconds in detail.stalls:
-        found.append(Bar("stalls", begin, begin + microseconds, f"waited for a {tier}{_of(detail, place)}"))
+    for tier, position, begin, microseconds in detail.stalls:
+        found.append(Bar("stalls", begin, begin + microseconds, f"waited for a {tier}{_of(detail, position)}"))
     return [bar for bar in found if bar.end > bar.begin]
 
 
-def _of(detail: Detail, place: int) -> str:
-    name = detail.modules[detail.records["module"][place]] if place >= 0 else ""
+def _of(detail: Detail, position: int) -> str:
+    name = detail.modules[detail.records["module"][position]] if position >= 0 else ""
     return f" of {name}" if name else ""
 
 
 def _phases(detail: Detail) -> Iterable[Bar]:
     columns = detail.records
     by_pass: dict[int, list[int]] = {}
-    for place, number in enumerate(columns["micro_batch"]):
-        by_pass.setdefault(number, []).append(place)
-    for number, places in by_pass.items():
+    for position, number in enumerate(columns["micro_batch"]):
+        by_pass.setdefault(number, []).append(position)
+    for number, positions in by_pass.items():
         name = f" of micro-batch {number}" if len(by_pass) > 1 else ""
-        saved = [columns["saved"][place] for place in places]
-        needed = [columns["needed"][place] for place in places if columns["needed"][place] >= 0]
-        released = [columns["released"][place] for place in places]
+        saved = [columns["saved"][position] for position in positions]
+        needed = [columns["needed"][position] for position in positions if columns["needed"][position] >= 0]
+        released = [columns["released"][position] for position in positions]
         end = min(needed) if needed and len(by_pass) == 1 else max(saved)
         yield Bar("forward", min(saved), max(end, min(saved) + 1), f"forward{name}")
         if needed:
@@ -194,11 +194,11 @@ def _writes(detail: Detail) -> Iterable[Bar]:
 
 
 def _reads(detail: Detail) -> Iterable[Bar]:
-    for place, nbytes, is_from_memory, queued, begun, done in detail.reads:
+    for position, nbytes, is_from_memory, queued, begun, done in detail.reads:
         if is_from_memory:
-            yield Bar("copies", queued, done, f"copy in{_of(detail, place)}, from staging", nbytes)
+            yield Bar("copies", queued, done, f"copy in{_of(detail, position)}, from staging", nbytes)
         elif begun >= 0:
-            yield Bar("reads", begun, done, f"read{_of(detail, place)}", nbytes)
+            yield Bar("reads", begun, done, f"read{_of(detail, position)}", nbytes)
 
 
 def levelled(found: Iterable[Bar]) -> list[tuple[Bar, int]]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from ssdtrain.planner import Plan, Step, Where
 
 Shape = list[tuple[int, int]]
-"""By place in a step: size of the record, and number of its pass."""
+"""By position in a step: size of the record, and number of its pass."""
 
 
 class PreparedPlan:
@@ -23,7 +23,7 @@ class PreparedPlan:
         self.step, self.plan = step, plan
         self.shape = [(record.nbytes, record.micro_batch) for record in step.records]
         self.reloads = sorted([(start, i) for i, start in enumerate(plan.starts) if start > -math.inf])
-        """When reloads start, and of which place, the earliest first."""
+        """When reloads start, and of which position, the earliest first."""
         times = sorted({record.saved for record in step.records} | {record.needed for record in step.records})
         times.append(math.inf)
         self._after_save = [times[bisect_right(times, record.saved)] for record in step.records]
@@ -36,25 +36,25 @@ class PreparedPlan:
         """Whether a step with this beginning may still be one of these."""
         return self.shape[: len(shape)] == shape
 
-    def expects(self, place: int, nbytes: int, number: int) -> bool:
-        """Whether a record of this size and pass comes at this place."""
-        return place < len(self.shape) and self.shape[place] == (nbytes, number)
+    def expects(self, position: int, nbytes: int, number: int) -> bool:
+        """Whether a record of this size and pass comes at this position."""
+        return position < len(self.shape) and self.shape[position] == (nbytes, number)
 
-    def keeps(self, place: int) -> bool:
-        """Whether the record at this place stays in memory."""
-        return self.plan.placement[place] == Where.KEEP
+    def keeps(self, position: int) -> bool:
+        """Whether the record at this position stays in memory."""
+        return self.plan.placement[position] == Where.KEEP
 
-    def is_for_host(self, place: int) -> bool:
-        """Whether the record at this place goes to the host tier."""
-        return self.plan.placement[place] == Where.HOST
+    def is_for_host(self, position: int) -> bool:
+        """Whether the record at this position goes to the host tier."""
+        return self.plan.placement[position] == Where.HOST
 
-    def next_after_save(self, place: int) -> float:
+    def next_after_save(self, position: int) -> float:
         """When the next thing happens after this save."""
-        return self._after_save[place]
+        return self._after_save[position]
 
-    def next_after_need(self, place: int) -> float:
+    def next_after_need(self, position: int) -> float:
         """When the next thing happens after this first use."""
-        return self._after_need[place]
+        return self._after_need[position]
 
 
 class PlanCursor:

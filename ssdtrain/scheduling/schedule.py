@@ -101,7 +101,7 @@ class Schedule:
 
     def note_saved(self, record: SavedRecord) -> None:
         """Follows the plan past a new record, or leaves it."""
-        position, cursor = record.pass_.places[record.index], self._cursor
+        position, cursor = record.pass_.positions[record.index], self._cursor
         if cursor.prepared is None:
             return
         if not cursor.prepared.expects(position, record.nbytes, record.pass_.number):
@@ -117,13 +117,13 @@ class Schedule:
     def keeps(self, record: SavedRecord) -> bool:
         """Whether the plan, if one is followed, has a record stay in memory."""
         prepared, pass_ = self._cursor.prepared, record.pass_
-        return prepared is not None and pass_.step is self._step and prepared.keeps(pass_.places[record.index])
+        return prepared is not None and pass_.step is self._step and prepared.keeps(pass_.positions[record.index])
 
     def goes_to_host(self, record: SavedRecord, nbytes: int | None) -> bool:
         """Whether a record is for the host tier, where there is room: by plan, else the `nbytes` needed first."""
         prepared = self._cursor.prepared
         if prepared is not None and record.pass_.step is self._step:
-            return prepared.is_for_host(record.pass_.places[record.index])
+            return prepared.is_for_host(record.pass_.positions[record.index])
         return self._is_needed_soon(record, nbytes)
 
     def _is_needed_soon(self, record: SavedRecord, nbytes: int | None) -> bool:
@@ -157,7 +157,7 @@ class Schedule:
             pass_.unpacked.append(record.index)
         if is_miss and pass_.step is self._step:
             self._cursor.lose()
-        position = pass_.places[record.index]
+        position = pass_.positions[record.index]
         pass_.step.need(position, record.num_handles, event)
         if pass_.step is self._step and self._cursor.prepared is not None:
             self._cursor.note_needed(position)

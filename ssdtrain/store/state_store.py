@@ -209,7 +209,7 @@ class StateStore:
     # -- back ----------------------------------------------------------------------------------------------------
 
     def read(self, record: Record, device: Device | None = None) -> PendingRead:
-        """Begins to bring a record's bytes to fresh memory. What never left is where it is, and only lent.
+        """Begins to bring a record's bytes to fresh memory. What never left is where it is, and shared.
 
         Raises:
             MemoryError: there is none.
@@ -240,7 +240,7 @@ class StateStore:
     def wait(self, pending: PendingRead) -> torch.UntypedStorage:
         """Blocks until a record's bytes are there, usable on the current stream. The memory is the caller's.
 
-        But for a record that never left: that memory is only lent.
+        But for a record that never left: that memory is shared.
 
         Raises:
             StateLostError: they cannot be had, or are not what was written; the message names record, file and offset.

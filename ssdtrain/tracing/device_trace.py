@@ -28,7 +28,7 @@ _INSTANT = 2e-5  # seconds
 
 
 class DeviceTrace:
-    """Moments of one step on one accelerator, by place.
+    """Moments of one step on one accelerator, by position.
 
     Threads may mark at once; those that use one stream may make `is_over` say yes too early, and `times` raise.
     """
@@ -55,13 +55,13 @@ class DeviceTrace:
         self._needed.append(None)
         self._released.append(None)
 
-    def need(self, place: int, event: TimedEvent | None) -> None:
+    def need(self, position: int, event: TimedEvent | None) -> None:
         """Backward asked for it: at `event`, or now."""
-        self._needed[place] = event or self.mark()
+        self._needed[position] = event or self.mark()
 
-    def release(self, place: int) -> None:
+    def release(self, position: int) -> None:
         """Marks the event at which the graph released a record."""
-        self._released[place] = self.mark()
+        self._released[position] = self.mark()
 
     def note_wait(self, began: TimedEvent, *, is_for_reload: bool) -> None:
         """From `began` until now the current stream waited for copies, or the host for bytes on their way back."""
@@ -110,7 +110,7 @@ class Times:
         waited_for_reloads: float,
     ) -> None:
         self.saved, self.needed, self.released = saved, needed, released
-        """By place; infinite for what did not happen."""
+        """By position; infinite for what did not happen."""
         self.seconds = seconds
         """Length of the step, without waits."""
         self.waited = waited

@@ -52,7 +52,7 @@ class PassTrace:
         "num_spots",
         "number",
         "order",
-        "places",
+        "positions",
         "rank",
         "records",
         "saves",
@@ -72,7 +72,7 @@ class PassTrace:
         self._finished = finished
         self.step = step
         self.number = step.begin_pass()
-        self.places: list[int] = []  # of its records in the step
+        self.positions: list[int] = []  # of its records in the step
         self.expected = expected
         self.records: list[Traced | None] = []
         self.sizes: list[int] = []
@@ -84,7 +84,7 @@ class PassTrace:
         self.is_closed = False
         self.order: list[int] = []  # predicted when the pass is closed
         self.rank: dict[int, int] = {}
-        self.cursor = 0  # first place in `order` whose reload was not begun
+        self.cursor = 0  # first position in `order` whose reload was not begun
 
     def next_spot(self, nbytes: int) -> Spot:
         """Names another save that could travel."""
@@ -99,7 +99,7 @@ class PassTrace:
     def append(self, record: Traced) -> int:
         """Adds a record; its position."""
         self.records.append(record)
-        self.places.append(self.step.save(record, self.number))
+        self.positions.append(self.step.save(record, self.number))
         self.sizes.append(record.nbytes)
         self.num_live += 1
         index = len(self.records) - 1
@@ -130,7 +130,7 @@ class PassTrace:
         if self.num_live == 0:
             self.is_closed = True
             self._finished(self)
-        self.step.release(self.places[index])
+        self.step.release(self.positions[index])
 
     @property
     def signature(self) -> Signature:

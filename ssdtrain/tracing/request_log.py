@@ -1,7 +1,7 @@
 """What became of the requests and waits of the running step, noted by those who move the bytes.
 
-Used under the store's lock. Holds no record, tensor or memory: only times, sizes and places, and reads that are over,
-which know nothing but times. Times are `time.monotonic()`.
+Used under the store's lock. Holds no record, tensor or memory: only times, sizes and positions, and reads that
+are over, which know nothing but times. Times are `time.monotonic()`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WriteRow = tuple[int, int, int, int, float, float, float, float, float]
 ReadRow = tuple[int, int, int, float, float, float]
 """Place of the record, bytes, 1 from memory alone, then `Read.moments`."""
 StallRow = tuple[str, int, float, float]
-"""What was waited for, place of the record (-1: another step's), when it began, seconds."""
+"""What was waited for, position of the record (-1: another step's), when it began, seconds."""
 
 
 class Requested(Protocol):
@@ -87,8 +87,8 @@ class RequestLog:
         return Requests(
             [row for owner, row in self._writes if owner is step],
             [
-                (place, nbytes, int(not read.read_nbytes), *read.moments)
-                for owner, place, nbytes, read in self._reads
+                (position, nbytes, int(not read.read_nbytes), *read.moments)
+                for owner, position, nbytes, read in self._reads
                 if owner is step and read.is_done
             ],
             [row if owner is step else (row[0], -1, *row[2:]) for owner, row in self._stalls],
@@ -100,4 +100,4 @@ class RequestLog:
 
 
 def _place(record: Requested) -> int:
-    return record.pass_.places[record.index]
+    return record.pass_.positions[record.index]

@@ -49,7 +49,7 @@ class StepClock(Protocol):
 
 
 class StepTrace:
-    """One step. Records have a *place*: their number among all saves of the step. Guarded by the store's lock."""
+    """One step. Records have a *position*: their number among all saves of the step. Guarded by the store's lock."""
 
     def __init__(self, clock: StepClock, ended: Callable[[StepTrace], None], *, is_timed: bool = True) -> None:
         """An empty step. `ended` is called when its last record is released.
@@ -65,7 +65,7 @@ class StepTrace:
         self._num_live = self._num_passes = 0
         self.records: list[Traced | None] = []
         self.shape: list[tuple[int, int]] = []
-        """By place: size, and number of the pass."""
+        """By position: size, and number of the pass."""
         self._saved: list[float] = []
         self._needed: list[float] = []
         self._released: list[float] = []
@@ -100,7 +100,7 @@ class StepTrace:
         return self._num_passes - 1
 
     def save(self, record: Traced, number: int) -> int:
-        """Notes a new record of pass `number`; its place."""
+        """Notes a new record of pass `number`; its position."""
         self._num_live += 1
         if len(self.records) >= _MAX_RECORDS:
             self.timing = None
@@ -113,15 +113,15 @@ class StepTrace:
         self._released.append(math.inf)
         self._modules.append("")
         self._aliases.append(1)
-        place = len(self.records) - 1
+        position = len(self.records) - 1
         if not self._other or self._other[-1][2] != other_nbytes:
-            self._other.append((now, place, other_nbytes))
+            self._other.append((now, position, other_nbytes))
         if record.device.driver is not None or not self.is_wall_time:
-            self._save_on_device(record.device, place)
-        return place
+            self._save_on_device(record.device, position)
+        return position
 
-    def _save_on_device(self, device: Device, place: int) -> None:
-        if place == 0:
+    def _save_on_device(self, device: Device, position: int) -> None:
+        if position == 0:
             self.is_wall_time, self._device = False, device
             self.timing = DeviceTrace(cast("Accelerator", device)) if self._is_timed else None
         elif device is not self._device:
@@ -148,26 +148,26 @@ class StepTrace:
         if timing is not None:
             timing.note_wait(began, is_for_reload=is_for_reload)
 
-    def need(self, place: int, num_aliases: int, event: TimedEvent | None = None) -> None:
+    def need(self, position: int, num_aliases: int, event: TimedEvent | None = None) -> None:
         """Notes that backward asks for a record; the first time counts. `event`: when an accelerator does."""
-        if place != _UNRECORDED and self._needed[place] == math.inf:
-            self._needed[place] = self._clock.compute_seconds()
-            self._aliases[place] = num_aliases
+        if position != _UNRECORDED and self._needed[position] == math.inf:
+            self._needed[position] = self._clock.compute_seconds()
+            self._aliases[position] = num_aliases
             timing = self._timing_now() if self.timing is not None else None
             if timing is not None:
-                timing.need(place, event)
+                timing.need(position, event)
 
-    def release(self, place: int) -> None:
+    def release(self, position: int) -> None:
         """Notes that the graph let a record go."""
-        if place != _UNRECORDED:
-            record = self.records[place]
+        if position != _UNRECORDED:
+            record = self.records[position]
             assert record is not None
-            self.records[place] = None
-            self._modules[place] = record.where.removeprefix(" of ")
-            self._released[place] = self._clock.compute_seconds()
+            self.records[position] = None
+            self._modules[position] = record.where.removeprefix(" of ")
+            self._released[position] = self._clock.compute_seconds()
             timing = self._timing_now() if self.timing is not None else None
             if timing is not None:
-                timing.release(place)
+                timing.release(position)
         self._num_live -= 1
         if self._num_live == 0:
             self.is_over = True
@@ -192,7 +192,7 @@ class StepTrace:
 
     def as_device_step(self, times: Times) -> Step:
         """The same by the clock of the accelerator."""
-        other = [(times.saved[place], nbytes) for _, place, nbytes in self._other]
+        other = [(times.saved[position], nbytes) for _, position, nbytes in self._other]
         return Step(self._lifetimes(times.saved, times.needed, times.released), times.seconds, tuple(other))
 
     def _lifetimes(self, saved: list[float], needed: list[float], released: list[float]) -> tuple[Lifetime, ...]:

@@ -184,7 +184,7 @@ class Machine:
         stream = self.current
         with self.lock:
             block = self.pool.take(max(nbytes, capacity), stream.handle, alignment)
-            storage = self.pool.lend(block, nbytes)  # from here on the block goes back by itself
+            storage = self.pool.hand_out(block, nbytes)  # from here on the block goes back by itself
             address, size = block.address, block.nbytes
             run = partial(ctypes.memset, address, poison, size)
             self.submit(stream, Work("reuse of a block", run, (), (block.span,), (block.segment,)))

@@ -118,7 +118,7 @@ class Pool:
         self.peak_allocated_nbytes = max(self.peak_allocated_nbytes, self.num_allocated_nbytes)
         return block
 
-    def lend(self, block: Block, nbytes: int) -> torch.UntypedStorage:
+    def hand_out(self, block: Block, nbytes: int) -> torch.UntypedStorage:
         """A storage of the block's first `nbytes`; the block is free again when it dies."""
         segment, notes, record = block.segment, self._notes, self._record
         start = segment.start + block.address - segment.address

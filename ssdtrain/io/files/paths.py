@@ -44,7 +44,9 @@ def absolute_path(path: object, what: str) -> str:
     return text if os.path.isabs(text) else os.path.join(os.getcwd(), text)
 
 
-def places_of_process(rank: int | None = None, environment: Mapping[str, str] = os.environ) -> dict[str, str | None]:
+def path_fields_of_process(
+    rank: int | None = None, environment: Mapping[str, str] = os.environ
+) -> dict[str, str | None]:
     """What a directory may name, in this process; None for what its launcher does not say.
 
     Args:
@@ -58,13 +60,13 @@ def places_of_process(rank: int | None = None, environment: Mapping[str, str] = 
     return {"rank": own, "local_rank": local}
 
 
-def fill_in(directory: str, places: Mapping[str, str | None] | None = None) -> str:
+def fill_in(directory: str, fields: Mapping[str, str | None] | None = None) -> str:
     """The directory with `{rank}` and `{local_rank}` replaced, and `~` at its beginning.
 
     Raises:
         ValueError: it names something else, unless there is a directory of that very name; or nobody knows the rank.
     """
-    known = places_of_process() if places is None else places
+    known = path_fields_of_process() if fields is None else fields
 
     def value(match: re.Match[str]) -> str:
         accepted = " or ".join(f"{{{name}}}" for name in known)
@@ -83,26 +85,26 @@ def fill_in(directory: str, places: Mapping[str, str | None] | None = None) -> s
     return re.sub(r"\{(\w*)\}", value, os.path.expanduser(directory))
 
 
-def absolute_directories(directories: object, places: Mapping[str, str | None] | None = None) -> list[str]:
-    """One directory or several, from the root, with placeholders filled in; `places` as for `fill_in`.
+def absolute_directories(directories: object, fields: Mapping[str, str | None] | None = None) -> list[str]:
+    """One directory or several, from the root, with placeholders filled in; `fields` as for `fill_in`.
 
     Raises:
         TypeError: something is no path.
         ValueError: there is none, or one is not a path that can be used.
     """
     if isinstance(directories, str | bytes | os.PathLike):
-        return [_absolute_directory(directories, places)]
+        return [_absolute_directory(directories, fields)]
     if not isinstance(directories, Iterable):
         raise TypeError(f"Expected a directory or several, got {_short(directories)}: {_HINT}")
-    paths = [_absolute_directory(path, places) for path in directories]
+    paths = [_absolute_directory(path, fields) for path in directories]
     if not paths:
         raise ValueError("Expected one directory or several, got none")
     return paths
 
 
-def _absolute_directory(path: object, places: Mapping[str, str | None] | None) -> str:
+def _absolute_directory(path: object, fields: Mapping[str, str | None] | None) -> str:
     if isinstance(path, str | os.PathLike) and isinstance(os.fspath(path), str):
-        path = fill_in(str(os.fspath(path)), places)
+        path = fill_in(str(os.fspath(path)), fields)
     return absolute_path(path, "a directory")
 
 

@@ -367,11 +367,11 @@ class CpuUpdates:
                 state[key] = value.cpu() if is_there else self._copies.begin(value.detach(), device).wait()
         self._write(parameter, name, state)
 
-    def places(self) -> dict[torch.Tensor, torch.Tensor]:
+    def state_likes(self) -> dict[torch.Tensor, torch.Tensor]:
         """For each parameter an empty tensor of the device and dtype that its state is of."""
-        return {p: self.place(p) for p in self._devices}
+        return {p: self.state_like(p) for p in self._devices}
 
-    def place(self, parameter: torch.Tensor) -> torch.Tensor:
+    def state_like(self, parameter: torch.Tensor) -> torch.Tensor:
         """An empty tensor of the device and dtype that a parameter's state is of."""
         if parameter in self._devices:
             return torch.empty(0, dtype=self._dtype(parameter), device="cpu")

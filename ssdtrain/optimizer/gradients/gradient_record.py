@@ -82,10 +82,10 @@ class GradientRecord:
         """
         if self._here is not None:
             return self._here
-        grad, is_lent = self._read(self._device)
+        grad, is_shared = self._read(self._device)
         for change in self.changes:
             change.apply(grad)
-        if is_lent:
+        if is_shared:
             self._stay(grad)
         return grad
 
@@ -95,8 +95,8 @@ class GradientRecord:
         Raises:
             StateLostError: the drive does not have it any more.
         """
-        grad, is_lent = self._read(host)
-        return grad.to("cpu", copy=is_lent)  # one that could not even be copied from its device is still there
+        grad, is_shared = self._read(host)
+        return grad.to("cpu", copy=is_shared)  # one that could not even be copied from its device is still there
 
     def hold(self) -> torch.Tensor:
         """Has it in memory until it is dropped."""
@@ -105,7 +105,7 @@ class GradientRecord:
         assert self._here is not None
         return self._here
 
-    def lend(self) -> torch.Tensor:
+    def hand_out(self) -> torch.Tensor:
         """Has it in memory for somebody who may read and write it at any time."""
         if self._here is None:
             self._store.note("gradients of which a view or the memory is used stay in memory until they are dropped")

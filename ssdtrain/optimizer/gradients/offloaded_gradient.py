@@ -66,7 +66,7 @@ class OffloadedGradient(torch.Tensor):
                 only.record.change(Change(func, args, kwargs))
                 return None if name.startswith("_") else only
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        loaded = {key: x.record.lend() if is_view else x.record.load() for key, x in given.items()}
+        loaded = {key: x.record.hand_out() if is_view else x.record.load() for key, x in given.items()}
         real_args, real_kwargs = tree_map_only(cls, lambda x: loaded[id(x.record)], (args, kwargs))
         result = func(*real_args, **real_kwargs)
         for x in _written(func, args, kwargs):
@@ -102,7 +102,7 @@ def _in_memory(name: str) -> Callable[..., Any]:
     """A method that no operator tells of: it is that of the gradient, which stays in memory."""
 
     def method(self: OffloadedGradient, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.record.lend(), name)(*args, **kwargs)
+        return getattr(self.record.hand_out(), name)(*args, **kwargs)
 
     return method
 
