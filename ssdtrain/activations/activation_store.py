@@ -67,13 +67,17 @@ class ActivationStore:
         self._on_reset, self._on_fork = on_reset, on_fork
         self._num_entered = 0  # contexts that are active now
         self._why_closed = ""  # to be said when more is saved
+        self._is_inherited = False  # by a forked child that has saved nothing yet
         self._to_release: deque[tuple[SavedRecord, int]] = deque()
         _leave_to_parent_in_child(self)
 
     # -- life ----------------------------------------------------------------------------------------------------
 
     def why_not(self, device: Device) -> str | None:
-        """Why no engine would move tensors of `device` now, or None."""
+        """Why no engine would move tensors of `device` now, or None. Opens one in a forked child that saves."""
+        if self._is_inherited:
+            self._is_inherited = False
+            self._open_again(self.open)
         store = self.source.store
         if store is None:
             if self._why_closed:
@@ -178,10 +182,7 @@ class ActivationStore:
         self.lock.renew()
         self.source.leave_to_parent()
         self._on_fork()
-        self._why_closed = (
-            "this is a forked child: the engine is the parent's, and nothing that is saved here moves; enter the "
-            "context, or make another, in the child"
-        )
+        self._is_inherited = self._is_inherited or not self._why_closed  # many children save nothing: see `why_not`
         self.reloads.give_up()
         self._forget_engine()
 

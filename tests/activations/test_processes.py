@@ -262,6 +262,47 @@ def test_forks(lab: Lab, tmp_path: Path, engine: str) -> None:
     lab.run(forks, tmp_path, engine)
 
 
+def train_under_inherited_hooks(
+    offload: ssdtrain.ActivationOffload, trainer: Trainer, steps: list[list[torch.Tensor]], lost: torch.Tensor
+) -> None:
+    """The engine opens again when something is saved; nothing is ever read from where the parent's bytes would be."""
+    before = offload.stats
+    for expected in steps:
+        loss = trainer.forward()
+        drain(offload)
+        check_equal(trainer.finish(loss), expected)
+    after = offload.stats
+    assert after.read_nbytes > before.read_nbytes and after.num_offloaded > before.num_offloaded, after
+    assert not after.fallbacks, after.fallbacks
+    with pytest.raises(RuntimeError, match="of the parent process"):
+        lost.backward()
+    offload.__exit__(None, None, None)
+    check_steps(offload)
+    offload.close()
+
+
+def forked_trainings(directory: str, engine: str, mode: str) -> None:
+    steps = plain_steps(5)
+    offload = ssdtrain.offload_activations(directory, policy(engine, mode=mode))
+    with offload:
+        lost = Trainer().forward()
+        drain(offload)
+        trainer = Trainer()
+        check_equal(trainer.finish(trainer.forward()), steps[0])
+        in_child(train_under_inherited_hooks, offload, trainer, steps[1:], lost)
+        for expected in steps[1:]:
+            check_equal(trainer.finish(trainer.forward()), expected)
+        lost.backward()
+    assert not offload.stats.fallbacks, offload.stats.fallbacks
+
+
+@every_engine
+@pytest.mark.parametrize("mode", ["all", "auto"])
+def test_a_forked_child_trains_under_inherited_hooks(lab: Lab, tmp_path: Path, engine: str, mode: str) -> None:
+    """As launchers for notebooks and Lightning's `ddp_fork` start their workers."""
+    lab.run(forked_trainings, tmp_path, engine, mode)
+
+
 def fork_under_the_lock(directory: str, engine: str) -> None:
     offload = ssdtrain.offload_activations(directory, policy(engine))
     trainer = Trainer()
