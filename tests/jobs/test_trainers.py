@@ -34,8 +34,10 @@ CASES = {
     ("lightning", 2): "everything saved_and_resumed refused_on_every_rank".split(),
     ("trl", 1): ["trl_sft_with_lora", "trl_own_switch"],
     ("trl", 2): ["trl_sft_with_lora"],
+    ("sentence_transformers", 1): ["cached_loss", "everything"],
+    ("sentence_transformers", 2): ["everything"],
 }
-MODULES = {"trl": "hf"}  # that have the cases of another one
+MODULES = {"trl": "hf", "sentence_transformers": "sentence"}  # whose cases are in a file of another name
 
 
 def run_job(folder: Path, trainer: str, num_ranks: int) -> list[dict[str, str]]:
