@@ -38,12 +38,20 @@ def agree(prepare: Callable[[], _T], undo: Callable[[_T], None]) -> _T:
 
 def _failed_ranks(error: Exception | None) -> list[str]:
     """What went wrong on which rank, the same list on all."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return []
-    own = f"{type(error).__name__} on {socket.gethostname()}: {error}" if error is not None else None
-    texts: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(texts, own)
-    return [f"on rank {rank} {text}" for rank, text in enumerate(texts) if text is not None]
+    texts = texts_of_ranks(f"{type(error).__name__} on {socket.gethostname()}: {error}" if error is not None else "")
+    return [f"on rank {rank} {text}" for rank, text in enumerate(texts) if text and len(texts) > 1]
+
+
+def texts_of_ranks(own: str) -> list[str]:
+    """What each rank of the default process group says, the same list on all, which all call this; without one, `own`.
+
+    For who cannot use `agree`, because the ranks do not come by together.
+    """
+    texts = [own]
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        texts *= dist.get_world_size()
+        dist.all_gather_object(texts, own)
+    return texts
 
 
 def path_fields() -> dict[str, str | None]:

@@ -120,15 +120,17 @@ class Offload:
         is_last: Callable[[], bool] | None = None,
         switches: Mapping[str, object] | None = None,
         reads_norms: bool = False,
+        is_agreed: bool = True,
     ) -> tuple[Any, ...]:
         """Opens the drive, and moves parameters and state there, on every rank or on none. All ranks call this.
 
         Args:
-            model: one, or several; as the trainer wraps them or not.
+            model: one, several or none; as the trainer wraps them or not.
             optimizers: as the trainer wraps them or not; those that are offloaded already stay as they are.
             is_last: whether the backward that runs is the last one before a step, for trainers that accumulate.
             switches: settings of the trainer that make it offload activations itself, by name; none may be on.
             reads_norms: the trainer logs the norm of gradients, also of those that `step_in_backward` has used.
+            is_agreed: False where the caller has all ranks go on or none, see `ssdtrain.api.ranks`.
 
         Returns:
             The optimizers to use. A wrapped one is the same wrapper.
@@ -141,7 +143,8 @@ class Offload:
         self.leave()
         models = [model] if isinstance(model, torch.nn.Module) else list(model)
         page = partial(page_optimizer, loop=Loop(is_last, reads_norms))
-        return agree(lambda: self._begin(models, optimizers, page, switches or {}), undo=lambda _: self.close())
+        begin = partial(self._begin, models, optimizers, page, switches or {})
+        return agree(begin, undo=lambda _: self.close()) if is_agreed else begin()
 
     def _begin(
         self,
@@ -285,6 +288,11 @@ class Offload:
     def activations(self) -> ActivationOffload | None:
         """The offload of activations; None before `begin`, and where they are to stay."""
         return self._activations
+
+    def note(self, text: str) -> None:
+        """Adds a remark to the statistics of activations, and warns with it once."""
+        if self._activations is not None:
+            self._activations.note(text)
 
     @property
     def stats(self) -> Stats | None:

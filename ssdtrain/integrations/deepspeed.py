@@ -23,10 +23,9 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ssdtrain.activations.offload import ActivationOffload
-from ssdtrain.api.functions import offload_activations
 from ssdtrain.api.ranks import agree
 from ssdtrain.api.section import Section
+from ssdtrain.api.session import Offload
 from ssdtrain.integrations import check_version, require
 from ssdtrain.integrations.accelerate_auto import keep_auto, restore_auto
 
@@ -53,14 +52,14 @@ def initialize(*args: Any, **kwargs: Any) -> Any:
     """
     call = _bind(args, kwargs)
     _start_processes(call)
-    offload = agree(lambda: _open(_config_of(call)), undo=_close)
+    session = agree(lambda: _begin(_config_of(call)), undo=_close)
     try:
         results = _initialize(*args, **kwargs)
     except BaseException:
-        _close(offload)
+        _close(session)
         raise
-    if offload is not None:
-        results[0].ssdtrain = EngineOffload(results[0], offload)
+    if session is not None:
+        results[0].ssdtrain = EngineOffload(results[0], session)
     return results
 
 
@@ -97,16 +96,17 @@ def _config_of(call: Mapping[str, Any]) -> Mapping[str, Any]:
     return loaded
 
 
-def _open(config: Mapping[str, Any]) -> ActivationOffload | None:
-    """The offload the section asks for, None without a section."""
+def _begin(config: Mapping[str, Any]) -> Offload | None:
+    """The session the section asks for, None without a section."""
     if "ssdtrain" not in config:
         return None
     section = Section.of(config["ssdtrain"], {"local_rank": _local_rank(), "rank": deepspeed.comm.get_rank()})
     _check_features(section)
-    offload = offload_activations(section.directories or None, policy=section.policy)  # none when it is disabled
+    session = Offload(Section(section.directories, section.policy))  # whose policy is disabled where the section is
+    session.begin((), is_agreed=False)  # the caller does
     for text in _shared_drives(section.directories, config):
-        offload.note(text)
-    return offload
+        session.note(text)
+    return session
 
 
 def _check_features(section: Section) -> None:
@@ -117,9 +117,9 @@ def _check_features(section: Section) -> None:
         )
 
 
-def _close(offload: ActivationOffload | None) -> None:
-    if offload is not None:
-        offload.close()
+def _close(session: Offload | None) -> None:
+    if session is not None:
+        session.close()
 
 
 def _shared_drives(directories: tuple[str, ...], config: Mapping[str, Any]) -> list[str]:

@@ -25,10 +25,9 @@ import torch
 from deepspeed import PipelineEngine
 from deepspeed.utils import log_dist
 
-from ssdtrain.activations.offload import ActivationOffload
+from ssdtrain.api.session import Offload
 from ssdtrain.stats import Stats
-from ssdtrain.store.saved_tensors import hooks_may_be_entered, innermost_hooks
-from ssdtrain.tracing.finished_step import progress_line
+from ssdtrain.store.saved_tensors import innermost_hooks
 
 Method = Callable[..., Any]
 
@@ -36,16 +35,16 @@ Method = Callable[..., Any]
 class EngineOffload:
     """What ssdtrain does for one DeepSpeed engine; found as `engine.ssdtrain`."""
 
-    def __init__(self, engine: Any, offload: ActivationOffload) -> None:
-        """Puts itself round the engine's methods. The offload is closed with the engine."""
+    def __init__(self, engine: Any, session: Offload) -> None:
+        """Puts itself round the engine's methods. The session, which has begun, is closed with the engine."""
+        assert session.activations is not None
         self._engine = weakref.ref(engine)
-        self._offload = offload
+        self._session, self._activations = session, session.activations
         self._replaced: dict[str, Method | None] = {}
         self._removable: list[Any] = []
-        self._reported = (0, offload.stats)
-        if not offload.policy.enabled:
+        self._last_step = 0
+        if not self._activations.policy.enabled:
             return
-        offload.keep_open()
         self._put_round(forward=self._forward, backward=self._backward, step=self._step, destroy=self._destroy)
         if isinstance(engine, PipelineEngine):
             self._put_round(train_batch=self._train_batch)
@@ -55,14 +54,13 @@ class EngineOffload:
     @property
     def stats(self) -> Stats:
         """What it did and what it cost so far, on this rank."""
-        return self._offload.stats
+        return self._activations.stats
 
     def detach(self) -> None:
         """Leaves the engine as DeepSpeed made it, and frees slabs, threads and spill files.
 
         A backward through a forward that came before fails when its activations are on disk.
         """
-        self._leave()
         engine = self._engine()
         for name, original in self._replaced.items() if engine is not None else ():
             if original is None:
@@ -72,7 +70,7 @@ class EngineOffload:
         self._replaced = {}
         while self._removable:
             self._removable.pop().remove()
-        self._offload.close()
+        self._session.close()
 
     def _put_round(self, **methods: Method) -> None:
         engine = self._engine()
@@ -84,24 +82,25 @@ class EngineOffload:
     # -- see [Note: what is covered] -------------------------------------------------------------------------------
 
     def _forward(self, original: Method, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled() or not hooks_may_be_entered():
-            return original(*args, **kwargs)
-        stays = self._enter()
+        may_stay = innermost_hooks() is None
+        has_entered = self._session.enter()
         try:
+            if has_entered:
+                self._mark_weights()
             outputs = original(*args, **kwargs)
         except BaseException:
-            self._leave()
+            self._session.leave()
             raise
-        if not stays:
-            self._leave()
+        if has_entered and not may_stay:
+            self._session.leave()
         return outputs
 
     def _backward(self, original: Method, *args: Any, **kwargs: Any) -> Any:
-        self._leave()
+        self._session.leave()
         return original(*args, **kwargs)
 
     def _step(self, original: Method, *args: Any, **kwargs: Any) -> Any:
-        self._leave()
+        self._session.leave()
         result = original(*args, **kwargs)
         self._report()
         return result
@@ -109,46 +108,33 @@ class EngineOffload:
     def _train_batch(self, original: Method, *args: Any, **kwargs: Any) -> Any:
         """A pipeline's batch: forwards, losses and backwards of all micro-batches."""
         self._mark_weights()
-        with self._offload:
+        with self._session:
             result = original(*args, **kwargs)
         self._report()
         return result
 
     def _destroy(self, original: Method, *args: Any, **kwargs: Any) -> Any:
         """The engine's destructor comes here too, at any moment: then everything is freed with the last reference."""
-        if not self._offload.is_busy:
+        if not self._activations.is_busy:
             self.detach()
         return original(*args, **kwargs)
-
-    def _enter(self) -> bool:
-        """Enters the hooks; whether they may stay on when forward returns."""
-        if self._offload.is_innermost:
-            return True
-        is_outermost = innermost_hooks() is None
-        self._mark_weights()
-        self._offload.__enter__()
-        return is_outermost
-
-    def _leave(self) -> None:
-        if self._offload.policy.enabled and self._offload.is_innermost:
-            self._offload.__exit__(None, None, None)
 
     # -- see [Note: ZeRO-3] ----------------------------------------------------------------------------------------
 
     def _mark_weights(self) -> None:
         engine = self._engine()
         if engine is not None and not self._removable:
-            self._offload.mark_weights([*engine.module.parameters(), *engine.module.buffers()])
+            self._activations.mark_weights([*engine.module.parameters(), *engine.module.buffers()])
 
     def _watch_gathering(self) -> None:
         """Hooks that run after DeepSpeed's own, which were there first and gather the module's parameters."""
-        offload = self._offload
+        activations = self._activations
 
         def mark(module: torch.nn.Module, args: object) -> None:
-            offload.mark_weights(list(module.parameters(recurse=False)))
+            activations.mark_weights(list(module.parameters(recurse=False)))
 
         engine: Any = self._engine()
-        offload.mark_weights(list(engine.module.buffers()))
+        activations.mark_weights(list(engine.module.buffers()))
         for module in engine.module.modules():
             if next(module.parameters(recurse=False), None) is not None:
                 self._removable.append(module.register_forward_pre_hook(mark))
@@ -157,10 +143,7 @@ class EngineOffload:
 
     def _report(self) -> None:
         engine: Any = self._engine()
-        every, step = engine.steps_per_print(), engine.global_steps
-        last_step, last = self._reported
-        if not every or step % every or step == last_step:
-            return
-        now = self.stats
-        self._reported = step, now
-        log_dist(f"ssdtrain: step={step}, in {step - last_step} steps: {progress_line(last, now)}", ranks=[0])
+        every, step, last = engine.steps_per_print(), engine.global_steps, self._last_step
+        if every and step % every == 0 and step != last:
+            self._last_step = step
+            log_dist(f"ssdtrain: step={step}, in {step - last} steps: {self._session.progress()}", ranks=[0])

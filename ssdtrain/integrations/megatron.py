@@ -22,24 +22,23 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
 
 from ssdtrain.activations.offload import ActivationOffload
-from ssdtrain.api import offload_activations
-from ssdtrain.api.ranks import path_fields
+from ssdtrain.api.functions import Directories
+from ssdtrain.api.ranks import path_fields, texts_of_ranks
+from ssdtrain.api.section import Section
+from ssdtrain.api.session import Offload
 from ssdtrain.integrations import TESTED_VERSIONS, check_version
 from ssdtrain.integrations.arguments import add_arguments, asked_for
 from ssdtrain.io.files.paths import absolute_directories
 from ssdtrain.policy import ActivationPolicy
 
 __all__ = ["add_arguments", "offload_schedule", "wrap_forward_step"]
-
-"""By package: the versions the tests ran with."""
 
 _SCHEDULES = (
     "forward_backward_no_pipelining",
@@ -63,10 +62,10 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 class _Rank:
-    """This rank's part: its offload, or why there is none."""
+    """This rank's part: its session, or why there is none."""
 
     def __init__(self) -> None:
-        self.offload: ActivationOffload | None = None
+        self.session: Offload | None = None
         self.error: Exception | None = None
         self.has_agreed = False  # an error from here on is raised at once
         self._refusal: Exception | None = None
@@ -82,12 +81,18 @@ class _Rank:
                 raise
             self.error = self.error or error
 
-    def open(self, directories: Sequence[str | os.PathLike[str]], policy: ActivationPolicy) -> None:
+    def open(self, directories: Directories, policy: ActivationPolicy) -> None:
         """Opens engine and spill files, and keeps them open between micro-batches."""
-        offload = offload_activations(directories, policy)
-        offload.keep_open()
-        offload.leave_alone(_REFILLED)
-        self.offload = offload
+        session = Offload(Section(tuple(absolute_directories(directories, path_fields())), policy))
+        session.begin((), is_agreed=False)  # `agree` does
+        assert session.activations is not None
+        session.activations.leave_alone(_REFILLED)
+        self.session = session
+
+    @property
+    def offload(self) -> ActivationOffload | None:
+        """What moves activations, where it is open."""
+        return self.session.activations if self.session is not None else None
 
     def meet(self, model: torch.nn.Module) -> None:
         """Checks a model chunk's configuration and marks its weights, the first time it comes along."""
@@ -107,27 +112,23 @@ class _Rank:
         Raises:
             RuntimeError: with all errors, by rank.
         """
-        if _num_ranks() == 1:
-            self.decide(self.error)
-            return
-        errors = [""] * _num_ranks()
-        torch.distributed.all_gather_object(errors, str(self.error or ""))
+        errors = texts_of_ranks(str(self.error or ""))
         texts = [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text]
         joined = "\n".join(["Expected ssdtrain to start on every rank, got:", *texts])
-        self.decide(RuntimeError(joined) if texts else None)
+        self.decide(self.error if len(errors) == 1 else RuntimeError(joined) if texts else None)
 
     def decide(self, refusal: Exception | None) -> None:
         """Goes on, or raises `refusal` now and in every later step."""
         self._refusal = refusal
         self.has_agreed = True
         if self._refusal is not None:
-            if self.offload is not None:
-                self.offload.close()
+            if self.session is not None:
+                self.session.close()
             raise self._refusal
 
     def context(self) -> contextlib.AbstractContextManager[object]:
         """What a forward step runs in."""
-        return self.offload if self.offload is not None and self.error is None else contextlib.nullcontext()
+        return self.session if self.session is not None and self.error is None else contextlib.nullcontext()
 
     def run(self, forward_step: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Runs a forward step, and later the loss function it returns, with hooks on."""
@@ -142,11 +143,6 @@ class _Rank:
                 return function(*args, **kwargs)
 
         return cast(_F, hooked)
-
-
-def _num_ranks() -> int:
-    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if is_distributed else 1
 
 
 def _config_of(model: torch.nn.Module) -> Any:
@@ -299,7 +295,7 @@ class _Schedule:
 
 def offload_schedule(
     schedule: Callable[..., Any],
-    directory: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    directory: Directories,
     policy: ActivationPolicy | Mapping[str, Any] | None = None,
 ) -> _Schedule:
     """A schedule of megatron-core whose saved activations go to the drive; for loops of your own.
@@ -327,7 +323,7 @@ def offload_schedule(
     rank = _Rank()
     with rank.noting_errors():
         _check_schedule(schedule)
-        rank.open(absolute_directories(directory, path_fields()), ActivationPolicy.of(policy))
+        rank.open(directory, ActivationPolicy.of(policy))
     rank.agree()
     return _Schedule(schedule, rank)
 

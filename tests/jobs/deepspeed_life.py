@@ -380,8 +380,8 @@ def one_directory_per_rank(directory: str) -> dict[str, Any]:
 def shared_drive(directory: str) -> dict[str, Any]:
     """A drive that ZeRO-Infinity uses too is allowed, and noted."""
     config = zero(3, offload_optimizer={"device": "nvme", "nvme_path": str(Path(directory).parent)})
-    offload = integration._open(config | {"ssdtrain": section(directory)})
-    assert offload is not None
-    notes = list(offload.stats.fallbacks)
-    offload.close()
+    session = integration._begin(config | {"ssdtrain": section(directory)})
+    assert session is not None and session.stats is not None
+    notes = list(session.stats.fallbacks)
+    session.close()
     return {"notes": notes}
