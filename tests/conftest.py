@@ -22,6 +22,7 @@ from drives import Drive, ext4_drive, tmpfs_drive
 from engine_tools import eventually
 from fault_tools import Lab
 from folders import HELPERS
+from forks import Forks
 from run_tools import browser
 
 import ssdtrain
@@ -234,6 +235,16 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     lab = Lab(_compile("preload.c", folder / "preload.so"), folder)
     yield lab
     lab.close()
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Runs scripts in children that do not have to import PyTorch."""
+    modules = ["torch.distributed.fsdp", "ssdtrain.api.functions", "ssdtrain.tools.demo.model"]
+    path = os.pathsep.join(path for path in sys.path if path)
+    forks = Forks(tmp_path_factory.mktemp("forks"), modules, {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
+    yield forks
+    forks.close()
 
 
 @pytest.fixture(scope="session")

@@ -104,7 +104,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
         bandwidths: list[float] = []
         with throttled(args.directory, args.throttle * 1e9 if args.worker == "throttled" else None):
             paged = ssdtrain.offload_optimizer(adamw(model), args.directory)
-            ceiling = Ceiling(args.directory)
+            ceiling = Ceiling(args.directory, args.ceiling * MIB)
             found = train(args, model, paged, lambda: bandwidths.append(ceiling.measure()))
             found["ceiling_gbs"] = bandwidths
             stats = {"optimizer": paged.stats.as_dict()}
@@ -152,9 +152,10 @@ def run(worker: str, args: argparse.Namespace, prefix: list[str] | None = None) 
 class Ceiling:
     """What the drive moves both ways at once: plain threads, direct I/O, nothing computed."""
 
-    nbytes, request_nbytes, num_threads = 512 * MIB, 4 * MIB, 4
+    request_nbytes, num_threads = 4 * MIB, 4
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, nbytes: int) -> None:
+        self.nbytes = nbytes
         handle, path = tempfile.mkstemp(dir=directory)
         os.close(handle)
         self._fd = os.open(path, os.O_RDWR | os.O_DIRECT)
@@ -189,6 +190,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--share", type=float, default=0.25, help="of the memory that plain training needs")
     parser.add_argument("--throttle", type=float, default=0.5, help="GB/s each way of the drive in the last run")
+    parser.add_argument("--ceiling", type=int, default=512, help="MiB each way of a pass of plain direct I/O")
     parser.add_argument("--staging", default="24MiB")
     parser.add_argument("--prefetch", default="64MiB")
     parser.add_argument("--chunk", default="32MiB")

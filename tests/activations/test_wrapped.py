@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from conftest import MakeOffload, Send, assert_same, assert_same_error, gauges, grads_of
 from folders import JOBS
+from forks import Forks, ranks
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -175,15 +174,10 @@ def test_all_memory_is_let_go(make_offload: MakeOffload) -> None:
 
 
 @pytest.fixture(scope="module")
-def tensor_parallel(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("ranks")
-    ranks = [
-        subprocess.Popen([sys.executable, WORKER, str(rank), str(folder)], stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    found: dict[str, Any] = json.loads(outputs[0].splitlines()[-1])
+def tensor_parallel(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    done = forks.run([WORKER, tmp_path_factory.mktemp("ranks")], ranks(2))
+    assert [rank.returncode for rank in done] == [0, 0], done
+    found: dict[str, Any] = json.loads(done[0].stdout.splitlines()[-1])
     return found
 
 

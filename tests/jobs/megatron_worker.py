@@ -1,6 +1,6 @@
 """One rank of `test_megatron.py`: runs cases and checks one after the other and writes what it saw as JSON.
 
-python megatron_worker.py RANK WORLD FOLDER NAME...
+torchrun megatron_worker.py FOLDER NAME...
 """
 
 from __future__ import annotations
@@ -300,13 +300,12 @@ def run(name: str, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    os.environ["LOCAL_RANK"] = str(rank)
+    rank, world, folder = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), Path(sys.argv[1])
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     spill = folder / "spill"
     with cpu.stand_in():
-        for name in sys.argv[4:]:
+        for name in sys.argv[2:]:
             path = spill / name
             path.mkdir(parents=True, exist_ok=True)
             try:

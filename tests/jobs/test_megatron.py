@@ -6,26 +6,26 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from doses import dose
 from folders import HELPERS, JOBS, RECIPES, ROOT
+from forks import Forks, ranks
 
 from ssdtrain.integrations import megatron
 from ssdtrain.integrations.arguments import asked_for
 from ssdtrain.io.files.paths import fill_in
 from ssdtrain.policy import ActivationPolicy
 
-LIMIT_SECONDS = 900
 NUM_STEPS = dose(3, 5)
 
 ALONE = "plain ddp distributed-optimizer bf16 dropout full-recompute selective-recompute experts megatron-lm".split()
@@ -43,12 +43,21 @@ MIN_KEPT = 6 << 20  # below, what staging, prefetch and one operator need is not
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """One process imports megatron-core, which takes it as long as training these models a few steps."""
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{HELPERS}", "NUM_STEPS": str(NUM_STEPS)}
+    forks = Forks(tmp_path_factory.mktemp("forks"), ["megatron.core.models.gpt", "megatron.core.optimizer"], own)
+    yield forks
+    forks.close()
+
+
+@pytest.fixture(scope="module")
+def seen(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What every rank of every case saw."""
     found = {}
     for world, names in ((1, ALONE + CHECKS_ALONE), (2, PAIR + CHECKS_PAIR)):
         folder = tmp_path_factory.mktemp(f"ranks{world}")
-        run_ranks(world, folder, names)
+        run_ranks(forks, world, folder, names)
         for name in names:
             found[name] = [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(world)]
         left = [path for path in (folder / "spill").rglob("*") if path.is_file()]
@@ -56,28 +65,11 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
     return found
 
 
-def run_ranks(world: int, folder: Path, names: list[str]) -> None:
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{HELPERS}",
-        "NUM_STEPS": str(NUM_STEPS),
-    }
-    command = [sys.executable, str(JOBS / "megatron_worker.py")]
-    with contextlib.ExitStack() as stack:
-        logs = [stack.enter_context((folder / f"stderr.{rank}").open("w")) for rank in range(world)]
-        ranks = [
-            subprocess.Popen(
-                [*command, str(rank), str(world), str(folder), *names], env=environment, stdout=log, stderr=log
-            )
-            for rank, log in enumerate(logs)
-        ]
-        try:
-            codes = [rank.wait(timeout=LIMIT_SECONDS) for rank in ranks]
-        finally:
-            for rank in ranks:
-                rank.kill()
+def run_ranks(forks: Forks, world: int, folder: Path, names: list[str]) -> None:
+    done = forks.run([JOBS / "megatron_worker.py", folder, *names], ranks(world))
     errors = [json.loads(path.read_text()).get("error", "") for path in sorted(folder.glob("*.json"))]
-    texts = [(folder / f"stderr.{rank}").read_text()[-2000:] for rank in range(world)]
+    texts = [rank.stderr[-2000:] for rank in done]
+    codes = [rank.returncode for rank in done]
     assert codes == [0] * world and not any(errors), "\n".join([*filter(None, errors), *texts])
 
 
@@ -258,32 +250,29 @@ def test_unseen_version_and_no_megatron(monkeypatch: pytest.MonkeyPatch) -> None
 # -- recipes -----------------------------------------------------------------------------------------------------------
 
 
-def run_recipe(*options: str) -> list[str]:
+def run_recipe(forks: Forks, *options: str) -> list[str]:
     """Losses and statistics that the recipe prints, at toy size, on two CPU processes."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     size = "--steps 3 --layers 2 --hidden 64 --sequence 128 --micro-batch 2".split()
-    command = [*launcher, str(RECIPES / "megatron" / "pretrain_gpt.py"), *size, *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [line.split(" | ")[1] for line in done.stdout.splitlines() if line.startswith("step")] + [
-        line for line in done.stdout.splitlines() if line.startswith("ssdtrain:")
+    done = forks.run([RECIPES / "megatron" / "pretrain_gpt.py", *size, *options], ranks(2))
+    assert [rank.returncode for rank in done] == [0, 0], done[0].stderr[-2000:] + done[1].stderr[-2000:]
+    lines = "".join(rank.stdout for rank in done).splitlines()
+    return [line.split(" | ")[1] for line in lines if line.startswith("step")] + [
+        line for line in lines if line.startswith("ssdtrain:")
     ]
 
 
-def test_recipe(tmp_path: Path) -> None:
+def test_recipe(forks: Forks, tmp_path: Path) -> None:
     """It prints the same losses with and without, and what travelled."""
-    plain = run_recipe()
+    plain = run_recipe(forks)
     *losses, stats = run_recipe(
-        "--ssdtrain-dir", str(tmp_path), "--ssdtrain-mode", "all", "--ssdtrain-min-nbytes", "16KiB"
+        forks, "--ssdtrain-dir", str(tmp_path), "--ssdtrain-mode", "all", "--ssdtrain-min-nbytes", "16KiB"
     )
     assert len(plain) == 3 and losses == plain
     assert re.match(r"ssdtrain: [\d.]+ MiB of \d+ records offloaded", stats)
 
 
-def test_recipe_refuses_sizes_that_do_not_fit() -> None:
-    script = str(RECIPES / "megatron" / "pretrain_gpt.py")
-    done = subprocess.run([sys.executable, script, "--tensor", "3"], capture_output=True, text=True)
+def test_recipe_refuses_sizes_that_do_not_fit(forks: Forks) -> None:
+    (done,) = forks.run([RECIPES / "megatron" / "pretrain_gpt.py", "--tensor", "3"])
     assert done.returncode == 2 and "tensor x pipeline = 3 divides, got 1" in done.stderr
 
 
@@ -343,11 +332,9 @@ def test_running_a_script_of_a_checkout(tmp_path: Path) -> None:
     assert no_script.returncode == 1 and "Expected a script of a Megatron-LM checkout" in no_script.stderr
 
 
-def test_benchmark(tmp_path: Path) -> None:
+def test_benchmark(forks: Forks, tmp_path: Path) -> None:
     size = "--pairs 1 --layers 2 --hidden 64 --sequence 128 --min-nbytes 16KiB --mode all".split()
-    command = [sys.executable, str(RECIPES / "benchmarks" / "megatron_overhead.py"), str(tmp_path), *size]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "MASTER_PORT": str(20000 + os.getpid() % 20000)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, env=environment)
+    (done,) = forks.run([RECIPES / "benchmarks" / "megatron_overhead.py", tmp_path, *size], ranks(1))
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["offloaded_nbytes"] > 0 and result["overhead"] > 0 and result["machine"]["megatron-core"]

@@ -6,15 +6,13 @@ No schedule says anything to ssdtrain. Zero-bubble schedules split backward in t
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from folders import JOBS
+from forks import Forks, ranks
 
-LIMIT_SECONDS = 300
 IN_ORDER = ["ScheduleGPipe", "Schedule1F1B", "ScheduleInterleaved1F1B", "ScheduleLoopedBFS"]
 SPLIT = ["ScheduleInterleavedZeroBubble", "ScheduleZBVZeroBubble"]
 LEARNED = 3  # steps: the first differs from the rest, and a plan is for what was seen twice
@@ -25,21 +23,12 @@ Facts = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def facts(tmp_path_factory: pytest.TempPathFactory) -> Facts:
+def facts(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Facts:
     """What both ranks came back with."""
     folder = tmp_path_factory.mktemp("pipeline")
-    command = [sys.executable, str(JOBS / "pipelining_worker.py"), str(folder)]
-    ranks = [
-        subprocess.Popen([*command, str(rank), "2", *IN_ORDER, *SPLIT], stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=LIMIT_SECONDS)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0]
-    return [json.loads(output.splitlines()[-1]) for output in outputs]
+    done = forks.run([JOBS / "pipelining_worker.py", folder, *IN_ORDER, *SPLIT], ranks(2))
+    assert [rank.returncode for rank in done] == [0, 0], done
+    return [json.loads(rank.stdout.splitlines()[-1]) for rank in done]
 
 
 @pytest.mark.parametrize("mode", ["auto", "all"])

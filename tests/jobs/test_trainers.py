@@ -9,16 +9,21 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import socket
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from folders import JOBS, ROOT
+from forks import Forks, ranks
 
-LIMIT_SECONDS = 600
+COMMON = {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), *(p for p in sys.path if p)]),
+    "HF_HUB_OFFLINE": "1",
+    "ACCELERATE_USE_CPU": "1",
+}
+IMPORTED = ["transformers.trainer", "accelerate", "lightning"]
 
 # By trainer and number of ranks: the cases of `trainers_<trainer>.py`.
 CASES = {
@@ -40,39 +45,14 @@ CASES = {
 MODULES = {"trl": "hf", "sentence_transformers": "sentence"}  # whose cases are in a file of another name
 
 
-def run_job(folder: Path, trainer: str, num_ranks: int) -> list[dict[str, str]]:
+def run_job(forks: Forks, folder: Path, trainer: str, num_ranks: int) -> list[dict[str, str]]:
     """What went wrong in each case, by rank; empty texts where nothing did."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    path = os.pathsep.join([str(ROOT), *(p for p in sys.path if p)])
-    common = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1"}
-    common |= {"MASTER_PORT": port, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
-    command = [
-        sys.executable,
-        JOBS / "trainers_worker.py",
-        f"trainers_{MODULES.get(trainer, trainer)}",
-        folder,
-        folder / "results",
-    ]
-    children = []
-    for rank in range(num_ranks):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": num_ranks, "WORLD_SIZE": num_ranks}
-        chosen = common | (own if num_ranks > 1 else {})  # a single one is started without torchrun
-        environment = os.environ | {name: str(value) for name, value in chosen.items()}
-        with open(folder / f"output.{rank}", "w") as output:
-            children.append(
-                subprocess.Popen([*command, *CASES[trainer, num_ranks]], env=environment, stdout=output, stderr=output)
-            )
-    try:
-        for child in children:
-            child.wait(LIMIT_SECONDS)
-    finally:
-        for child in children:
-            child.kill()
-            child.wait()
-    outputs = [(folder / f"output.{rank}").read_text() for rank in range(num_ranks)]
-    assert [child.returncode for child in children] == [0] * num_ranks, "\n".join(text[-3000:] for text in outputs)
+    module = f"trainers_{MODULES.get(trainer, trainer)}"
+    command = [JOBS / "trainers_worker.py", module, folder, folder / "results", *CASES[trainer, num_ranks]]
+    environments = ranks(num_ranks) if num_ranks > 1 else [{}]  # a single one is started without torchrun
+    done = forks.run(command, environments)
+    outputs = "\n".join(f"{rank.stdout[-3000:]}\n{rank.stderr[-3000:]}" for rank in done)
+    assert [rank.returncode for rank in done] == [0] * num_ranks, outputs
     return [json.loads((folder / f"results.{rank}").read_text()) for rank in range(num_ranks)]
 
 
@@ -80,7 +60,16 @@ Results = list[dict[str, str]]
 
 
 @pytest.fixture(scope="module")
-def results_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Results]:
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """One process imports all trainers there are."""
+    there = [name for name in IMPORTED if importlib.util.find_spec(name.partition(".")[0]) is not None]
+    forks = Forks(tmp_path_factory.mktemp("forks"), there, COMMON)
+    yield forks
+    forks.close()
+
+
+@pytest.fixture(scope="module")
+def results_of(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Results]:
     """Runs a job when it is asked for first. A fixture with the job as its parameter would run it for every case:
     pytest tears such a one down when the next test has another set of parameters."""
     found: dict[tuple[str, int], Results | Exception] = {}
@@ -92,8 +81,8 @@ def results_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int],
         job = trainer, num_ranks
         if job not in found:
             try:
-                found[job] = run_job(tmp_path_factory.mktemp(f"{trainer}{num_ranks}"), *job)
-            except (AssertionError, OSError, subprocess.TimeoutExpired) as error:
+                found[job] = run_job(forks, tmp_path_factory.mktemp(f"{trainer}{num_ranks}"), *job)
+            except (AssertionError, OSError) as error:
                 found[job] = error
         result = found[job]
         if isinstance(result, Exception):

@@ -3,45 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from typing import Any
 
 import pytest
-from folders import HELPERS, JOBS, ROOT
-
-LIMIT_SECONDS = 300
+from folders import JOBS
+from forks import Forks, ranks
 
 
 @pytest.fixture(scope="module")
-def facts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def facts(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What both ranks came back with."""
-    folder = tmp_path_factory.mktemp("replicas")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(JOBS / "replicas_worker.py"), str(folder), str(rank)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ
-            | shared
-            | {"PYTHONPATH": f"{ROOT}{os.pathsep}{HELPERS}"}
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=LIMIT_SECONDS)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0]
-    return [json.loads(output.splitlines()[-1]) for output in outputs]
+    environments = [rank | {"ACCELERATE_USE_CPU": "1"} for rank in ranks(2)]
+    done = forks.run([JOBS / "replicas_worker.py", tmp_path_factory.mktemp("replicas")], environments)
+    assert [rank.returncode for rank in done] == [0, 0], done
+    return [json.loads(rank.stdout.splitlines()[-1]) for rank in done]
 
 
 def test_replicas_train_as_plain_ones(facts: list[dict[str, Any]]) -> None:

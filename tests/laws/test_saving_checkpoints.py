@@ -8,24 +8,21 @@ import logging
 import os
 import stat
 import struct
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from folders import JOBS
+from forks import Forks
 from state_tools import MLP, check_same, model_of, values
 from torch import nn
 
 import ssdtrain
 
 
-def job(name: str, folder: Path, kind: str = "nameless") -> Any:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(JOBS / "checkpoint_jobs.py"), name, str(folder), kind]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+def job(forks: Forks, name: str, folder: Path, kind: str = "nameless") -> Any:
+    (done,) = forks.run([JOBS / "checkpoint_jobs.py", name, folder, kind])
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -39,41 +36,43 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["nameless", "named"])
-def test_whenever_a_save_is_killed_the_old_checkpoint_or_the_new_one_is_there(tmp_path: Path, kind: str) -> None:
+def test_whenever_a_save_is_killed_the_old_checkpoint_or_the_new_one_is_there(
+    forks: Forks, tmp_path: Path, kind: str
+) -> None:
     """A process dies by SIGKILL at every single line that saving executes; the file is never anything in between.
 
     Where files can be without a name, a killed save leaves nothing else behind but in the moment between its name and
     its place.
     """
-    seen = job("killed_everywhere", tmp_path, kind)
+    seen = job(forks, "killed_everywhere", tmp_path, kind)
     assert seen["torn"] == 0 and seen["old"] > 40 and seen["new"] > 1
     assert seen["most_left"] <= 1
     if kind == "nameless":
         assert seen["left"] <= 12
 
 
-def test_a_save_that_is_killed_does_not_tear_the_one_beside_it(tmp_path: Path) -> None:
+def test_a_save_that_is_killed_does_not_tear_the_one_beside_it(forks: Forks, tmp_path: Path) -> None:
     """Every rank saved to one path, one was killed: the other renamed the file that it had truncated, and said nothing.
 
     Wherever the first stands when the second saves, each that ends well leaves its own whole file, and one that dies
     leaves the other's.
     """
-    for number, dies, second, first, value in job("killed_beside_another", tmp_path)["outcomes"]:
+    for number, dies, second, first, value in job(forks, "killed_beside_another", tmp_path)["outcomes"]:
         assert second == 0, number
         assert first == (-9 if dies else 0), number
         assert value in ((1.0, 2.0, 3.0) if dies else (2.0, 3.0)), (number, value)
 
 
-def test_sixteen_processes_save_to_one_path(tmp_path: Path) -> None:
+def test_sixteen_processes_save_to_one_path(forks: Forks, tmp_path: Path) -> None:
     """One of sixteen raised `FileNotFoundError`: another had renamed the file that both wrote."""
-    seen = job("together", tmp_path)
+    seen = job(forks, "together", tmp_path)
     assert seen["endings"] == [0] * 16
     assert seen["value"] in range(16) and seen["files"] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("kind", ["nameless", "named"])
-def test_a_full_drive_leaves_the_old_checkpoint_and_says_where(tmp_path: Path, kind: str) -> None:
-    seen = job("full", tmp_path, kind)
+def test_a_full_drive_leaves_the_old_checkpoint_and_says_where(forks: Forks, tmp_path: Path, kind: str) -> None:
+    seen = job(forks, "full", tmp_path, kind)
     assert seen["error"] == [errno.EFBIG, str(tmp_path / "model.safetensors")]
     assert seen["value"] == 1.0 and seen["files"] == ["model.safetensors"]
 

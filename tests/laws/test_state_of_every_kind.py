@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from folders import JOBS
+from forks import Forks, ranks
 from state_tools import EAGER_STATE, check_same, model_of, train, values
 
 import ssdtrain
@@ -128,16 +127,11 @@ def test_quantised_state_is_loaded(tmp_path: Path) -> None:
     check_same(values(model), values(plain))
 
 
-def test_sharded_parameters(tmp_path: Path) -> None:
+def test_sharded_parameters(forks: Forks, tmp_path: Path) -> None:
     """After `fully_shard` state is made of DTensors: each rank's part leaves, equal to the bit, saved and loaded."""
-    command = [sys.executable, str(WORKER)]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], stdout=subprocess.PIPE, text=True) for rank in (0, 1)
-    ]
-    for rank in ranks:
-        out, _ = rank.communicate(timeout=120)
-        assert rank.returncode == 0
-        for name, found in json.loads(out.splitlines()[-1]).items():
+    for rank in forks.run([WORKER, tmp_path], ranks(2)):
+        assert rank.returncode == 0, rank.stderr
+        for name, found in json.loads(rank.stdout.splitlines()[-1]).items():
             num_moments = 2 if name == "AdamW" else 1
             # Of four weights of 48 x 48 each rank has half; biases are smaller than min_nbytes.
             assert found == {"is_equal": True, "away_nbytes": num_moments * 4 * 48 * 48 * 4 // 2}

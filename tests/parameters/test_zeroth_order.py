@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from folders import RECIPES
+from forks import Forks
 from state_tools import check_same
 
 import ssdtrain
@@ -17,20 +16,20 @@ SCRIPT = RECIPES / "zeroth_order" / "mezo.py"
 SIZE = ["--layers", "3", "--width", "128", "--heads", "2", "--batch", "2", "--sequence", "16", "--steps", "4"]
 
 
-def run(*arguments: str) -> list[str]:
-    done = subprocess.run([sys.executable, SCRIPT, *SIZE, *arguments], capture_output=True, text=True, timeout=300)
+def run(forks: Forks, *arguments: str) -> list[str]:
+    (done,) = forks.run([SCRIPT, *SIZE, *arguments])
     assert done.returncode == 0, done.stderr
     lines = [line.rsplit(" | ", 1)[0] for line in done.stdout.splitlines()]
     return [line for line in lines if line.startswith(("step", "parameters", "ssdtrain"))]
 
 
-def test_streamed_is_plain(tmp_path: Path) -> None:
+def test_streamed_is_plain(forks: Forks, tmp_path: Path) -> None:
     """From a pretrained checkpoint; every block was on the drive."""
     torch.manual_seed(5)
     checkpoint = str(tmp_path / "gpt.safetensors")
     ssdtrain.save_safetensors(GPT(GPTConfig(3, 128, 2, 16)), checkpoint)
-    streamed = run("--dir", str(tmp_path), "--checkpoint", checkpoint)
-    plain = run("--no-offload", "--checkpoint", checkpoint)
+    streamed = run(forks, "--dir", str(tmp_path), "--checkpoint", checkpoint)
+    plain = run(forks, "--no-offload", "--checkpoint", checkpoint)
     (told,) = [line for line in streamed if line.startswith("ssdtrain")]
     assert "12 tensors" in told  # four large ones of each block
     check_same([line for line in streamed if line != told], plain)

@@ -16,20 +16,20 @@ from typing import Any
 import pytest
 from doses import dose
 from folders import RECIPES, ROOT
+from forks import Forks
 
 BENCHMARKS = RECIPES / "benchmarks"
 
 
-def run(script: str, *arguments: str) -> Any:
-    command = [sys.executable, str(BENCHMARKS / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+def run(forks: Forks, script: str, *arguments: str) -> Any:
+    (done,) = forks.run([BENCHMARKS / script, *arguments])
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_hooks(tmp_path: Path) -> None:
+def test_hooks(forks: Forks, tmp_path: Path) -> None:
     """Tensors travelled in the case that says so, and in no other."""
-    result = run("hooks.py", str(tmp_path), "--repeats", "3")
+    result = run(forks, "hooks.py", str(tmp_path), "--repeats", "3")
     assert {"processor", "cores", "torch", "ssdtrain"} <= result["machine"].keys()
     ours = {row["case"]: row for row in result["rows"] if row["hooks"] == "ssdtrain"}
     assert len(ours) == 5 and all(row["target_us"] > 0 for row in ours.values())
@@ -39,28 +39,28 @@ def test_hooks(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_planning() -> None:
-    result = run("planning.py", "--records", "50", "--repeats", "1")
+def test_planning(forks: Forks) -> None:
+    result = run(forks, "planning.py", "--records", "50", "--repeats", "1")
     assert [row["step"] for row in result["rows"]] == ["tower"] * 3 + ["scattered"] * 3
     assert all(row["seconds"] > 0 for row in result["rows"])
 
 
 @pytest.mark.skipif(shutil.which("fio") is None, reason="needs fio (Debian: apt-get install fio)")
-def test_engine(tmp_path: Path) -> None:
+def test_engine(forks: Forks, tmp_path: Path) -> None:
     """Both directions and all engines, each beside fio."""
     size = ["--request-mib", "1", "--depth", "2", "--file-mib", "8", "--repeats", "1"]
-    result = run("engine.py", str(tmp_path), *size)
+    result = run(forks, "engine.py", str(tmp_path), *size)
     rows = {(row["direction"], row["engine"]) for row in result["rows"]}
     assert rows == {(d, e) for d in ("write", "read") for e in ("fio", "io_uring", "threads")}
     assert list(tmp_path.iterdir()) == []
 
 
-def test_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu(forks: Forks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What runs without a GPU: every way gives the same gradients, and bytes travelled in ours."""
     size = "--hidden 64 --heads 2 --layers 3 --sequence 64 --batch 2 --dtype float32 --repeats 1 --warm-up 1".split()
     policy = '{"min_nbytes": 0, "staging_nbytes": "256KiB"}'
     written = tmp_path / "gpu.json"
-    result = run("gpu.py", str(tmp_path), *size, "--policy", policy, "--json", str(written))
+    result = run(forks, "gpu.py", str(tmp_path), *size, "--policy", policy, "--json", str(written))
     assert json.loads(written.read_text()) == result and result["is_complete"]
     rows = {row["variant"]: row for row in result["rows"]}
     assert {"plain", "ssdtrain drive auto", "ssdtrain drive all", "save_on_cpu", "recompute"} <= rows.keys()
@@ -97,10 +97,10 @@ def test_gpu_leaves_what_it_measured_whenever_it_ends(tmp_path: Path) -> None:
     assert "equal\nplain " in printed and json.loads(printed.splitlines()[-1]) == result
 
 
-def test_gpu_keeps_what_it_measured(tmp_path: Path) -> None:
+def test_gpu_keeps_what_it_measured(forks: Forks, tmp_path: Path) -> None:
     """Without time for all rounds, those that were counted are in the file and in the table."""
     size = "--hidden 64 --heads 2 --layers 2 --sequence 64 --batch 2 --dtype float32 --repeats 1000 --warm-up 1".split()
-    result = run("gpu.py", str(tmp_path), *size, "--seconds", "3")
+    result = run(forks, "gpu.py", str(tmp_path), *size, "--seconds", "3")
     assert 1 <= result["rows"][0]["num_steps"] < 1000
 
 
@@ -129,14 +129,14 @@ def test_readme_shows_the_recorded_results(tmp_path: Path) -> None:
         assert (tmp_path / name).read_text() == (ROOT / name).read_text(), name
 
 
-def test_compare(tmp_path: Path) -> None:
+def test_compare(forks: Forks, tmp_path: Path) -> None:
     """Every method that runs here learns the same, and one that cannot says why."""
     size = "--layers 2 --width 32 --heads 2 --sequence 32 --batch 2 --steps 1 --threads 1".split()
     size += ["--min-nbytes", "1KiB", "--staging", "64KiB"]  # small ones would wait for company
     able = ["plain", "checkpoint per block", "ssdtrain, mode all"]
     others = dose([], ["DeepSpeed checkpoint_in_cpu"]) + ["Transformers offload", "torchtune OffloadActivations"]
     options = ["--models", "llama", "--methods", *able, *others, *size]
-    rows = run("compare.py", str(tmp_path), *options)["models"]["llama"]
+    rows = run(forks, "compare.py", str(tmp_path), *options)["models"]["llama"]
     ran = {row["method"]: row for row in rows if "unavailable" not in row}
     assert set(able) <= ran.keys()
     assert all(row["is_equal"] and row["peak_nbytes"] > 0 and row["step_ratio"] > 0 for row in ran.values())
@@ -144,10 +144,10 @@ def test_compare(tmp_path: Path) -> None:
     assert all(row["unavailable"] for row in rows if row["method"] not in ran)
 
 
-def test_curve(tmp_path: Path) -> None:
+def test_curve(forks: Forks, tmp_path: Path) -> None:
     """Every branch has its points, all learn the same, and a budget below what plain training saves sends bytes."""
     size = "--layers 3 --width 64 --heads 2 --sequence 64 --batch 2 --steps 1 --threads 1 --shares 0.2".split()
-    rows = run("curve.py", str(tmp_path), *size, "--min-nbytes", "4KiB", "--staging", "128KiB")["points"]
+    rows = run(forks, "curve.py", str(tmp_path), *size, "--min-nbytes", "4KiB", "--staging", "128KiB")["points"]
     assert [row["branch"] for row in rows] == ["plain", "recompute", "offload", "mix", "recompute"]
     assert all(row["is_equal"] and row["peak_nbytes"] > 0 and row["step_ratio"] > 0 for row in rows)
     plain, offload = rows[0], rows[2]
@@ -155,17 +155,17 @@ def test_curve(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_state_compare(tmp_path: Path) -> None:
+def test_state_compare(forks: Forks, tmp_path: Path) -> None:
     """Losses are those of plain training."""
     size = ["--layers", "2", "--width", "64", "--sequence", "16", "--batch", "1", "--rounds", "1"]
     methods = ["plain", "ssdtrain", "ssdtrain, optimizer only"]
-    result = run("state_compare.py", str(tmp_path), *size, "--methods", *methods)
+    result = run(forks, "state_compare.py", str(tmp_path), *size, "--methods", *methods)
     assert [row["method"] for row in result["rows"]] == methods
     assert all(row["is_equal"] and row["step_seconds"] > 0 for row in result["rows"])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_state_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_state_cap(forks: Forks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under a cap that a toy does not feel: losses and parameters are those of plain training, and it travelled."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from memory_group import why_not
@@ -173,17 +173,17 @@ def test_state_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if why_not() or not os.access("/sys/fs/cgroup/blkio", os.W_OK):
         pytest.skip("needs root and cgroups")
     size = ["--layers", "2", "--width", "128", "--sequence", "16", "--batch", "1", "--steps", "2", "--share", "3"]
-    result = run("state_cap.py", str(tmp_path), *size)
+    result = run(forks, "state_cap.py", str(tmp_path), *size, "--ceiling", "16")
     assert result["is_equal"] and result["capped"]["group_peak_nbytes"] <= result["cap_nbytes"]
     for run_name, what in (("capped", "parameters"), ("capped", "optimizer"), ("paged", "optimizer")):
         assert result[run_name]["stats"][what]["away_nbytes"] > 0
     assert list(tmp_path.iterdir()) == []
 
 
-def test_recording(tmp_path: Path) -> None:
+def test_recording(forks: Forks, tmp_path: Path) -> None:
     """Both copies trained, and a record was written."""
     size = "--layers 2 --width 64 --heads 2 --sequence 32 --batch 2 --rounds 4 --min-nbytes 4KiB".split()
-    result = run("recording.py", str(tmp_path), *size)
+    result = run(forks, "recording.py", str(tmp_path), *size)
     assert result["step_seconds"] > 0 and result["record_nbytes_per_step"] > 100 and result["thread_seconds"] > 0
     assert list(tmp_path.iterdir()) == []
 

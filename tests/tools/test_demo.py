@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 from folders import RECIPES
+from forks import Forks
 from torch import nn
 from typer.testing import CliRunner
 
@@ -253,13 +254,12 @@ def test_the_counter_counts_each_live_storage_once_and_no_parameter() -> None:
     assert counter.live_nbytes == 0
 
 
-def test_the_recipe_trains_the_same_numbers_with_and_without_offloading(tmp_path: Path) -> None:
+def test_the_recipe_trains_the_same_numbers_with_and_without_offloading(forks: Forks, tmp_path: Path) -> None:
     shape = ["--layers=2", "--width=64", "--heads=2", "--batch=2", "--sequence=64", "--steps=3"]
     losses = []
     for extra in (["--min-nbytes=4KiB"], ["--no-offload"]):
-        command = [sys.executable, str(RECIPE), "--device=cpu", f"--dir={tmp_path}", *shape, *extra]
-        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True, env=one_thread)
-        losses.append(re.findall(r"loss ([0-9.]+)", result.stdout))
+        (done,) = forks.run([RECIPE, "--device=cpu", f"--dir={tmp_path}", *shape, *extra])
+        assert done.returncode == 0, done.stderr
+        losses.append(re.findall(r"loss ([0-9.]+)", done.stdout))
     assert losses[0] == losses[1]
     assert len(losses[0]) == 3
