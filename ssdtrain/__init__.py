@@ -15,35 +15,28 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ssdtrain.activations.offload import ActivationOffload
     from ssdtrain.activations.recompute.checkpoint import checkpoint
     from ssdtrain.api.functions import offload_activations, offload_optimizer, offload_parameters, parameter_offload
-    from ssdtrain.api.section import Section
     from ssdtrain.api.session import Offload
-    from ssdtrain.optimizer.optimizer import OffloadedOptimizer
-    from ssdtrain.parameters.offload import ParameterOffload
+    from ssdtrain.api.types import ActivationOffload as ActivationOffload
+    from ssdtrain.api.types import OffloadedOptimizer as OffloadedOptimizer
+    from ssdtrain.api.types import ParameterOffload as ParameterOffload
+    from ssdtrain.api.types import Section as Section
+    from ssdtrain.api.types import Skipped as Skipped
+    from ssdtrain.api.types import StateLostError as StateLostError
+    from ssdtrain.api.types import StateStats as StateStats
+    from ssdtrain.api.types import Stats as Stats
     from ssdtrain.parameters.safetensors import load_safetensors, save_safetensors
     from ssdtrain.policy import ActivationPolicy, OptimizerPolicy, ParameterPolicy
-    from ssdtrain.state_stats import StateStats
-    from ssdtrain.stats import Skipped, Stats
     from ssdtrain.store.saved_tensors import keep_resident
-    from ssdtrain.store.state_store import StateLostError
 
 __version__ = "0.2.0.dev0"
 
 __all__ = [
-    "ActivationOffload",
     "ActivationPolicy",
     "Offload",
-    "OffloadedOptimizer",
     "OptimizerPolicy",
-    "ParameterOffload",
     "ParameterPolicy",
-    "Section",
-    "Skipped",
-    "StateLostError",
-    "StateStats",
-    "Stats",
     "checkpoint",
     "keep_resident",
     "load_safetensors",
@@ -56,18 +49,10 @@ __all__ = [
 
 _MODULES = MappingProxyType(
     {
-        "ActivationOffload": "activations.offload",
         "ActivationPolicy": "policy",
         "Offload": "api.session",
-        "OffloadedOptimizer": "optimizer.optimizer",
         "OptimizerPolicy": "policy",
-        "ParameterOffload": "parameters.offload",
         "ParameterPolicy": "policy",
-        "Section": "api.section",
-        "Skipped": "stats",
-        "StateLostError": "store.state_store",
-        "StateStats": "state_stats",
-        "Stats": "stats",
         "checkpoint": "activations.recompute.checkpoint",
         "keep_resident": "store.saved_tensors",
         "load_safetensors": "parameters.safetensors",
@@ -76,6 +61,15 @@ _MODULES = MappingProxyType(
         "offload_parameters": "api.functions",
         "parameter_offload": "api.functions",
         "save_safetensors": "parameters.safetensors",
+        # What these return and raise: shown by `ssdtrain.api.types`.
+        "ActivationOffload": "api.types",
+        "OffloadedOptimizer": "api.types",
+        "ParameterOffload": "api.types",
+        "Section": "api.types",
+        "Skipped": "api.types",
+        "StateLostError": "api.types",
+        "StateStats": "api.types",
+        "Stats": "api.types",
     }
 )
 

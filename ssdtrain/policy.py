@@ -13,11 +13,12 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 from typing_extensions import Self, TypedDict, Unpack
 
 _UNITS = {"": 1, "b": 1}
@@ -122,10 +123,34 @@ class OptimizerOptions(StateOptions, total=False):
     delayed_update: bool
 
 
+def size_text(nbytes: int) -> str:
+    """The shortest text that is exactly this size: ``"900GiB"``."""
+    power = next(power for power in (4, 3, 2, 1, 0) if nbytes % 1024**power == 0) if nbytes else 0
+    return f"{nbytes // 1024**power}{'KMGT'[power - 1]}iB" if power else str(nbytes)
+
+
+def _shown(name: str, value: object) -> str:
+    text = size_text(value) if name.endswith("_nbytes") and isinstance(value, int) else ""
+    return repr(value) if not text or text.isdigit() else repr(text)
+
+
 class _Policy(BaseModel):
     """What all policies share: frozen, and a key that is not theirs is named."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _without_links(cls, data: Any, check: Callable[[Any], Self]) -> Self:
+        """Errors of the same type and text, without a link to the library's pages below each."""
+        try:
+            return check(data)
+        except ValidationError as error:
+            plain: list[InitErrorDetails] = []
+            for item in error.errors(include_url=False):
+                kind = PydanticCustomError(item["type"], "{text}", {"text": item["msg"].removeprefix("Value error, ")})
+                plain.append({"type": kind, "loc": item["loc"], "input": item["input"]})
+        raise ValidationError.from_exception_data(cls.__name__, plain)
 
     @model_validator(mode="before")
     @classmethod
@@ -153,7 +178,17 @@ class _Policy(BaseModel):
         if isinstance(policy, Mapping):
             return cls.model_validate(dict(policy))
         kind = f"{'an' if cls.__name__[0] in 'AO' else 'a'} {cls.__name__}"
-        raise TypeError(f"Expected policy to be {kind} or a mapping of its fields, got {policy!r}")
+        is_module = hasattr(policy, "named_parameters")
+        got = f"a model ({type(policy).__name__}): pass it as model=" if is_module else repr(policy)
+        raise TypeError(f"Expected policy to be {kind} or a mapping of its fields, got {got}")
+
+    def __repr__(self) -> str:
+        """What differs from the defaults, as it may be written."""
+        shown = {name: getattr(self, name) for name, field in type(self).model_fields.items()}
+        changed = {name: value for name, value in shown.items() if value != type(self).model_fields[name].default}
+        return f"{type(self).__name__}({', '.join(f'{name}={_shown(name, v)}' for name, v in changed.items())})"
+
+    __str__ = __repr__
 
 
 class ActivationPolicy(_Policy):

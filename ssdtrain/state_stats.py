@@ -6,6 +6,7 @@ Sizes are bytes, times seconds. Nothing here knows where the numbers come from.
 from __future__ import annotations
 
 import copy
+import html
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
@@ -142,6 +143,14 @@ class StateStats:
         """The same as plain types, for JSON."""
         stays = {reason: vars(entry).copy() for reason, entry in self.stays.items()}
         return vars(self) | {"stays": stays, "waits": dict(self.waits), "fallbacks": list(self.fallbacks)}
+
+    def __repr__(self) -> str:
+        away = f"{nbytes_text(self.away_nbytes)} of {self.what} offloaded in {self.num_away} tensors"
+        return f"StateStats({away}, {self.num_steps} steps, {self.wait_seconds:.3f} s waited)"
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     def __str__(self) -> str:
         """One screen: what it did, what it cost, what stayed."""

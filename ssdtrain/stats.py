@@ -231,12 +231,10 @@ class Stats:
     """Bytes whose write was called off because they were needed or dropped first."""
     written_nbytes: int
     """Bytes written to the spill files, padding included."""
-    read_nbytes: int
-    """Bytes read back."""
+    read_nbytes: int  # and read back
     shared_written_nbytes: int
     """Bytes written meanwhile for parameters or optimizer state that share the engine."""
-    shared_read_nbytes: int
-    """Bytes read for them."""
+    shared_read_nbytes: int  # and read for them
     kept_nbytes: int
     """Bytes that could have travelled and were kept, reasons in `skipped`."""
     num_prefetched: int
@@ -245,8 +243,7 @@ class Stats:
     """Reloads begun when backward asked: each one is a wait."""
     stall_seconds: float
     """Time the training thread waited for the drive, both directions."""
-    stalls: Mapping[str, float]
-    """The same by what was waited for."""
+    stalls: Mapping[str, float]  # the same by what was waited for
     num_live_records: int  # that autograd still holds
     peak_staging_nbytes: int
     """Most staging memory in use at once."""
@@ -254,8 +251,7 @@ class Stats:
     """Most spill space in use at once."""
     hosted_nbytes: int
     """Bytes of records that went to the host tier instead of the drive."""
-    host_read_nbytes: int
-    """Bytes that came back from there."""
+    host_read_nbytes: int  # that came back from there
     peak_host_nbytes: int
     """Most bytes in the host tier at once."""
     peak_saved_nbytes: int
@@ -365,6 +361,10 @@ class Stats:
             f" staging {nbytes_text(self.peak_staging_nbytes)}, spill space {nbytes_text(self.peak_disk_nbytes)};"
             f" the process took {nbytes_text(self.peak_process_nbytes)} at most{device}",
         ]
+
+    def __repr__(self) -> str:
+        did = f"{self.num_steps} steps, {nbytes_text(self.offloaded_nbytes)} offloaded"
+        return f"Stats({did}, {self.stall_seconds:.3f} s stalled)"
 
     def _repr_html_(self) -> str:
         """For notebooks."""

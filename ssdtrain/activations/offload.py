@@ -30,7 +30,7 @@ from ssdtrain.planner import Buffers, Plan
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.scheduling.replanner import replanner_for
 from ssdtrain.scheduling.schedule import Schedule
-from ssdtrain.stats import Counters, Stats
+from ssdtrain.stats import Counters, Stats, nbytes_text
 from ssdtrain.store.saved_tensors import HookScope, innermost_hooks, not_entered
 from ssdtrain.tracing.finished_step import Callback
 
@@ -62,7 +62,7 @@ class ActivationOffload(SavedTensorHooks, contextlib.ContextDecorator):
             chosen = (lambda: replanner.recomputed) if replanner is not None and policy.recompute == "auto" else None
             self._recompute = Recompute(candidates, counters, self._check_version, chosen)
         schedule = Schedule(counters, replanner)
-        self._model = model
+        self._model, self._directories = model, tuple(directories or ())
         self._chosen = Chosen(policy.only) if policy.only is not None else None
         self._threads: list[threading.Thread] = []  # in which it is entered, as often as it is
         self._is_closed = False
@@ -81,6 +81,15 @@ class ActivationOffload(SavedTensorHooks, contextlib.ContextDecorator):
                 self._store.note_fallback(text)
             self._store.open()
         self._nothing_offloaded = NothingOffloaded(self, policy, self._counters, self._threads)
+
+    def __repr__(self) -> str:
+        """What it is doing, without waiting for anybody."""
+        state = "closed" if self._is_closed else "entered" if self._threads else "left"
+        counters = self._counters
+        did = f"{counters.num_steps} steps, {nbytes_text(counters.offloaded_nbytes)} offloaded"
+        where = ", ".join(self._directories) or "host memory"
+        stalled = f"{counters.stalled_seconds:.3f} s stalled"
+        return f"{type(self).__name__}({state if self.policy.enabled else 'disabled'}, {where}, {did}, {stalled})"
 
     # -- context -------------------------------------------------------------------------------------------------
 

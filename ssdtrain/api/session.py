@@ -111,6 +111,15 @@ class Offload:
         self._reported: Stats | None = None
         self._thread = _Thread()
 
+    def __repr__(self) -> str:
+        """What it is doing, without waiting for anybody."""
+        parts = [repr(self._activations)] if self._activations is not None else []
+        parts += [repr(offload) for offload in (*self._parameters, *(paged.offload for paged in self._optimizers))]
+        section = self.section
+        asked = [name for name in ("activations", "parameters", "optimizer") if getattr(section, name) is not None]
+        where = ", ".join(section.directories) or "host memory"
+        return f"Offload({'; '.join(parts) or f'not begun, {where}, ' + (', '.join(asked) or 'nothing')})"
+
     # -- begin and end ---------------------------------------------------------------------------------------
 
     def begin(

@@ -27,6 +27,7 @@ from ssdtrain.optimizer.updates import Updates, read_through
 from ssdtrain.parameters.offload import offloads_of
 from ssdtrain.policy import OptimizerPolicy
 from ssdtrain.state_stats import StateCounters, StateStats
+from ssdtrain.stats import nbytes_text
 from ssdtrain.store.state_store import StateLostError, StateStore
 
 
@@ -131,7 +132,10 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._stepper.finish()
 
     def __repr__(self) -> str:
-        return f"Offloaded{self._inner!r}"
+        """What it is doing, without waiting for anybody."""
+        state, where = "closed" if self._is_closed else "open", ", ".join(self._store.directories) or "host memory"
+        away = f"{nbytes_text(self._counters.away_nbytes)} of state in {self._counters.num_away} tensors offloaded"
+        return f"Offloaded{type(self._inner).__name__}({state}, {where}, {len(self.param_groups)} groups, {away})"
 
     def __reduce__(self) -> Any:
         raise TypeError("Expected to save optimizer.state_dict(), got the optimizer itself: its state is on a drive")

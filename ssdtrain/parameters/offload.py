@@ -22,6 +22,7 @@ from ssdtrain.parameters.placeholder import OWNER
 from ssdtrain.parameters.working_set import WorkingSet
 from ssdtrain.policy import ParameterPolicy
 from ssdtrain.state_stats import StateCounters, StateStats
+from ssdtrain.stats import nbytes_text
 from ssdtrain.store.identity import spec_nbytes, view_spec
 from ssdtrain.store.state_store import StateLostError, StateStore
 from ssdtrain.verdict import on_parameters
@@ -129,6 +130,13 @@ class ParameterOffload:
             self._store.close()
         if lost is not None:
             raise lost
+
+    def __repr__(self) -> str:
+        """What it is doing, without waiting for anybody."""
+        state = "closed" if self._is_closed else self._incomplete or "open"
+        where = ", ".join(self._store.directories) or "host memory"
+        away = f"{nbytes_text(self._counters.away_nbytes)} in {self._counters.num_away} parameters offloaded"
+        return f"ParameterOffload({state}, {where}, {len(self._working_set.blocks)} blocks, {away})"
 
     @property
     def stats(self) -> StateStats:

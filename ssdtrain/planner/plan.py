@@ -83,6 +83,13 @@ class Plan:
         """How long the drive's endurance lasts when training never stops; infinite when it is not known."""
         return self.endurance_nbytes / self.daily_nbytes / _DAYS_PER_YEAR if self.daily_nbytes else math.inf
 
+    def __repr__(self) -> str:
+        """One line."""
+        return (
+            f"Plan({self.statement!r}, peak {nbytes_text(self.peak_nbytes)} of {nbytes_text(self.kept_peak_nbytes)},"
+            f" {self.step_seconds:.3f} s a step, {self.stall_seconds:.3f} s of it waiting)"
+        )
+
     def __str__(self) -> str:
         """What moves, and what is predicted of it."""
         num = {where: self.placement.count(where) for where in Where}
