@@ -6,6 +6,7 @@ The only file that imports them.
 from __future__ import annotations
 
 import errno
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from ssdtrain.io.extension import UnavailableError, extension
 from ssdtrain.io.kvikio import GpuDirect
 from ssdtrain.io.kvikio import probe as gpudirect
 from ssdtrain.io.timed_calls import TimedCall, no_answer, run, run_all
+from ssdtrain.policy import size_text
 
 KINDS = ("auto", "io_uring", "threads", "python", "kvikio")
 _ANYWHERE = ("io_uring", "threads", "python")
@@ -268,6 +270,8 @@ def _not_available(names: Sequence[str], why: str) -> str:
 def _give_up_if_named(kind: str, unavailable: UnavailableError) -> None:
     if kind == "auto":
         return
+    if isinstance(unavailable.__cause__, OSError) and "staging_nbytes=" in str(unavailable):
+        raise unavailable.__cause__
     others = " or ".join(f"engine={name!r}" for name in KINDS[1:] if name != kind)
     raise RuntimeError(
         f"Expected engine {kind!r} to be available, got: {unavailable}; use engine='auto' or {others}"
@@ -296,9 +300,17 @@ def _open(name: str, request: _Request) -> tuple[Engine, list[SpillFile]]:
         raise
     except (OSError, RuntimeError, TypeError) as error:
         request.give_up(files, request.timeout_seconds)
+        reason = _without_memory(error, request.staging_nbytes) or error
         if name == "python":
-            raise
-        raise UnavailableError(str(error)) from error
+            raise reason from None
+        raise UnavailableError(str(reason)) from reason
+
+
+def _without_memory(error: Exception, staging_nbytes: int) -> OSError | None:
+    """The error in the name of the field, where there is no memory for staging."""
+    if not isinstance(error, OSError) or error.errno != errno.ENOMEM or "staging" not in str(error):
+        return None
+    return OSError(errno.ENOMEM, f"staging_nbytes={size_text(staging_nbytes)}: {os.strerror(errno.ENOMEM)}; lower it")
 
 
 def _with_host_tier(make: Callable[..., Engine], host_nbytes: int | None, *args: Any) -> Engine:

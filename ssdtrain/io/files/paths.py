@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 
-_HINT = "pass a str or an os.PathLike of one"
 _LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 
 
@@ -28,7 +27,7 @@ def absolute_path(path: object, what: str) -> str:
     if isinstance(path, bytes):
         raise TypeError(f"Expected {what} as text, got bytes {path!r}: pass os.fsdecode(path)")
     if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"Expected {what}, got {_short(path)}: {_HINT}")
+        raise TypeError(f"Expected {what}, got {_short(path)}: {_hint(path)}")
     text = os.fspath(path)
     if isinstance(text, bytes):
         raise TypeError(f"Expected {what} as text, got a path of bytes {text!r}: pass os.fsdecode(path)")
@@ -94,8 +93,8 @@ def absolute_directories(directories: object, fields: Mapping[str, str | None] |
     """
     if isinstance(directories, str | bytes | os.PathLike):
         return [_absolute_directory(directories, fields)]
-    if not isinstance(directories, Iterable):
-        raise TypeError(f"Expected a directory or several, got {_short(directories)}: {_HINT}")
+    if not isinstance(directories, Iterable) or _stands_wrong(directories):
+        raise TypeError(f"Expected a directory or several, got {_short(directories)}: {_hint(directories)}")
     paths = [_absolute_directory(path, fields) for path in directories]
     if not paths:
         raise ValueError("Expected one directory or several, got none")
@@ -108,6 +107,19 @@ def _absolute_directory(path: object, fields: Mapping[str, str | None] | None) -
     return absolute_path(path, "a directory")
 
 
+def _stands_wrong(value: object) -> str:
+    kinds = {"named_parameters": "a model", "param_groups": "an optimizer"}
+    return next((kind for attribute, kind in kinds.items() if hasattr(value, attribute)), "")
+
+
+def _hint(value: object) -> str:
+    if _stands_wrong(value):
+        return "it stands where the directory belongs, pass that first or as directory="
+    return "pass a str or an os.PathLike of one"
+
+
 def _short(value: object) -> str:
+    if _stands_wrong(value):
+        return f"{_stands_wrong(value)} ({type(value).__name__})"
     text = repr(value) if isinstance(value, float | bool | None) else type(value).__name__
     return text if len(text) <= 80 else f"{text[:80]}..."
