@@ -1,4 +1,4 @@
-"""Launch queues that are full, and two devices: each in a process of its own, which tells the stand-in at once."""
+"""Full launch queues, an emptied cache, two devices: each in a process of its own, which tells the stand-in at once."""
 
 from __future__ import annotations
 
@@ -82,6 +82,28 @@ print("over")
 """
 
 
+EMPTYING = """
+import faulthandler, threading, torch, ssdtrain
+faulthandler.dump_traceback_later(120, exit=True)
+offload = ssdtrain.offload_activations(None, {"mode": "all", "min_nbytes": 0, "staging_nbytes": "1MiB"})
+model = torch.nn.Sequential(*[m for _ in range(4) for m in (torch.nn.Linear(128, 128), torch.nn.GELU())]).cuda()
+begun = threading.Event()
+def train():
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(10):
+            begun.set()
+            with offload: loss = model(torch.ones(256, 128, device="cuda")).square().mean()
+            loss.backward()
+thread = threading.Thread(target=train)
+thread.start()
+begun.wait()
+while thread.is_alive():
+    torch.cuda.empty_cache()
+offload.close()
+print("over")
+"""
+
+
 def run(code: str, *arguments: str, **environment: str) -> None:
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | environment)
@@ -92,6 +114,12 @@ def run(code: str, *arguments: str, **environment: str) -> None:
 def test_a_launch_that_blocks_lets_other_threads_run(what: str) -> None:
     """The queue is full until another thread lets the device go on: with the GIL held, neither ever would."""
     run(FULL, what, STANDIN_QUEUE="16")
+
+
+def test_the_cache_is_emptied_beside_training() -> None:
+    """Of the stand-in: emptying waits for streams with a lock held, for which others wait with the GIL, which kernels
+    need here. On a GPU they do not."""
+    run(EMPTYING, STANDIN_DELAY_US="200")
 
 
 def test_training_with_short_queues(tmp_path: Path) -> None:

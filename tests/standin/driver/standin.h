@@ -82,6 +82,7 @@ Work* standin_work(Kind kind);
 cudaError_t standin_put(Stream* stream, Work* work);  // takes the work
 void standin_start(Stream* stream, Work* work);       // with the lock held, past any capture
 void standin_drain(Stream* stream);
+void standin_drain_all(void);
 void standin_end_joined(const Graph* graph);  // with the lock held: no stream captures into it any more
 
 // memory.c

@@ -169,6 +169,13 @@ void standin_drain(Stream* stream) {
   pthread_mutex_unlock(&standin_lock);
 }
 
+// All that is queued by now, whoever is capturing: no call of a program.
+void standin_drain_all(void) {
+  pthread_mutex_lock(&standin_lock);
+  for (Stream* stream = all_streams; stream != NULL; stream = stream->next) wait_for(stream);
+  pthread_mutex_unlock(&standin_lock);
+}
+
 // -- streams of the runtime -----------------------------------------------------------------------
 
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int priority) {

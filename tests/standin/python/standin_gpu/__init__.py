@@ -14,7 +14,7 @@ import torch
 
 from standin_gpu.copies import install_copies
 from standin_gpu.kernels import install_kernels
-from standin_gpu.streams import counts, enqueue, errors, synchronize
+from standin_gpu.streams import counts, enqueue, errors, install_emptying, synchronize
 from standin_gpu.views import host
 
 __all__ = ["counts", "enqueue", "errors", "host", "install", "synchronize"]
@@ -28,6 +28,7 @@ def install() -> None:
     library = torch.library.Library("aten", "IMPL", "CUDA")
     install_kernels(library)
     install_copies(library)
+    install_emptying()
     _installed.append(library)  # which would take its kernels along
 
 

@@ -6,8 +6,10 @@ import atexit
 import ctypes
 import itertools
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +23,63 @@ _jobs: dict[int, tuple[Callable[[], Any], str]] = {}
 _replayed: set[int] = set()  # jobs in graphs, which may run again
 _numbers = itertools.count(1)
 errors: list[BaseException] = []
+
+
+class _Launches:
+    """Keeps callbacks out of the streams while PyTorch's cache is emptied, which waits for streams with a lock held.
+
+    Whoever frees memory with the GIL meanwhile waits for that lock: a callback, which needs the GIL, would never run.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._num_under_way = self._num_waiting = 0
+        self._is_emptying = False
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Callbacks are queued inside."""
+        with self._changed:
+            self._num_waiting += 1
+            self._changed.wait_for(lambda: not self._is_emptying)
+            self._num_waiting -= 1
+            self._num_under_way += 1
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_under_way -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def none(self) -> Iterator[None]:
+        """No stream has a callback inside."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_emptying and not self._num_waiting)  # they had no turn yet
+            self._is_emptying = True
+            self._changed.wait_for(lambda: not self._num_under_way)
+        try:
+            library.standin_drain_all()
+            yield
+        finally:
+            with self._changed:
+                self._is_emptying = False
+                self._changed.notify_all()
+
+
+_launches = _Launches()
+
+
+def install_emptying() -> None:
+    """PyTorch's cache is emptied while no stream has a callback."""
+    empty = torch._C._cuda_emptyCache
+
+    def empty_alone() -> None:
+        with _launches.none():
+            empty()
+
+    torch._C._cuda_emptyCache = empty_alone
 
 
 @_Callback
@@ -40,7 +99,8 @@ def enqueue(job: Callable[[], Any], stream: int | None = None, name: str = "call
     _jobs[key] = job, name
     handle = torch.cuda.current_stream().cuda_stream if stream is None else stream
     library.standin_enqueue.argtypes = [ctypes.c_void_p, _Callback, ctypes.c_void_p]
-    outcome = library.standin_enqueue(handle, _run, key)
+    with _launches.one():
+        outcome = library.standin_enqueue(handle, _run, key)
     if outcome == 1:
         _replayed.add(key)
     elif outcome < 0:
