@@ -372,6 +372,23 @@ def test_a_graph_dropped_while_its_copies_are_queued(make: Make, device: Simulat
         assert all(not bool(tensor.any()) for tensor in later)
 
 
+def test_what_a_write_still_reads_is_nobodys_to_keep(make: Make, device: SimulatedDevice) -> None:
+    """What outlives its graph twice is somebody's, and left alone from then on. The source of a write that is under way
+    outlives it too, and says nothing."""
+    offload = make(mode="auto", staging_nbytes=512 * KIB)
+    with device:
+        for _ in range(4):
+            before = offload.stats.num_offloaded
+            with offload:
+                device.hold(device.current_stream())
+                x, loss = layers(16)
+                assert offload.stats.num_offloaded > before + 8  # the last ones are yet to set out
+                del loss, x
+                assert offload.stats.num_live_records == 0
+            device.release(device.current_stream())
+            device.synchronize()
+
+
 def test_what_is_still_in_memory_is_forwarded(make: Make, device: SimulatedDevice) -> None:
     offload = make(staging_nbytes=512 * KIB)
     with device, offload:
