@@ -27,6 +27,7 @@ from run_tools import browser
 
 import ssdtrain
 from ssdtrain.devices.simulated import SimulatedDevice
+from ssdtrain.devices.vector_math import settle_vector_math
 from ssdtrain.policy import ActivationPolicy
 
 # The least staging there is: slabs of one page, so that even records of a few bytes leave memory soon.
@@ -50,6 +51,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    settle_vector_math()  # most tests train without ssdtrain first, and compare
     if config.getoption("--long"):
         ask_for_all()
 

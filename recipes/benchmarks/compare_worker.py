@@ -14,6 +14,7 @@ import torch
 from compare_methods import METHODS, UNHOOKED, Setting, UnavailableError, remark_on
 from compare_models import MODELS, Size, batch_of
 
+from ssdtrain.devices.vector_math import settle_vector_math
 from ssdtrain.tools.demo.memory import PeakResident
 from ssdtrain.tools.demo.saved import SavedTensorCounter
 
@@ -24,6 +25,7 @@ class Training:
     def __init__(self, job: dict[str, Any]) -> None:
         self._name, self._size = job["model"], Size(**job["size"])
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        settle_vector_math()  # methods are compared to the bit
         torch.manual_seed(0)
         self.model = MODELS[self._name](self._size).to(self._device)
         self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-4)

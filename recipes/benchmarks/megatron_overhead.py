@@ -34,6 +34,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 
 import ssdtrain  # noqa: E402
+from ssdtrain.devices.vector_math import settle_vector_math  # noqa: E402
 from ssdtrain.integrations.megatron import offload_schedule  # noqa: E402
 from ssdtrain.tools.demo.text import Text, standard_library  # noqa: E402
 
@@ -58,6 +59,7 @@ class Training:
     """One model with its optimizer and schedule."""
 
     def __init__(self, args: argparse.Namespace, schedule) -> None:
+        settle_vector_math()  # both trainings are compared to the bit
         torch.manual_seed(0)
         model_parallel_cuda_manual_seed(0, force_reset_rng=True)
         self.args, self.schedule = args, schedule

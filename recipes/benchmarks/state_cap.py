@@ -37,6 +37,7 @@ from state_figures import bandwidth_of, waiting_seconds
 from throttle import throttled
 
 import ssdtrain
+from ssdtrain.devices.vector_math import settle_vector_math
 from ssdtrain.tools.demo.model import GPT, GPTConfig
 
 MIB = 1 << 20
@@ -88,6 +89,7 @@ def train(
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
     """What one process does."""
+    settle_vector_math()  # the runs are compared to the bit
     if args.worker == "prepare":
         torch.manual_seed(0)
         ssdtrain.save_safetensors(model_of(args), args.checkpoint)

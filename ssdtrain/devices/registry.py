@@ -6,6 +6,7 @@ import torch
 
 from ssdtrain.devices.base import Device
 from ssdtrain.devices.cuda import CudaDevice, index_in_use
+from ssdtrain.devices.vector_math import settle_vector_math
 
 
 class Devices:
@@ -22,6 +23,7 @@ class Devices:
         `known`: those of others who share the engine, which both sides add to. With nothing but a host tier, what is in
         host memory already has nowhere to go.
         """
+        settle_vector_math()  # before threads compute, the user's or ours: results do not depend on who was first
         self.cpu = cpu
         self._is_cpu_pointless = has_host_tier_only and cpu.driver is None
         self._known = known if known is not None else {}

@@ -61,10 +61,10 @@ def test_idle_memory_is_bounded() -> None:
         several = [allocate(device, LARGE + 4096 * i) for i in range(40)]
         del several
         assert device.idle_nbytes() <= 3 * LARGE
-        mapped = sum(len(mapping) for mapping, _ in device._lent)
+        mapped = sum(len(mapping) for mapping, _ in device._in_use)
         assert mapped <= held.capacity + 32 * 2 * LARGE
     device.trim()
-    assert device.idle_nbytes() == 0 and not device._lent
+    assert device.idle_nbytes() == 0 and not device._in_use
 
 
 def test_what_is_larger_than_the_bound_is_not_kept() -> None:

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 import ssdtrain
+from ssdtrain.devices.vector_math import settle_vector_math
 from ssdtrain.tools.demo.memory import MemoryLimit, PeakResident, PeakSampler, is_out_of_memory
 from ssdtrain.tools.demo.model import GPT, GPTConfig
 from ssdtrain.tools.demo.saved import SavedTensorCounter
@@ -81,6 +82,7 @@ class Trainer:
         self._settings = settings
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
+        settle_vector_math()  # this run and the other one are compared to the bit
         torch.manual_seed(settings.seed)
         self._text = Text(read_text(settings.data), seed=settings.seed)
         shape = GPTConfig(settings.layers, settings.width, settings.heads, settings.sequence)
