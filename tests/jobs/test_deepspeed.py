@@ -9,22 +9,22 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from doses import dose
 from folders import JOBS, ROOT
+from forks import Forks, ranks
 
 from ssdtrain.api.section import Section
 from ssdtrain.integrations import TESTED_VERSIONS, check_version
 from ssdtrain.launch import parse
 
 KIB = 1024
-LIMIT_SECONDS = 900
 NUM_STEPS = dose(3, 5)
 PLACES = {"local_rank": 3, "rank": 11}
 
@@ -44,46 +44,43 @@ def needs(*packages: str) -> pytest.MarkDecorator:
 # -- children ----------------------------------------------------------------------------------------------------------
 
 
-def environment(rank: int = 0, num_ranks: int = 1, port: int = 0) -> dict[str, str]:
-    """Of one rank; a core is shared by several, hence one thread each."""
-    ours = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{JOBS}"}
-    of_rank = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_PORT": port, "NUM_STEPS": NUM_STEPS}
-    return os.environ | ours | {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in of_rank.items()}
+# A core is shared by several ranks, hence one thread each.
+OURS = {
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": f"{ROOT}{os.pathsep}{JOBS}",
+    "NUM_STEPS": str(NUM_STEPS),
+}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """One process imports DeepSpeed."""
+    forks = Forks(tmp_path_factory.mktemp("forks"), ["deepspeed"], OURS)
+    yield forks
+    forks.close()
 
 
-def run(command: list[str], num_ranks: int = 1, folder: Path | None = None) -> list[str]:
+def run(forks: Forks, command: list[str | Path], num_ranks: int = 1) -> list[str]:
     """Runs a command on every rank; what each printed. When one fails or hangs, all are ended and the test fails."""
-    port = free_port()
-    children = [
-        subprocess.Popen(
-            [sys.executable, *command], env=environment(rank, num_ranks, port), cwd=folder or ROOT, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in range(num_ranks)
-    ]  # fmt: skip
-    outputs = []
-    try:
-        for child in children:
-            outputs.append(child.communicate(timeout=LIMIT_SECONDS)[0])
-    finally:
-        for child in children:
-            child.kill()
-            child.wait()
-    for child, output in zip(children, outputs, strict=True):
-        assert child.returncode == 0, output[-6000:]
-    return outputs
+    done = forks.run(command, ranks(num_ranks), ROOT)
+    texts = [f"{rank.stdout[-3000:]}\n{rank.stderr[-3000:]}" for rank in done]
+    assert [rank.returncode for rank in done] == [0] * num_ranks, "\n".join(texts)
+    return [rank.stdout for rank in done]
 
 
-def run_cases(folder: Path, num_ranks: int, names: list[str]) -> list[Facts]:
+def run_alone(command: list[str], folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Runs a command in a process that has imported nothing."""
+    environment = os.environ | OURS | ranks(1)[0]
+    return subprocess.run(
+        [sys.executable, *command], env=environment, cwd=folder, text=True, capture_output=True, timeout=600
+    )
+
+
+def run_cases(forks: Forks, folder: Path, num_ranks: int, names: list[str]) -> list[Facts]:
     """What the cases came to, by rank."""
     results = folder / "results"
-    run([str(JOBS / "deepspeed_worker.py"), str(folder), str(results), *names], num_ranks)
+    run(forks, [JOBS / "deepspeed_worker.py", folder, results, *names], num_ranks)
     return [json.loads(Path(f"{results}.{rank}").read_text()) for rank in range(num_ranks)]
 
 
@@ -103,14 +100,14 @@ PIPELINE_TWO = "pipeline pipeline_recompute".split()  # last: it changes DeepSpe
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Facts:
-    return run_cases(tmp_path_factory.mktemp("one"), 1, TRAINING + RECOMPUTING + LIFE)[0]
+def one_rank(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Facts:
+    return run_cases(forks, tmp_path_factory.mktemp("one"), 1, TRAINING + RECOMPUTING + LIFE)[0]
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Facts]:
+def two_ranks(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> list[Facts]:
     names = TRAINING_TWO + RECOMPUTING_TWO + LIFE_TWO + CHECKPOINTING_TWO + PIPELINE_TWO
-    return run_cases(tmp_path_factory.mktemp("two"), 2, names)
+    return run_cases(forks, tmp_path_factory.mktemp("two"), 2, names)
 
 
 def check_equal(facts: dict[str, Any], *, travels: bool = True) -> None:
@@ -196,9 +193,9 @@ def _async_io() -> Path | None:
 
 @needs_deepspeed
 @pytest.mark.skipif(_async_io() is None, reason="needs DeepSpeed's async_io compiled: `ds_report` and libaio-dev")
-def test_optimizer_on_nvme(tmp_path: Path) -> None:
+def test_optimizer_on_nvme(forks: Forks, tmp_path: Path) -> None:
     """ZeRO-Infinity on the same drive: both have bytes there, and the shared drive is noted."""
-    facts = run_cases(tmp_path, 1, ["optimizer_on_nvme"])[0]["optimizer_on_nvme"]
+    facts = run_cases(forks, tmp_path, 1, ["optimizer_on_nvme"])[0]["optimizer_on_nvme"]
     assert facts["losses"] and facts["grads"] and facts["parameters"], facts
     assert facts["written"] > 0 and facts["theirs"] > 0
     assert len(facts["fallbacks"]) == 1 and "share its bandwidth" in facts["fallbacks"][0]
@@ -289,16 +286,16 @@ def test_shared_drive_is_noted(one_rank: Facts) -> None:
 
 @needs_deepspeed
 @needs("transformers", "accelerate")
-def test_transformers_trainer(tmp_path: Path) -> None:
-    run([str(JOBS / "deepspeed_trainers.py"), "transformers", str(tmp_path)])
+def test_transformers_trainer(forks: Forks, tmp_path: Path) -> None:
+    run(forks, [JOBS / "deepspeed_trainers.py", "transformers", tmp_path])
     facts = json.loads((tmp_path / "results").read_text())
     assert facts["losses"] and facts["parameters"] and facts["offloaded"] > 0, facts
 
 
 @needs_deepspeed
 @needs("lightning")
-def test_lightning(tmp_path: Path) -> None:
-    run([str(JOBS / "deepspeed_trainers.py"), "lightning", str(tmp_path)])
+def test_lightning(forks: Forks, tmp_path: Path) -> None:
+    run(forks, [JOBS / "deepspeed_trainers.py", "lightning", tmp_path])
     facts = json.loads((tmp_path / "results").read_text())
     assert facts["losses"] and facts["parameters"] and facts["offloaded"] > 0, facts
 
@@ -317,7 +314,9 @@ print("wrapped", deepspeed.initialize.__module__)
 def test_launch_runs_scripts_and_modules(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(SCRIPT)
     for target in (["--local_rank=0", "train.py"], ["-m", "train"]):
-        (output,) = run(["-m", "ssdtrain.launch", *target, "--lr", "1"], folder=tmp_path)
+        done = run_alone(["-m", "ssdtrain.launch", *target, "--lr", "1"], tmp_path)
+        assert done.returncode == 0, done.stderr
+        output = done.stdout
         assert "wrapped ssdtrain.integrations.deepspeed" in output
         assert f"arguments {['--local_rank=0'] * (target[0] != '-m') + ['--lr', '1']} __main__" in output
 
@@ -336,7 +335,7 @@ def test_other_versions_warn() -> None:
 
 def test_absence_is_an_import_error_with_the_command() -> None:
     code = "import sys; sys.modules['deepspeed'] = None; import ssdtrain.integrations.deepspeed"
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, cwd=ROOT)
+    done = run_alone(["-c", code])
     assert done.returncode == 1
     assert "ImportError: Expected deepspeed" in done.stderr and "pip install" in done.stderr
 
@@ -398,12 +397,13 @@ def test_sections_that_are_taken() -> None:
 
 @needs_deepspeed
 @pytest.mark.parametrize("name", ["ds_zero2.json", "ds_zero3_offload.json"])
-def test_recipe(tmp_path: Path, name: str) -> None:
+def test_recipe(forks: Forks, tmp_path: Path, name: str) -> None:
     """Out of the box on two processes; the losses are those without offloading."""
     recipe = ROOT / "recipes" / "deepspeed"
     size = "--layers 2 --width 64 --sequence 64 --steps 3 --min-nbytes 16KiB --mode all".split()
-    command = [str(recipe / "train_gpt.py"), "--config", str(recipe / name), "--dir", str(tmp_path), *size]
-    with_us, without = run(command, 2), run([*command, "--no-offload"], 2) if name == "ds_zero2.json" else None
+    command = [recipe / "train_gpt.py", "--config", recipe / name, "--dir", tmp_path, *size]
+    with_us = run(forks, command, 2)
+    without = run(forks, [*command, "--no-offload"], 2) if name == "ds_zero2.json" else None
     steps = [line.split("|")[1] for line in with_us[0].splitlines() if line.startswith("step ")]
     assert len(steps) == 3 and "0 B of 0 records" not in with_us[0]
     assert "records offloaded" in with_us[0] and list(tmp_path.iterdir()) == []
@@ -412,9 +412,9 @@ def test_recipe(tmp_path: Path, name: str) -> None:
 
 
 @needs_deepspeed
-def test_benchmark(tmp_path: Path) -> None:
+def test_benchmark(forks: Forks, tmp_path: Path) -> None:
     """It measures, and something travels."""
     size = "--layers 1 --width 64 --sequence 64 --rounds 2 --min-nbytes 16KiB --mode all".split()
-    (output,) = run([str(ROOT / "recipes" / "benchmarks" / "deepspeed_overhead.py"), str(tmp_path), *size])
+    (output,) = run(forks, [ROOT / "recipes" / "benchmarks" / "deepspeed_overhead.py", tmp_path, *size])
     result = json.loads(next(line for line in reversed(output.splitlines()) if line.startswith("{")))
     assert result["ratio"] > 0 and result["offloaded_nbytes"] > 0 and list(tmp_path.iterdir()) == []

@@ -16,7 +16,7 @@ from folders import ROOT
 CSRC = ROOT / "csrc"
 SOURCES = sorted(path for path in CSRC.glob("*.cpp") if path.name != "bindings.cpp")
 FLAGS = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-pthread", "-fno-sanitize-recover=all"]
-NUM_ROUNDS = dose(150, 300)
+NUM_ROUNDS = dose(75, 300)
 
 pytestmark = pytest.mark.slow
 
