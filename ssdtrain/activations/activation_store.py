@@ -30,6 +30,7 @@ from ssdtrain.scheduling.limits import Limits
 from ssdtrain.stats import Counters
 from ssdtrain.store.poison import PoisonableLock
 from ssdtrain.store.record import Residency, SavedRecord
+from ssdtrain.tracing.spans import span
 
 _MAX_SHARED = 8  # records before looking which of them autograd has dropped
 _ON_DRIVE_ONLY = Residency.DISK | Residency.HOST | Residency.SHARED
@@ -332,7 +333,8 @@ class ActivationStore:
                 return handed_out
             assert pending is not None
             begin = time.perf_counter()
-            are_there = pending.wait(self.source.policy.io_timeout_seconds)
+            with span("wait", record):
+                are_there = pending.wait(self.source.policy.io_timeout_seconds)
             self.source.stall("read", time.perf_counter() - begin, record)
             if not are_there:
                 with self.lock.mutex, self.lock:

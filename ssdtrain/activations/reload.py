@@ -21,6 +21,7 @@ from ssdtrain.store.identity import live_storage
 from ssdtrain.store.pending import Problem, Segment, are_done, hand_out
 from ssdtrain.store.poison import ClosedError
 from ssdtrain.store.record import Residency, SavedRecord
+from ssdtrain.tracing.spans import span
 
 _AWAY = Residency.DISK | Residency.HOST | Residency.OFFLOADING | Residency.SHARED
 
@@ -171,7 +172,8 @@ class Reloads:
             )
         if record.residency is Residency.SHARED:
             self._drop_shared(record)
-        pending = store.read(record, device)
+        with span("reload", record):
+            pending = store.read(record, device)
         pending.is_ahead = is_ahead
         record.pending_read, record.stream = pending, pending.stream
         self._under_way[record] = None

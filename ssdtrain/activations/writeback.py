@@ -33,6 +33,7 @@ from ssdtrain.store.pending import PendingWrite
 from ssdtrain.store.poison import PoisonableLock
 from ssdtrain.store.record import Residency, SavedRecord
 from ssdtrain.store.tensor_store import Origin, TensorStore, make_wait
+from ssdtrain.tracing.spans import span
 
 _MAX_QUEUE = 256  # writes that a plan may have under way
 _HELD_SHARE = 4  # of staging: sources that an accelerator is yet to copy, before they are let go in stream order
@@ -109,7 +110,8 @@ class Writeback:
         first, counters = batch[0], self._counters
         assert first.storage is not None
         sources = [first.storage] if len(batch) == 1 else [r.storage for r in batch if r.storage is not None]
-        is_begun = store.write(batch, sources, Origin(first.device, first.stream, first.prefers_host))
+        with span("offload", first):
+            is_begun = store.write(batch, sources, Origin(first.device, first.stream, first.prefers_host))
         if is_begun is True:
             counters.num_offloaded += len(batch)
             for record in batch:
@@ -124,12 +126,14 @@ class Writeback:
     def wait_for_room(self, wait: Wait, record: SavedRecord) -> None:
         """See [Note: waiting for an accelerator]."""
         begin = time.perf_counter()
-        if isinstance(wait, Growth):
-            wait.wait()
-        elif isinstance(wait, int):
-            self._wait_for_drive(wait)
-        else:
-            wait.synchronize()
+        with span("wait", record):
+            if isinstance(wait, Growth):
+                wait.wait()
+            elif isinstance(wait, int):
+                self._wait_for_drive(wait)
+            else:
+                wait.synchronize()
+        if not isinstance(wait, Growth | int):
             self._counters.ahead_seconds += time.perf_counter() - begin
             return
         self._source.stall("write", time.perf_counter() - begin, record)

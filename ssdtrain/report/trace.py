@@ -1,5 +1,9 @@
 """Export for Perfetto and chrome://tracing: the JSON trace event format, with named tracks and counters.
 
+[Note: one clock with the profiler]
+Times are those of traces that `torch.profiler` exports: microseconds since ``baseTimeNanoseconds``, which is when the
+running quarter of a year began, by the clock of the system. So the events of both can be put into one file.
+
 Every step with a timeline is there in full, at its own time in the run; the others are single slices. Slices of one
 track never overlap, as the format asks: a lane whose requests run side by side has several tracks.
 """
@@ -13,6 +17,7 @@ from ssdtrain.report.timeline import LANES, RESIDENCIES, Bar, bars, levelled, re
 from ssdtrain.run_log import Detail, Run
 
 _PROCESS = 1
+_QUARTER_SECONDS = 7_889_238
 _STEPS = "steps"
 _MEMORY = "saved tensors, bytes by residency"
 
@@ -21,14 +26,22 @@ _Event = dict[str, Any]
 
 def chrome_trace(run: Run) -> _Event:
     """The whole run as one JSON object."""
-    start = run.steps[0]["began"]
+    base = _base_seconds(run)
+    start = run.steps[0]["began"] if base is None else base - run.environment["unix_clock_ahead_seconds"]
     timelines = [(detail, round((detail.began - start) * 1e6), levelled(bars(detail))) for detail in run.details]
     tracks = _tracks([placed for _, _, placed in timelines])
     events = [*_names(tracks, run.environment.get("rank", 0)), *_steps(run, start, tracks[_STEPS, 0])]
     for detail, offset, placed in timelines:
         events += [_slice(bar, offset, tracks[bar.lane, level]) for bar, level in placed]
         events += _counters(detail, offset)
-    return {"traceEvents": events, "displayTimeUnit": "ms"}
+    clock = {} if base is None else {"baseTimeNanoseconds": base * 10**9}
+    return {"traceEvents": events, "displayTimeUnit": "ms", **clock}
+
+
+def _base_seconds(run: Run) -> int | None:
+    """See [Note: one clock with the profiler]; None of a record that does not say when it was made."""
+    ahead = run.environment.get("unix_clock_ahead_seconds")
+    return None if ahead is None else int(run.steps[0]["began"] + ahead) // _QUARTER_SECONDS * _QUARTER_SECONDS
 
 
 def _tracks(timelines: Iterable[list[tuple[Bar, int]]]) -> dict[tuple[str, int], int]:

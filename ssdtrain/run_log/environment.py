@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +27,7 @@ def describe_environment(directories: Sequence[str]) -> dict[str, Any]:
         "memory_nbytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "num_threads": torch.get_num_threads(),
         "accelerators": _accelerators(),
+        "unix_clock_ahead_seconds": time.time() - time.monotonic(),
         "rank": int(os.environ.get("RANK", "0")),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "directories": [_directory(path) for path in directories],

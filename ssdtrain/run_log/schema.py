@@ -51,6 +51,7 @@ class Environment(TypedDict, total=False):
     memory_nbytes: _Nbytes
     num_threads: _Nbytes
     accelerators: list[str]
+    unix_clock_ahead_seconds: _Clock
     rank: _Nbytes
     world_size: _Nbytes
     directories: list[Directory]
