@@ -158,6 +158,17 @@ def without_onednn() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def without_cudnn() -> Iterator[None]:
+    """PyTorch's own kernels on CUDA too: cuDNN's recurrent layers save a reserve, and weights in one flat copy."""
+    was_enabled = torch._C._get_cudnn_enabled()
+    torch._C._set_cudnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_cudnn_enabled(was_enabled)
+
+
+@contextlib.contextmanager
 def strict_kernels() -> Iterator[None]:
     """Kernels of CUDA that give the same bits each time: backward of attention does not without."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeOffload, gauges, send, without_onednn
+from conftest import MakeOffload, gauges, send, without_cudnn, without_onednn
 from torch import nn
 from torch.nn import functional as F
 
@@ -101,7 +101,11 @@ def step(model: nn.Module, precision: str, between: Callable[[], object] = send)
     x = torch.randn(4, WIDTH, requires_grad=True)
     # oneDNN has no LSTM in bfloat16 for processors without AVX-512.
     own_kernels = without_onednn() if precision == "autocast" else contextlib.nullcontext()
-    with own_kernels, torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=precision == "autocast"):
+    with (
+        own_kernels,
+        without_cudnn(),
+        torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=precision == "autocast"),
+    ):
         loss = model(x.reshape(1, 4, WIDTH) if isinstance(model, nn.TransformerEncoderLayer) else x).float().sum()
     between()  # what the last operator saved starts only when another one follows
     loss.backward()
