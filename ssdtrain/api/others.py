@@ -1,6 +1,7 @@
-"""Other offloaders beside ours, found before training: two would move the same bytes, and hooks of the inner one win.
+"""What does not go together with what is asked, found before training. Imports no trainer and no other offloader.
 
-Knows what they leave on a model, and imports none of them.
+Of two offloaders both would move the same bytes, and hooks of the inner one win. A gradient that `step_in_backward` has
+used can be neither averaged over processes nor clipped; threads other than the one that entered have no hooks.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
+from ssdtrain.policy import OptimizerPolicy
 from ssdtrain.store.saved_tensors import innermost_hooks
 
 _WRAPPERS = {"OffloadWrapper": "activation_checkpointing_offload of the FSDP plugin"}
@@ -37,6 +40,59 @@ def check_others(models: Iterable[torch.nn.Module], switches: Mapping[str, objec
     hooks = innermost_hooks()
     if hooks is not None and _name(hooks[0]).endswith(("save_on_cpu.__init__.<locals>.pack_to_cpu", ".pack_tensor")):
         raise _two(f"a context of {_name(hooks[0])} round training", "leave it out")
+
+
+def check_replicas(models: Iterable[torch.nn.Module], optimizer: OptimizerPolicy | None) -> None:
+    """Raises where a model runs in other threads, or averages gradients that were used.
+
+    Raises:
+        ValueError: with the launcher to use instead.
+    """
+    for model in models:
+        if isinstance(model, DistributedDataParallel) and optimizer is not None and optimizer.step_in_backward:
+            raise ValueError(
+                "Expected step_in_backward=False with DistributedDataParallel, got True: gradients are averaged after "
+                "it has taken them; start a single process without torchrun"
+            )
+        if isinstance(model, torch.nn.DataParallel) and len(model.device_ids) > 1:
+            raise ValueError(
+                "Expected one process for each GPU, got DataParallel, which runs forward in threads of its own: start "
+                "with torchrun, or show the process one GPU (CUDA_VISIBLE_DEVICES=0)"
+            )
+
+
+def check_loop(
+    optimizer: OptimizerPolicy | None, num_gpus: int, is_distributed: bool, max_norm: Mapping[str, float | None]
+) -> None:
+    """Raises where a trainer's settings do not go with what is asked.
+
+    Args:
+        optimizer: how optimizer state is offloaded, if it is.
+        num_gpus: those of this process; with several the trainer takes DataParallel.
+        is_distributed: there are several processes, or may be.
+        max_norm: the trainer's setting for clipping, by name; 0 or None where it is off.
+
+    Raises:
+        ValueError: with the launcher or the setting to use instead.
+    """
+    if num_gpus > 1:
+        raise ValueError(
+            f"Expected one process for each GPU, got DataParallel on {num_gpus} GPUs, which runs forward in threads "
+            "of its own: start with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES=0"
+        )
+    if optimizer is None or not optimizer.step_in_backward:
+        return
+    if is_distributed:
+        raise ValueError(
+            "Expected step_in_backward=False in a job of several processes or one that torchrun started, got True: "
+            "gradients are averaged after it has taken them"
+        )
+    for name, value in max_norm.items():
+        if value:
+            raise ValueError(
+                f"Expected {name}=0 with step_in_backward, got {value}: clipping needs all gradients before the first "
+                "update; use offload_gradients instead"
+            )
 
 
 def _on_module(module: torch.nn.Module) -> ValueError | None:

@@ -16,19 +16,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from types import EllipsisType
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from ssdtrain.activations.offload import ActivationOffload
 from ssdtrain.api.functions import Directories, offload_activations, offload_parameters, page_optimizer
-from ssdtrain.api.others import check_others
+from ssdtrain.api.others import check_others, check_replicas
 from ssdtrain.api.ranks import agree
 from ssdtrain.api.section import Section
 from ssdtrain.api.wrappers import rewrap, unwrap
@@ -164,7 +165,7 @@ class Offload:
     ) -> tuple[Any, ...]:
         if not self.section.is_enabled:
             return optimizers
-        _check_replicas(models, self.section.optimizer)
+        check_replicas(models, self.section.optimizer)
         if self.section.activations is not None:
             check_others(models, switches)
         try:
@@ -291,6 +292,17 @@ class Offload:
 
         return uncover
 
+    def within(self, context: Callable[..., AbstractContextManager[Any]]) -> Callable[..., AbstractContextManager[Any]]:
+        """A function that makes contexts, whose contexts are in the session too."""
+
+        @functools.wraps(context)
+        @contextlib.contextmanager
+        def both(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            with context(*args, **kwargs) as value, self:
+                yield value
+
+        return both
+
     # -- what came of it -------------------------------------------------------------------------------------
 
     @property
@@ -348,17 +360,3 @@ class _Covered:
 def _may_enter() -> bool:
     """Not without gradients, nor inside `torch.autograd.graph.disable_saved_tensors_hooks`."""
     return hooks_may_be_entered() and torch.is_grad_enabled()
-
-
-def _check_replicas(models: list[torch.nn.Module], optimizer: OptimizerPolicy | None) -> None:
-    for model in models:
-        if isinstance(model, DistributedDataParallel) and optimizer is not None and optimizer.step_in_backward:
-            raise ValueError(
-                "Expected step_in_backward=False with DistributedDataParallel, got True: gradients are averaged after "
-                "it has taken them; start a single process without torchrun"
-            )
-        if isinstance(model, torch.nn.DataParallel) and len(model.device_ids) > 1:
-            raise ValueError(
-                "Expected one process for each GPU, got DataParallel, which runs forward in threads of its own: start "
-                "with torchrun, or show the process one GPU (CUDA_VISIBLE_DEVICES=0)"
-            )

@@ -10,8 +10,6 @@ loss included. Either way hooks are off again when it is over, however it ends.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -50,14 +48,7 @@ def prepare(accelerator: Any, *objects: Any, directory: Any = ..., **features: A
     session.begin(models, *optimizers, is_last=lambda: accelerator.sync_gradients)
     for model in models:
         session.cover(model)
-    accumulate = accelerator.accumulate
-
-    @contextlib.contextmanager
-    def accumulate_offloaded(*args: Any, **kwargs: Any) -> Iterator[None]:
-        with accumulate(*args, **kwargs), session:
-            yield
-
-    accelerator.accumulate = accumulate_offloaded
+    accelerator.accumulate = session.within(accelerator.accumulate)
     accelerator.ssdtrain = session
     return prepared
 

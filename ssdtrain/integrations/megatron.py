@@ -1,4 +1,4 @@
-"""Megatron: offloads the activations of Megatron-LM's and megatron-core's training loops. Translates, decides nothing.
+"""Megatron: offloads the activations of loops of Megatron-LM, megatron-core and Megatron-Bridge. Decides nothing.
 
 Every forward step runs inside `offload_activations`; backward needs no hook. Nothing of Megatron is patched.
 
@@ -15,6 +15,7 @@ Example:
     ...          extra_args_provider=add_arguments)                       # Megatron-LM: --ssdtrain-dir /mnt/nvme
     >>> schedule = offload_schedule(get_forward_backward_func(), "/mnt/nvme/{local_rank}")  # megatron-core
     >>> losses = schedule(forward_step_func=forward_step, model=model, ...)
+    >>> pretrain(config, forward_step, callbacks=[Offload("/mnt/nvme/{local_rank}")])        # Megatron-Bridge
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ from ssdtrain.activations.offload import ActivationOffload
 from ssdtrain.api.functions import Directories
 from ssdtrain.api.ranks import path_fields, texts_of_ranks
 from ssdtrain.api.section import Section
-from ssdtrain.api.session import Offload
+from ssdtrain.api.session import Offload as Session
 from ssdtrain.integrations import TESTED_VERSIONS, check_version
 from ssdtrain.integrations.arguments import add_arguments, asked_for
+from ssdtrain.integrations.parts.callback import SessionCallback
 from ssdtrain.io.files.paths import absolute_directories
 from ssdtrain.policy import ActivationPolicy
 
-__all__ = ["add_arguments", "offload_schedule", "wrap_forward_step"]
+__all__ = ["Offload", "add_arguments", "offload_schedule", "wrap_forward_step"]
 
 _SCHEDULES = (
     "forward_backward_no_pipelining",
@@ -65,7 +67,7 @@ class _Rank:
     """This rank's part: its session, or why there is none."""
 
     def __init__(self) -> None:
-        self.session: Offload | None = None
+        self.session: Session | None = None
         self.error: Exception | None = None
         self.has_agreed = False  # an error from here on is raised at once
         self._refusal: Exception | None = None
@@ -83,10 +85,9 @@ class _Rank:
 
     def open(self, directories: Directories, policy: ActivationPolicy) -> None:
         """Opens engine and spill files, and keeps them open between micro-batches."""
-        session = Offload(Section(tuple(absolute_directories(directories, path_fields())), policy))
+        session = Session(Section(tuple(absolute_directories(directories, path_fields())), policy))
         session.begin((), is_agreed=False)  # `agree` does
-        assert session.activations is not None
-        session.activations.leave_alone(_REFILLED)
+        _leave_alone(session)
         self.session = session
 
     @property
@@ -102,9 +103,7 @@ class _Rank:
             return
         self._seen.add(model)
         _check_config(_config_of(model))
-        buffers = torch.nn.Module.buffers(model)  # Megatron's DDP has a list of that name
-        weights = [*model.parameters(), *buffers]
-        self.offload.mark_weights([*weights, *(w.main_grad for w in weights if hasattr(w, "main_grad"))])
+        self.offload.mark_weights(_weights_of(model))
 
     def agree(self) -> None:
         """Raises on every rank when any rank has an error. Collective.
@@ -143,6 +142,17 @@ class _Rank:
                 return function(*args, **kwargs)
 
         return cast(_F, hooked)
+
+
+def _leave_alone(session: Session) -> None:
+    if session.activations is not None:
+        session.activations.leave_alone(_REFILLED)
+
+
+def _weights_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    buffers = torch.nn.Module.buffers(model)  # Megatron's DDP has a list of that name
+    weights = [*model.parameters(), *buffers]
+    return [*weights, *(w.main_grad for w in weights if hasattr(w, "main_grad"))]
 
 
 def _config_of(model: torch.nn.Module) -> Any:
@@ -346,3 +356,30 @@ def _check_schedule(schedule: Callable[..., Any]) -> None:
             f"Expected {fitting.__name__}, which fits pipeline size {size} with {virtual or 'no'} virtual stages, "
             f"got {name}; pass get_forward_backward_func()"
         )
+
+
+# -- Megatron-Bridge ---------------------------------------------------------------------------------------------------
+
+
+class Offload(SessionCallback):
+    """A callback of Megatron-Bridge's `pretrain`, which takes what `ssdtrain.Offload` takes; for activations alone."""
+
+    on_train_step_start = SessionCallback.enter
+    on_train_step_end = SessionCallback.leave
+    on_train_end = SessionCallback.end
+
+    def on_train_start(self, context: Any) -> None:
+        """The model is built, and a checkpoint loaded."""
+        _require_megatron()
+        section = self.session.section
+        if section.parameters is not None or section.optimizer is not None:
+            raise ValueError(
+                "Expected activations alone with Megatron, which offloads optimizer state itself, got more: use its "
+                "optimizer_cpu_offload"
+            )
+        for chunk in context.model:
+            _check_config(_config_of(chunk))
+        self.session.begin(())  # the weights are marked below: `buffers` of Megatron's DDP is a list, which others call
+        _leave_alone(self.session)
+        if self.session.activations is not None:
+            self.session.activations.mark_weights([w for chunk in context.model for w in _weights_of(chunk)])

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import traceback
+import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,8 @@ from megatron.core.utils import get_model_config, make_viewless_tensor  # noqa: 
 from megatron_models import Case  # noqa: E402
 
 import ssdtrain  # noqa: E402
-from ssdtrain.integrations.megatron import add_arguments, offload_schedule, wrap_forward_step  # noqa: E402
+from ssdtrain.integrations.megatron import Offload, add_arguments, offload_schedule, wrap_forward_step  # noqa: E402
+from ssdtrain.store.saved_tensors import innermost_hooks  # noqa: E402
 
 NUM_STEPS = int(os.environ.get("NUM_STEPS", "5"))
 STAGING = PREFETCH = 512 * 1024
@@ -273,6 +275,34 @@ def check_emptied(folder: Path) -> Any:
         changed = output.add_(1)
     schedules.deallocate_output_tensor(changed, True)
     return [all(equal), message_of(lambda: schedules.custom_backward(changed, torch.ones(64, 64)))]
+
+
+def check_bridge(folder: Path) -> Any:
+    """Megatron-Bridge's events in its order, round steps that recompute outputs which were emptied."""
+    parallel_state.initialize_model_parallel()
+    case, results = Case(config=SELECTIVE | NO_BIAS), []
+    refused = Offload(folder, optimizer=True)
+    for callback in (None, Offload(folder, activations=POLICY)):
+        trainer = models.Trainer(case)
+        context = types.SimpleNamespace(model=trainer.model)
+        found = []
+        if callback is not None:
+            callback.on_train_start(context)
+        for i in range(3):
+            if callback is not None:
+                callback.on_train_step_start(context)
+            found += trainer.step(i, get_forward_backward_func())
+            if callback is not None:
+                callback.on_train_step_end(context)
+                assert innermost_hooks() is None
+        results.append(found + trainer.weights())
+    callback.on_train_end(context)
+    stats = callback.session.stats
+    is_equal = len(results[0]) == len(results[1]) and all(map(torch.equal, *results))
+    get_model_config(trainer.model[0]).cpu_offloading = True
+    conflict = message_of(lambda: Offload(folder).on_train_start(context))
+    refusal = message_of(lambda: refused.on_train_start(context))
+    return [is_equal, stats.read_nbytes, stats.skipped["refilled by its owner"].count, conflict, refusal]
 
 
 _PREFIX = "check_"

@@ -33,7 +33,7 @@ PAIR = (
     "tensor sequence sequence-selective distributed-checkpoints pipeline pipeline-megatron-lm pipeline-keeps-outputs"
     " pipeline-full-recompute interleaved context data data-distributed-optimizer experts-parallel"
 ).split()
-CHECKS_ALONE = ["emptied", "alone"]
+CHECKS_ALONE = ["emptied", "alone", "bridge"]
 CHECKS_PAIR = "missing-directory missing-directory-in-pipeline conflicts schedules".split()
 CASES = [(name, rank) for names, ranks in ((ALONE, [0]), (PAIR, [0, 1])) for name in names for rank in ranks]
 
@@ -131,6 +131,12 @@ def test_emptied_outputs(seen: dict[str, list[dict[str, Any]]]) -> None:
     are_equal, message = seen["emptied"][0]["result"]
     assert are_equal
     assert "modified by an inplace operation" in message
+
+
+def test_events_of_megatron_bridge(seen: dict[str, list[dict[str, Any]]]) -> None:
+    is_equal, read_nbytes, num_refilled, conflict, refusal = seen["bridge"][0]["result"]
+    assert is_equal and read_nbytes and num_refilled
+    assert "Expected cpu_offloading off" in conflict and "Expected activations alone with Megatron" in refusal
 
 
 # -- errors on every rank ----------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ IMPORTED = ["transformers.trainer", "accelerate", "lightning"]
 CASES = {
     ("hf", 1): """everything directory_of_a_rank resumed_both_ways raised_anywhere gradients_away step_in_backward lora
         other_offloaders refused_on_every_rank threads_of_dataparallel axolotl_plugin swift_callback recipe
-        checkpointing""".split(),
+        long_context checkpointing""".split(),
     ("hf", 2): "everything directory_of_a_rank resumed_both_ways not_with_replicas lora refused_on_every_rank".split(),
     ("accelerate", 1): """everything saved_and_resumed raised_in_the_middle step_in_backward
         refused_on_every_rank recipe""".split(),

@@ -318,6 +318,18 @@ def recipe(folder: Path) -> None:
     assert [line for line in losses[0].splitlines() if line.startswith("loss")] == losses[1].splitlines()[-1:]
 
 
+def long_context(folder: Path) -> None:
+    """All its methods come to the same losses, and inputs of checkpoints travel."""
+    size = "--length 96 --steps 2 --layers 3 --width 64 --chunk 32 --min-nbytes 2KiB --staging-nbytes 256KiB".split()
+    found = {}
+    for method in ("plain", "checkpointing", "checkpointing with ssdtrain", "ssdtrain, recompute auto"):
+        own = [str(folder), "--method", method, "--budget", "1MiB", *size]
+        found[method] = json.loads(run_recipe("transformers", *own, name="long_context.py").splitlines()[-1])
+        assert found[method]["losses"] == found["plain"]["losses"], found
+    inputs = found["checkpointing with ssdtrain"]
+    assert inputs["written_nbytes"] >= 2 * 3 * 96 * 64 * 4 and inputs["fallbacks"] == [], inputs
+
+
 def stand_in(name: str, **attributes: Any) -> None:
     """Puts a module where a package would be; the version is one that is tested."""
     parts = name.split(".")

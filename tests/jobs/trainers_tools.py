@@ -116,13 +116,13 @@ def own_directory(folder: Path) -> Path:
     return found
 
 
-def run_recipe(trainer: str, *arguments: str) -> str:
+def run_recipe(trainer: str, *arguments: str, name: str = "train.py") -> str:
     """What a recipe prints."""
     before, printed = sys.argv, io.StringIO()
-    sys.argv = ["train.py", *arguments]
+    sys.argv = [name, *arguments]
     try:
         with contextlib.redirect_stdout(printed):
-            runpy.run_path(str(RECIPES / trainer / "train.py"), run_name="__main__")
+            runpy.run_path(str(RECIPES / trainer / name), run_name="__main__")
     finally:
         sys.argv = before
     return printed.getvalue()

@@ -38,6 +38,19 @@ def test_flash_attention_keeps_no_scores() -> None:
     assert per_sbh(flash) == pytest.approx(34 + 4 * 96 / 12288)
 
 
+def test_half_a_million_tokens() -> None:
+    """Hidden states of an 8B model at 500k tokens: 122 GiB, which recomputing keeps, and a fifth of a GB/s hides."""
+    shape = Shape("llama", hidden=4096, heads=32, kv_heads=8, ffn=14336, vocabulary=128256, sequence=500_000)
+    found = estimate(shape, GPUS["H100"], Drives(write_gbs=6.0))
+    assert found.inputs_nbytes == 32 * 500_000 * 4096 * 2 == pytest.approx(122 * 2**30, rel=0.01)
+    assert found.recompute_nbytes - found.recompute_offload_nbytes == found.inputs_nbytes * 30 / 32
+    assert found.inputs_bandwidth == pytest.approx(found.inputs_nbytes / (found.step_seconds * 2 / 3))
+    assert found.inputs_bandwidth < 0.25e9
+    assert found.recompute_offload_cost == pytest.approx(found.recompute_cost)
+    slow = estimate(shape, GPUS["H100"], Drives(write_gbs=found.inputs_bandwidth / 2e9))
+    assert slow.recompute_offload_cost == pytest.approx(4 / 3 * 2 - 1)  # half as fast as it would have to be
+
+
 def test_kinds_differ() -> None:
     """A decoder block of a T5 has a second attention; a Llama no dropout, a third matrix, fewer keys."""
     t5 = Shape("t5", hidden=1024, heads=16)

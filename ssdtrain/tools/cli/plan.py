@@ -113,10 +113,15 @@ def _print(shape: Shape, gpu: Gpu, drives: Drives, found: Estimate) -> None:
         f"  bandwidth    {found.needed_bandwidth / 1e9:.1f} GB/s would hide all of it; {drives.num} drive(s) with "
         f"{drives.write_bandwidth / 1e9:.1f} GB/s hide {found.hidden_share:.0%}"
     )
+    show(
+        f"  recomputing  {nbytes_text(found.inputs_nbytes)} of inputs of blocks a step; "
+        f"{found.inputs_bandwidth / 1e9:.2g} GB/s would hide them"
+    )
     table = Table("activations", "peak", "with state", f"fits {gpu.memory_nbytes / 1e9:.0f} GB", "time")
     for name, nbytes, cost in (
         ("keep", found.keep_nbytes, 0.0),
         ("recompute", found.recompute_nbytes, found.recompute_cost),
+        ("recompute, offload inputs", found.recompute_offload_nbytes, found.recompute_offload_cost),
         ("offload all", found.offload_nbytes, found.offload_cost),
         ("offload what hides", found.mix_nbytes, 0.0),
     ):

@@ -4,7 +4,8 @@
 A step computes forward once and backward twice as long. 1F1B keeps as many micro-batches alive on the first stage as
 there are stages. Offloading leaves two consecutive blocks in memory; what is written in a step is written while half of
 it passes (the paper's bandwidth), and read in the other half. Recomputing keeps the inputs of blocks and one block, and
-costs another forward. The mix sends what the drives take, and keeps the rest.
+costs another forward; the inputs may go to the drives too, but for two. The mix sends what the drives take, and keeps
+the rest.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ssdtrain.tools.estimate.shape import Shape
 _STATE_NBYTES = 12  # of Adam in mixed precision: master copy and two moments
 _GRADIENT_NBYTES = 4
 _RESIDENT_BLOCKS = 2
+_RECOMPUTE_COST = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,14 @@ class Estimate:
     """Share of the step time that recomputing adds."""
     offload_cost: float
     """Share that waiting for the drives adds when all go."""
+    inputs_nbytes: float
+    """Inputs of blocks per step: what recomputing keeps, or"""
+    inputs_bandwidth: float
+    """writes at so many bytes per second, in half of a step that recomputes;"""
+    recompute_offload_nbytes: float
+    """peak of activations then,"""
+    recompute_offload_cost: float
+    """and share of the step time that recomputing and waiting for the drives add."""
     state_nbytes: float
     """Parameters, gradients and optimizer state, the latter divided over data parallel ranks."""
     written_bytes_per_second: float
@@ -86,6 +96,9 @@ def estimate(shape: Shape, gpu: Gpu, drives: Drives, mfu: float = 0.4) -> Estima
     resident = _RESIDENT_BLOCKS * block_nbytes
     inputs = float(shape.element_nbytes * shape.sequence * shape.batch * shape.hidden)
     inputs /= shape.tp if shape.is_sequence_parallel else 1
+    saved_inputs = inputs * blocks * shape.micro_batches
+    inputs_rate = saved_inputs / (step * (1 + _RECOMPUTE_COST) / 2)
+    wait = max(0.0, inputs_rate / drives.write_bandwidth - 1)
     rate = saved * share / step
     return Estimate(
         parameters=parameters,
@@ -99,8 +112,12 @@ def estimate(shape: Shape, gpu: Gpu, drives: Drives, mfu: float = 0.4) -> Estima
         recompute_nbytes=inputs * blocks * alive + block_nbytes,
         offload_nbytes=min(keep, resident),
         mix_nbytes=min(keep, keep * (1 - share) + resident),
-        recompute_cost=1 / 3,
+        recompute_cost=_RECOMPUTE_COST,
         offload_cost=max(0.0, needed / drives.write_bandwidth - 1),
+        inputs_nbytes=saved_inputs,
+        inputs_bandwidth=inputs_rate,
+        recompute_offload_nbytes=min(inputs * blocks * alive, _RESIDENT_BLOCKS * inputs) + block_nbytes,
+        recompute_offload_cost=(1 + _RECOMPUTE_COST) * (1 + wait) - 1,
         state_nbytes=parameters / shape.tp / shape.pp * (2 + _GRADIENT_NBYTES + _STATE_NBYTES / shape.dp),
         written_bytes_per_second=rate,
         life_days=drives.life_days(rate),
