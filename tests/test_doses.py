@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from itertools import combinations
 
 import pytest
+from doses import ask_for_all
 from folders import HELPERS
+
+from ssdtrain.api.section import Section
 
 CONFTEST = f"""
 import sys
@@ -83,3 +87,10 @@ def test_the_engine_is_rotated_where_the_device_varies(collected: list[tuple[str
 def test_two_parametrizations_and_what_one_gives_together_are_whole(collected: list[tuple[str, list[str]]]) -> None:
     assert len(values_of(collected, "test_two")) == 6
     assert len(values_of(collected, "test_together")) == 8
+
+
+def test_asking_for_all_is_no_setting_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script that is launched under `--long` is not refused for a variable that ssdtrain does not know."""
+    monkeypatch.setattr(os, "environ", {})
+    ask_for_all()
+    assert os.environ and Section.from_environment(os.environ) is None

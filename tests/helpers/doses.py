@@ -17,7 +17,7 @@ import pytest
 
 T = TypeVar("T")
 Axis = tuple[str, ...]
-_VARIABLE = "SSDTRAIN_LONG_TESTS"
+_VARIABLE = "SSDTRAIN_TEST_LONG"
 _DEVICE, _ENGINE = ("device_kind",), ("engine",)
 
 
