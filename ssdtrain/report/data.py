@@ -12,6 +12,7 @@ from ssdtrain.run_log import Detail, Run
 
 _MAX_ROWS = 1000  # of steps: more share a row
 _MAX_MODULES = 200
+_PEAKS = ("peak_memory_nbytes", "peak_process_nbytes", "peak_allocated_nbytes", "peak_reserved_nbytes")
 _SECONDS_PER_DAY = 86400
 _DAYS_PER_YEAR = 365.25
 
@@ -26,6 +27,7 @@ def describe(run: Run) -> dict[str, Any]:
         "bandwidth": _bandwidth(run),
         "timelines": [_timeline(run, detail) for detail in _shown(run.details)],
         "modules": _modules(run),
+        "memory": {name: _nbytes(run.stats.get(name)) for name in _PEAKS},
         "wear": _wear(run),
         "kept": _kept(run),
         "fallbacks": list(run.stats.get("fallbacks", ())),
@@ -177,6 +179,11 @@ def _modules(run: Run) -> list[dict[str, Any]]:
             {"module": f"({len(rest)} more)", "tier": "", **{name: sum([row[name] for row in rest]) for name in names}}
         ]
     return rows
+
+
+def _nbytes(value: object) -> int:
+    """Of the totals, which a record need not have."""
+    return value if isinstance(value, int) and 0 <= value <= 1 << 60 else 0
 
 
 def _tier(kept: float, host: float, disk: float) -> str:

@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from ssdtrain.report.page_parts import SCRIPT, STYLE
+from ssdtrain.report.tables import as_tree, table
 from ssdtrain.report.words import daily_text, seconds_text, share_text
 from ssdtrain.stats import nbytes_text
 
@@ -58,6 +59,7 @@ def _document(described: Mapping[str, Any], divs: Mapping[str, str], scripts: st
             _run_section(described, divs),
             _bandwidth_section(described["bandwidth"], divs),
             _modules_section(described["modules"]),
+            _memory_section(described["memory"]),
             _kept_section(described),
             _wear_section(described["wear"]),
             _environment_section(described),
@@ -190,12 +192,13 @@ def _bandwidth_section(bandwidth: Mapping[str, float], divs: Mapping[str, str]) 
             " was busy. A line far below its ceiling means that the drive had time left; a line close to it, that a"
             " faster drive would let more leave.",
         )
-        + _table(("", "averaged over the run", "while busy", "share of time busy"), rows)
+        + table("Bandwidth of the drive", ("", "averaged over the run", "while busy", "share of time busy"), rows)
         + "</section>"
     )
 
 
 def _modules_section(modules: Sequence[Mapping[str, Any]]) -> str:
+    tree = as_tree(modules)
     rows = [
         (
             row["module"],
@@ -206,13 +209,31 @@ def _modules_section(modules: Sequence[Mapping[str, Any]]) -> str:
             nbytes_text(row["kept_nbytes"]),
             seconds_text(row["stall_seconds"]),
         )
-        for row in modules
+        for _, row in tree
     ]
     hint = " Pass model=... to offload_activations to see modules by name." if len(rows) == 1 else ""
+    head = ("module", "tensors", "size", "tier", "to the drive", "kept in memory", "waited")
     return (
         f"<section><h2>By module</h2><p class=caption>What each module saved in a step, where it went, and how"
-        f" long backward waited for it: averages over the run.{hint}</p>"
-        + _table(("module", "tensors", "size", "tier", "to the drive", "kept in memory", "waited"), rows)
+        f" long backward waited for it: averages over the run. A row that ends in .* is the total of all inside.{hint}"
+        "</p>" + table("Saved tensors by module", head, rows, [depth for depth, _ in tree]) + "</section>"
+    )
+
+
+def _memory_section(memory: Mapping[str, int]) -> str:
+    rows = [
+        ("saved tensors and our buffers", nbytes_text(memory["peak_memory_nbytes"])),
+        ("the process, resident", nbytes_text(memory["peak_process_nbytes"])),
+    ]
+    if memory["peak_reserved_nbytes"]:
+        rows += [
+            ("the device's allocator, in use", nbytes_text(memory["peak_allocated_nbytes"])),
+            ("the device's allocator, reserved", nbytes_text(memory["peak_reserved_nbytes"])),
+        ]
+    return (
+        "<section><h2>Memory in all</h2><p class=caption>Peaks over the run, weights and optimizer state included"
+        " where the system or PyTorch reports them. Zero where a record was made before they were.</p>"
+        + table("Peaks of memory", None, rows)
         + "</section>"
     )
 
@@ -223,7 +244,7 @@ def _kept_section(described: Mapping[str, Any]) -> str:
     return (
         "<section><h2>What stayed, and why</h2><p class=caption>Saved tensors that stayed in memory, per step, by"
         " reason. Weights are in memory anyway and cost nothing.</p>"
-        + _table(("reason", "tensors", "size"), rows)
+        + table("What stayed in memory", ("reason", "tensors", "size"), rows)
         + "<h3>Fallbacks</h3><p class=caption>Where something was done the second-best way, and why.</p>"
         + (f"<ul>{fallbacks}</ul>" if fallbacks else "<p>None: everything went the best way this machine has.</p>")
         + "</section>"
@@ -240,13 +261,15 @@ def _wear_section(wear: Mapping[str, Any]) -> str:
     ]
     return (
         "<section><h2>Drive wear</h2><p class=caption>What training day and night at the pace of the later half of"
-        " this run takes of a drive's rated endurance.</p>" + _table(None, rows) + "</section>"
+        " this run takes of a drive's rated endurance.</p>" + table("Drive wear", None, rows) + "</section>"
     )
 
 
 def _environment_section(described: Mapping[str, Any]) -> str:
     environment, engine = described["environment"], described["engine"]
+    names = (("began", "began"), ("host", "host"), ("command", "command"), ("commit", "commit"))
     rows = [
+        *[(words, environment[name]) for name, words in names if environment.get(name)],
         ("engine", f"{engine['name']}: {engine['reason']}"),
         ("system", environment["system"]),
         ("processor", f"{environment['processor']}, {environment['num_cpus']} CPUs"),
@@ -260,15 +283,8 @@ def _environment_section(described: Mapping[str, Any]) -> str:
     policy = [(name, str(value)) for name, value in described["policy"].items()]
     return (
         "<section><h2>Environment</h2><p class=caption>On what, and with which settings, this was measured.</p>"
-        + _table(None, rows)
+        + table("Environment", None, rows)
         + "<details><summary>Policy</summary>"
-        + _table(None, policy)
+        + table("Policy", None, policy)
         + "</details></section>"
     )
-
-
-def _table(head: Sequence[str] | None, rows: Sequence[Sequence[str]]) -> str:
-    top = "<thead><tr>" + "".join(f"<th>{escape(text)}</th>" for text in head) + "</tr></thead>" if head else ""
-    lines = "".join("<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in rows)
-    kind = "" if head else " class=pairs"
-    return f"<div class=scroll><table{kind}>{top}<tbody>{lines}</tbody></table></div>"

@@ -27,9 +27,12 @@ th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--li
 th { color: var(--soft); font-weight: 600; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal; overflow-wrap: anywhere;
   min-width: 8em; }
+tbody th { color: inherit; font-weight: 400; }
+.scroll:focus-visible { outline: 2px solid var(--accent); }
 .pairs { width: auto; }
 .pairs td { text-align: left; white-space: normal; overflow-wrap: anywhere; vertical-align: top; }
-.pairs td:first-child { color: var(--soft); white-space: nowrap; padding-right: 24px; }
+.pairs th { text-align: left; vertical-align: top; }
+.pairs th:first-child { color: var(--soft); white-space: nowrap; padding-right: 24px; }
 summary { cursor: pointer; margin-top: 12px; }
 li { overflow-wrap: anywhere; }
 @media (max-width: 640px) {

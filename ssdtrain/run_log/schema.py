@@ -43,6 +43,10 @@ class Directory(TypedDict):
 class Environment(TypedDict, total=False):
     """Versions and machine."""
 
+    began: str
+    host: str
+    command: str
+    commit: str
     python: str
     packages: dict[str, str]
     system: str
