@@ -76,6 +76,7 @@ class ActivationOptions(TypedDict, total=False):
     min_nbytes: Size
     mode: Literal["auto", "all"]
     only: Literal["marked", "checkpoint_inputs"] | None
+    keep_last: int
     staging_nbytes: Size
     prefetch_nbytes: Size
     disk_nbytes: Size | None
@@ -215,6 +216,10 @@ class ActivationPolicy(_Policy):
     only: Literal["marked", "checkpoint_inputs"] | None = None
     """What travels, if not everything: tensors that ``offload.mark(tensor)`` was called with, or those and the inputs
     of activation checkpoints, reentrant or not."""
+
+    keep_last: int = Field(default=0, ge=0)
+    """How many of the tensors saved last stay, as backward needs them at once: a guess for mode ``"all"`` and steps
+    without a plan. A plan knows better, and with a `memory_budget` this is not used."""
 
     staging_nbytes: Nbytes = Field(default=128 << 20, ge=MIN_STAGING_NBYTES)
     """Most host memory for bytes on their way to the drive, and the bound on bytes in flight. What exceeds it is waited

@@ -32,6 +32,7 @@ _REMEDIES = {
     "no directory left": "look after the drive, or pass another directory",
     "no spill space": "free some space, raise disk_nbytes, or pass another directory",
     "host tier full": "raise host_nbytes, or pass a directory",
+    "among the last saved": "the policy's keep_last has them stay: lower it",
     "not chosen": "mark() what is to travel, checkpoint for only='checkpoint_inputs', or leave `only` out",
     "outlives its graph": "somebody holds these when backward is over, so nothing would be freed: hold them no longer",
     "tensor subclass": "its class does not say what it is made of: give it __tensor_flatten__ and __tensor_unflatten__",

@@ -140,6 +140,7 @@ class ActivationStore:
             self.reloads.drop_expired()
             totals = self.counters.copy()
             self.source.add_totals(totals)
+            self.writeback.add_held_back(totals)
             note_reported(totals)
         self.process_releases()
         return totals

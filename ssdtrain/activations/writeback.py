@@ -24,11 +24,13 @@ meanwhile. A bound that was set stays, and none grows under a memory budget, whi
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable
 
 from ssdtrain.activations.drive_source import DriveSource
 from ssdtrain.io.engine import Fence
 from ssdtrain.io.spill_space import Growth
+from ssdtrain.stats import Counters
 from ssdtrain.store.pending import PendingWrite
 from ssdtrain.store.poison import PoisonableLock
 from ssdtrain.store.record import Residency, SavedRecord
@@ -38,6 +40,8 @@ from ssdtrain.tracing.spans import span
 _MAX_QUEUE = 256  # writes that a plan may have under way
 _HELD_SHARE = 4  # of staging: sources that an accelerator is yet to copy, before they are let go in stream order
 
+
+KEPT_LAST = "among the last saved"
 
 Batch = list[SavedRecord]
 Wait = int | Fence | Growth
@@ -53,6 +57,8 @@ class Writeback:
         self._is_patient = source.policy.is_patient  # waits for the drive rather than keeping
         self._batch: Batch = []
         self.gathered_nbytes = 0
+        self._last: deque[SavedRecord] = deque()  # held back, until as many others are saved
+        self._num_last = source.policy.keep_last if source.policy.memory_budget is None else 0
 
     # -- out -----------------------------------------------------------------------------------------------------
 
@@ -62,13 +68,31 @@ class Writeback:
         Returns batches that have to wait first, for `finish`. `is_planned`: see [Note: the queue].
         """
         blocked: list[Batch] = []
-        for record in records:
+        for record in records if is_planned or not self._num_last else self._hold_back(records):
             if not may_leave(record):
                 continue
             for batch in [[record]] if record.nbytes * 2 >= self._source.slab_nbytes else self._gather(record):
                 if blocked or self.try_submit(batch, is_planned=is_planned) is not None:
                     blocked.append(batch)
         return blocked
+
+    def _hold_back(self, records: Iterable[SavedRecord]) -> Batch:
+        """What is not among the last any more, and was not wanted meanwhile."""
+        out: Batch = []
+        self._last.extend([record for record in records if may_leave(record)])
+        while len(self._last) > self._num_last:
+            record = self._last.popleft()
+            if may_leave(record):
+                out.append(record)
+            else:
+                self._counters.keep(KEPT_LAST, record.nbytes)
+        return out
+
+    def add_held_back(self, counters: Counters) -> None:
+        """Counts what stayed for being among the last, and was not counted yet."""
+        for record in self._last:
+            if not may_leave(record):
+                counters.keep(KEPT_LAST, record.nbytes)
 
     def _gather(self, record: SavedRecord) -> list[Batch]:
         """Batches that are full now that a small one has joined."""
@@ -205,6 +229,8 @@ class Writeback:
     def forget_engine(self) -> None:
         """What was gathered stays where it is."""
         self._batch, self.gathered_nbytes = [], 0
+        self.add_held_back(self._counters)
+        self._last.clear()
 
 
 def may_leave(record: SavedRecord) -> bool:

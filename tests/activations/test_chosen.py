@@ -104,3 +104,30 @@ def test_marks_need_a_policy_that_asks_for_them(make_offload: MakeOffload) -> No
         make_offload().mark(torch.ones(4))
     with pytest.raises(ValueError, match="only"):
         ssdtrain.ActivationPolicy(only="some")  # type: ignore[arg-type]
+
+
+def test_the_last_saved_stay(make_offload: MakeOffload) -> None:
+    """With two forwards alive together, those of the second. The very last one does not leave anyway: no operator
+    comes after it before backward."""
+    offload = make_offload(keep_last=3)
+
+    def gradients() -> list[torch.Tensor | None]:
+        torch.manual_seed(0)
+        xs = [torch.randn(64, 32, requires_grad=True) for _ in range(2)]
+        losses = []
+        for x in xs:
+            y = x
+            for _ in range(8):
+                y = y.sin()  # saves its input
+            losses.append(y.sum())
+        torch.stack(losses).sum().backward()
+        return [x.grad for x in xs]
+
+    expected = gradients()
+    for step in (1, 2, 3):
+        with offload:
+            assert all(a is not None and torch.equal(a, b) for a, b in zip(expected, gradients(), strict=True))
+        stats = offload.stats
+        assert stats.num_offloaded == step * (16 - 1 - 3), stats
+        assert stats.skipped["among the last saved"].count == step * 3, stats
+        assert stats.num_live_records == 0
