@@ -296,8 +296,7 @@ def forked_trainings(directory: str, engine: str, mode: str) -> None:
     assert not offload.stats.fallbacks, offload.stats.fallbacks
 
 
-@every_engine
-@pytest.mark.parametrize("mode", ["all", "auto"])
+@pytest.mark.parametrize("engine, mode", [*((engine, "all") for engine in ENGINES), ("threads", "auto")])
 def test_a_forked_child_trains_under_inherited_hooks(lab: Lab, tmp_path: Path, engine: str, mode: str) -> None:
     """As launchers for notebooks and Lightning's `ddp_fork` start their workers."""
     lab.run(forked_trainings, tmp_path, engine, mode)
