@@ -71,7 +71,7 @@ $(STANDIN_OWN)/.standin:
 # -- documentation and distributions: environments of their own --
 
 docs: .venv-docs/.installed
-	PYTHONPATH=$(CURDIR) .venv-docs/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=$(CURDIR) .venv-docs/bin/mkdocs build --strict --quiet
 
 .venv-docs/.installed: pyproject.toml
 	[ -x .venv-docs/bin/python ] || $(PYTHON) -m venv .venv-docs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,6 +104,27 @@ def test_messages_of_the_page_are_those_of_the_package(heading: str) -> None:
     package = "\n".join(path.read_text() for path in (ROOT / "ssdtrain").rglob("*.py"))
     said = re.findall(r"^### (.+)$", section, re.MULTILINE)
     assert said and [words for words in said if words not in package] == []
+
+
+def test_every_fallback_has_an_entry() -> None:
+    """Whatever the package notes in words of its own contains the heading of an entry."""
+    section = (
+        (ROOT / "docs" / "how-to" / "troubleshooting.md").read_text().split("\n## Fallbacks\n")[1].split("\n## ")[0]
+    )
+    headings = re.findall(r"^### (.+)$", section, re.MULTILINE)
+    said = [text for path in (ROOT / "ssdtrain").rglob("*.py") for text in noted(ast.parse(path.read_text()))]
+    assert len(said) > 15 and [text for text in said if not any(words in text for words in headings)] == []
+
+
+def noted(tree: ast.Module) -> Iterator[str]:
+    """Texts that are noted where they are written, with {} for what is filled in."""
+    for call in [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args]:
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        if name in ("note", "_note", "note_fallback", "fall_back"):
+            text = call.args[0]
+            parts = text.values if isinstance(text, ast.JoinedStr) else [text]
+            if any(isinstance(part, ast.Constant) and isinstance(part.value, str) for part in parts):
+                yield "".join([str(part.value) if isinstance(part, ast.Constant) else "{}" for part in parts])
 
 
 def test_every_field_of_a_policy_is_described() -> None:
