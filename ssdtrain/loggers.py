@@ -20,8 +20,8 @@ _TOTALS = (
     "num_prefetched num_demand_reloads"
 ).split()
 _GAUGES = (
-    "peak_saved_nbytes peak_device_nbytes peak_disk_nbytes peak_host_nbytes predicted_peak_nbytes "
-    "measured_peak_nbytes predicted_step_seconds measured_step_seconds"
+    "peak_memory_nbytes last_memory_nbytes peak_saved_nbytes peak_device_nbytes peak_disk_nbytes peak_host_nbytes "
+    "predicted_peak_nbytes measured_peak_nbytes predicted_step_seconds measured_step_seconds"
 ).split()
 
 

@@ -85,22 +85,29 @@ def _rate(nbytes: float, seconds: float) -> float:
 
 
 def _summary(run: Run, steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of a typical step: the median of the second half, when plans have settled."""
+    """The peak of the run first. A typical step's is the median of the second half, when plans have settled."""
     settled = steps[len(steps) // 2 :]
     totals = run.steps[-1]["counters"]
 
     def typical(name: str) -> float:
         return float(median([row[name] for row in settled]))
 
-    peak, without = typical("peak_nbytes"), typical("peak_if_kept_nbytes")
+    highest, stats = max(steps, key=lambda row: row["peak_nbytes"]), run.stats
+    peak, peak_step = highest["peak_nbytes"], highest["step"]
+    if stats.get("peak_memory_nbytes", 0) >= peak:  # with staging that is not in use just then
+        peak, peak_step = stats["peak_memory_nbytes"], stats["peak_memory_step"] or peak_step
+    without = max([stats.get("without_nbytes", 0), *[row["peak_if_kept_nbytes"] for row in steps]])
     seconds = sum([row["seconds"] for row in run.steps])
     return {
         "num_steps": run.num_steps,
         "total_seconds": seconds,
-        "typical_peak_nbytes": peak,
-        "typical_peak_if_kept_nbytes": without,
+        "peak_nbytes": peak,
+        "peak_step": peak_step,
+        "without_nbytes": without,
         "saved_share": 1 - peak / without if without else 0.0,
-        "highest_peak_nbytes": max([row["peak_nbytes"] for row in steps]),
+        "typical_peak_nbytes": typical("peak_nbytes"),
+        "typical_peak_if_kept_nbytes": typical("peak_if_kept_nbytes"),
+        "highest_peak_nbytes": highest["peak_nbytes"],
         "typical_seconds": typical("seconds"),
         "worst_seconds": max([row["worst_seconds"] for row in steps]),
         "typical_stall_seconds": typical("stall_seconds"),

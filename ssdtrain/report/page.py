@@ -78,9 +78,10 @@ def _top(described: Mapping[str, Any]) -> str:
     summary = described["summary"]
     gain, *rest = described["headline"]
     cards = [
-        ("peak of saved tensors", nbytes_text(summary["typical_peak_nbytes"])),
-        ("the same without ssdtrain", nbytes_text(summary["typical_peak_if_kept_nbytes"])),
+        (f"peak of the run, in step {summary['peak_step']}", nbytes_text(summary["peak_nbytes"])),
+        ("the same without ssdtrain", nbytes_text(summary["without_nbytes"])),
         ("of that peak saved", share_text(max(0.0, summary["saved_share"]))),
+        ("peak of a typical step", nbytes_text(summary["typical_peak_nbytes"])),
         ("time spent waiting", share_text(summary["stall_share"])),
         ("typical step", seconds_text(summary["typical_seconds"])),
         ("slowest step", seconds_text(summary["worst_seconds"])),

@@ -38,15 +38,16 @@ def headline(described: Mapping[str, Any]) -> list[str]:
 
 
 def _gain(summary: Mapping[str, Any], plan: str) -> str:
-    peak, without = summary["typical_peak_nbytes"], summary["typical_peak_if_kept_nbytes"]
+    peak, without, typical = summary["peak_nbytes"], summary["without_nbytes"], summary["typical_peak_nbytes"]
+    says = f"Saved tensors and our buffers peaked at {nbytes_text(peak)}, in step {summary['peak_step']}"
     if summary["saved_share"] < _LEAST_SHARE:
         why = f" The plan says: {plan}." if plan else ""
-        return f"Saved tensors peaked at {nbytes_text(peak)}, as they would have without ssdtrain.{why}"
+        is_more = peak > without * (1 + _LEAST_SHARE)
+        return f"{says}, {'more than' if is_more else 'as'} they would have without ssdtrain.{why}"
     limit = plan.partition("; ")[2]  # what keeps the peak from falling further
     return (
-        f"Saved tensors peaked at {nbytes_text(peak)} instead of {nbytes_text(without)}:"
-        f" {share_text(summary['saved_share'])} less, in a typical step."
-        + (f" {limit[0].upper()}{limit[1:]}." if limit else "")
+        f"{says}, instead of {nbytes_text(without)}: {share_text(summary['saved_share'])} less; a typical step's peak"
+        f" is {nbytes_text(typical)}." + (f" {limit[0].upper()}{limit[1:]}." if limit else "")
     )
 
 

@@ -96,6 +96,6 @@ def progress_line(last: Stats, now: Stats) -> str:
     return (
         f"{since('offloaded_nbytes')} offloaded, {since('written_nbytes')} written, {since('read_nbytes')} read,"
         f" {since('kept_nbytes')} kept, {now.stall_seconds - last.stall_seconds:.3f} s stalled; peaks:"
-        f" {nbytes_text(now.peak_saved_nbytes)} of saved tensors in memory, {nbytes_text(now.peak_disk_nbytes)} on"
-        f" disk; {len(now.fallbacks)} fallbacks"
+        f" {nbytes_text(now.peak_memory_nbytes)} in memory (step {max(1, now.peak_memory_step)}),"
+        f" {nbytes_text(now.peak_disk_nbytes)} on disk; {len(now.fallbacks)} fallbacks"
     )

@@ -166,16 +166,19 @@ def test_numbers_for_people(text: str, expected: str) -> None:
 def test_the_headline_says_gain_and_cost(run: Run) -> None:
     gain, cost, wear = describe(run)["headline"]
     summary = describe(run)["summary"]
-    assert nbytes_text(summary["typical_peak_nbytes"]) in gain and share_text(summary["saved_share"]) in gain
+    assert nbytes_text(summary["peak_nbytes"]) in gain and share_text(summary["saved_share"]) in gain
+    assert f"in step {summary['peak_step']}" in gain
+    assert summary["peak_nbytes"] == run.stats["peak_memory_nbytes"] >= summary["highest_peak_nbytes"]
     assert "10 steps" in cost and "a day" in wear and "years" in wear
 
 
 def test_the_headline_says_what_bounds_the_gain(run: Run) -> None:
     plan = "the peak falls by 40%, and nothing waits; the drive's endurance allows 1.0 MiB of the 3.0 MiB of a step"
     bounded = Run(**(vars(run) | {"stats": run.stats | {"plan": plan}}))
-    assert describe(bounded)["headline"][0].endswith(
-        "less, in a typical step. The drive's endurance allows 1.0 MiB of the 3.0 MiB of a step."
-    )
+    described = describe(bounded)
+    typical = nbytes_text(described["summary"]["typical_peak_nbytes"])
+    limit = "The drive's endurance allows 1.0 MiB of the 3.0 MiB of a step."
+    assert described["headline"][0].endswith(f"less; a typical step's peak is {typical}. {limit}")
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from ssdtrain.tools.demo import process
 from ssdtrain.tools.demo.compare import Comparison, RunResult
 from ssdtrain.tools.demo.model import GPT, GPTConfig
 from ssdtrain.tools.demo.process import WorkerError, WorkerProcess, describe_exit
+from ssdtrain.tools.demo.report import verdict
 from ssdtrain.tools.demo.saved import SavedTensorCounter
 from ssdtrain.tools.demo.settings import DemoSettings
 from ssdtrain.tools.demo.text import Text, standard_library
@@ -263,3 +264,17 @@ def test_the_recipe_trains_the_same_numbers_with_and_without_offloading(forks: F
         losses.append(re.findall(r"loss ([0-9.]+)", done.stdout))
     assert losses[0] == losses[1]
     assert len(losses[0]) == 3
+
+
+@pytest.mark.parametrize(("rss", "saved", "says"), [(600, 100, "400.0 MiB less memory"), (1010, 810, "10.0 MiB MORE")])
+def test_the_verdict_is_one_sentence_about_the_peak_of_the_run(rss: int, saved: int, says: str) -> None:
+    def run(role: str, rss: int, saved: int, seconds: float, **stats: Any) -> RunResult:
+        sizes = {"peak_rss_nbytes": rss << 20, "peak_saved_nbytes": saved << 20}
+        return RunResult(role, ["0x1p0"] * 2, [seconds], {**sizes, "parameters_sha256": "a", "stats": stats})
+
+    plain = run("plain", 1000, 800, 2.0)
+    ours = run("ssdtrain", rss, saved, 2.1, peak_memory_step=3, num_offloaded=0, plan="declined: too little")
+    lines = verdict(Comparison(toy_settings(Path()), plain, ours))
+    assert says in lines[0] and "(step 3)" in lines[0] and "x 1.05 the time" in lines[0] and "to the bit" in lines[0]
+    assert "Nothing was moved" in lines[0] and lines[1] == "plan       declined: too little"
+    assert verdict(Comparison(toy_settings(Path()), plain, RunResult("ssdtrain"))) == []

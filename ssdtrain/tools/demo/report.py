@@ -156,13 +156,34 @@ def _rate(nbytes: int, seconds: float) -> str:
     return f"{nbytes / seconds / 1e9:.2f} GB/s" if seconds else ""
 
 
+def verdict(comparison: Comparison) -> list[str]:
+    """Whether it was worth it, in one sentence; none where a run did not come to its end."""
+    runs = (comparison.plain, comparison.ssdtrain)
+    plain, ours = (run.get("peak_rss_nbytes") for run in runs)
+    before, after = (run.get("peak_saved_nbytes") for run in runs)
+    ratio, stats = comparison.step_time_ratio, comparison.ssdtrain.get("stats") or {}
+    if not (plain and before and ours and after and ratio):
+        return []
+    fall, step = plain - ours, f" (step {stats['peak_memory_step']})" if stats.get("peak_memory_step") else ""
+    is_same = comparison.losses_equal and comparison.parameters_equal
+    return [
+        f"verdict    training took {nbytes_text(abs(fall))} {'less' if fall >= 0 else 'MORE'} memory at its peak"
+        f" ({100 * (ours / plain - 1):+.0f} %; saved tensors {100 * (after / before - 1):+.0f} %{step}) and"
+        f" x {ratio:.2f} the time a step; results are {'the same to the bit' if is_same else 'DIFFERENT'}."
+        + (" Nothing was moved: see plan." if not stats.get("num_offloaded") else ""),
+        *([f"plan       {stats['plan']}"] if stats.get("plan") else []),
+        "",
+    ]
+
+
 def _remarks(comparison: Comparison) -> str:
     stats = comparison.ssdtrain.get("stats") or {}
     policy = ", ".join(f"{name}={value}" for name, value in comparison.settings.policy.items())
     lines = [
         "Training memory: resident memory above the level before the first step.",
-        "Saved tensors: what autograd keeps for backward, as long as it is anywhere in memory.",
+        "Saved tensors: what autograd keeps for backward, while it is in memory, with ssdtrain's own buffers.",
         "",
+        *verdict(comparison),
         f"directory  {comparison.settings.directory}",
         f"policy     {policy or 'the default'}",
     ]

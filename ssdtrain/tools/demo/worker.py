@@ -151,8 +151,9 @@ class Run:
         if self._offload is None:
             return {"peak_saved_nbytes": self._peak_saved_nbytes()}
         stats = self._offload.stats
-        names = ("peak_saved_nbytes", "written_nbytes", "read_nbytes", "stall_seconds", "plan")
-        return {name: getattr(stats, name) for name in names}
+        names = ("peak_memory_nbytes", "written_nbytes", "read_nbytes", "stall_seconds", "plan")
+        so_far = {name: getattr(stats, name) for name in names}
+        return so_far | {"peak_saved_nbytes": so_far["peak_memory_nbytes"]}
 
     def finish(self) -> dict[str, Any]:
         """Returns everything measured over the run and a hash of what was learned."""
@@ -177,7 +178,7 @@ class Run:
 
     def _peak_saved_nbytes(self) -> int | None:
         if self._offload is not None:
-            return int(self._offload.stats.peak_saved_nbytes)
+            return int(self._offload.stats.peak_memory_nbytes)
         return None if self._counter is None else self._counter.peak_nbytes
 
 
