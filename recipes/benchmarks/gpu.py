@@ -464,6 +464,14 @@ def show(result: dict[str, Any]) -> None:
             f"{'' if bound is None else f'{bound:.1%}':>9}  "
             f"{ {True: 'yes', False: 'NO', None: '-'}[r['is_equal']] }"
         )
+    for r in result["rows"]:
+        stats = r.get("stats", {})
+        if stats.get("measured_step_seconds"):
+            times = [
+                f"{stats[f'{name}_step_seconds']:.3f} s, {stats[f'{name}_peak_nbytes'] / (1 << 30):.2f} GiB"
+                for name in ("predicted", "measured")
+            ]
+            print(f"{r['variant']}: planned step {times[0]} predicted, {times[1]} measured")
     ways = f"link {result['link_gbs']}; drive {result['drive_gbs']}"
     print(f"saved for backward: {result['saved_nbytes'] / GB:.2f} GB; {ways}; {result['bounds']}")
 
