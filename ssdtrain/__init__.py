@@ -1,4 +1,4 @@
-"""Keeps what training holds in memory only to use it later on NVMe drives, and has it back in time.
+"""Keeps saved activations, parameters and optimizer state on NVMe drives or in pinned host memory while unused.
 
 Example:
     >>> with ssdtrain.offload_activations("/mnt/nvme") as offload:

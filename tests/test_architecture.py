@@ -24,7 +24,7 @@ LADDER = [
     "state_stats",
     "verdict",
     "planner",
-    "blocks",
+    "model_blocks",
     "_C",
     "io",
     "devices",

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 import ssdtrain
-from ssdtrain.blocks import find_blocks
+from ssdtrain.model_blocks import find_blocks
 
 PLAIN = "plain"
 NO_TRIP = "nothing leaves: the tensors are in host memory already"

@@ -16,7 +16,7 @@ from compare_models import MODELS, Size, batch_of
 
 from ssdtrain.devices.vector_math import settle_vector_math
 from ssdtrain.tools.demo.memory import PeakResident
-from ssdtrain.tools.demo.saved import SavedTensorCounter
+from ssdtrain.tools.demo.saved_counter import SavedTensorCounter
 
 
 class Training:

@@ -172,7 +172,7 @@ class Calls:
         code = frame.f_code
         if event == "call" and code.co_filename.startswith(PACKAGE):
             self.num += 1
-            self.num_locks += code.co_name == "__enter__" and code.co_filename.endswith("poison.py")
+            self.num_locks += code.co_name == "__enter__" and code.co_filename.endswith("poisonable_lock.py")
 
 
 def count(make: Callable[[], list[torch.Tensor]], hooks: AbstractContextManager[Any]) -> tuple[Calls, Calls]:

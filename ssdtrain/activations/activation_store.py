@@ -19,16 +19,16 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
-from ssdtrain.activations.drive_source import DriveSource
+from ssdtrain.activations.open_drive import DriveSource
 from ssdtrain.activations.reload import HandedOut, Reloads
 from ssdtrain.activations.storage_index import Index
 from ssdtrain.activations.writeback import Batch, Writeback, may_leave
 from ssdtrain.devices.base import Device
+from ssdtrain.devices.memory_report import note_reported
 from ssdtrain.devices.registry import Devices
-from ssdtrain.devices.reported import note_reported
-from ssdtrain.scheduling.limits import Limits
+from ssdtrain.scheduling.in_flight import Limits
 from ssdtrain.stats import Counters
-from ssdtrain.store.poison import PoisonableLock
+from ssdtrain.store.poisonable_lock import PoisonableLock
 from ssdtrain.store.record import Residency, SavedRecord
 from ssdtrain.tracing.spans import span
 

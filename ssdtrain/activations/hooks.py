@@ -36,7 +36,7 @@ from ssdtrain.activations.activation_store import ActivationStore
 from ssdtrain.activations.module_names import ModuleNames
 from ssdtrain.activations.reporting.observers import StepObservers
 from ssdtrain.activations.storage_index import Index
-from ssdtrain.activations.wrapped import (
+from ssdtrain.activations.subclasses import (
     Subclassed,
     Wrapped,
     hollow,
@@ -119,7 +119,7 @@ class SavedTensorHooks:
 
     def _pack(self, tensor: torch.Tensor, is_aside: bool = False) -> Saved:
         if _is_traced() and not is_aside:  # see [Note: compiled functions]
-            from ssdtrain.store.untraced import aside
+            from ssdtrain.store.not_compiled import aside
 
             return aside(self._pack, tensor, True)  # type: ignore[no-any-return]
         self._counters.num_saved += 1
@@ -349,7 +349,7 @@ class SavedTensorHooks:
 
     def _unpack(self, handle: Saved, is_aside: bool = False) -> torch.Tensor:
         if _is_traced() and not is_aside:
-            from ssdtrain.store.untraced import aside
+            from ssdtrain.store.not_compiled import aside
 
             return aside(self._unpack, handle, True)  # type: ignore[no-any-return]
         if type(handle) is Resident:

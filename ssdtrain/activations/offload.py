@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from ssdtrain.activations.activation_store import ActivationStore
-from ssdtrain.activations.chosen import NOT_CHOSEN, Chosen
-from ssdtrain.activations.drive_source import Attach, DriveSource
 from ssdtrain.activations.hooks import SavedTensorHooks
 from ssdtrain.activations.module_names import ModuleNames
+from ssdtrain.activations.open_drive import Attach, DriveSource
 from ssdtrain.activations.recompute.recompute import Recompute, candidates_for
 from ssdtrain.activations.reporting.nothing_offloaded import NothingOffloaded
 from ssdtrain.activations.reporting.observers import StepObservers, recorder_for
+from ssdtrain.activations.selection import NOT_CHOSEN, Chosen
 from ssdtrain.activations.storage_index import Index
 from ssdtrain.devices.base import Device
 from ssdtrain.devices.cpu import CpuDevice
@@ -146,7 +146,7 @@ class ActivationOffload(SavedTensorHooks, contextlib.ContextDecorator):
 
     def _pack_chosen(self, tensor: torch.Tensor, is_aside: bool = False) -> Any:
         if torch.compiler.is_compiling() and not is_aside:  # see [Note: compiled functions] in `hooks`
-            from ssdtrain.store.untraced import aside
+            from ssdtrain.store.not_compiled import aside
 
             return aside(self._pack_chosen, tensor, True)
         assert self._chosen is not None
@@ -253,7 +253,7 @@ class ActivationOffload(SavedTensorHooks, contextlib.ContextDecorator):
 def _untraced(call: Callable[[], None]) -> None:
     """Calls it out of the compiler's sight, if there is a compiler: see [Note: compiled functions] in `hooks`."""
     if "torch._dynamo" in sys.modules:
-        from ssdtrain.store.untraced import aside
+        from ssdtrain.store.not_compiled import aside
 
         aside(call)
     else:

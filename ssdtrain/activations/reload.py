@@ -16,10 +16,10 @@ from collections.abc import Iterable
 
 import torch
 
-from ssdtrain.activations.drive_source import DriveSource
+from ssdtrain.activations.open_drive import DriveSource
 from ssdtrain.store.identity import live_storage
 from ssdtrain.store.pending import Problem, Segment, are_done, hand_out
-from ssdtrain.store.poison import ClosedError
+from ssdtrain.store.poisonable_lock import ClosedError
 from ssdtrain.store.record import Residency, SavedRecord
 from ssdtrain.tracing.spans import span
 

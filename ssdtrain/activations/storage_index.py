@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ssdtrain.activations.wrapped import inner_tensors
+from ssdtrain.activations.subclasses import inner_tensors
 from ssdtrain.store.identity import shares_version_counter
 from ssdtrain.store.record import Residency, SavedRecord
 from ssdtrain.tracing.pass_trace import Spot

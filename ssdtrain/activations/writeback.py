@@ -27,12 +27,12 @@ import time
 from collections import deque
 from collections.abc import Iterable
 
-from ssdtrain.activations.drive_source import DriveSource
+from ssdtrain.activations.open_drive import DriveSource
 from ssdtrain.io.engine import Fence
 from ssdtrain.io.spill_space import Growth
 from ssdtrain.stats import Counters
 from ssdtrain.store.pending import PendingWrite
-from ssdtrain.store.poison import PoisonableLock
+from ssdtrain.store.poisonable_lock import PoisonableLock
 from ssdtrain.store.record import Residency, SavedRecord
 from ssdtrain.store.tensor_store import Origin, TensorStore, make_wait
 from ssdtrain.tracing.spans import span

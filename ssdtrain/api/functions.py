@@ -13,7 +13,7 @@ from ssdtrain.activations.offload import ActivationOffload
 from ssdtrain.api.ranks import path_fields
 from ssdtrain.io.files.directories import check_directories
 from ssdtrain.io.files.paths import absolute_directories, absolute_path
-from ssdtrain.optimizer.gradients.reach import Loop
+from ssdtrain.optimizer.gradients.reached import Loop
 from ssdtrain.optimizer.optimizer import OffloadedOptimizer
 from ssdtrain.parameters.offload import ParameterOffload
 from ssdtrain.policy import ActivationPolicy, OptimizerPolicy, ParameterPolicy, StatePolicy

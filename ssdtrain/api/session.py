@@ -29,11 +29,11 @@ import torch
 
 from ssdtrain.activations.offload import ActivationOffload
 from ssdtrain.api.functions import Directories, offload_activations, offload_parameters, page_optimizer
-from ssdtrain.api.others import check_others, check_replicas
+from ssdtrain.api.other_offloaders import check_others, check_replicas
 from ssdtrain.api.ranks import agree
 from ssdtrain.api.section import Section
 from ssdtrain.api.wrappers import rewrap, unwrap
-from ssdtrain.optimizer.gradients.reach import Loop
+from ssdtrain.optimizer.gradients.reached import Loop
 from ssdtrain.optimizer.optimizer import OffloadedOptimizer
 from ssdtrain.parameters.offload import ParameterOffload
 from ssdtrain.policy import ActivationPolicy, OptimizerPolicy, ParameterPolicy

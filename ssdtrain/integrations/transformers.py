@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ssdtrain.api.others import check_loop
+from ssdtrain.api.other_offloaders import check_loop
 from ssdtrain.integrations import check_version, require
 from ssdtrain.integrations.parts.callback import SessionCallback, add_to_all, leave_after
 from ssdtrain.integrations.parts.checkpointing import use_checkpoint

@@ -1,1 +1,1 @@
-"""Bytes, files and requests: engines, spill files, room in them, and who has a share of it. Knows no tensors."""
+"""Bytes, files and requests: engines, which try again and report what failed, and spill files. Knows no tensors."""

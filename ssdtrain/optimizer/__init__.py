@@ -1,1 +1,1 @@
-"""Optimizer state on the drive, in memory for a few parameters at a time during the step. Knows no modules."""
+"""Optimizer state and gradients on the drive, and updates on the CPU: a few parameters at a time. Knows no modules."""

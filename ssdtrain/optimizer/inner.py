@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from ssdtrain.optimizer.shared_values import copied
-from ssdtrain.store.frames import tensors_of
 from ssdtrain.store.identity import why_not
+from ssdtrain.store.value_frames import tensors_of
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ssdtrain.optimizer.state import OffloadedState
-from ssdtrain.store.frames import nbytes_of, tensors_of
+from ssdtrain.store.value_frames import nbytes_of, tensors_of
 
 
 class LiveState(MutableMapping[Any, Any]):

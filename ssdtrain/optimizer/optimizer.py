@@ -15,7 +15,7 @@ import torch
 
 from ssdtrain.optimizer.cpu.cpu_updates import CpuUpdates
 from ssdtrain.optimizer.gradients.gradients import Gradients
-from ssdtrain.optimizer.gradients.reach import Loop, weakly
+from ssdtrain.optimizer.gradients.reached import Loop, weakly
 from ssdtrain.optimizer.inner import predict_state_nbytes, take_over
 from ssdtrain.optimizer.live_state import LiveState
 from ssdtrain.optimizer.state import OffloadedState

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ssdtrain.store.frames import tensors_of
+from ssdtrain.store.value_frames import tensors_of
 
 Key = tuple[Any, ...]  # ("group", index, name), ("attribute", name) or ("state", key)
 

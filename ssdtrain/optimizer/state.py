@@ -13,12 +13,12 @@ import torch
 
 from ssdtrain.devices.base import Device
 from ssdtrain.state_stats import StateCounters
-from ssdtrain.store.frames import has_gaps, nbytes_of, put_together, take_apart
+from ssdtrain.store.file_backed import Copies
 from ssdtrain.store.identity import ViewSpec, view_of, view_spec, whole, why_not
-from ssdtrain.store.mapped import Copies
 from ssdtrain.store.pending import PendingRead
 from ssdtrain.store.record import Record
 from ssdtrain.store.state_store import StateLostError, StateStore
+from ssdtrain.store.value_frames import has_gaps, nbytes_of, put_together, take_apart
 
 
 @dataclass(eq=False)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
-from ssdtrain.optimizer.gradients.reach import Loop, Reach, has_reentrant_checkpoints
+from ssdtrain.optimizer.gradients.reached import Loop, Reach, has_reentrant_checkpoints
 from ssdtrain.optimizer.inner import what_stayed
 from ssdtrain.optimizer.progress import StepProgress
 from ssdtrain.optimizer.trial.validation import check_alone

@@ -24,7 +24,7 @@ from ssdtrain.optimizer.trial.trial import Trial, try_out
 from ssdtrain.optimizer.trial.validation import check_trial
 from ssdtrain.parameters.offload import offloads_of
 from ssdtrain.policy import OptimizerPolicy
-from ssdtrain.store.frames import nbytes_of
+from ssdtrain.store.value_frames import nbytes_of
 
 
 class Updates:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ssdtrain.blocks import find_blocks
+from ssdtrain.model_blocks import find_blocks
 from ssdtrain.parameters.parameter import ParameterRecord
 from ssdtrain.parameters.placeholder import OWNER
 from ssdtrain.state_stats import StateCounters

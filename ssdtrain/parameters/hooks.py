@@ -280,8 +280,8 @@ class Hooks:
     # -- what autograd saves -------------------------------------------------------------------------------------------
 
     def _pack(self, outer: Callable[[torch.Tensor], Any], tensor: torch.Tensor, is_aside: bool = False) -> Any:
-        if _is_traced() and not is_aside:  # by the compiler, see `ssdtrain.store.untraced`
-            from ssdtrain.store.untraced import aside
+        if _is_traced() and not is_aside:  # by the compiler, see `ssdtrain.store.not_compiled`
+            from ssdtrain.store.not_compiled import aside
 
             return aside(self._pack, outer, tensor, True)
         found = self._working_set.records.by_storage.get(_storage_address(tensor))
@@ -294,7 +294,7 @@ class Hooks:
 
     def _unpack(self, outer: Callable[[Any], torch.Tensor], saved: Any, is_aside: bool = False) -> torch.Tensor:
         if _is_traced() and not is_aside:
-            from ssdtrain.store.untraced import aside
+            from ssdtrain.store.not_compiled import aside
 
             return aside(self._unpack, outer, saved, True)  # type: ignore[no-any-return]
         if type(saved) is not _Saved:

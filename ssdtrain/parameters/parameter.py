@@ -30,8 +30,8 @@ from ssdtrain.parameters.placeholder import (
     plainly,
 )
 from ssdtrain.state_stats import StateCounters
+from ssdtrain.store.file_backed import Copies
 from ssdtrain.store.identity import ViewSpec, spec_nbytes, view_of, view_spec, whole
-from ssdtrain.store.mapped import Copies
 from ssdtrain.store.pending import PendingRead
 from ssdtrain.store.record import Record
 from ssdtrain.store.state_store import StateStore

@@ -12,7 +12,7 @@ from ssdtrain.planner.decide import make_plan
 from ssdtrain.planner.plan import SECONDS_PER_DAY, Goal, Plan
 from ssdtrain.planner.probe import make_probe
 from ssdtrain.planner.recompute import choose
-from ssdtrain.planner.step import Lifetime, Machine, Step, Tier, Where
+from ssdtrain.planner.recorded_step import Lifetime, Machine, Step, Tier, Where
 
 __all__ = [
     "SECONDS_PER_DAY",

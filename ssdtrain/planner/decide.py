@@ -8,8 +8,8 @@ from functools import cached_property
 
 from ssdtrain.planner.plan import SECONDS_PER_DAY, Goal, Plan
 from ssdtrain.planner.predict import Prediction, latest_starts, predict
+from ssdtrain.planner.recorded_step import Machine, Step, Tier, Where
 from ssdtrain.planner.search import Search
-from ssdtrain.planner.step import Machine, Step, Tier, Where
 from ssdtrain.planner.timeline import Timeline
 from ssdtrain.stats import nbytes_text
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ssdtrain.planner.step import Where
+from ssdtrain.planner.recorded_step import Where
 from ssdtrain.stats import nbytes_text
 
 SECONDS_PER_DAY = 86400

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from ssdtrain.planner.step import Where
+from ssdtrain.planner.recorded_step import Where
 from ssdtrain.planner.timeline import Placement, Timeline
 
 _OTHER, _RELEASE, _SAVE, _NEED, _RELOAD = range(5)  # the order of what happens at the same time

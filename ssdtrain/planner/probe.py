@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ssdtrain.planner.decide import make_plan
 from ssdtrain.planner.plan import Goal, Plan
-from ssdtrain.planner.step import Machine, Step, Tier, Where
+from ssdtrain.planner.recorded_step import Machine, Step, Tier, Where
 
 _LEAD = 0.25  # of the time away, for the reload: the drive may be slow
 

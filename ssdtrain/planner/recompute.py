@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from ssdtrain.planner.decide import make_plan
 from ssdtrain.planner.plan import Goal, Plan
-from ssdtrain.planner.step import Lifetime, Machine, Step, Where
+from ssdtrain.planner.recorded_step import Lifetime, Machine, Step, Where
 
 _MAX_PLANS = 24
 

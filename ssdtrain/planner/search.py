@@ -25,8 +25,8 @@ import math
 import random
 from collections.abc import Iterator
 
-from ssdtrain.planner.bound import Moment, least_at, moments_near_peak
-from ssdtrain.planner.step import Where
+from ssdtrain.planner.lower_bound import Moment, least_at, moments_near_peak
+from ssdtrain.planner.recorded_step import Where
 from ssdtrain.planner.timeline import Moves, Timeline
 
 _WORK = 25_000  # records walked along in all

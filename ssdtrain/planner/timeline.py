@@ -25,7 +25,7 @@ from functools import cached_property
 from itertools import accumulate
 from operator import itemgetter
 
-from ssdtrain.planner.step import Machine, Step, Tier, Where
+from ssdtrain.planner.recorded_step import Machine, Step, Tier, Where
 
 _DELTA = itemgetter(1)  # of an event: how many bytes more or less
 

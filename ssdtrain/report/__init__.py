@@ -4,6 +4,6 @@ Knows run records and no tensors. `describe` has every number; `page` and `comma
 """
 
 from ssdtrain.report.data import describe
-from ssdtrain.report.trace import chrome_trace
+from ssdtrain.report.perfetto import chrome_trace
 
 __all__ = ["chrome_trace", "describe"]

@@ -1,1 +1,1 @@
-"""What stays in memory, what is reloaded next, when to plan anew. Knows records and clocks; moves nothing."""
+"""Which saved tensors stay, what is reloaded next, when to plan anew, on all ranks alike. Knows records, moves none."""

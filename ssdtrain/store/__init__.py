@@ -1,1 +1,1 @@
-"""Records and what moves them. Knows storages and extents; not who saved them, nor why."""
+"""One record for each range of bytes that leaves memory, and what writes and reads it. Knows storages, not reasons."""

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from ssdtrain.devices.base import Allocation, Device
-from ssdtrain.io.client import Drive
+from ssdtrain.io.drive import Drive
 from ssdtrain.io.engine import Fence, Read, Write
 from ssdtrain.io.extents import Extent
 from ssdtrain.io.open_engine import fence

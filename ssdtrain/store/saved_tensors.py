@@ -189,7 +189,7 @@ def keep_resident() -> HookScope:
 
     def pack(tensor: torch.Tensor) -> Resident:
         if _is_traced():
-            from ssdtrain.store.untraced import aside
+            from ssdtrain.store.not_compiled import aside
 
             return aside(Resident, tensor, 0, counters)  # type: ignore[no-any-return]
         return Resident(tensor, 0, counters)

@@ -44,8 +44,8 @@ from ssdtrain.io.timed_calls import run
 from ssdtrain.policy import StatePolicy
 from ssdtrain.state_stats import StateCounters
 from ssdtrain.stats import nbytes_text
+from ssdtrain.store.file_backed import mapped_copy
 from ssdtrain.store.identity import ViewSpec
-from ssdtrain.store.mapped import mapped_copy
 from ssdtrain.store.pending import PendingRead, Problem, Segment
 from ssdtrain.store.record import Record, Residency
 from ssdtrain.store.tensor_store import Origin, TensorStore, open_for

@@ -40,7 +40,7 @@ from typing import Any
 import torch
 
 from ssdtrain.devices.base import Device
-from ssdtrain.io.client import Drive, open_drive
+from ssdtrain.io.drive import Drive, open_drive
 from ssdtrain.io.engine import Fence, SpillFile
 from ssdtrain.io.extents import Extent
 from ssdtrain.io.spill_space import Growth

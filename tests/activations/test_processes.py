@@ -35,7 +35,7 @@ from fault_tools import (
 )
 
 import ssdtrain
-from ssdtrain.store.poison import ClosedError
+from ssdtrain.store.poisonable_lock import ClosedError
 
 every_engine = pytest.mark.parametrize("engine", ENGINES)
 kept: list[object] = []  # what lives until the interpreter is gone

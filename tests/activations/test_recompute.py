@@ -13,7 +13,7 @@ from conftest import MakeOffload, grads_of, same_bits, send
 from torch import nn
 
 import ssdtrain
-from ssdtrain.blocks import find_blocks
+from ssdtrain.model_blocks import find_blocks
 from ssdtrain.planner import Goal, Lifetime, Machine, Step, Tier, choose, make_plan
 from ssdtrain.planner.recompute import recomputed
 from ssdtrain.tools.demo.model import GPT, GPTConfig

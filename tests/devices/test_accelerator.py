@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 import ssdtrain
 from ssdtrain.devices.simulated import SimulatedDevice
-from ssdtrain.io.client import Drive
+from ssdtrain.io.drive import Drive
 from ssdtrain.planner import buffers
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.store.pending import Pending

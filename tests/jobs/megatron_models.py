@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
-from ssdtrain.tools.demo.saved import SavedTensorCounter
+from ssdtrain.tools.demo.saved_counter import SavedTensorCounter
 
 VOCABULARY, SEQUENCE, BATCH = 256, 128, 2
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
+from ssdtrain.store.file_backed import mapped_copy
 from ssdtrain.store.identity import ViewSpec
-from ssdtrain.store.mapped import mapped_copy
 
 
 def test_a_mapped_copy_is_in_host_memory(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import ssdtrain
-from ssdtrain.optimizer.gradients.reach import has_reentrant_checkpoints
+from ssdtrain.optimizer.gradients.reached import has_reentrant_checkpoints
 
 IN_BACKWARD = EAGER_STATE | {"chunk_nbytes": 1, "step_in_backward": True}
 

@@ -12,7 +12,7 @@ import pytest
 from steps import MIB, layers, pipeline, scattered, some_machine
 
 from ssdtrain.planner import Goal, Lifetime, Machine, Plan, Step, Tier, choose, decide, make_plan, recompute
-from ssdtrain.planner.bound import least_at, moments_near_peak
+from ssdtrain.planner.lower_bound import least_at, moments_near_peak
 from ssdtrain.planner.search import Search
 from ssdtrain.planner.timeline import Timeline
 

@@ -23,7 +23,7 @@ from state_tools import EAGER_STATE, adamw, batch, check_same, model_of, trainab
 import ssdtrain
 from ssdtrain.activations.offload import ActivationOffload
 from ssdtrain.devices.simulated import SimulatedDevice
-from ssdtrain.io.client import Drive
+from ssdtrain.io.drive import Drive
 from ssdtrain.io.host_space import HostShare, HostSpace
 from ssdtrain.io.open_engine import open_engine
 from ssdtrain.policy import ActivationPolicy, OptimizerPolicy

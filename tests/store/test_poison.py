@@ -14,17 +14,17 @@ import pytest
 import torch
 
 import ssdtrain
-from ssdtrain.store.poison import ClosedError, PoisonableLock
+from ssdtrain.store.poisonable_lock import ClosedError, PoisonableLock
 
 MIB = 1 << 20
 POLICY = {"min_nbytes": 0, "staging_nbytes": MIB, "mode": "all", "engine": "threads"}
 OUR_FILES = (
     "activations/activation_store.py",
-    "activations/drive_source.py",
+    "activations/open_drive.py",
     "activations/writeback.py",
     "store/tensor_store.py",
     "store/pending.py",
-    "io/client.py",
+    "io/drive.py",
     "activations/reload.py",
     "io/host_space.py",
     "io/spill_space.py",

@@ -27,7 +27,7 @@ from ssdtrain.tools.demo.compare import Comparison, RunResult
 from ssdtrain.tools.demo.model import GPT, GPTConfig
 from ssdtrain.tools.demo.process import WorkerError, WorkerProcess, describe_exit
 from ssdtrain.tools.demo.report import verdict
-from ssdtrain.tools.demo.saved import SavedTensorCounter
+from ssdtrain.tools.demo.saved_counter import SavedTensorCounter
 from ssdtrain.tools.demo.settings import DemoSettings
 from ssdtrain.tools.demo.text import Text, standard_library
 

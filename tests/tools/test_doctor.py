@@ -13,7 +13,7 @@ from drives import Drive
 
 from ssdtrain.integrations import TESTED_TORCH, TESTED_VERSIONS
 from ssdtrain.tools.doctor import Finding, Verdict, examine
-from ssdtrain.tools.doctor.block import drives_below, drives_of
+from ssdtrain.tools.doctor.block_device import drives_below, drives_of
 from ssdtrain.tools.doctor.drive import examine_directory
 from ssdtrain.tools.doctor.endurance import Endurance, parse
 from ssdtrain.tools.doctor.gpu import link_finding

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from ssdtrain.tools.demo.compare import RunResult, Standing
-from ssdtrain.tools.demo.live import LiveView, picture
+from ssdtrain.tools.demo.live_view import LiveView, picture
 from ssdtrain.tools.demo.settings import DemoSettings
 
 

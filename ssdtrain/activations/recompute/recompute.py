@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from ssdtrain.activations.recompute.first_run import CheckVersion, FirstRun, SecondRun, State
-from ssdtrain.blocks import find_blocks
+from ssdtrain.model_blocks import find_blocks
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.stats import Counters
 from ssdtrain.store.saved_tensors import allows_mutation

@@ -15,7 +15,7 @@ import torch
 from ssdtrain.optimizer.inner import having_only, inner_step, narrowed
 from ssdtrain.optimizer.shared_values import Key, SharedValues, copied, kind_of, read, same_bits, words
 from ssdtrain.optimizer.trial.shadow import Shadow
-from ssdtrain.store.frames import nbytes_of, put_together, take_apart
+from ssdtrain.store.value_frames import nbytes_of, put_together, take_apart
 
 _NUM_STEPS = 12  # what happens every ten steps is seen
 _SMALL = 1e-4  # the first gradients: what is added so that nothing is divided by zero is seen

@@ -16,7 +16,7 @@ from ssdtrain.io.files.paths import absolute_directories
 from ssdtrain.policy import parse_nbytes
 from ssdtrain.stats import nbytes_text
 from ssdtrain.tools.bench import Advice, Options, Report, Row, advise, bench_drive
-from ssdtrain.tools.cli.ending import end, one_line
+from ssdtrain.tools.cli.exit_codes import end, one_line
 from ssdtrain.tools.cli.names import not_with
 from ssdtrain.tools.cli.screen import show
 

@@ -13,7 +13,7 @@ import typer
 from ssdtrain.io.files.directories import check_directories
 from ssdtrain.io.files.paths import absolute_path
 from ssdtrain.policy import ActivationPolicy, parse_nbytes
-from ssdtrain.tools.cli.ending import end, one_line
+from ssdtrain.tools.cli.exit_codes import end, one_line
 from ssdtrain.tools.demo.compare import Comparison, LimitError, compare
 from ssdtrain.tools.demo.process import WorkerError
 from ssdtrain.tools.demo.report import ProgressLines, print_json, print_table

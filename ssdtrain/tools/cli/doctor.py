@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ssdtrain.io.files.paths import absolute_directories
-from ssdtrain.tools.cli.ending import end
+from ssdtrain.tools.cli.exit_codes import end
 from ssdtrain.tools.cli.screen import show
 from ssdtrain.tools.doctor import Finding, Verdict, examine
 

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from ssdtrain.stats import nbytes_text
-from ssdtrain.tools.cli.ending import end, one_line
+from ssdtrain.tools.cli.exit_codes import end, one_line
 from ssdtrain.tools.cli.names import in_options, not_with, only_with
 from ssdtrain.tools.cli.replay import as_values, plan_of
 from ssdtrain.tools.cli.screen import show

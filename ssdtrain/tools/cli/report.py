@@ -11,9 +11,9 @@ import typer
 from ssdtrain.report import compare
 from ssdtrain.report.data import describe
 from ssdtrain.report.page import render
-from ssdtrain.report.trace import chrome_trace
+from ssdtrain.report.perfetto import chrome_trace
 from ssdtrain.run_log import RecordError, read_run
-from ssdtrain.tools.cli.ending import end
+from ssdtrain.tools.cli.exit_codes import end
 
 
 def report(

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ssdtrain.stats import nbytes_text
 from ssdtrain.tools.demo.compare import Comparison, RunResult
-from ssdtrain.tools.demo.live import LiveView
+from ssdtrain.tools.demo.live_view import LiveView
 
 
 class ProgressLines:

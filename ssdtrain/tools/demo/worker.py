@@ -31,7 +31,7 @@ import ssdtrain
 from ssdtrain.devices.vector_math import settle_vector_math
 from ssdtrain.tools.demo.memory import MemoryLimit, PeakResident, PeakSampler, is_out_of_memory
 from ssdtrain.tools.demo.model import GPT, GPTConfig
-from ssdtrain.tools.demo.saved import SavedTensorCounter
+from ssdtrain.tools.demo.saved_counter import SavedTensorCounter
 from ssdtrain.tools.demo.settings import DemoSettings
 from ssdtrain.tools.demo.text import Text, read_text
 

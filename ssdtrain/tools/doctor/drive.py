@@ -7,7 +7,7 @@ import os
 from ssdtrain.io.files.directories import check_directories, file_system_of
 from ssdtrain.io.open_engine import open_engine
 from ssdtrain.stats import nbytes_text
-from ssdtrain.tools.doctor.block import Drive, drives_below
+from ssdtrain.tools.doctor.block_device import Drive, drives_below
 from ssdtrain.tools.doctor.endurance import Endurance, endurance_of
 from ssdtrain.tools.doctor.finding import Finding, Verdict
 

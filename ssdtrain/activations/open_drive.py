@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from ssdtrain.devices.registry import Devices
-from ssdtrain.io.client import Drive
+from ssdtrain.io.drive import Drive
 from ssdtrain.io.engine import SpillFile
 from ssdtrain.io.host_space import host_limit_nbytes
 from ssdtrain.io.kept_files import KeptFiles
@@ -25,7 +25,7 @@ from ssdtrain.io.open_engine import close_files, slab_nbytes_for
 from ssdtrain.planner import Buffers
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.stats import Counters
-from ssdtrain.store.poison import PoisonableLock
+from ssdtrain.store.poisonable_lock import PoisonableLock
 from ssdtrain.store.record import SavedRecord
 from ssdtrain.store.tensor_store import TensorStore, open_for
 from ssdtrain.tracing.request_log import RequestLog

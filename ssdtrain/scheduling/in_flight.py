@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import cast
 
 from ssdtrain.devices.base import Accelerator
-from ssdtrain.io.client import Drive
+from ssdtrain.io.drive import Drive
 from ssdtrain.planner import Buffers
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.stats import Counters

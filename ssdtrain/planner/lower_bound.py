@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable
 from itertools import accumulate
 
-from ssdtrain.planner.step import Where
+from ssdtrain.planner.recorded_step import Where
 from ssdtrain.planner.timeline import Moves, Timeline
 
 Moment = tuple[float, bool]
