@@ -26,7 +26,7 @@ def report(
     trace: Annotated[Path | None, typer.Option(help="Write a trace for ui.perfetto.dev here.")] = None,
     json_line: Annotated[bool, typer.Option("--json", help="Print every number of the page as one JSON.")] = False,
 ) -> None:
-    """Show what a recorded run did, or compare two: headline, page, trace or JSON.
+    """Show what a run did, or compare two: headline, page, trace, JSON.
 
     Exit code 2: the record cannot be read, or an output not be written.
     """
