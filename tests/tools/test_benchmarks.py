@@ -80,7 +80,8 @@ def test_gpu(forks: Forks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_gpu_leaves_what_it_measured_whenever_it_ends(tmp_path: Path) -> None:
     """In the middle of the rounds that only teach: the file is whole at any time, and SIGINT also leaves the table."""
-    size = "--hidden 64 --heads 2 --layers 2 --sequence 64 --batch 2 --dtype float32 --warm-up 1000".split()
+    size = "--hidden 64 --heads 2 --layers 2 --sequence 64 --batch 2 --dtype float32".split()
+    size += "--warm-up 100000 --seconds 3600".split()  # it does not end by itself
     written, begun = tmp_path / "gpu.json", False
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), str(tmp_path), *size, "--json", str(written)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
