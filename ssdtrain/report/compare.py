@@ -13,9 +13,9 @@ from ssdtrain.stats import nbytes_text
 
 HEAD = ("", "first", "second", "change")
 _MEASURED: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
-    ("peak of saved tensors", "summary", "typical_peak_nbytes", nbytes_text),
-    ("the same without ssdtrain", "summary", "typical_peak_if_kept_nbytes", nbytes_text),
-    ("highest peak", "summary", "highest_peak_nbytes", nbytes_text),
+    ("peak of the run", "summary", "peak_nbytes", nbytes_text),
+    ("the same without ssdtrain", "summary", "without_nbytes", nbytes_text),
+    ("peak of a typical step", "summary", "typical_peak_nbytes", nbytes_text),
     ("typical step", "summary", "typical_seconds", seconds_text),
     ("slowest step", "summary", "worst_seconds", seconds_text),
     ("time spent waiting", "summary", "stall_share", share_text),
@@ -32,11 +32,9 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[s
         before, after = first[part][field], second[part][field]
         if before or after:
             rows.append((name, text(before), text(after), f"{100 * (after / before - 1):+.1f} %" if before else ""))
-    for before, after in ((_settings(first), _settings(second)),):
-        for name in sorted({*before, *after}):
-            if before.get(name) != after.get(name):
-                rows.append((name, before.get(name, ""), after.get(name, ""), ""))
-    return rows
+    one, other = _settings(first), _settings(second)
+    differ = [name for name in sorted({*one, *other}) if one.get(name) != other.get(name)]
+    return rows + [(name, one.get(name, ""), other.get(name, ""), "") for name in differ]
 
 
 def _settings(described: Mapping[str, Any]) -> dict[str, str]:
