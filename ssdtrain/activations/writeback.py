@@ -151,16 +151,23 @@ class Writeback:
         """See [Note: waiting for an accelerator]."""
         begin = time.perf_counter()
         with span("wait", record):
-            if isinstance(wait, Growth):
-                wait.wait()
-            elif isinstance(wait, int):
-                self._wait_for_drive(wait)
-            else:
-                wait.synchronize()
-        if not isinstance(wait, Growth | int):
-            self._counters.ahead_seconds += time.perf_counter() - begin
-            return
-        self._source.stall("write", time.perf_counter() - begin, record)
+            is_for_drive = self._wait(wait)
+        seconds = time.perf_counter() - begin
+        if is_for_drive:
+            self._source.stall("write", seconds, record)
+        else:
+            self._counters.ahead_seconds += seconds
+
+    def _wait(self, wait: Wait) -> bool:
+        """Whether it was for the drive, not for an accelerator."""
+        if isinstance(wait, Growth):
+            wait.wait()
+        elif isinstance(wait, int):
+            self._wait_for_drive(wait)
+        else:
+            wait.synchronize()
+            return False
+        return True
 
     def _wait_for_drive(self, nbytes: int) -> None:
         store = self._source.store
