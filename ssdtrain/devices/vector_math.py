@@ -18,7 +18,9 @@ _FUNCTIONS = (
 
 
 def settle_vector_math() -> None:
-    """Calls each of them once; see [Note: the first call]. Takes a tenth of a millisecond, and may be called again.
+    """Calls each of them once; see [Note: the first call]. May be called again.
+
+    The first time in a process takes 20 ms, later ones a tenth of a millisecond.
 
     A context of ssdtrain calls it when it is made. A program that compares its results with those of another process,
     or computes before the context is made, calls it first.

@@ -34,7 +34,7 @@ def extension() -> ModuleType:
         raise UnavailableError(f"{_why_without(error)}; {extension_remedy()}") from error
     if _interface_of(_C) != INTERFACE:
         found = _interface_of(_C) or "none"
-        problem = f"{_C.__file__} does not belong to this source code (Expected interface {INTERFACE}, got {found})"
+        problem = f"{_C.__file__} does not belong to this source code (expected interface {INTERFACE}, got {found})"
         raise UnavailableError(f"{problem}; {extension_remedy()}")
     return _C
 

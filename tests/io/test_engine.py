@@ -598,7 +598,7 @@ def test_an_extension_of_other_source_code_is_not_used_and_said(
     choice.close()
     assert choice.kind == "python"
     (said,) = choice.fallbacks
-    why = f"{extension.__file__} does not belong to this source code (Expected interface {INTERFACE}, got {name})"
+    why = f"{extension.__file__} does not belong to this source code (expected interface {INTERFACE}, got {name})"
     assert said.startswith(f"engines io_uring and threads are not available: {why}; build it anew: rm ")
     with pytest.raises(RuntimeError, match=r"Expected engine 'threads' to be available.* build it anew"):
         open_engine("threads", [str(tmp_path)], 1 << 20, 1 << 16)
