@@ -44,7 +44,17 @@ LADDER = [
     "tools",
     "__main__",
 ]
-WITHOUT_TORCH = ["policy", "stats", "state_stats", "verdict", "planner", "io", "scheduling", "run_log", "report"]
+WITHOUT_TORCH = [
+    "policy",
+    "stats",
+    "state_stats",
+    "verdict",
+    "planner",
+    "io",
+    "scheduling",
+    "run_log",
+    "report",
+]
 MAY_KNOW_TORCH = ("io/kvikio/", "scheduling/consensus.py", "run_log/environment.py")
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 420, 60
 # By the name of a variable, after a file where it is meant only there: what may be set on it from another module.
