@@ -14,6 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+# Before PyTorch is loaded: children that are forked from a process that computes in several threads wait for them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import inside
 import pytest
 import torch

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -22,6 +24,8 @@ from ssdtrain.policy import ActivationPolicy
 from ssdtrain.state_stats import StateCounters
 from ssdtrain.stats import Counters
 from ssdtrain.verdict import Training, on_activations, on_optimizer, on_parameters
+
+LIMIT_SECONDS = 120
 
 Told = Callable[[], list[str]]
 Make = Callable[..., ssdtrain.ActivationOffload]
@@ -100,10 +104,18 @@ def in_thread(function: Callable[[], Any]) -> None:
 
 
 def run_script(text: str, *arguments: str) -> str:
-    """What a script writes to stderr."""
-    done = subprocess.run([sys.executable, "-c", text, *arguments], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+    """What a script and its children write to stderr. A fork of a process that computes in several threads of OpenMP's
+    waits for them for ever, as they are not in it: here all compute in one."""
+    command, own = [sys.executable, "-c", text, *arguments], {"OMP_NUM_THREADS": "1"}
+    script = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | own, start_new_session=True)
+    try:
+        said = script.communicate(timeout=LIMIT_SECONDS)[1]
+    except subprocess.TimeoutExpired:
+        os.killpg(script.pid, signal.SIGKILL)
+        said = script.communicate()[1]
+        pytest.fail(f"Expected the script and its children to end within {LIMIT_SECONDS} s, got this far:\n{said}")
+    assert script.returncode == 0, said
+    return said
 
 
 # -- nothing to be said ----------------------------------------------------------------------------------------------
