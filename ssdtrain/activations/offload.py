@@ -33,6 +33,7 @@ from ssdtrain.scheduling.schedule import Schedule
 from ssdtrain.stats import Counters, Stats, nbytes_text
 from ssdtrain.store.saved_tensors import HookScope, innermost_hooks, not_entered
 from ssdtrain.tracing.finished_step import Callback
+from ssdtrain.tracing.module_spans import ModuleSpans
 
 
 class ActivationOffload(SavedTensorHooks, contextlib.ContextDecorator):
@@ -53,7 +54,7 @@ class ActivationOffload(SavedTensorHooks, contextlib.ContextDecorator):
         `attach`: takes a share of another offload's drive, which is in these directories, instead of opening one.
         `known_devices`: the accelerators that other one knows.
         """
-        counters, index, names, buffers = Counters(), Index(), ModuleNames(model), Buffers(policy)
+        counters, index, names, buffers = Counters(), Index(), ModuleNames(model, ModuleSpans()), Buffers(policy)
         candidates = candidates_for(policy, model)
         blocks = candidates.names if candidates is not None else None
         replanner = replanner_for(policy, directories or (), blocks, buffers)

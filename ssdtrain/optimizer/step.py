@@ -22,6 +22,7 @@ from ssdtrain.optimizer.updates import Updates
 from ssdtrain.policy import OptimizerPolicy
 from ssdtrain.state_stats import StateCounters
 from ssdtrain.store.state_store import StateStore
+from ssdtrain.tracing.spans import named, span
 from ssdtrain.verdict import on_optimizer
 
 _AHEAD = 2  # chunks whose state is read before their turn
@@ -93,7 +94,8 @@ class Stepper:
         name_of, policy = self._updates.name_of, self._policy
         begin = partial(self.progress.begin_update, name_of(chunk[0]), self._updates.group_of)
         norms = {p: torch.linalg.vector_norm(p.grad) for p in chunk if p.grad is not None} if self._keeps_norms else {}
-        self._updates.update(chunk, self._scaler(), begin)
+        with span("update", lambda: named([name_of(parameter) for parameter in chunk])):
+            self._updates.update(chunk, self._scaler(), begin)
         if policy.step_in_backward or policy.offload_gradients or policy.delayed_update:
             self.progress.updated.update(chunk)
         for parameter in chunk if policy.step_in_backward else []:

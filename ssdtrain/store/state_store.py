@@ -32,7 +32,6 @@ from functools import partial
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.profiler import record_function
 
 from ssdtrain.devices.base import Allocation, Device
 from ssdtrain.devices.cpu import CpuDevice
@@ -49,6 +48,7 @@ from ssdtrain.store.identity import ViewSpec
 from ssdtrain.store.pending import PendingRead, Problem, Segment
 from ssdtrain.store.record import Record, Residency
 from ssdtrain.store.tensor_store import Origin, TensorStore, open_for
+from ssdtrain.tracing.spans import span
 
 logger = logging.getLogger("ssdtrain")
 
@@ -151,7 +151,7 @@ class StateStore:
         device = device or self.cpu
         origin = Origin(device, device.current_stream(), prefers_host or device.driver is not None)
         may_wait = True
-        with record_function("ssdtrain::write_state"):
+        with span("write_state", record):
             self._store.pending.prepare(device, source.nbytes(), prefers_host=origin.prefers_host)
             while (wait := self._try_write(record, source, origin, may_wait=may_wait)) is not None:
                 begin = time.monotonic()
@@ -247,7 +247,7 @@ class StateStore:
         """
         begin, is_late = time.monotonic(), not pending.is_issued
         if is_late:
-            with record_function("ssdtrain::wait_state"):
+            with span("wait_state", pending.record):
                 pending.wait(self.policy.io_timeout_seconds)
         with self._lock:
             if is_late:

@@ -199,7 +199,7 @@ class CpuUpdates:
         if torch.get_num_threads() != job.num_threads:  # each thread has its own number: sums depend on it
             torch.set_num_threads(job.num_threads)
         shadow = job.shadow
-        with torch.no_grad(), record_function("ssdtrain::cpu_update"):
+        with torch.no_grad(), record_function(f"ssdtrain::cpu_update {job.name}"):
             self._prefetch_ahead(job)
             vars(shadow).update(_arrived(job.attributes))
             values = {entry.parameter: entry.value() for entry in job.entries}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ssdtrain.optimizer.gradients.gradient_record import GradientRecord
+from ssdtrain.tracing.spans import named
 
 Wait = Callable[[], torch.Tensor]  # for a tensor on its way to host memory
 
@@ -54,6 +55,11 @@ class Job:
     following: Job | None = None
     changes: dict[Any, Any] = field(default_factory=dict)
     """What its step did to values that all parameters share."""
+
+    @property
+    def name(self) -> str:
+        """What spans call it."""
+        return named([entry.name for entry in self.entries])
 
     def submit(self, pool: Executor, run: Callable[[Job], None]) -> None:
         """Has `run` called for it by a thread of `pool`."""
