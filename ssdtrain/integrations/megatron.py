@@ -95,7 +95,7 @@ class _Rank:
         """What moves activations, where it is open."""
         return self.session.activations if self.session is not None else None
 
-    def meet(self, model: torch.nn.Module) -> None:
+    def prepare(self, model: torch.nn.Module) -> None:
         """Checks a model chunk's configuration and marks its weights, the first time it comes along."""
         if self._refusal is not None:
             raise self._refusal
@@ -187,7 +187,7 @@ class _ForwardStep:
         self._forward_step = forward_step_func
         self._args = args
         self._rank = _Rank()
-        self._is_asked = self._is_met = False
+        self._is_asked = self._has_started = False
         if not callable(args):
             self._open()
             self._rank.agree()
@@ -200,11 +200,11 @@ class _ForwardStep:
     def __call__(self, data_iterator: Any, model: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         if not torch.is_grad_enabled():  # evaluation saves nothing
             return self._forward_step(data_iterator, model, *args, **kwargs)  # type: ignore[no-any-return]
-        if not self._is_met:
-            self._is_met = True
+        if not self._has_started:
+            self._has_started = True
             self._start(model)
         with self._rank.noting_errors():
-            self._rank.meet(model)
+            self._rank.prepare(model)
         return self._rank.run(self._forward_step, data_iterator, model, *args, **kwargs)
 
     def _open(self) -> None:
@@ -220,7 +220,7 @@ class _ForwardStep:
         if not self._is_asked:
             self._open()
         with self._rank.noting_errors():
-            self._rank.meet(model)
+            self._rank.prepare(model)
         config = _config_of(model)
         state = importlib.import_module("megatron.core.parallel_state")
         if state.get_pipeline_model_parallel_world_size() == 1:
@@ -278,7 +278,7 @@ class _Schedule:
         functools.update_wrapper(self, schedule)
         self._schedule = schedule
         self._rank = rank
-        self._is_met = False
+        self._has_started = False
 
     @property
     def offload(self) -> ActivationOffload:
@@ -290,15 +290,15 @@ class _Schedule:
         if kwargs.get("forward_only"):
             return self._schedule(forward_step_func=forward_step_func, model=model, **kwargs)
         chunks = model if isinstance(model, list) else [model]
-        if not self._is_met:
+        if not self._has_started:
             self._rank.has_agreed = False  # about the directories only
             with self._rank.noting_errors():
                 for chunk in chunks:
-                    self._rank.meet(chunk)
+                    self._rank.prepare(chunk)
             self._rank.agree()
-            self._is_met = True
+            self._has_started = True
         for chunk in chunks:
-            self._rank.meet(chunk)
+            self._rank.prepare(chunk)
         step = functools.wraps(forward_step_func)(functools.partial(self._rank.run, forward_step_func))
         return self._schedule(forward_step_func=step, model=model, **kwargs)
 
