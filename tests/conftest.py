@@ -215,6 +215,8 @@ def make_offload(tmp_path: Path, device: SimulatedDevice | None) -> Iterator[Mak
         return made[-1]
 
     yield make
+    if device is not None:
+        device.release()  # a test that failed holds streams that what follows would wait for
     if any(offload.stats.num_live_records for offload in made):
         gc.collect()  # of exceptions and their frames; slow, hence only then
         # A thread of autograd's lets go of a node's tensors some time after it told of the node's error.

@@ -53,6 +53,7 @@ def make(tmp_path: Path, device: SimulatedDevice) -> Iterator[Make]:
         return made[-1]
 
     yield one
+    device.release()  # a test that failed holds streams that what follows would wait for
     gc.collect()
     for offload in made:
         assert offload.stats.num_live_records == 0

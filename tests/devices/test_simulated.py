@@ -419,6 +419,20 @@ def test_stuck_simulation_says_what_is_queued(make_device: MakeDevice) -> None:
         device.release(0)
 
 
+def test_all_that_is_held_is_let_go_at_once(make_device: MakeDevice) -> None:
+    with make_device(timeout_seconds=60) as device:
+        x, main, side = two_streams(device)
+        device.synchronize()
+        for stream in (main, side, device.driver.out_stream()):
+            device.hold(stream)
+        with device.stream(side):
+            y = x.add(1)
+        device.driver.wait(device.driver.out_stream(), device.driver.record(side))
+        device.driver.wait(main, device.driver.record(device.driver.out_stream()))
+        device.release()
+        assert torch.equal(y, torch.full((1024,), 2.0))
+
+
 def test_order_of_streams_depends_on_the_seed(make_device: MakeDevice) -> None:
     orders = set()
     for seed in range(8):

@@ -70,15 +70,12 @@ class SimulatedDevice:
 
     def close(self) -> None:
         """Lets held streams go, runs what is queued, ends the thread and raises what went wrong."""
-        for stream in list(self._machine.executor.streams.values()):
-            self._machine.executor.hold(stream, False)
-        self._machine.executor.drain()
+        self._abandon()
         self._machine.executor.join()
         self._machine.raise_kept()
 
     def _abandon(self) -> None:
-        for stream in list(self._machine.executor.streams.values()):
-            self._machine.executor.hold(stream, False)
+        self.release()
         self._machine.executor.drain()
 
     def _modes(self) -> list[ExitStack]:
@@ -111,9 +108,10 @@ class SimulatedDevice:
         """Nothing more of `stream` is begun until `release`."""
         self._machine.executor.hold(self._machine.stream(stream), True)
 
-    def release(self, stream: int) -> None:
-        """Lets a held stream run on."""
-        self._machine.executor.hold(self._machine.stream(stream), False)
+    def release(self, stream: int | None = None) -> None:
+        """Lets a held stream run on; all of them unless one is named."""
+        for handle in list(self._machine.executor.streams) if stream is None else [stream]:
+            self._machine.executor.hold(self._machine.stream(handle), False)
 
     def synchronize(self) -> None:
         """Blocks until nothing is queued; raises what went wrong since the last time."""
