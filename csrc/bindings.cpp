@@ -166,10 +166,38 @@ class PythonDriver : public DeviceDriver {
   std::vector<Event> released_;
 };
 
+// A path is bytes: what is no UTF-8 has characters of its own in Python, as os.fsdecode() says.
+py::object text_of(std::string_view bytes) {
+  PyObject* text = PyUnicode_DecodeFSDefaultAndSize(bytes.data(), bytes.size());
+  if (text == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(text);
+}
+
+std::string path_of(const py::object& path) {
+  PyObject* bytes = nullptr;
+  if (PyUnicode_FSConverter(path.ptr(), &bytes) == 0) throw py::error_already_set();
+  return py::reinterpret_steal<py::bytes>(bytes);
+}
+
 void raise_os_error(const PosixError& error) {
-  py::object path = error.path().empty() ? py::object(py::none()) : py::str(error.path());
-  py::tuple arguments = py::make_tuple(error.errnum(), error.what(), path);
+  py::object path = error.path().empty() ? py::none() : text_of(error.path());
+  py::tuple arguments = py::make_tuple(error.errnum(), text_of(error.what()), path);
   PyErr_SetObject(PyExc_OSError, arguments.ptr());
+}
+
+// What C++ throws, with paths in its messages.
+void translate(std::exception_ptr pointer) {
+  try {
+    if (pointer) std::rethrow_exception(pointer);
+  } catch (const PosixError& error) {
+    raise_os_error(error);
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetObject(PyExc_ValueError, text_of(error.what()).ptr());
+  } catch (const py::builtin_exception&) {
+    throw;  // pybind11's own are runtime errors too
+  } catch (const std::runtime_error& error) {
+    PyErr_SetObject(PyExc_RuntimeError, text_of(error.what()).ptr());
+  }
 }
 
 size_t checked_piece(const WriteState& write, size_t piece) {
@@ -252,8 +280,9 @@ void bind_devices(py::module_& module) {
       .def_property_readonly("device_index", [](const Fence& f) { return f.driver()->index(); });
 }
 
-PySpillFile open_spill_file(const std::string& directory, std::optional<uint64_t> cap_nbytes,
+PySpillFile open_spill_file(const py::object& directory, std::optional<uint64_t> cap_nbytes,
                             size_t user) {
+  std::string path = path_of(directory);
   // Closing may block for as long as the drive does, which must not stop other Python threads. The
   // last owner may be an engine that has let go of the interpreter.
   auto destroy = [](SpillFile* file) {
@@ -264,7 +293,7 @@ PySpillFile open_spill_file(const std::string& directory, std::optional<uint64_t
   };
   GilReleased released;  // the probe writes a block
   return PySpillFile(
-      std::shared_ptr<SpillFile>(new SpillFile(directory, cap_nbytes, user), destroy),
+      std::shared_ptr<SpillFile>(new SpillFile(path, cap_nbytes, user), destroy),
       "a spill file");
 }
 
@@ -292,7 +321,7 @@ void bind_spill_file(py::module_& module) {
              GilReleased released;
              target->close();
            })
-      .def_property_readonly("directory", [](const PySpillFile& f) { return f->directory(); })
+      .def_property_readonly("directory", [](const PySpillFile& f) { return text_of(f->directory()); })
       .def_property_readonly("fd", [](const PySpillFile& f) { return f->fd(); })
       .def_property_readonly("user", [](const PySpillFile& f) { return f->user(); })
       .def_property_readonly("block_nbytes",
@@ -531,13 +560,7 @@ PYBIND11_MODULE(_C, module) {
   using namespace ssdtrain;
   module.doc() = "Moves bytes between memory and spill files.";
   module.attr("INTERFACE") = 1;  // as in ssdtrain/io/extension.py
-  py::register_exception_translator([](std::exception_ptr pointer) {
-    try {
-      if (pointer) std::rethrow_exception(pointer);
-    } catch (const PosixError& error) {
-      raise_os_error(error);
-    }
-  });
+  py::register_exception_translator(&translate);
   bind_devices(module);
   bind_spill_file(module);
   bind_write(module);

@@ -19,6 +19,7 @@ from functools import partial
 from ssdtrain.devices.registry import Devices
 from ssdtrain.io.drive import Drive
 from ssdtrain.io.engine import SpillFile
+from ssdtrain.io.files.paths import printable
 from ssdtrain.io.host_space import host_limit_nbytes
 from ssdtrain.io.kept_files import KeptFiles
 from ssdtrain.io.open_engine import close_files, slab_nbytes_for
@@ -184,5 +185,6 @@ class DriveSource:
 
 
 def _note_fallback(counters: Counters, text: str) -> None:
+    text = printable(text)
     if counters.fall_back(text):
         logger.warning("%s", text)

@@ -155,7 +155,8 @@ def opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise ValueError(f"Expected a safetensors file, got something else at {path}")
     try:
-        reader = safe_open(path, framework="pt")
+        with path.open("rb") as opened:  # whose name may be no UTF-8, which the package does not take
+            reader = safe_open(f"/proc/self/fd/{opened.fileno()}", framework="pt")
     except SafetensorError as error:
         raise ValueError(
             f"Expected a whole safetensors file, got: {error}; in {path}: copy or download it again"

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from ssdtrain.io.files.paths import printable
+
 _PACKAGES = ("ssdtrain", "torch", "deepspeed", "megatron-core", "transformers", "kvikio-cu13")
 _SECRET = re.compile(r"(?i)^-.*(token|secret|password|passwd|key)$")
 _MAX_COMMAND = 2000  # characters
@@ -106,4 +108,8 @@ def _accelerators() -> list[str]:
 
 def _directory(path: str) -> dict[str, Any]:
     size = os.statvfs(path)
-    return {"path": path, "nbytes": size.f_blocks * size.f_frsize, "free_nbytes": size.f_bavail * size.f_frsize}
+    return {
+        "path": printable(path),
+        "nbytes": size.f_blocks * size.f_frsize,
+        "free_nbytes": size.f_bavail * size.f_frsize,
+    }

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ssdtrain.io.files.paths import printable
 from ssdtrain.planner import Where
 from ssdtrain.run_log import encode
 from ssdtrain.run_log.format import first_line, pack
@@ -47,7 +48,8 @@ class Recorder:
         self._pid = os.getpid()
         head = {
             "kind": "run",
-            "policy": policy.model_dump(mode="json"),
+            "policy": policy.model_dump(mode="json", exclude={"record"})
+            | {"record": printable(policy.record or "") or None},
             "environment": describe_environment(directories),
             "counters": encode.COUNTERS,
         }

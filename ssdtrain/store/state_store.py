@@ -36,6 +36,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ssdtrain.devices.base import Allocation, Device
 from ssdtrain.devices.cpu import CpuDevice
 from ssdtrain.devices.registry import Devices
+from ssdtrain.io.files.paths import printable
 from ssdtrain.io.host_space import host_limit_nbytes
 from ssdtrain.io.open_engine import slab_nbytes_for
 from ssdtrain.io.spill_space import Growth
@@ -114,8 +115,9 @@ class StateStore:
 
     def note(self, text: str) -> None:
         """Counts what did not go the best way, and warns of it once."""
+        text = printable(text)
         if self.counters.fall_back(text):
-            logger.warning(text)
+            logger.warning("%s", text)
 
     @property
     def directory(self) -> str | None:

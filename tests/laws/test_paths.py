@@ -19,7 +19,7 @@ import ssdtrain
 from ssdtrain.policy import ActivationPolicy, OptimizerPolicy, ParameterPolicy
 
 SIZES = [f for f in ActivationPolicy.model_fields if f.endswith("_nbytes") or f == "memory_budget"]
-NOT_UTF8 = os.fsdecode(b"\xff\xfe")
+NO_NAME = "\ud800"  # stands for no bytes
 
 
 def optimizer_of() -> torch.optim.Optimizer:
@@ -88,9 +88,8 @@ def test_links_and_dots_are_left_as_they_are(tmp_path: Path, monkeypatch: pytest
 REFUSED: list[tuple[Any, type[Exception], str]] = [
     (b"/tmp", TypeError, "Expected .* as text, got bytes b'/tmp': pass os.fsdecode"),
     ([b"/tmp"], TypeError, "as text, got bytes"),
-    (f"/tmp/{NOT_UTF8}", ValueError, "Expected a directory whose path is UTF-8, got .*symbolic link"),
-    ([f"/tmp/{NOT_UTF8}"], ValueError, "is UTF-8"),
-    ("/tmp/\ud800", ValueError, "is UTF-8"),
+    ("/tmp/\ud800", ValueError, "Expected a directory whose name the system can have, got .*ud800.*os.fsdecode"),
+    (["/tmp/\ud800"], ValueError, "whose name the system can have"),
     ("/tmp\0x", ValueError, "null characters"),
     ("", ValueError, "Expected a directory, got ''"),
     (3, TypeError, "Expected a directory or several, got int"),
@@ -107,14 +106,14 @@ def test_what_is_no_path_is_refused_in_words(entry: str, path: object, kind: typ
         ENTRIES[entry](path)
 
 
-@pytest.mark.parametrize("path", [b"run", f"run{NOT_UTF8}", "", 3, "a\0b"])
+@pytest.mark.parametrize("path", [b"run", f"run{NO_NAME}", "", 3, "a\0b"])
 def test_the_path_of_a_record_too(tmp_path: Path, path: object) -> None:
     with pytest.raises((TypeError, ValueError), match="Expected a file for the record"):
         ssdtrain.offload_activations(tmp_path, record=path)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("path", [b"/tmp/model", f"/tmp/{NOT_UTF8}", "", 3, "/tmp/a\0b"], ids=range(5))
+@pytest.mark.parametrize("path", [b"/tmp/model", f"/tmp/{NO_NAME}", "", 3, "/tmp/a\0b"], ids=range(5))
 def test_the_paths_of_checkpoints_too(path: Any) -> None:
     model = torch.nn.Linear(2, 2)
     with pytest.raises((TypeError, ValueError), match="Expected a safetensors file"):
@@ -126,7 +125,7 @@ def test_the_paths_of_checkpoints_too(path: Any) -> None:
 def test_a_refused_path_leaves_the_model_as_it_was() -> None:
     trainer = Trainer()
     for entry in (
-        lambda: ssdtrain.offload_parameters(trainer.model, "/tmp/\udcff"),
+        lambda: ssdtrain.offload_parameters(trainer.model, "/tmp/\ud800"),
         lambda: ssdtrain.offload_parameters(trainer.model, b"/tmp"),  # type: ignore[arg-type]
     ):
         with pytest.raises((TypeError, ValueError)):
@@ -134,13 +133,15 @@ def test_a_refused_path_leaves_the_model_as_it_was() -> None:
     check_equal(trainer.step(), plain_steps(1)[0])
 
 
-@pytest.mark.parametrize("command", ["bench", "doctor", "demo"])
+@pytest.mark.parametrize("command", ["bench", "demo"])
 def test_commands_end_with_one_line(command: str) -> None:
     option = ["--directory"] if command == "demo" else []
-    arguments: list[Any] = [sys.executable, "-m", "ssdtrain", command, *option, b"/tmp/\xff"]
+    arguments: list[Any] = [sys.executable, "-m", "ssdtrain", command, *option, b"/tmp/none/\xff"]
     result = subprocess.run(arguments, capture_output=True)
     assert result.returncode == 2 and result.stdout == b""
-    assert re.fullmatch(rf"ssdtrain {command}: Expected a directory whose path is UTF-8, .*\n", result.stderr.decode())
+    assert re.fullmatch(
+        rf"ssdtrain {command}: .*Expected a directory, got one that does not exist.*udcff'\n", result.stderr.decode()
+    )
 
 
 # -- sizes -------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ def absolute_path(path: object, what: str) -> str:
 
     Raises:
         TypeError: it is no path, or one of bytes.
-        ValueError: it is empty, has a null character, or is not UTF-8, which neither records nor the engines can name.
+        ValueError: it is empty, has a null character, or characters that stand for no bytes of a file system.
     """
     if isinstance(path, bytes):
         raise TypeError(f"Expected {what} as text, got bytes {path!r}: pass os.fsdecode(path)")
@@ -34,13 +34,18 @@ def absolute_path(path: object, what: str) -> str:
     if not text or "\0" in text:
         raise ValueError(f"Expected {what}, got {text!r}: pass a path without null characters that is not empty")
     try:
-        text.encode()
+        os.fsencode(text)  # bytes that are no UTF-8 have characters of their own: surrogateescape
     except UnicodeEncodeError:
         raise ValueError(
-            f"Expected {what} whose path is UTF-8, got {text!r}: rename it, or reach it by a symbolic link"
+            f"Expected {what} whose name the system can have, got {text!r}: pass os.fsdecode of its bytes"
         ) from None
     text = os.path.expanduser(text)
     return text if os.path.isabs(text) else os.path.join(os.getcwd(), text)
+
+
+def printable(text: str) -> str:
+    r"""`text` as every stream and file takes it: bytes of a path that are no UTF-8 become ``\udcff`` and the like."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def path_fields_of_process(

@@ -63,7 +63,7 @@ def import_kvikio() -> None:
 def file_system(directory: str) -> str:
     """Kind and device of the file system, as the kernel calls them."""
     path, best, found = os.path.realpath(directory), -1, "unknown"
-    with open("/proc/self/mountinfo") as mounts:
+    with open("/proc/self/mountinfo", errors="surrogateescape") as mounts:
         for line in mounts:
             fields, _, rest = line.partition(" - ")
             point = fields.split()[4].replace("\\040", " ")

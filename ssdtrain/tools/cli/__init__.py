@@ -6,7 +6,9 @@ numbers differ, or something is broken; 2 the options or the directory cannot be
 
 from __future__ import annotations
 
+import io
 import platform
+import sys
 from typing import Annotated
 
 import typer
@@ -46,4 +48,6 @@ def about(
 
 def main() -> None:
     """Entry point of the installed command and of `python -m ssdtrain`."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may have bytes that are no text, as on stderr
     app()

@@ -37,9 +37,11 @@ def report(
         recorded = read_run(runs[0])
         described = describe(recorded)
         if output is not None:
-            output.write_text(render(described), encoding="utf-8")
+            output.write_text(render(described), encoding="utf-8", errors="backslashreplace")
         if trace is not None:
-            trace.write_text(json.dumps(chrome_trace(recorded), separators=(",", ":")), encoding="utf-8")
+            trace.write_text(
+                json.dumps(chrome_trace(recorded), separators=(",", ":")), encoding="utf-8", errors="backslashreplace"
+            )
     except (RecordError, OSError, ImportError) as error:
         end("report", 2, " ".join(str(error).split()))
     if json_line:
@@ -57,7 +59,9 @@ def _beside(paths: list[Path], output: Path | None, trace: Path | None, json_lin
         described = [describe(read_run(path)) for path in paths]
         rows = compare.compare(described[0], described[1])
         if output is not None:
-            output.write_text(compare.page(rows, [path.name for path in paths]), encoding="utf-8")
+            output.write_text(
+                compare.page(rows, [path.name for path in paths]), encoding="utf-8", errors="backslashreplace"
+            )
     except (RecordError, OSError) as error:
         end("report", 2, " ".join(str(error).split()))
     if json_line:
