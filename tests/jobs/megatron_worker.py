@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import sys
 import traceback
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -314,8 +315,19 @@ CHECKS = {
 # -- one after the other -----------------------------------------------------------------------------------------------
 
 
-def run(name: str, folder: Path) -> dict[str, Any]:
+@contextlib.contextmanager
+def groups(meeting: Path) -> Iterator[None]:
+    """Process groups of one case: a thread of gloo's for each of some twenty wakes up a hundred times a second."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    yield
+    torch.distributed.barrier()
     parallel_state.destroy_model_parallel()
+    gc.collect()  # models hold groups
+    torch.distributed.destroy_process_group()
+
+
+def run(name: str, folder: Path) -> dict[str, Any]:
     if name in CHECKS:
         return {"result": CHECKS[name](folder)}
     case = (ALONE | PAIR)[name]
@@ -330,22 +342,21 @@ def run(name: str, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    rank, world, folder = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), Path(sys.argv[1])
+    rank, folder = os.environ["RANK"], Path(sys.argv[1])
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     spill = folder / "spill"
     with cpu.stand_in():
         for name in sys.argv[2:]:
             path = spill / name
             path.mkdir(parents=True, exist_ok=True)
             try:
-                result = run(name, path)
+                with groups(folder / f"meeting.{name}"):
+                    result = run(name, path)
             except BaseException:
                 result = {"error": traceback.format_exc()}
             (folder / f"{name}.{rank}.json").write_text(json.dumps(result))
             if "error" in result:
                 os._exit(1)  # the other rank must not wait for the end of a half-run collective
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
