@@ -277,6 +277,7 @@ def play(seeds: Any, folder: str, *, stops: bool, is_alone: bool = True, shrinks
     failures: Counter[str] = Counter()
     for num, seed in enumerate(seeds, start=1):
         program = Program.draw(seed, is_alone=is_alone)
+        print(seed, file=sys.stderr, flush=True)  # the last before a traceback is that of the program that hung
         faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
         try:
             outcomes[judge(program, folder)] += 1
