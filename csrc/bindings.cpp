@@ -19,7 +19,9 @@
 #include "cuda_driver.h"
 #include "device_driver.h"
 #include "engine.h"
+#include "file_request.h"
 #include "fork_guard.h"
+#include "named_file.h"
 #include "posix_error.h"
 #include "read_state.h"
 #include "spill_file.h"
@@ -34,6 +36,8 @@ using PySpillFile = ForkGuard<SpillFile>;
 using PyEngine = ForkGuard<Engine>;
 using PyWrite = ForkGuard<WriteState>;
 using PyRead = ForkGuard<ReadState>;
+using PyNamedFile = ForkGuard<NamedFile>;
+using PyFileRequest = ForkGuard<FileRequest>;
 using Seconds = std::chrono::duration<double>;
 using PieceTuple = std::tuple<uintptr_t, size_t, uint64_t>;
 
@@ -431,6 +435,55 @@ void bind_read(py::module_& module) {
                              [](const PyRead& r) { return r->forwarded_nbytes(); });
 }
 
+PyNamedFile open_named_file(const py::object& path, int flags, int mode, bool direct) {
+  std::string name = path_of(path);
+  GilReleased released;
+  return PyNamedFile(std::make_shared<NamedFile>(name, flags, mode, direct), "a file");
+}
+
+void bind_named_file(py::module_& module) {
+  py::class_<PyNamedFile>(module, "NamedFile")
+      .def(py::init(&open_named_file), py::arg("path"), py::arg("flags"), py::arg("mode") = 0666,
+           py::arg("direct") = true)
+      .def("close",
+           [](const PyNamedFile& file) {
+             NamedFile* target = file.get().get();
+             GilReleased released;
+             target->close();
+           })
+      .def_property_readonly("fd", [](const PyNamedFile& f) { return f->fd(); })
+      .def_property_readonly("is_direct", [](const PyNamedFile& f) { return f->io().is_direct; })
+      .def_property_readonly("direct_reason", [](const PyNamedFile& f) { return f->io().reason; })
+      .def_property_readonly("memory_alignment",
+                             [](const PyNamedFile& f) { return f->io().memory_alignment; });
+  py::class_<PyFileRequest>(module, "FileRequest")
+      .def(
+          "wait",
+          [](const PyFileRequest& request, std::optional<double> timeout_seconds) {
+            FileRequest* state = request.get().get();
+            return wait_interruptibly(timeout_seconds,
+                                      [&](Seconds t) { return state->wait_done(t); });
+          },
+          py::arg("timeout_seconds") = py::none())
+      .def("cancel", [](const PyFileRequest& r) { r->cancel(); })
+      .def_property_readonly("is_done", [](const PyFileRequest& r) { return r->is_done(); })
+      .def_property_readonly("error", [](const PyFileRequest& r) -> py::object {
+        std::optional<FileError> error = r->error();
+        if (!error) return py::none();
+        return py::make_tuple(error->errnum, error->moved_nbytes, error->message);
+      });
+}
+
+PyFileRequest start_transfer(const PyEngine& engine, const PyNamedFile& file, bool is_write,
+                             uintptr_t address, size_t nbytes, uint64_t offset) {
+  Engine* target = engine.get().get();
+  const NamedFile& own = *file.get();
+  IoOp::Kind kind = is_write ? IoOp::Kind::kWrite : IoOp::Kind::kRead;
+  GilReleased released;
+  return PyFileRequest(
+      target->transfer(own, kind, reinterpret_cast<char*>(address), nbytes, offset), "a request");
+}
+
 void bind_engine_methods(py::class_<PyEngine>& engine) {
   engine
       .def(py::init(&open_engine), py::arg("kind"), py::arg("files"), py::arg("staging_nbytes"),
@@ -465,6 +518,16 @@ void bind_engine_methods(py::class_<PyEngine>& engine) {
            py::arg("pieces"), py::arg("producer") = nullptr)
       .def("read", &start_read, py::arg("write"), py::arg("piece"), py::arg("address"),
            py::arg("capacity"), py::arg("ready") = nullptr)
+      .def("transfer", &start_transfer, py::arg("file"), py::arg("is_write"), py::arg("address"),
+           py::arg("nbytes"), py::arg("offset"))
+      .def(
+          "wait_event",
+          [](const PyEngine& engine, uint64_t num_events, std::optional<double> timeout_seconds) {
+            Engine* target = engine.get().get();
+            return wait_interruptibly(
+                timeout_seconds, [&](Seconds t) { return target->wait_event(num_events, t); });
+          },
+          py::arg("num_events"), py::arg("timeout_seconds") = py::none())
       .def(
           "wait_inflight",
           [](const PyEngine& engine, uint64_t max_nbytes, std::optional<double> timeout_seconds) {
@@ -559,12 +622,13 @@ void bind_engine_properties(py::class_<PyEngine>& engine) {
 PYBIND11_MODULE(_C, module) {
   using namespace ssdtrain;
   module.doc() = "Moves bytes between memory and spill files.";
-  module.attr("INTERFACE") = 1;  // as in ssdtrain/io/extension.py
+  module.attr("INTERFACE") = 2;  // as in ssdtrain/io/extension.py
   py::register_exception_translator(&translate);
   bind_devices(module);
   bind_spill_file(module);
   bind_write(module);
   bind_read(module);
+  bind_named_file(module);
   py::class_<PyEngine> engine(module, "Engine");
   bind_engine_methods(engine);
   bind_engine_counters(engine);

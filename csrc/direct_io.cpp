@@ -121,6 +121,24 @@ DirectIo direct(Alignment alignment, bool is_statx) {
 
 }  // namespace
 
+DirectIo direct_io_of(int fd) {
+  RawStatx statx;
+  DirectIo result;
+  if (query_statx(fd, &statx)) {
+    result.is_direct = statx.dio_offset_alignment != 0;
+    result.block_nbytes = std::max<size_t>(512, statx.dio_offset_alignment);
+    result.memory_alignment = std::max<size_t>(1, statx.dio_memory_alignment);
+    result.reason = result.is_direct ? "direct: alignment from statx"
+                                     : "buffered: the file system reports no direct I/O for this file";
+    return result;
+  }
+  result.is_direct = true;
+  result.block_nbytes = std::max(kPageNbytes, logical_block_nbytes(fd));
+  result.memory_alignment = result.block_nbytes;
+  result.reason = "direct: whole pages, as the kernel does not say more";
+  return result;
+}
+
 DirectIo enable_direct_io(int fd, const std::string& directory) {
   RawStatx statx;
   bool is_known = query_statx(fd, &statx);

@@ -18,4 +18,8 @@ struct DirectIo {
 // that is not about alignment (a full disk, a broken one).
 DirectIo enable_direct_io(int fd, const std::string& directory);
 
+// What a descriptor that was opened with O_DIRECT asks of transfers, as far as the kernel says;
+// nothing is written to find out.
+DirectIo direct_io_of(int fd);
+
 }  // namespace ssdtrain

@@ -1,11 +1,14 @@
 #include "engine.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <stdexcept>
 #include <thread>
 #include <utility>
 
+#include "file_transfer.h"
 #include "read_transfer.h"
 #include "thread_backend.h"
 
@@ -20,9 +23,6 @@ constexpr size_t kHostBlockNbytes = 512;  // extents of the host tier, as of mos
 std::string number(uint64_t value) { return std::to_string(value); }
 
 void check_options(const EngineOptions& options, const Engine::Files& files) {
-  if (files.empty() && options.host_nbytes == 0) {
-    throw std::invalid_argument("Expected a spill file or a host tier, got neither");
-  }
   if (options.slab_nbytes == 0 || options.slab_nbytes % kPageNbytes != 0) {
     throw std::invalid_argument("Expected slab_nbytes to be a multiple of 4096, got " +
                                 number(options.slab_nbytes));
@@ -101,11 +101,12 @@ Engine::Engine(Files files, EngineOptions options, const OpenBackend& open)
   staging_nbytes_ = pool_->nbytes();
   StagingSpan staging{pool_->data(), pool_->nbytes(), pool_->slab_nbytes()};
   BackendFactory factory = [&](IoBackend::OnComplete on_complete) {
-    ProbeFile probe;
-    if (!files_.empty()) {
-      const OpenFile& file = *open_files_[0];
-      probe = {file.fd.get(), file.io.block_nbytes, files_[0]->directory()};
+    if (files_.empty()) {
+      UniqueFd memory(::memfd_create("ssdtrain-probe", MFD_CLOEXEC));
+      return open(options_, staging, {memory.get(), kPageNbytes, "memory"}, std::move(on_complete));
     }
+    const OpenFile& file = *open_files_[0];
+    ProbeFile probe{file.fd.get(), file.io.block_nbytes, files_[0]->directory()};
     return open(options_, staging, probe, std::move(on_complete));
   };
   scheduler_ = std::make_unique<Scheduler>(monitor_, factory, options_.queue_depth);
@@ -311,6 +312,81 @@ void Engine::add_device_read(const std::shared_ptr<WriteState>& write, const Par
   }
   ReadTransfer::Source source{write, &part, options_.has_checksum};
   device->enqueue(read, std::move(source), *open_files_[write->extent().file], to);
+}
+
+namespace {
+
+// A range cut into what one transfer moves.
+struct FilePart {
+  uint64_t offset;
+  size_t nbytes;
+  bool is_direct;
+};
+
+void add_parts(std::vector<FilePart>* parts, uint64_t from, uint64_t to, size_t step, bool direct) {
+  for (uint64_t at = from; at < to; at += step) {
+    parts->push_back({at, static_cast<size_t>(std::min<uint64_t>(step, to - at)), direct});
+  }
+}
+
+// See [Note: edges].
+std::vector<FilePart> parts_of(uint64_t offset, size_t nbytes, size_t step, size_t unit,
+                               bool is_direct) {
+  std::vector<FilePart> parts;
+  uint64_t end = offset + nbytes;
+  uint64_t first = (offset + unit - 1) / unit * unit;
+  uint64_t last = end / unit * unit;
+  if (!is_direct || first >= last) {
+    add_parts(&parts, offset, end, step, false);
+    return parts;
+  }
+  add_parts(&parts, offset, first, step, false);
+  add_parts(&parts, first, last, step, true);
+  add_parts(&parts, last, end, step, false);
+  return parts;
+}
+
+}  // namespace
+
+std::shared_ptr<FileRequest> Engine::transfer(const NamedFile& file, IoOp::Kind kind, char* address,
+                                              size_t nbytes, uint64_t offset) {
+  bool is_write = kind == IoOp::Kind::kWrite;
+  if (is_write && !file.is_writable()) {
+    throw std::invalid_argument("Expected a file that is open for writing, got one for reading: " +
+                                file.path());
+  }
+  if (offset > INT64_MAX || nbytes > INT64_MAX - offset) {
+    throw std::invalid_argument("Expected a range below 8 EiB, got " + number(nbytes) +
+                                " bytes at offset " + number(offset) + ": " + file.path());
+  }
+  std::shared_ptr<const OpenFile> buffered = file.buffered(), direct = file.direct();
+  size_t unit = file.unit_nbytes();
+  size_t step = options_.slab_nbytes;
+  std::vector<FilePart> parts =
+      parts_of(offset, nbytes, step, unit, direct && step % unit == 0);
+  std::shared_ptr<FileRequest> request =
+      std::make_shared<FileRequest>(monitor_, is_write, offset, parts.size());
+  {
+    std::lock_guard<std::mutex> lock(monitor_->mutex);
+    check_open();
+    if (!parts.empty()) ++monitor_->num_pending;
+    for (const FilePart& part : parts) {
+      char* own = address + (part.offset - offset);
+      bool is_aligned = reinterpret_cast<uintptr_t>(own) % file.io().memory_alignment == 0;
+      scheduler_->enqueue(std::make_unique<FileTransfer>(
+          kind, part.is_direct ? direct : buffered, request,
+          FileTransfer::Range{own, part.nbytes, part.offset},
+          part.is_direct && !is_aligned ? pool_ : nullptr));
+    }
+  }
+  scheduler_->start();
+  return request;
+}
+
+bool Engine::wait_event(uint64_t num_events, Seconds timeout) {
+  std::unique_lock<std::mutex> lock(monitor_->mutex);
+  return monitor_->progress.wait_for(
+      lock, timeout, [&] { return monitor_->num_events != num_events || monitor_->is_closing; });
 }
 
 bool Engine::wait_inflight(uint64_t max_nbytes, Seconds timeout) {

@@ -14,8 +14,10 @@
 #include "device_copier.h"
 #include "device_driver.h"
 #include "doorbell.h"
+#include "file_request.h"
 #include "io_backend.h"
 #include "monitor.h"
+#include "named_file.h"
 #include "pinned_region.h"
 #include "read_state.h"
 #include "scheduler.h"
@@ -80,9 +82,15 @@ class Engine {
                                     std::shared_ptr<Fence> producer = nullptr);
   std::shared_ptr<ReadState> read(const std::shared_ptr<WriteState>& write, size_t piece,
                                   const Destination& destination);
+  // Reads or writes a range of a named file, any address, any length, whoever wrote what is there;
+  // the memory must stay until it is done. Parts of slab_nbytes; in no order beside others.
+  std::shared_ptr<FileRequest> transfer(const NamedFile& file, IoOp::Kind kind, char* address,
+                                        size_t nbytes, uint64_t offset);
   // False when the time is over first.
   bool wait_inflight(uint64_t max_nbytes, Seconds timeout);
   bool wait_idle(Seconds timeout);
+  // Until something was done after the event of that number.
+  bool wait_event(uint64_t num_events, Seconds timeout);
   // Idempotent. Gives up what has not begun, waits for what has, joins the threads.
   void close();
   bool is_closed() const;

@@ -19,24 +19,31 @@ void Scheduler::enqueue(std::unique_ptr<Transfer> transfer) {
 }
 
 void Scheduler::start() {
-  std::vector<IoOp> ops;
+  std::vector<Transfer*> startable;
   {
     std::lock_guard<std::mutex> lock(monitor_->mutex);
-    ops = take_startable();
+    startable = take_startable();
   }
-  for (const IoOp& op : ops) backend_->submit(op);
+  submit(startable);
 }
 
-std::vector<IoOp> Scheduler::take_startable() {
-  std::vector<IoOp> ops;
+void Scheduler::submit(const std::vector<Transfer*>& transfers) {
+  for (Transfer* transfer : transfers) {
+    transfer->prepare();
+    backend_->submit(transfer->op());
+  }
+}
+
+std::vector<Transfer*> Scheduler::take_startable() {
+  std::vector<Transfer*> startable;
   while (num_active_ < depth_) {
     std::unique_ptr<Transfer> transfer = next(&reads_);
     if (!transfer) transfer = next(&writes_);
     if (!transfer) break;
     begin(*transfer);
-    ops.push_back(transfer.release()->op());  // the backend's context owns it until complete()
+    startable.push_back(transfer.release());  // the backend's context owns it until complete()
   }
-  return ops;
+  return startable;
 }
 
 std::unique_ptr<Transfer> Scheduler::next(Queue* queue) {
@@ -60,15 +67,15 @@ void Scheduler::complete(Transfer* context, int64_t result) {
   }
   std::unique_ptr<Transfer> transfer(context);
   transfer->settle();
-  std::vector<IoOp> ops;
+  std::vector<Transfer*> startable;
   {
     std::lock_guard<std::mutex> lock(monitor_->mutex);
     end(*transfer);
     transfer->finish();
     transfer.reset();
-    ops = take_startable();
+    startable = take_startable();
   }
-  for (const IoOp& op : ops) backend_->submit(op);
+  submit(startable);
 }
 
 void Scheduler::cancel_queued() {

@@ -31,7 +31,8 @@ class Scheduler {
   using Queue = std::deque<std::unique_ptr<Transfer>>;
 
   void complete(Transfer* transfer, int64_t result);
-  std::vector<IoOp> take_startable();
+  std::vector<Transfer*> take_startable();
+  void submit(const std::vector<Transfer*>& transfers);
   std::unique_ptr<Transfer> next(Queue* queue);
   void begin(const Transfer& transfer);
   void end(const Transfer& transfer);

@@ -30,6 +30,7 @@ Transfer::Outcome Transfer::advance(int64_t result, Monitor* monitor) {
 
 Transfer::Outcome Transfer::advance_transfer(int64_t nbytes) {
   size_t moved = static_cast<size_t>(nbytes);
+  num_moved_ = num_done_ + moved;
   // Direct I/O can only continue at a block: the broken block is moved again.
   if (file_.io.is_direct && num_done_ + moved < nbytes_) moved -= moved % file_.io.block_nbytes;
   if (moved == 0) {

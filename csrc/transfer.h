@@ -34,6 +34,8 @@ class Transfer {
   Outcome advance(int64_t result, Monitor* monitor);
   int errnum() const { return errnum_; }
   const std::string& message() const { return message_; }
+  // How many bytes the drive has moved so far, whether the rest follows or not.
+  size_t num_moved() const { return num_moved_; }
   // Whose file it is.
   size_t user() const { return file_.user; }
   // Of the drive it is on.
@@ -43,6 +45,8 @@ class Transfer {
 
   // monitor->mutex held: false when nobody wants it any more.
   virtual bool begin() = 0;
+  // Before the first operation, no lock held: whatever takes long.
+  virtual void prepare() {}
   // After the last operation, no lock held: whatever takes long.
   virtual void settle() = 0;
   // monitor->mutex held: tell the request. After settle().
@@ -52,6 +56,8 @@ class Transfer {
 
  protected:
   void fail(int errnum, std::string message);
+  // Before the first operation.
+  void set_address(char* address) { address_ = address; }
 
  private:
   Outcome advance_transfer(int64_t nbytes);
@@ -60,11 +66,12 @@ class Transfer {
 
   const IoOp::Kind kind_;
   const OpenFile& file_;
-  char* const address_;
+  char* address_;
   const size_t nbytes_;
   const uint64_t offset_;
   IoOp::Kind stage_;
-  size_t num_done_ = 0;  // bytes
+  size_t num_done_ = 0;   // bytes, whole blocks where the file is direct
+  size_t num_moved_ = 0;  // bytes
   int num_interrupted_ = 0;
   int num_failures_ = 0;
   int errnum_ = 0;

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-INTERFACE = 1
+INTERFACE = 2
 """What of `csrc/bindings.cpp` this source code is written for; to be raised in both when `_C.pyi` changes."""
 
 _ROOT = Path(__file__).parents[2]
