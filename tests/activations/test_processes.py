@@ -100,7 +100,7 @@ def test_signals(lab: Lab, small_ext4: Drive, engine: str, when: str, number: si
     assert small_ext4.used_nbytes > before
     assert list(small_ext4.directory.iterdir()) == []
     os.kill(child.pid, number)
-    code = child.wait(10)
+    code = child.wait()
     assert (code, child.stderr) == (0 if number == signal.SIGINT else -number, ""), child.stderr
     assert eventually(lambda: small_ext4.used_nbytes == before), "the space is free again"
 

@@ -29,7 +29,7 @@ from hypothesis.stateful import (
 
 NUM_EXAMPLES = dose(60, 600)
 SIZES = st.one_of(st.integers(1, 9000), st.integers(1, 3 * SLAB_NBYTES), st.just(SLAB_NBYTES))
-REST_SECONDS = 10  # then the engine is taken to hang
+REST_SECONDS = 30  # then the engine is taken to hang
 QUEUED, COPIED, WRITING, WRITTEN, RESCUED, DROPPED = "queued", "copied", "writing", "written", "rescued", "dropped"
 
 
