@@ -33,7 +33,7 @@ import torch.distributed as dist
 from fuzz_models import BLOCKS, OPTIMIZERS, Toy
 from fuzz_user import HABITS, Plain, User
 
-HANG_SECONDS = 120
+HANG_SECONDS = 300  # a program takes half a second, and minutes where others take all processors
 _DTYPES = ["float32"] * 6 + ["float64", "bfloat16"]
 _ORDINARY = ["step"] * 4
 _LEAST_SHRUNK = 1

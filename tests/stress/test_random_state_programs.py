@@ -24,6 +24,6 @@ def test_random_programs_are_equal_or_refused_by_name(tmp_path: Path, count: int
         f"--directory={tmp_path}",
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=dose(600, 7200))
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=dose(900, 7200))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
     assert done.stdout.count("nothing wrong") == ranks, done.stdout[-4000:]
