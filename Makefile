@@ -4,8 +4,9 @@
 # make test-standin  tests what runs on CUDA without a GPU (tests/standin); downloads 5 GB, once, unless STANDIN_VENV names
 #              a virtual environment with torch 2.11 for CUDA; STANDIN="-k streams" passes options on
 # make docs    builds the documentation into build/site; warnings are errors
+# make notebooks  runs the notebooks of the documentation and keeps what they show
 # make wheels  builds source distribution and wheel into dist/, and tries them in an empty environment
-# make lint    ruff, mypy, clang-format
+# make lint    ruff, mypy, pyright, clang-format
 # make clean   removes what was built, and the virtual environment
 
 SHELL := /bin/bash
@@ -31,7 +32,7 @@ REQUIREMENTS := import importlib; from importlib.util import find_spec; \
     extra = (*importlib.import_module("sys").argv[1:], "test")[0]; \
     print(*toml.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][extra], sep="\n")
 
-.PHONY: help demo test test-long test-standin docs wheels lint format clean
+.PHONY: help demo test test-long test-standin docs notebooks wheels lint format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -73,6 +74,10 @@ $(STANDIN_OWN)/.standin:
 docs: .venv-docs/.installed
 	NO_MKDOCS_2_WARNING=1 PYTHONPATH=$(CURDIR) .venv-docs/bin/mkdocs build --strict --quiet
 
+notebooks: $(VENV)/.package
+	$(BIN)/pip install nbclient ipykernel
+	$(BIN)/python docs/notebook.py
+
 .venv-docs/.installed: pyproject.toml
 	[ -x .venv-docs/bin/python ] || $(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/python -c '$(REQUIREMENTS)' docs | xargs -d '\n' .venv-docs/bin/pip install
@@ -94,6 +99,7 @@ lint: $(VENV)/.linters
 	$(BIN)/mypy --strict ssdtrain tests/release/typed_usage.py
 	$(BIN)/python docs/code.py build/docs-code
 	$(BIN)/mypy --follow-imports=silent build/docs-code
+	$(BIN)/basedpyright --level error --pythonpath $(BIN)/python build/docs-code tests/release/typed_usage.py
 	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h
 
 format: $(VENV)/.linters
@@ -128,7 +134,7 @@ $(VENV)/.tests: pyproject.toml .constraints.txt | $(VENV)/.package
 	@touch $@
 
 $(VENV)/.linters: .constraints.txt | $(VENV)/.package
-	$(BIN)/pip install ruff mypy clang-format
+	$(BIN)/pip install ruff mypy basedpyright clang-format
 	@touch $@
 
 clean:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -19,6 +19,7 @@ from ssdtrain.parameters.offload import ParameterOffload
 from ssdtrain.policy import ActivationPolicy, OptimizerPolicy, ParameterPolicy, StatePolicy
 from ssdtrain.store.state_store import StateStore
 
+Module = TypeVar("Module", bound=torch.nn.Module)
 Directories = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
@@ -98,11 +99,11 @@ def _attach(store: StateStore, policy: ActivationPolicy, model: torch.nn.Module 
 
 
 def offload_parameters(
-    module: torch.nn.Module,
+    module: Module,
     directory: Directories | ParameterOffload | OffloadedOptimizer | None,
     policy: ParameterPolicy | Mapping[str, Any] | None = None,
     blocks: Sequence[str] | None = None,
-) -> torch.nn.Module:
+) -> Module:
     """Keeps the parameters of a module's blocks on the drive; a block is in memory only while it is used.
 
     A block's parameters are read before its forward and before its backward, the next blocks' meanwhile, and given up

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,3 +157,27 @@ def test_every_option_is_listed(command: str) -> None:
 def test_tested_versions_are_those_of_the_package() -> None:
     page = (ROOT / "docs" / "reference" / "compatibility.md").read_text()
     assert ", ".join(TESTED_TORCH) in page and all(", ".join(versions) in page for versions in TESTED_VERSIONS.values())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").rglob("*.ipynb")), ids=name_of)
+def test_notebooks_run(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the first cell to the last, and each shows what is kept in the file: text, or the value of its last line."""
+    world: dict[str, Any] = {"__name__": "__main__"}
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1)), "run `make notebooks`"
+    for cell in cells:
+        tree, value = ast.parse("".join(cell["source"])), None
+        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, name_of(path), "exec"), world)
+        if last is not None:
+            value = eval(compile(ast.Expression(last.value), name_of(path), "eval"), world)
+        kinds = [output["output_type"] for output in cell["outputs"]]
+        assert kinds == ["stream"] * bool(capsys.readouterr().out) + ["execute_result"] * (value is not None)
+    assert world["stats"].offloaded_nbytes > 0
+
+
+def test_links_of_notebooks_lead_somewhere() -> None:
+    for path in (ROOT / "docs").rglob("*.ipynb"):
+        texts = ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "markdown"]
+        targets = re.findall(r"\]\(([^)\s#]+)", "".join(texts))
+        assert targets and [target for target in targets if not (path.parent / target).exists()] == []

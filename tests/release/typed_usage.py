@@ -1,6 +1,6 @@
-"""What type checkers are to accept, and what they are to refuse; `make lint` runs mypy on it, nothing runs it.
+"""What type checkers are to accept and to refuse; `make lint` runs mypy and pyright on it, nothing runs it.
 
-An ignored line that is no error any more is one: warn_unused_ignores.
+An ignored line that is no error any more is one.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ def accepted(model: torch.nn.Module, plain: torch.optim.Optimizer) -> None:
     optimizer.clip_grad_norm_(1.0)
     optimizer.flush()
     print(optimizer.stats)
+    body = ssdtrain.offload_parameters(torch.nn.Sequential(model), "/mnt/nvme")
+    print(body[0])  # as much a Sequential as before
 
 
 def refused() -> None:
