@@ -11,6 +11,7 @@ from pathlib import Path
 from zlib import crc32
 
 import pytest
+from messages import texts_of
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ssdtrain"
@@ -298,3 +299,16 @@ def test_top_level_is_what_the_readme_says() -> None:
         pytest.skip("not a git checkout")
     tops = {line.split("/")[0] for line in listed.stdout.splitlines()}
     assert {t for t in tops if not t.startswith(".")} <= TOP_LEVEL
+
+
+def test_every_error_and_warning_has_an_entry() -> None:
+    """It contains the heading of an entry, or the words of a group; and what a group quotes is said somewhere."""
+    page = ROOT / "docs" / "how-to" / "troubleshooting.md"
+    text = page.read_text()
+    groups = re.split(r"^### .+\n", text.split("\n## Errors by what you did\n")[1], flags=re.MULTILINE)[1:]
+    quoted = [words for group in groups for words in re.findall(r"`([^`]+)`", group.strip().split("\n\n")[0])]
+    texts, headings = texts_of(ROOT), re.findall(r"^### (.+)$", text, re.MULTILINE)
+    assert len(texts) > 250 and all(quoted) and min(len(group.strip().split("\n\n")) for group in groups) == 2
+    new = sorted(text for text in texts if not any(words in text for words in headings + quoted))
+    gone = [words for words in quoted if not any(words in text for text in texts)]
+    assert new == [] and gone == [], f"add words of the new ones to a group of {page}, and take out what is gone"

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from messages import texts_of
 from typer.testing import CliRunner
 
 import ssdtrain
@@ -127,17 +126,6 @@ def noted(tree: ast.Module) -> Iterator[str]:
             parts = text.values if isinstance(text, ast.JoinedStr) else [text]
             if any(isinstance(part, ast.Constant) and isinstance(part.value, str) for part in parts):
                 yield "".join([str(part.value) if isinstance(part, ast.Constant) else "{}" for part in parts])
-
-
-def test_every_error_and_warning_has_an_entry() -> None:
-    """It contains the heading of an entry, or the words of a group; and what a group quotes is said somewhere."""
-    page = (ROOT / "docs" / "how-to" / "troubleshooting.md").read_text()
-    groups = re.split(r"^### .+\n", page.split("\n## Errors by what you did\n")[1], flags=re.MULTILINE)[1:]
-    quoted = [words for group in groups for words in re.findall(r"`([^`]+)`", group.strip().split("\n\n")[0])]
-    texts, headings = texts_of(ROOT), re.findall(r"^### (.+)$", page, re.MULTILINE)
-    assert len(texts) > 250 and all(quoted) and min(len(group.strip().split("\n\n")) for group in groups) == 2
-    assert sorted(text for text in texts if not any(words in text for words in headings + quoted)) == []
-    assert [words for words in quoted if not any(words in text for text in texts)] == []
 
 
 def test_every_field_of_a_policy_is_described() -> None:
