@@ -68,7 +68,6 @@ def wait_for_signal() -> None:
 
 
 def interrupted(directory: str, engine: str, when: str) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     steps = plain_after_loss(2)
     offload = ssdtrain.offload_activations(directory, policy(engine))
     trainer = Trainer()

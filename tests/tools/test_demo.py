@@ -116,7 +116,7 @@ def test_bad_options_are_one_line_and_exit_code_2(options: list[str], hint: str)
 def test_no_worker_outlives_the_demo(tmp_path: Path, number: signal.Signals, code: int) -> None:
     """Ctrl-C is answered with exit code 130; killed, the demo cannot do a thing, and its workers end all the same."""
     command = [sys.executable, "-m", "ssdtrain", "demo", *TINY, "--steps=100000", f"--directory={tmp_path}"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=take_ctrl_c) as demo:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as demo:
         assert demo.stderr is not None
         assert any(line.startswith("warm-up") for line in demo.stderr)
         workers = psutil.Process(demo.pid).children()
@@ -128,11 +128,6 @@ def test_no_worker_outlives_the_demo(tmp_path: Path, number: signal.Signals, cod
     while any(is_alive(worker) for worker in workers):
         assert time.monotonic() < deadline
     assert list(tmp_path.iterdir()) == []
-
-
-def take_ctrl_c() -> None:
-    """Whatever started the tests in the background may have had it ignored, and children inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def is_alive(process: psutil.Process) -> bool:
