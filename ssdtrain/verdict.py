@@ -18,6 +18,8 @@ _ENOUGH = 0.01  # of the bytes that could move
 _FEW_NBYTES = 16 << 20  # of saved tensors at once: not worth a smaller `min_nbytes`
 _NO_GAIN = ("weight", "refilled by its owner", "empty", "no memory of its own")  # in memory anyway
 _SMALL = "smaller than min_nbytes"
+TOO_LITTLE = "too little to gain"
+"""Why records stayed of which too few were alive at once."""
 _NOT_PLAIN = "only plain strided tensors travel"
 
 _REMEDIES = {
@@ -81,6 +83,13 @@ def on_activations(counters: Counters, policy: ActivationPolicy, training: Train
     says = f"{_amount(moved, moved + left_nbytes)} was offloaded {when}: autograd saved {counters.num_saved} tensors, "
     if not left:
         return f"{says}{_why_none_was_left(counters)}: there is nothing to gain, leave ssdtrain out"
+    if counters.is_declining:
+        if not training.is_over or counters.plan:
+            return None  # not known yet, or it was said
+        return (
+            f"nothing was offloaded {when}: {why_declined(counters)}, by itself where a step saves so much; "
+            "policy decline_below_nbytes=0 has them move anyway"
+        )
     main, (num, nbytes) = _main(left)
     if main == "planned to stay" and policy.memory_budget is not None:
         return None  # as was asked: what need not leave stays
@@ -93,6 +102,12 @@ def on_activations(counters: Counters, policy: ActivationPolicy, training: Train
         plan = f" ({counters.plan})" if counters.plan else ""
         return f"{says}the plan gains nothing by moving more{plan}: see offload.plan, or ask for memory_budget=..."
     return says + _remedy(main, (num, nbytes))
+
+
+def why_declined(counters: Counters) -> str:
+    """The sentence about too little that is saved for moving to pay."""
+    saved, pays_at = nbytes_text(counters.without_nbytes), nbytes_text(counters.pays_at_nbytes)
+    return f"saved tensors are {saved}: nothing to gain; offloading begins to pay at about {pays_at} here"
 
 
 def _on_nothing_saved(when: str, training: Training) -> str | None:

@@ -37,7 +37,7 @@ from ssdtrain.policy import ActivationPolicy
 # The least staging there is: slabs of one page, so that even records of a few bytes leave memory soon.
 STAGING_NBYTES = 64 * 1024
 SLAB_NBYTES = 4096
-EAGER = {"min_nbytes": 0, "mode": "all", "staging_nbytes": STAGING_NBYTES}
+EAGER = {"min_nbytes": 0, "mode": "all", "staging_nbytes": STAGING_NBYTES, "decline_below_nbytes": 0}
 
 # Tests of tests/standin need the library that plays the GPU: `make test-standin`.
 collect_ignore = [] if "standin_gpu" in sys.modules else ["standin"]

@@ -35,7 +35,7 @@ def main() -> None:
         optimizer,
         DataLoader(TensorDataset(data), batch_size=64),
         directory=args.dir,
-        activations={"min_nbytes": "16KiB"},
+        activations={"min_nbytes": "16KiB", "decline_below_nbytes": 0},  # a toy: nothing is gained
         optimizer={"chunk_nbytes": "4MiB"},
     )
     for (batch,) in loader:

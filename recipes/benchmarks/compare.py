@@ -101,6 +101,7 @@ def job_of(model: str, args: argparse.Namespace) -> dict[str, Any]:
     """What every worker of one model is told."""
     size = {name: getattr(args, name) for name in ("layers", "width", "heads", "sequence", "batch")}
     policy = {"staging_nbytes": args.staging, "prefetch_nbytes": args.staging, "min_nbytes": args.min_nbytes}
+    policy["decline_below_nbytes"] = 0
     return {"model": model, "size": size, "directory": args.directory, "threads": args.threads, "policy": policy}
 
 

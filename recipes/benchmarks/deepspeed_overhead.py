@@ -41,7 +41,7 @@ def engine_of(args: argparse.Namespace, directory: str | None) -> Any:
         "zero_optimization": {"stage": 2},
     }
     if directory is not None:
-        policy = {"min_nbytes": args.min_nbytes, "mode": args.mode}
+        policy = {"min_nbytes": args.min_nbytes, "mode": args.mode, "decline_below_nbytes": 0}
         config["ssdtrain"] = {"activations": {"directory": directory} | policy}
     return deepspeed.initialize(model=GPT(GPTConfig(args.layers, args.width, 4, args.sequence)), config=config)[0]
 

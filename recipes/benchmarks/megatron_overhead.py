@@ -97,7 +97,9 @@ class Training:
 def measure(args: argparse.Namespace) -> dict[str, object]:
     parallel_state.initialize_model_parallel(args.tensor)
     schedule = get_forward_backward_func()
-    offloading = offload_schedule(schedule, args.directory, {"min_nbytes": args.min_nbytes, "mode": args.mode})
+    offloading = offload_schedule(
+        schedule, args.directory, {"min_nbytes": args.min_nbytes, "mode": args.mode, "decline_below_nbytes": 0}
+    )
     text = Text(standard_library())
     trainings = [Training(args, schedule), Training(args, offloading)]
     pairs = []

@@ -35,7 +35,7 @@ class Trainer:
         """Prepares, and takes no step."""
         torch.manual_seed(0)
         self.model = GPT(GPTConfig(args.layers, args.width, args.heads, args.sequence))
-        policy = {"mode": args.mode, "min_nbytes": args.min_nbytes}
+        policy = {"mode": args.mode, "min_nbytes": args.min_nbytes, "decline_below_nbytes": 0}
         self.offload = ssdtrain.offload_activations(directory, policy, self.model, record=record)
         self.offload.keep_open()
         self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)

@@ -215,7 +215,9 @@ def main() -> None:
     for name, default in (("layers", 4), ("width", 192), ("batch", 4), ("sequence", 256), ("steps", 30)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--shares", type=float, nargs="*", default=[1.0, 0.5, 0.25, 0.1])
-    parser.add_argument("--policy", default='{"min_nbytes": "256KiB", "staging_nbytes": "8MiB"}')
+    parser.add_argument(
+        "--policy", default='{"min_nbytes": "256KiB", "staging_nbytes": "8MiB", "decline_below_nbytes": 0}'
+    )
     options = parser.parse_args()
     trainer = Trainer(options)
     nbytes = saved_nbytes(trainer, options)

@@ -46,7 +46,7 @@ def main() -> None:
     )
     offload = ssdtrain.integrations.transformers.Offload(
         args.dir,
-        activations={"min_nbytes": "64KiB"},
+        activations={"min_nbytes": "64KiB", "decline_below_nbytes": 0},  # a toy: nothing is gained
         optimizer={"chunk_nbytes": "4MiB"},
     )
     with tempfile.TemporaryDirectory() as output:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from ssdtrain.activations.open_drive import DriveSource
 from ssdtrain.activations.reload import HandedOut, Reloads
-from ssdtrain.activations.storage_index import Index
+from ssdtrain.activations.saved.storage_index import Index
 from ssdtrain.activations.writeback import Batch, Writeback, may_leave
 from ssdtrain.devices.base import Device
 from ssdtrain.devices.memory_report import note_reported
@@ -31,6 +31,7 @@ from ssdtrain.stats import Counters
 from ssdtrain.store.poisonable_lock import PoisonableLock
 from ssdtrain.store.record import Residency, SavedRecord
 from ssdtrain.tracing.spans import span
+from ssdtrain.verdict import why_declined
 
 _MAX_SHARED = 8  # records before looking which of them autograd has dropped
 _ON_DRIVE_ONLY = Residency.DISK | Residency.HOST | Residency.SHARED
@@ -69,6 +70,7 @@ class ActivationStore:
         self._num_entered = 0  # contexts that are active now
         self._why_closed = ""  # to be said when more is saved
         self._is_inherited = False  # by a forked child that has saved nothing yet
+        self._is_resting = False  # closed, while nothing moves
         self._to_release: deque[tuple[SavedRecord, int]] = deque()
         _leave_to_parent_in_child(self)
 
@@ -80,6 +82,12 @@ class ActivationStore:
             self._is_inherited = False
             self._open_again(self.open)
         store = self.source.store
+        if store is None and self._is_resting:
+            if self.counters.is_declining:
+                return None
+            self._is_resting = False
+            self._open_again(self.open)
+            store = self.source.store
         if store is None:
             if self._why_closed:
                 self.note_fallback(self._why_closed)
@@ -101,6 +109,8 @@ class ActivationStore:
         """A context becomes active: the engine is open from here on, unless the drive has become unusable meanwhile."""
         with self.lock.mutex, self.lock:
             self._num_entered += 1
+        if self._is_resting and self.counters.is_declining:
+            return
         try:
             self._open_again(self.open)
         except BaseException:  # Ctrl-C: no `leave` will follow
@@ -206,6 +216,27 @@ class ActivationStore:
         if not store.pending.has_accelerators and not self.source.is_shared:
             self._close()
 
+    def note_step_over(self) -> None:
+        """A step was reviewed. Where moving does not pay there is no need for an engine, nor for its slabs."""
+        if not self._limits.note_step_over():
+            return
+        is_news = not self.counters.plan
+        self.counters.plan = f"declined: {why_declined(self.counters)}"
+        if is_news:
+            self.note_fallback(f"{self.counters.plan}; policy decline_below_nbytes=0 has them move anyway")
+            self.rest_while_declining()
+
+    def rest_while_declining(self) -> None:
+        """Closes the engine, whose slabs take memory, if it has no bytes of ours; `why_not` opens it again."""
+        with self.lock.mutex, self.lock:
+            self.settle()
+            store = self.source.store
+            if store is None or not self.counters.is_declining or self.source.is_shared:
+                return
+            if store.is_idle and not store.pending.has_accelerators:
+                self._is_resting = True
+                self._close()
+
     # -- records come and go ---------------------------------------------------------------------------------------
 
     def adopt(self, record: SavedRecord) -> None:
@@ -236,6 +267,8 @@ class ActivationStore:
             with self.lock.mutex, self.lock:  # not acquire(): Ctrl-C could come before the `try` that releases
                 self._release_all()
                 self._close_if_idle()
+            if self.source.heap.is_due:
+                self.source.heap.give_back()
 
     def _release_all(self) -> None:
         self.is_release_urgent = False
@@ -249,6 +282,7 @@ class ActivationStore:
                 self._release(record)
             elif record.num_unseen <= 0:
                 self.reloads.share(record)
+        self.is_release_urgent = self.source.heap.is_due
 
     def _release(self, record: SavedRecord) -> None:
         """The graph let go: everything the record held is free again."""
@@ -258,7 +292,11 @@ class ActivationStore:
             return
         if record.storage is not None or record.residency & (Residency.RELOADING | Residency.SHARED):
             self.counters.hold(-record.nbytes)
+            if record.device.driver is None:
+                self.source.heap.note(record.nbytes, self.source.buffers.saved_nbytes)
         self.reloads.release(record)
+        if self.writeback.has_reserve:
+            self.writeback.drop(record, is_declining=self.counters.is_declining)
         record.storage = None
         record.move(Residency.RELEASED)
         pass_.remove(record.index)
@@ -278,7 +316,7 @@ class ActivationStore:
     def prepare(self, records: Sequence[SavedRecord]) -> None:
         """Has host memory pinned for what an accelerator is about to send: that takes long. Without the lock."""
         store = self.source.store
-        if store is None or not records or records[0].device.driver is None:
+        if store is None or not records or records[0].device.driver is None or self.counters.is_declining:
             return
         if self._limits.is_staging_short:
             self._limits.grow_staging(store.drive)
@@ -288,6 +326,9 @@ class ActivationStore:
     def start(self, records: Iterable[SavedRecord], *, is_planned: bool = False) -> list[Batch]:
         """Starts the trip down of records, or keeps them; what has to wait first, for `finish`. Under the lock."""
         self.settle()
+        if self.counters.is_declining:
+            self.writeback.put_off(records)
+            return []
         return self.writeback.start(records, is_planned=is_planned)
 
     def finish(self, blocked: list[Batch], *, is_planned: bool = False) -> None:
@@ -316,6 +357,8 @@ class ActivationStore:
             pending = store.pending
             if pending.has_accelerators or store.engine.num_events != pending.seen_events:
                 self.writeback.settle()
+        if self.source.heap.is_due:
+            self.is_release_urgent = True
 
     # -- back ----------------------------------------------------------------------------------------------------
 

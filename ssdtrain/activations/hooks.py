@@ -33,10 +33,11 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ssdtrain.activations.activation_store import ActivationStore
-from ssdtrain.activations.module_names import ModuleNames
+from ssdtrain.activations.budget import Budget
 from ssdtrain.activations.reporting.observers import StepObservers
-from ssdtrain.activations.storage_index import Index
-from ssdtrain.activations.subclasses import (
+from ssdtrain.activations.saved.module_names import ModuleNames
+from ssdtrain.activations.saved.storage_index import Index
+from ssdtrain.activations.saved.subclasses import (
     Subclassed,
     Wrapped,
     hollow,
@@ -114,6 +115,7 @@ class SavedTensorHooks:
         self._thread = ForwardThread()
         self._left_alone: frozenset[str] = frozenset()
         self._item_by_item = ItemByItem()
+        self._budget = Budget.of(policy.memory_budget, store, schedule)
 
     # -- pack ----------------------------------------------------------------------------------------------------
 
@@ -134,11 +136,10 @@ class SavedTensorHooks:
         return self._pack_large(tensor, nbytes)
 
     def _stay(self, tensor: torch.Tensor, reason: str, nbytes: int) -> Resident:
-        counters = self._counters
-        counters.skip(reason, nbytes)
+        self._counters.skip(reason, nbytes)
         nbytes = 0 if reason == _OUTLIVES else nbytes  # in memory anyway
-        counters.stay(nbytes)
-        return Resident(tensor, nbytes, counters)
+        self._counters.stay(nbytes)
+        return Resident(tensor, nbytes, self._counters)
 
     def _stay_weight(self, tensor: torch.Tensor, nbytes: int) -> Resident:
         """A weight is in memory anyway: it costs nothing to save it."""
@@ -183,8 +184,7 @@ class SavedTensorHooks:
         handles = {name: self._pack_part(part, tensor, probe) for name, part in parts.items()}
         if any([isinstance(handle, Handle | Wrapped) for handle in handles.values()]):
             return Wrapped(tensor, handles, context, probe)
-        self._counters.hold(nbytes)
-        self._counters.resident_nbytes += nbytes
+        self._counters.stay(nbytes)
         return Resident(tensor, nbytes, self._counters)
 
     def _pack_part(self, part: Any, outer: torch.Tensor, probe: torch.Tensor) -> Any:
@@ -276,6 +276,8 @@ class SavedTensorHooks:
                 store.reloads.prefetch_all(self._schedule.due())
         if blocked:
             store.finish(blocked, is_planned=is_planned)
+        if self._budget is not None and record is not None:
+            self._budget.make_room(record)
         if store.is_release_urgent:
             store.process_releases()
         if handle is None:
@@ -341,7 +343,7 @@ class SavedTensorHooks:
         due = [record for record in due if not is_resized(record)]
         if is_planned:
             kept = [record for record in due if self._schedule.keeps(record)]
-            self._store.writeback.keep(kept, "planned to stay")
+            self._store.writeback.keep_as_planned(kept)
             due = [record for record in due if record not in kept]
         return self._store.start(due, is_planned=is_planned)
 
@@ -392,6 +394,8 @@ class SavedTensorHooks:
         """The bytes of a record, and how many of the source's bytes come before."""
         record, store, schedule = handle.record, self._store, self._schedule
         pass_ = record.pass_
+        if self._budget is not None:
+            self._budget.make_room_for(record)
         # An accelerator waits in its streams, from here to where the bytes are handed over.
         event = pass_.step.mark() if record.device.driver is not None and record.storage is None else None
         with store.lock.mutex, store.lock:
@@ -412,5 +416,5 @@ class SavedTensorHooks:
         task = _graph_task()
         if task != -1 and (task == handle.task or self._item_by_item.kinds):
             self._item_by_item.hold(storage, is_again=task == handle.task)
-        handle.task = task
+        handle.task = record.task = task
         return storage, shift

@@ -15,13 +15,13 @@ import torch
 
 from ssdtrain.activations.activation_store import ActivationStore
 from ssdtrain.activations.hooks import SavedTensorHooks
-from ssdtrain.activations.module_names import ModuleNames
 from ssdtrain.activations.open_drive import Attach, DriveSource
 from ssdtrain.activations.recompute.recompute import Recompute, candidates_for
 from ssdtrain.activations.reporting.nothing_offloaded import NothingOffloaded
 from ssdtrain.activations.reporting.observers import StepObservers, recorder_for
-from ssdtrain.activations.selection import NOT_CHOSEN, Chosen
-from ssdtrain.activations.storage_index import Index
+from ssdtrain.activations.saved.module_names import ModuleNames
+from ssdtrain.activations.saved.selection import NOT_CHOSEN, Chosen
+from ssdtrain.activations.saved.storage_index import Index
 from ssdtrain.devices.base import Device
 from ssdtrain.devices.cpu import CpuDevice
 from ssdtrain.devices.registry import Devices
@@ -54,6 +54,8 @@ class ActivationOffload(SavedTensorHooks, contextlib.ContextDecorator):
         `attach`: takes a share of another offload's drive, which is in these directories, instead of opening one.
         `known_devices`: the accelerators that other one knows.
         """
+        if (cpu is None or cpu.driver is None) and Devices.gpu_index() is None:
+            policy = policy.with_staging_that_fits()  # which takes of the memory that the budget is for
         counters, index, names, buffers = Counters(), Index(), ModuleNames(model, ModuleSpans()), Buffers(policy)
         candidates = candidates_for(policy, model)
         blocks = candidates.names if candidates is not None else None
@@ -81,6 +83,7 @@ class ActivationOffload(SavedTensorHooks, contextlib.ContextDecorator):
             for text in check_directories(directories, policy.io_timeout_seconds) if directories is not None else ():
                 self._store.note_fallback(text)
             self._store.open()
+            self._store.rest_while_declining()
         self._nothing_offloaded = NothingOffloaded(self, policy, self._counters, self._threads)
 
     def __repr__(self) -> str:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
+from ssdtrain.devices.c_heap import CHeap
 from ssdtrain.devices.registry import Devices
 from ssdtrain.io.drive import Drive
 from ssdtrain.io.engine import SpillFile
@@ -57,6 +58,8 @@ class DriveSource:
         self.is_shared = attach is not None
         self.request_log = request_log
         self.policy, self.counters = policy, counters
+        self.heap = CHeap(policy.trim_memory)
+        """What tensors in host memory free goes to it."""
         self.buffers = buffers or Buffers(policy)
         """How large staging, prefetching and idle memory may be by now."""
         self.note_fallback = partial(_note_fallback, counters)  # knows nothing else: nothing here keeps itself alive

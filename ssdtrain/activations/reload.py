@@ -35,6 +35,7 @@ class Reloads:
     def __init__(self, source: DriveSource) -> None:
         """Nothing is under way."""
         self._source, self._counters, self._timeout_seconds = source, source.counters, source.policy.io_timeout_seconds
+        self._budget = source.policy.memory_budget
         self._under_way: dict[SavedRecord, None] = {}  # being read, or read and not asked for yet
         self._prefetched: deque[SavedRecord] = deque()
         self.shared: dict[SavedRecord, None] = {}
@@ -75,6 +76,9 @@ class Reloads:
         counters, nbytes = self._counters, record.nbytes
         ahead, most = counters.prefetched_nbytes, counters.prefetch_limit_nbytes
         most = min(most, self._source.buffers.prefetch_nbytes)
+        held = counters.committed_nbytes(is_on_host=record.device.driver is None)
+        if self._budget is not None and held + nbytes > self._budget:
+            return False
         if ahead + nbytes > most and (ahead or not most):  # one may always come
             return False
         try:
@@ -241,10 +245,24 @@ class Reloads:
         for record in wrong[: (len(wrong) + 1) // 2]:
             pending = record.pending_read
             if pending is not None and are_done(pending.reads):
-                self._leave_prefetched(record)
-                record.move(record.home)
-                self._end_read(record, is_handed_over=False)
-                self._counters.hold(-record.nbytes)
+                self._send_back(record)
+
+    def drop_prefetched(self, nbytes: int) -> int:
+        """Lets go of at least `nbytes` that came early, what is needed last first; how many they were."""
+        dropped = 0
+        for record in reversed(self._prefetched.copy()):
+            pending = record.pending_read
+            if dropped < nbytes and pending is not None and are_done(pending.reads):
+                self._send_back(record)
+                dropped += record.nbytes
+        return dropped
+
+    def _send_back(self, record: SavedRecord) -> None:
+        """What came early goes, and comes again when it is asked for."""
+        self._leave_prefetched(record)
+        record.move(record.home)
+        self._end_read(record, is_handed_over=False)
+        self._counters.hold(-record.nbytes)
 
     def _leave_prefetched(self, record: SavedRecord) -> None:
         if record.is_prefetched and not record.pass_.step.is_abandoned:

@@ -14,18 +14,16 @@ The bytes in flight are bounded. When the bound is reached because the drive is 
 When it is reached because training runs ahead of an accelerator, which has not even computed what is to be copied, it
 waits until the accelerator is there: the accelerator has work meanwhile, and memory could not fall otherwise.
 
-[Note: bounds that follow the records]
-One record may always be on its way, whatever its size. But with one at a time an accelerator waits for each of them:
-the next sets out only when the last has arrived. So where a bound was not set, it grows to twice the largest record
-that an accelerator saves, as far as an eighth of the memory that is free there allows: that memory holds them
-meanwhile. A bound that was set stays, and none grows under a memory budget, which counts every byte.
+[Note: what is put off]
+While so little is saved that moving it takes more memory than it frees, nothing sets out. When a step turns out to save
+more, what was put off follows, the oldest first, as far as there is room on the way: it is needed last.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from ssdtrain.activations.open_drive import DriveSource
 from ssdtrain.io.engine import Fence
@@ -34,14 +32,17 @@ from ssdtrain.stats import Counters
 from ssdtrain.store.pending import PendingWrite
 from ssdtrain.store.poisonable_lock import PoisonableLock
 from ssdtrain.store.record import Residency, SavedRecord
+from ssdtrain.store.saved_tensors import is_resized
 from ssdtrain.store.tensor_store import Origin, TensorStore, make_wait
 from ssdtrain.tracing.spans import span
+from ssdtrain.verdict import TOO_LITTLE
 
 _MAX_QUEUE = 256  # writes that a plan may have under way
 _HELD_SHARE = 4  # of staging: sources that an accelerator is yet to copy, before they are let go in stream order
 
 
 KEPT_LAST = "among the last saved"
+PLANNED_TO_STAY = "planned to stay"
 
 Batch = list[SavedRecord]
 Wait = int | Fence | Growth
@@ -54,10 +55,15 @@ class Writeback:
     def __init__(self, source: DriveSource, lock: PoisonableLock) -> None:
         """Nothing is gathered yet. `lock` is that of the records, for what waits without it."""
         self._source, self._lock, self._counters = source, lock, source.counters
-        self._is_patient = source.policy.is_patient  # waits for the drive rather than keeping
+        self.is_patient = source.policy.is_patient
+        """Whether training waits for the drive rather than keep a tensor."""
+        self._planned_to_stay: dict[SavedRecord, None] = {}  # under a budget, the oldest first
+        self._has_budget = source.policy.memory_budget is not None
         self._batch: Batch = []
         self.gathered_nbytes = 0
         self._last: deque[SavedRecord] = deque()  # held back, until as many others are saved
+        self.put_off_records: dict[SavedRecord, None] = {}
+        """What has not set out, the oldest first; see [Note: what is put off]."""
         self._num_last = source.policy.keep_last if source.policy.memory_budget is None else 0
 
     # -- out -----------------------------------------------------------------------------------------------------
@@ -67,6 +73,9 @@ class Writeback:
 
         Returns batches that have to wait first, for `finish`. `is_planned`: see [Note: the queue].
         """
+        if self.put_off_records:
+            self.put_off(records)
+            records = self._take_put_off()
         blocked: list[Batch] = []
         for record in records if is_planned or not self._num_last else self._hold_back(records):
             if not may_leave(record):
@@ -75,6 +84,32 @@ class Writeback:
                 if blocked or self.try_submit(batch, is_planned=is_planned) is not None:
                     blocked.append(batch)
         return blocked
+
+    def put_off(self, records: Iterable[SavedRecord]) -> None:
+        """Has records wait until it is known that moving them pays, or until there is room. Under the lock."""
+        self.put_off_records.update(dict.fromkeys(records))
+
+    @property
+    def has_reserve(self) -> bool:
+        """Whether there are records that stay, and may still be sent."""
+        return bool(self.put_off_records or self._planned_to_stay)
+
+    def drop(self, record: SavedRecord, *, is_declining: bool) -> None:
+        """A record is released, which may have been put off to its end."""
+        self._planned_to_stay.pop(record, None)
+        if record in self.put_off_records:
+            del self.put_off_records[record]
+            self._counters.keep(TOO_LITTLE if is_declining else "drive behind", record.nbytes)
+
+    def _take_put_off(self) -> Iterator[SavedRecord]:
+        """What may set out now, as long as there is room for it."""
+        while self.put_off_records and self._source.store is not None:
+            record = next(iter(self.put_off_records))
+            if not self._source.store.pending.has_room(record.nbytes + self.gathered_nbytes):
+                return
+            del self.put_off_records[record]
+            if not is_resized(record):
+                yield record
 
     def _hold_back(self, records: Iterable[SavedRecord]) -> Batch:
         """What is not among the last any more, and was not wanted meanwhile."""
@@ -105,6 +140,38 @@ class Writeback:
             batches.append(self._take_batch())
         return batches
 
+    def send_gathered(self) -> Wait | None:
+        """Sends what waits for company; or returns what to wait for first."""
+        store = self._source.store
+        if not self._batch or store is None:
+            return None
+        if not store.pending.has_room(self.gathered_nbytes):
+            return self.gathered_nbytes
+        batch = self._take_batch()
+        wait = self.try_submit(batch, is_planned=False)
+        if wait is not None:
+            self._batch, self.gathered_nbytes = batch, sum([record.nbytes for record in batch])
+        return wait
+
+    def send_kept(self, nbytes: int, used: Iterable[SavedRecord]) -> Wait | None:
+        """Sends at least `nbytes` that a plan would keep, the oldest first, then of what was `used` and stays for more.
+
+        Returns what to wait for first, if anything.
+        """
+        for record in [*self._planned_to_stay, *used]:
+            if nbytes <= 0:
+                break
+            if record.residency is Residency.DEVICE and (record.is_unpacked or record in self._planned_to_stay):
+                record.is_wanted = False
+                wait = self.try_submit([record], is_planned=False)
+                if wait is not None:
+                    record.is_wanted = True
+                    return wait
+                nbytes -= record.nbytes
+            if self._planned_to_stay.pop(record, self) is None:
+                self._counters.keep(PLANNED_TO_STAY, -record.nbytes, count=-1)
+        return None
+
     def _take_batch(self) -> Batch:
         batch, self._batch, self.gathered_nbytes = self._batch, [], 0
         return [record for record in batch if may_leave(record)]
@@ -117,7 +184,7 @@ class Writeback:
         need = batch[0].nbytes if len(batch) == 1 else sum([record.nbytes for record in batch])
         if store.pending.has_room(need):
             return self._submit(store, batch)
-        if self._is_patient:
+        if self.is_patient:
             return need
         point = store.next_point()
         if point is not None:
@@ -175,12 +242,15 @@ class Writeback:
             return
         with self._lock.mutex, self._lock:
             store.pending.retire_silent()
-        self._is_patient = False
+        self.is_patient = False
         self._source.note_fallback("the drive is stuck: mode 'all' keeps tensors like mode 'auto' from here on")
 
-    def keep(self, records: Iterable[SavedRecord], reason: str) -> None:
+    def keep_as_planned(self, records: Iterable[SavedRecord]) -> None:
         """Keeps records in memory that have not left. Under the lock."""
-        self._keep([record for record in records if may_leave(record)], reason)
+        batch = [record for record in records if may_leave(record)]
+        if self._has_budget:
+            self._planned_to_stay.update(dict.fromkeys(batch))
+        self._keep(batch, PLANNED_TO_STAY)
 
     def _keep(self, batch: Batch, reason: str) -> None:
         for record in batch:
@@ -199,7 +269,7 @@ class Writeback:
             self._note_news(news, store)
         if store.pending.has_accelerators:
             held_nbytes = self._counters.staging_limit_nbytes // _HELD_SHARE
-            for pending in store.let_go(held_nbytes, only_if_behind=not self._is_patient):
+            for pending in store.let_go(held_nbytes, only_if_behind=not self.is_patient):
                 self._let_go_of(pending)
 
     def _note_news(self, news: Iterable[SavedRecord], store: TensorStore) -> None:
@@ -218,6 +288,8 @@ class Writeback:
                 counters.hosted_nbytes += record.nbytes
         counters.hold(0, store.engine.staging_in_use_nbytes)
         counters.hold(-freed_nbytes)
+        if freed_nbytes and not store.pending.has_accelerators:
+            self._source.heap.note(freed_nbytes, self._source.buffers.saved_nbytes)
 
     def _let_go_of(self, pending: PendingWrite) -> None:
         """Lets sources go in stream order; the time it costs an accelerator belongs to the step."""
@@ -236,6 +308,8 @@ class Writeback:
     def forget_engine(self) -> None:
         """What was gathered stays where it is."""
         self._batch, self.gathered_nbytes = [], 0
+        self.put_off_records.clear()
+        self._planned_to_stay.clear()
         self.add_held_back(self._counters)
         self._last.clear()
 

@@ -7,7 +7,7 @@ Example:
     >>> plan = make_plan(step, Machine(disk=Tier(write_bandwidth=1e9, read_bandwidth=2e9)), Goal())
 """
 
-from ssdtrain.planner.buffers import Buffers
+from ssdtrain.planner.buffers import Buffers, reserve_nbytes
 from ssdtrain.planner.decide import make_plan
 from ssdtrain.planner.plan import SECONDS_PER_DAY, Goal, Plan
 from ssdtrain.planner.probe import make_probe
@@ -27,4 +27,5 @@ __all__ = [
     "choose",
     "make_plan",
     "make_probe",
+    "reserve_nbytes",
 ]

@@ -12,6 +12,16 @@ from ssdtrain.policy import ActivationPolicy
 _LEAST_NBYTES = 16 << 20  # of staging and of prefetching: a few requests of a fast drive
 _SHARE = 16  # staging, and what is prefetched, are at most one part in so many of what is saved, or the least
 _IDLE_SHARE = 32
+_HOST_TIMES = 10  # the buffers begun with: moving from host memory pays when so much is saved, as glibc keeps much too
+_DEVICE_TIMES = 4  # what comes back early: the other buffers are not in an accelerator's memory
+_FIRST_TIMES = 2  # the buffers begun with: before that nothing sets out while it is not known whether it pays
+_RESERVE_SHARE = 4  # of a memory budget, at most, for a tensor that no plan knows of
+
+
+def reserve_nbytes(budget: int, largest_nbytes: int | None = None) -> int:
+    """What of a memory budget stays free for a tensor that no plan knows of, the largest so far where that is known."""
+    most = budget // _RESERVE_SHARE
+    return most if largest_nbytes is None else min(most, largest_nbytes)
 
 
 class Buffers:
@@ -30,6 +40,24 @@ class Buffers:
         self.idle_nbytes = 0
         """Memory of released reloads that is kept for the next ones, at most."""
         self._fit()
+
+    def pays_at_nbytes(self, *, is_on_host: bool) -> int:
+        """So many bytes of saved tensors have to be alive at once for moving them to pay."""
+        if self._policy.decline_below_nbytes is not None:
+            return self._policy.decline_below_nbytes
+        return _HOST_TIMES * self._begun_with if is_on_host else _DEVICE_TIMES * self._early
+
+    def begins_at_nbytes(self, *, is_on_host: bool) -> int:
+        """So many have to be alive for moving to begin in the first step: nobody knows yet how much it saves."""
+        return min(self.pays_at_nbytes(is_on_host=is_on_host), _FIRST_TIMES * self._begun_with)
+
+    @property
+    def _early(self) -> int:
+        return min(self._policy.prefetch_nbytes, _LEAST_NBYTES)
+
+    @property
+    def _begun_with(self) -> int:
+        return self._early + min(self._policy.staging_nbytes, _LEAST_NBYTES)
 
     def note_saved(self, alive_nbytes: int, nbytes: int) -> bool:
         """So many bytes are alive, the latest record with `nbytes`; whether staging may be larger now."""

@@ -46,8 +46,10 @@ class _Decision:
 
     def plan(self) -> Plan:
         budget = self._goal.memory_budget
-        if budget is not None and self._search.kept_peak <= budget:
-            return self._as_plan(self._kept, f"nothing moves: everything fits the budget of {nbytes_text(budget)}")
+        if budget is not None:
+            asked, budget = budget, max(0, budget - self._goal.buffers_nbytes)
+            if self._search.kept_peak <= budget:
+                return self._as_plan(self._kept, f"nothing moves: everything fits the budget of {nbytes_text(asked)}")
         placement = self._search.run(enough=budget or 0)
         if budget is not None and self._search.best_peak > budget:
             return self._plan_with_waits(budget)
@@ -104,10 +106,11 @@ class _Decision:
         """The least wait under the budget, or the lowest peak when nothing gets under it."""
         best, outcome = self._least_wait(budget)
         cost = f"at a cost of {self._cost(outcome)}"
+        asked, peak = nbytes_text(self._goal.memory_budget or 0), outcome.peak_nbytes + self._goal.buffers_nbytes
         if outcome.peak_nbytes <= budget:
-            return self._as_plan(best, f"under the budget of {nbytes_text(budget)} {cost}", is_patient=True)
-        statement = f"the budget of {nbytes_text(budget)} cannot be met: the lowest peak is"
-        return self._as_plan(best, f"{statement} {nbytes_text(outcome.peak_nbytes)}, {cost}", is_patient=True)
+            return self._as_plan(best, f"under the budget of {asked} {cost}", is_patient=True)
+        statement = f"the budget of {asked} cannot be met: the lowest peak is {nbytes_text(peak)}, {cost}"
+        return self._as_plan(best, statement, is_patient=True)
 
     def _least_wait(self, budget: int) -> tuple[list[int], Prediction]:
         """Sends more and more of the rest: in long strides first, then in shorter ones around the best of them."""

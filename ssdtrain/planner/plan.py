@@ -24,6 +24,8 @@ class Goal:
     """What may be written to the drive in its life."""
     others_daily_nbytes: float = 0.0
     """What is written to it per day anyway, for parameters and optimizer state."""
+    buffers_nbytes: int = 0
+    """What of the budget our own buffers take, and what stays free for steps unlike the plan."""
 
     @property
     def own_daily_nbytes(self) -> float:

@@ -1,10 +1,16 @@
-"""How many bytes of saved tensors may be under way at once: the policy's bounds, and more for large records.
+"""How many bytes of saved tensors may be under way at once: the policy's bounds, more for large records, or none.
 
 [Note: bounds that follow the records]
 One record may always be on its way, whatever its size. But with one at a time an accelerator waits for each of them:
 the next sets out only when the last has arrived. So where a bound was not set, it grows to twice the largest record
 that an accelerator saves, as far as an eighth of the memory that is free there allows: that memory holds them
 meanwhile. A bound that was set stays, and none grows under a memory budget, which counts every byte.
+
+[Note: declining]
+What moving takes (staging, what comes back early, what the C library keeps of freed memory) does not pay where little
+is saved. In the first step nobody knows how much that will be: what is saved is put off until a little more is alive
+than the buffers are large, then it moves. When a step is over it is known: below what pays, nothing moves from then on,
+until more is alive at once.
 """
 
 from __future__ import annotations
@@ -31,6 +37,8 @@ class Limits:
         self._buffers = buffers
         self.is_staging_short = False
         """Whether `grow_staging` is to be called."""
+        self._may_decline = policy.may_decline
+        counters.is_declining = policy.may_decline  # see [Note: declining]
         self._counters = counters
         names = ("staging_nbytes", "prefetch_nbytes") if policy.memory_budget is None else ()
         self._may_grow = [name not in policy.model_fields_set for name in names] or [False, False]
@@ -41,10 +49,26 @@ class Limits:
         alive = self._counters.live_nbytes
         if alive > self._buffers.saved_nbytes and self._buffers.note_saved(alive, record.nbytes):
             self.is_staging_short = True
+        if self._counters.is_declining:
+            self._begin_where_it_pays(alive, record)
         if record.nbytes <= self._largest_nbytes:
             return False
         self._note_largest(record)
         return True
+
+    def _begin_where_it_pays(self, alive_nbytes: int, record: SavedRecord) -> None:
+        counters, buffers, is_on_host = self._counters, self._buffers, record.device.driver is None
+        counters.pays_at_nbytes = buffers.pays_at_nbytes(is_on_host=is_on_host)
+        is_decided = bool(counters.num_steps)
+        least = counters.pays_at_nbytes if is_decided else buffers.begins_at_nbytes(is_on_host=is_on_host)
+        counters.is_declining = alive_nbytes < least
+
+    def note_step_over(self) -> bool:
+        """It is known by now how much a step saves; whether that is too little for moving to pay."""
+        counters, saved = self._counters, self._buffers.saved_nbytes
+        self._may_decline = self._may_decline and saved < counters.pays_at_nbytes
+        counters.is_declining = self._may_decline and saved > 0
+        return counters.is_declining
 
     def grow_staging(self, drive: Drive) -> None:
         """More staging may be used. For accelerators it is pinned, which takes long: without the lock."""

@@ -31,7 +31,7 @@ from functools import partial
 
 from ssdtrain.io.host_space import host_limit_nbytes
 from ssdtrain.io.timed_calls import run
-from ssdtrain.planner import Buffers, Goal, Machine, Plan, Step, Tier, choose, make_plan, make_probe
+from ssdtrain.planner import Buffers, Goal, Machine, Plan, Step, Tier, choose, make_plan, make_probe, reserve_nbytes
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.scheduling.bandwidth import DRIFT, FIRST_PATIENCE, MAX_PATIENCE, Meter, Others, Speeds, differs
 from ssdtrain.scheduling.consensus import Consensus, consensus_of_job
@@ -146,6 +146,7 @@ class Replanner:
         is_due = key in self._seen if prepared is None else self._has_drifted(prepared, step, measured, now)
         self._seen[key] = None
         if is_due and time.perf_counter() >= self._no_plan_before:
+            self._goal = replace(self._goal, buffers_nbytes=self._own_nbytes(step, measured))
             prepared = self._plan(step, self._machine_now(is_accelerated=measured.is_accelerated))
         if prepared is not None:
             self._prepared_plans[key] = prepared
@@ -174,6 +175,13 @@ class Replanner:
             self._consensus = self._join()
         self._join = None
         return self._consensus.lowest(own) if self._consensus is not None else own
+
+    def _own_nbytes(self, step: Step, measured: Measured) -> int:
+        """What of a memory budget is for our buffers, and what stays free for a step unlike its plan."""
+        largest = max([record.nbytes for record in step.records], default=0)
+        reserve = reserve_nbytes(self._goal.memory_budget or 0, largest)
+        own = 0 if self._buffers is None or measured.is_accelerated else self._buffers.staging_nbytes
+        return reserve + own
 
     def _plan(self, step: Step, machine: Machine) -> PreparedPlan:
         begin = time.perf_counter()

@@ -114,6 +114,14 @@ class Schedule:
         """Whether a plan is followed."""
         return self._cursor.prepared is not None
 
+    @property
+    def next_nbytes(self) -> int | None:
+        """How much is saved next, by the plan that is followed; None where nobody knows."""
+        prepared, position = self._cursor.prepared, len(self._step.shape)
+        if prepared is None or self._step.is_over or position > len(prepared.shape):
+            return None
+        return prepared.shape[position][0] if position < len(prepared.shape) else 0
+
     def keeps(self, record: SavedRecord) -> bool:
         """Whether the plan, if one is followed, has a record stay in memory."""
         prepared, pass_ = self._cursor.prepared, record.pass_

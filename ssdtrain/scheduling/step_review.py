@@ -138,7 +138,7 @@ class StepReview:
         measured = Measured(
             finished.peak_nbytes, finished.seconds, finished.stall_seconds, self._followed, recomputed=recomputed
         )
-        if self._replanner is not None and finished.trace.is_complete:
+        if self._replanner is not None and finished.trace.is_complete and not counters.is_declining:
             if finished.trace.is_wall_time:
                 self._replanner.review(finished.step, measured, totals)
             else:

@@ -113,6 +113,8 @@ class Counters:
         self.step_peak_nbytes = 0  # the same as `peak_saved_nbytes` since `begin_step`
         self.stalled_seconds = 0.0
         self.plan = ""
+        self.is_declining = False  # too little is saved for moving to pay, which it does from here on:
+        self.pays_at_nbytes = 0
         self.predicted_peak_nbytes = self.measured_peak_nbytes = 0  # of the latest step that followed a plan
         self.predicted_step_seconds = self.measured_step_seconds = 0.0
         self.device_step_seconds = self.device_wait_seconds = 0.0
@@ -135,17 +137,17 @@ class Counters:
         self.peak_staging_nbytes = max(self.peak_staging_nbytes, engine.peak_staging_nbytes)
         self.peak_disk_nbytes = max(self.peak_disk_nbytes, peak_disk_nbytes)
 
-    def skip(self, reason: str, nbytes: int) -> None:
-        """Counts a saved tensor that was left alone."""
+    def skip(self, reason: str, nbytes: int, count: int = 1) -> None:
+        """Counts a saved tensor that was left alone; with -1 and -`nbytes` it left after all."""
         entry = self.skips.get(reason)
         if entry is None:
             entry = self.skips.setdefault(reason, [0, 0])
-        entry[0] += 1
+        entry[0] += count
         entry[1] += nbytes
 
-    def keep(self, reason: str, nbytes: int) -> None:
+    def keep(self, reason: str, nbytes: int, count: int = 1) -> None:
         """Counts a tensor that could have travelled and stays in memory."""
-        self.skip(reason, nbytes)
+        self.skip(reason, nbytes, count)
         self.kept_nbytes += nbytes
 
     def fall_back(self, text: str) -> bool:
@@ -170,6 +172,13 @@ class Counters:
         if self.held_nbytes + staging_nbytes > self.step_peak_nbytes:
             self.step_peak_nbytes = self.held_nbytes + staging_nbytes
             self.peak_saved_nbytes = max(self.peak_saved_nbytes, self.step_peak_nbytes)
+
+    def committed_nbytes(self, *, is_on_host: bool) -> int:
+        """What is held now in the memory that tensors are saved in: an accelerator's, or the host's, then with slabs.
+
+        Of those as much as may come to be in use.
+        """
+        return self.held_nbytes + (self.staging_limit_nbytes if is_on_host else 0)
 
     def begin_step(self) -> None:
         """Looks for the peak of another step."""

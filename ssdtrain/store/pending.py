@@ -232,6 +232,10 @@ class Pending:
         limit = max(0, self._staging_nbytes - nbytes)
         return self._drive.wait(lambda seconds: self._engine.wait_inflight(limit, seconds), self._timeout_seconds)
 
+    def room_after(self, nbytes: int) -> int:
+        """What to `wait_for_room` for until `nbytes` of what is on its way are through."""
+        return max(1, self._staging_nbytes - self._engine.inflight_nbytes + nbytes)
+
     def wait_written(self, writes: Iterable[PendingWrite]) -> bool:
         """Blocks, without a lock, until `writes` are over; false when their drive does not answer."""
         return all(

@@ -132,6 +132,7 @@ class SavedRecord(Record):
         "spot",
         "storage_nbytes",
         "stream",
+        "task",
         "version",
         "weak",
         "where",
@@ -172,7 +173,8 @@ class SavedRecord(Record):
         self.num_unseen = 0  # handles not unpacked since then
         self.prefers_host = False  # goes to the host tier while there is room
         self.is_wanted = False  # in memory or soon, and does not travel any more
-        self.is_unpacked = False  # backward has asked for it
+        self.is_unpacked = False  # backward has asked for it,
+        self.task = -1  # last in this graph task
         self.is_prefetched = False
 
     @property

@@ -149,6 +149,12 @@ class TensorStore:
         if segments and segments[0].drive is self.drive:
             self.pending.release(segments)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is under way, and no byte is on the drive."""
+        pending = self.pending
+        return not pending.writes and not pending.reads and not self.space.in_use_nbytes
+
     def next_point(self) -> Fence | None:
         """The next point an accelerator has yet to pass before something that was sent can be copied, if there is one.
 

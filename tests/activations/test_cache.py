@@ -64,7 +64,13 @@ def to_disk(offload: ssdtrain.ActivationOffload) -> None:
 
 
 def small_policy(**fields: object) -> dict[str, object]:
-    return {"min_nbytes": "16KiB", "mode": "all", "staging_nbytes": "1MiB", "prefetch_nbytes": "512KiB"} | fields
+    return {
+        "min_nbytes": "16KiB",
+        "mode": "all",
+        "staging_nbytes": "1MiB",
+        "prefetch_nbytes": "512KiB",
+        "decline_below_nbytes": 0,
+    } | fields
 
 
 @pytest.fixture(scope="module")

@@ -231,6 +231,7 @@ POLICIES = st.fixed_dictionaries(
         "min_nbytes": st.sampled_from([0, 1, 4096, 33_000, 65_536]),
         "checksum": st.booleans(),
         "engine": st.sampled_from(ENGINES),
+        "decline_below_nbytes": st.sampled_from([0, 100_000]),
     }
 )
 

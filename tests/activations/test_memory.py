@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
+import inside
+import pytest
 import torch
 import torch.nn.functional as F
+from conftest import MakeOffload
 from torch import nn
 
 import ssdtrain
@@ -19,7 +23,7 @@ def blocks(num: int) -> nn.ModuleList:
     return nn.ModuleList([nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(num)])
 
 
-SMALL = {"min_nbytes": 32 * KIB, "staging_nbytes": MIB}
+SMALL = {"min_nbytes": 32 * KIB, "staging_nbytes": MIB, "decline_below_nbytes": 0}
 
 
 def test_what_the_user_holds_is_left_alone_after_two_steps(tmp_path: Path) -> None:
@@ -109,3 +113,91 @@ def test_who_moves_nothing_has_the_peak_of_plain_training(tmp_path: Path) -> Non
         blocks(4)[0](torch.randn(512, 64)).square().sum().backward()
     stats = offload.stats
     assert stats.peak_memory_nbytes == stats.peak_device_nbytes == stats.without_nbytes > 0
+
+
+def test_where_little_is_saved_nothing_moves_and_one_line_says_so(tmp_path: Path) -> None:
+    layers = nn.Sequential(*blocks(4))
+    with ssdtrain.offload_activations(tmp_path, {"min_nbytes": 32 * KIB}) as offload:
+        for _ in range(3):
+            layers(torch.randn(512, 64)).square().sum().backward()
+    stats = offload.stats
+    assert stats.num_offloaded == stats.written_nbytes == stats.peak_staging_nbytes == stats.num_live_records == 0
+    assert stats.peak_memory_nbytes == stats.without_nbytes > 8 * 512 * 64 * 4
+    assert stats.skipped["too little to gain"].count >= 3 * 8
+    says = "saved tensors are {:.1f} MiB: nothing to gain; offloading begins to pay at about 320.0 MiB here"
+    assert stats.plan == "declined: " + says.format(stats.without_nbytes / MIB)
+    assert len(stats.fallbacks) == 1 and says.format(stats.without_nbytes / MIB) in stats.fallbacks[0]
+
+
+@pytest.mark.parametrize("fields", [{"mode": "all"}, {"memory_budget": "32KiB"}, {"decline_below_nbytes": 0}], ids=str)
+def test_who_asks_for_it_has_little_move_too(tmp_path: Path, fields: dict[str, Any]) -> None:
+    layers = nn.Sequential(*blocks(4))
+    with ssdtrain.offload_activations(tmp_path, SMALL | {"decline_below_nbytes": None} | fields) as offload:
+        layers(torch.randn(512, 64)).square().sum().backward()
+    assert offload.stats.num_offloaded > 0
+
+
+def test_it_begins_with_the_step_that_saves_enough(make_offload: MakeOffload) -> None:
+    """What was put off in that step follows, also what the drive had no room for at once; gradients are the same."""
+    limit = 12 * 512 * 64 * 4
+    layers = nn.Sequential(*blocks(12))
+
+    def grads(rows: int, context: Any) -> list[torch.Tensor]:
+        layers.zero_grad()
+        torch.manual_seed(rows)
+        with context:
+            layers(torch.randn(rows, 64)).square().sum().backward()
+        return [p.grad.clone() for p in layers.parameters() if p.grad is not None]
+
+    fields = {"mode": "auto", "min_nbytes": 32 * KIB, "staging_nbytes": MIB, "decline_below_nbytes": limit}
+    offload = make_offload(**fields)
+    for rows, moves in ((128, False), (128, False), (1024, True), (128, True)):
+        before = offload.stats.num_offloaded
+        expected = grads(rows, torch.enable_grad())
+        assert all(map(torch.equal, grads(rows, offload), expected))
+        assert (offload.stats.num_offloaded > before) == moves
+    assert "declined" not in offload.stats.plan
+    assert offload.stats.skipped["too little to gain"].nbytes < 2 * limit
+
+
+def test_it_ends_with_the_first_step_where_that_saved_too_little(tmp_path: Path) -> None:
+    """Nobody knows before how much a step saves. Then the engine rests, until a step saves more."""
+    layers = nn.Sequential(*blocks(16))
+
+    def grads(rows: int, context: Any) -> list[torch.Tensor]:
+        layers.zero_grad()
+        torch.manual_seed(rows)
+        with context:
+            layers(torch.randn(rows, 64)).square().sum().backward()
+        return [p.grad.clone() for p in layers.parameters() if p.grad is not None]
+
+    policy = {"min_nbytes": 32 * KIB, "staging_nbytes": MIB, "prefetch_nbytes": MIB}  # pays from 20 MiB on
+    offload = ssdtrain.offload_activations(tmp_path, policy)
+    offload.keep_open()
+    num_offloaded, are_open = [], []
+    for rows in (1024, 1024, 1024, 4096, 1024):
+        expected = grads(rows, torch.enable_grad())
+        assert all(map(torch.equal, grads(rows, offload), expected))
+        num_offloaded.append(offload.stats.num_offloaded)
+        are_open.append(inside.transport(offload) is not None)
+    assert 0 < num_offloaded[0] == num_offloaded[1] == num_offloaded[2] < num_offloaded[3] < num_offloaded[4]
+    assert are_open == [True, False, False, True, True]
+    assert [text for text in offload.stats.fallbacks if "declined: saved tensors are 8." in text]
+    offload.close()
+
+
+@pytest.mark.cpu_only  # a simulated accelerator's memory cannot be resized
+def test_what_was_put_off_is_let_go_with_its_graph(make_offload: MakeOffload) -> None:
+    """And what is freed behind autograd's back meanwhile does not set out."""
+    offload = make_offload(mode="auto", decline_below_nbytes="64KiB")
+    with offload:
+        first = torch.zeros(1024, requires_grad=True).exp()
+        graphs = [torch.zeros(1024, requires_grad=True).exp() for _ in range(8)]
+        assert len(inside.put_off(offload)) >= 8
+        del graphs
+        assert len(inside.put_off(offload)) <= 1
+        first.detach().untyped_storage().resize_(0)
+        more = [torch.zeros(4096, requires_grad=True).exp() for _ in range(8)]
+    assert offload.stats.num_offloaded < 9
+    del first, more
+    assert not inside.put_off(offload)

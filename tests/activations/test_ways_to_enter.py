@@ -12,7 +12,7 @@ import ssdtrain
 from ssdtrain.policy import ActivationPolicy
 
 pytestmark = pytest.mark.cpu_only
-SMALL = {"min_nbytes": 0, "staging_nbytes": 64 * 1024}
+SMALL = {"min_nbytes": 0, "staging_nbytes": 64 * 1024, "decline_below_nbytes": 0}
 
 
 def test_options_by_name_go_before_the_policy(tmp_path: Path) -> None:

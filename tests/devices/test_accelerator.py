@@ -47,7 +47,13 @@ def make(tmp_path: Path, device: SimulatedDevice) -> Iterator[Make]:
     made: list[ssdtrain.ActivationOffload] = []
 
     def one(directory: Path | None = tmp_path, on: SimulatedDevice = device, **fields: Any) -> Any:
-        policy = {"min_nbytes": 0, "mode": "all", "staging_nbytes": 64 * KIB, "prefetch_nbytes": 64 * KIB} | fields
+        policy = {
+            "min_nbytes": 0,
+            "mode": "all",
+            "staging_nbytes": 64 * KIB,
+            "prefetch_nbytes": 64 * KIB,
+            "decline_below_nbytes": 0,
+        } | fields
         paths = None if directory is None else [str(directory)]
         made.append(ssdtrain.ActivationOffload(paths, ActivationPolicy(**policy), None, on))
         return made[-1]
@@ -455,7 +461,7 @@ def test_a_full_host_tier_keeps(make: Make, device: SimulatedDevice) -> None:
 
 def test_a_host_tier_alone_is_for_accelerators(make: Make) -> None:
     """Law 11: tensors in host memory would go nowhere."""
-    offload = ssdtrain.offload_activations(None, {"min_nbytes": 0})
+    offload = ssdtrain.offload_activations(None, {"min_nbytes": 0, "decline_below_nbytes": 0})
     with offload:
         _x, loss = layers(4)
         loss.backward()

@@ -23,7 +23,13 @@ pytestmark = pytest.mark.needs_cuda
 MIB = 1 << 20
 BATCH = 2 if "standin_gpu" in sys.modules else 8  # where the CPU computes
 ONE = BATCH * 512 * 512 * 2  # an activation in bf16
-POLICY = {"min_nbytes": "64KiB", "mode": "all", "staging_nbytes": "16MiB", "prefetch_nbytes": "16MiB"}
+POLICY = {
+    "min_nbytes": "64KiB",
+    "mode": "all",
+    "staging_nbytes": "16MiB",
+    "prefetch_nbytes": "16MiB",
+    "decline_below_nbytes": 0,
+}
 TIERS: dict[str, tuple[bool, dict[str, Any]]] = {
     "drive": (True, {}),
     "drive, checksum": (True, {"checksum": True}),

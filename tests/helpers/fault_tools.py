@@ -183,6 +183,7 @@ def policy(engine: str = "auto", **fields: object) -> dict[str, object]:
         "mode": "all",
         "staging_nbytes": MIB,
         "prefetch_nbytes": 256 * KIB,
+        "decline_below_nbytes": 0,
     }
     return plain | {"engine": engine} | fields
 

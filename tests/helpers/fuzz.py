@@ -122,6 +122,7 @@ def draw_policy(seed: int, engine: str) -> dict[str, Any]:
         "prefetch_nbytes": draw.choice([0, "16KiB", "256KiB"]),
         "disk_nbytes": draw.choice([None, "64KiB", "256KiB"]),
         "checksum": draw.random() < 0.3,
+        "decline_below_nbytes": draw.choice([0, 0, "32KiB"]),
     }
 
 

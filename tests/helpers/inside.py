@@ -2,9 +2,9 @@
 
 Of an `ActivationOffload`: `store`, `counters`, `schedule`, `devices`, `names`, `item_by_item`, `index`, `thread` (of
 this thread), `pack` and `unpack` (a tensor, its handle), and what those have inside: `transport` (None while no engine
-is open), `source` (where the engine comes from), `reloads`, `drive`, `step` (the one under way), `replanner`. Of a
-store of parameters or optimizer state: `space`. Of an offloaded optimizer: `cpu_updates`. Of a parameter offload:
-`working_set`.
+is open), `source` (where the engine comes from), `put_off` (records that have not set out), `reloads`, `drive`, `step`
+(the one under way), `replanner`. Of a store of parameters or optimizer state: `space`. Of an offloaded optimizer:
+`cpu_updates`. Of a parameter offload: `working_set`.
 """
 
 from __future__ import annotations
@@ -52,6 +52,15 @@ def pack(offload: ActivationOffload, tensor: Any) -> Any:
 
 def unpack(offload: ActivationOffload, handle: Any) -> Any:
     return offload._unpack(handle)
+
+
+def put_off(offload: ActivationOffload) -> Any:
+    return store(offload).writeback.put_off_records
+
+
+def plan_at_once(replanner: Any) -> None:
+    """However long the last plan took to make, on a busy machine perhaps."""
+    replanner._no_plan_before = 0.0
 
 
 def transport(offload: ActivationOffload) -> Any:

@@ -148,7 +148,7 @@ def record(run: Callable[[], None]) -> Step:
     """A step with at most `_MOST_RECORDS` records: those at least as large as it takes for that."""
     for min_nbytes in (2048 * 2**k for k in range(12)):
         with tempfile.TemporaryDirectory() as folder:
-            policy = {"min_nbytes": min_nbytes, "staging_nbytes": "64MiB"}
+            policy = {"min_nbytes": min_nbytes, "staging_nbytes": "64MiB", "decline_below_nbytes": 0}
             with ssdtrain.offload_activations(folder, policy) as offload:
                 for _ in range(3):
                     run()

@@ -17,6 +17,7 @@ POLICY: dict[str, Any] = {
     "staging_nbytes": "512KiB",
     "prefetch_nbytes": "256KiB",
     "endurance_tbw": 600,
+    "decline_below_nbytes": 0,
 }
 
 

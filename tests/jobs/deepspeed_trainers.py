@@ -18,7 +18,7 @@ from deepspeed_tools import POLICY, ROWS, WIDTH, Model, loss_of, same
 from torch.utils.data import Dataset
 
 NUM_STEPS = 3
-POLICIES = {"off": None, "on": POLICY, "auto": POLICY | {"mode": "auto", "engine": "auto"}}
+POLICIES = {"off": None, "on": POLICY, "auto": POLICY | {"mode": "auto", "engine": "auto", "decline_below_nbytes": 0}}
 
 
 class Rows(Dataset[dict[str, torch.Tensor]]):

@@ -17,7 +17,7 @@ from torch.distributed.pipelining import PipelineStage, schedules
 import ssdtrain
 
 WIDTH, ROWS, NUM_MICRO_BATCHES, NUM_STEPS = 64, 64, 8, 6
-POLICY = {"min_nbytes": "4KiB", "staging_nbytes": "4MiB", "prefetch_nbytes": "1MiB"}
+POLICY = {"min_nbytes": "4KiB", "staging_nbytes": "4MiB", "prefetch_nbytes": "1MiB", "decline_below_nbytes": 0}
 
 
 def make_chunk(number: int) -> nn.Module:

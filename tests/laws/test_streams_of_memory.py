@@ -38,7 +38,9 @@ def device() -> Iterator[SimulatedDevice]:
 
 
 def offload_on(device: SimulatedDevice, directory: Path | None, mode: str = "all", **fields: Any) -> Any:
-    policy = ActivationPolicy(**{"min_nbytes": 0, "staging_nbytes": 512 * KIB, "mode": mode} | fields)
+    policy = ActivationPolicy(
+        **{"min_nbytes": 0, "staging_nbytes": 512 * KIB, "mode": mode, "decline_below_nbytes": 0} | fields
+    )
     return ssdtrain.ActivationOffload([str(directory)] if directory is not None else None, policy, None, device)
 
 

@@ -18,7 +18,13 @@ from ssdtrain.tools.demo.model import GPT, GPTConfig
 
 pytestmark = pytest.mark.cpu_only  # what an accelerator does when is not known to the host that feeds it
 
-AUTO = {"mode": "auto", "min_nbytes": "16KiB", "staging_nbytes": "4MiB", "prefetch_nbytes": "4MiB"}
+AUTO = {
+    "mode": "auto",
+    "min_nbytes": "16KiB",
+    "staging_nbytes": "4MiB",
+    "prefetch_nbytes": "4MiB",
+    "decline_below_nbytes": 0,
+}
 Step = Callable[[], Any]
 
 

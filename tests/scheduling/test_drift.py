@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import inside
 import pytest
 import torch
 from conftest import MakeOffload
@@ -40,6 +41,7 @@ class Run:
         if prepared is not None:
             self.replanner.note_followed(prepared.plan)
             measured = replace(measured, followed=prepared.plan)
+        inside.plan_at_once(self.replanner)
         self.replanner.review(TOWER, measured, self._totals)
         return nbytes
 

@@ -14,7 +14,7 @@ import torch
 
 import ssdtrain
 
-POLICY = {"min_nbytes": "64KiB", "staging_nbytes": "16MiB"}
+POLICY = {"min_nbytes": "64KiB", "staging_nbytes": "16MiB", "decline_below_nbytes": 0}
 TIERS = [(mode, tier) for mode in ("all", "auto") for tier in ("drive", "host")]
 Make = Callable[..., ssdtrain.ActivationOffload]
 Context = contextlib.AbstractContextManager[Any]

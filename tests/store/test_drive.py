@@ -30,7 +30,7 @@ from ssdtrain.policy import ActivationPolicy, OptimizerPolicy
 from ssdtrain.store.state_store import StateStore
 
 KIB = 1024
-EAGER = {"mode": "all", "min_nbytes": 1, "staging_nbytes": STAGING_NBYTES}
+EAGER = {"mode": "all", "min_nbytes": 1, "staging_nbytes": STAGING_NBYTES, "decline_below_nbytes": 0}
 
 
 def noted(text: str) -> None:

@@ -179,7 +179,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = GPT(GPTConfig(layers=3, width=64, heads=4, sequence=64))
     tokens = torch.randint(0, 256, (8, 64))
-    bounds = {"min_nbytes": "16KiB", "staging_nbytes": "512KiB", "prefetch_nbytes": "512KiB"}
+    bounds = {"min_nbytes": "16KiB", "staging_nbytes": "512KiB", "prefetch_nbytes": "512KiB", "decline_below_nbytes": 0}
     policy = bounds | {"record": str(folder / "run.ssdtrain")}
     offload = ssdtrain.offload_activations(folder, policy, model)
     with offload:

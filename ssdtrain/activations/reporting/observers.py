@@ -56,6 +56,7 @@ class StepObservers:
             return
         finished = self._schedule.review_step(self._store.counters, self._store.totals())
         if finished is not None:
+            self._store.note_step_over()
             self._tell(finished)
 
     def leave(self) -> None:

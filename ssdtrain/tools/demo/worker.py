@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-import ssdtrain
+from ssdtrain import ActivationOffload, offload_activations
 from ssdtrain.devices.vector_math import settle_vector_math
 from ssdtrain.tools.demo.memory import MemoryLimit, PeakResident, PeakSampler, is_out_of_memory
 from ssdtrain.tools.demo.model import GPT, GPTConfig
@@ -120,15 +120,13 @@ class Run:
         self._resident = PeakResident()
         self._private = PeakSampler("VmData") if job.measures_private_memory else None
         self._limit = None if job.memory_limit_nbytes is None else MemoryLimit(job.memory_limit_nbytes)
-        self._offload: ssdtrain.ActivationOffload | None = None
+        self._offload: ActivationOffload | None = None
 
     def offloading(self, settings: DemoSettings) -> AbstractContextManager[Any]:
         """Returns the context that all steps run in."""
         if self._role == "plain":
             return nullcontext()
-        self._offload = ssdtrain.offload_activations(
-            settings.directory, policy=settings.policy, model=self.trainer.model
-        )
+        self._offload = offload_activations(settings.directory, policy=settings.policy, model=self.trainer.model)
         return self._offload
 
     def warm_up(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ssdtrain.activations.subclasses import inner_tensors
+from ssdtrain.activations.saved.subclasses import inner_tensors
 from ssdtrain.store.identity import is_weight
 
 NOT_CHOSEN = "not chosen"

@@ -6,12 +6,12 @@ entry exists: the address cannot become another storage's meanwhile. Guarded by 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ssdtrain.activations.subclasses import inner_tensors
+from ssdtrain.activations.saved.subclasses import inner_tensors
 from ssdtrain.store.identity import shares_version_counter
 from ssdtrain.store.record import Residency, SavedRecord
 from ssdtrain.tracing.pass_trace import Spot
@@ -63,6 +63,11 @@ class Index:
         if is_lasting:
             self._lasting[key] = record.identity
             self._purge()
+
+    def all_records(self) -> Iterator[SavedRecord]:
+        """Those that are alive, about in the order they were saved."""
+        for siblings in self._records.values():
+            yield from siblings
 
     def forget_records(self) -> None:
         """No record is known any more; weights are."""

@@ -12,122 +12,19 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Callable, Mapping
-from decimal import Decimal
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
-from typing_extensions import Self, TypedDict, Unpack
+from typing_extensions import Self, Unpack
 
-_UNITS = {"": 1, "b": 1}
-for _power, _letter in enumerate("kmgt", start=1):
-    _UNITS |= {f"{_letter}b": 1000**_power, f"{_letter}ib": 1024**_power, _letter: 1024**_power}
+from ssdtrain.policy.options import ActivationOptions, OptimizerOptions, ParameterOptions
+from ssdtrain.policy.sizes import Nbytes, size_text
 
 MIN_STAGING_NBYTES = 64 * 1024
-MAX_NBYTES = 1 << 63
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*")
-_MAX_DIGITS = 19  # of a number below `MAX_NBYTES`
-_MAX_SHOWN = 80
+_STAGING_SHARE = 8  # of a memory budget
 _MAX_SECONDS = 1e9  # 31 years; clocks overflow beyond
-
-
-def parse_nbytes(value: object) -> object:
-    """Turns ``"16MiB"``, ``"1.5 GB"`` or a whole number into bytes; anything else goes on to pydantic.
-
-    Raises:
-        ValueError: a text that is not a size, or a size that no file or memory can have.
-    """
-    if isinstance(value, bool | bytes | bytearray):
-        raise ValueError(f"Expected a size such as 1048576 or '16MiB', got {value!r}")
-    if isinstance(value, str):
-        value = _nbytes_of(value)
-    if isinstance(value, int | float) and abs(value) >= MAX_NBYTES:
-        got = f"{value:.3g} bytes" if isinstance(value, float) else f"a number of {value.bit_length()} bits"
-        raise ValueError(f"Expected a size below 8EiB (2**63 bytes), got {got}")
-    return value
-
-
-def _nbytes_of(text: str) -> int:
-    """Exactly, rounded down to whole bytes."""
-    match = _SIZE.fullmatch(text)
-    factor = _UNITS.get(match[2].lower()) if match else None
-    if match is None or factor is None:
-        shown = text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
-        raise ValueError(f"Expected a size such as 1048576, '64KiB', '16MiB' or '1.5GB', got {shown!r}")
-    whole, _, fraction = match[1].partition(".")
-    if len(whole.lstrip("0")) > _MAX_DIGITS:
-        raise ValueError(f"Expected a size below 8EiB (2**63 bytes), got one of {len(whole)} digits")
-    return int(Decimal(f"{whole}.{fraction[:_MAX_DIGITS]}") * factor)
-
-
-Nbytes = Annotated[int, BeforeValidator(parse_nbytes)]
-
-
-Size = int | str
-"""As users give it: bytes, or a text such as ``"16MiB"``."""
-
-
-class ActivationOptions(TypedDict, total=False):
-    """Fields of an `ActivationPolicy`, as they may be given."""
-
-    enabled: bool
-    min_nbytes: Size
-    mode: Literal["auto", "all"]
-    only: Literal["marked", "checkpoint_inputs"] | None
-    keep_last: int
-    staging_nbytes: Size
-    prefetch_nbytes: Size
-    disk_nbytes: Size | None
-    memory_budget: Size | None
-    recompute: Literal["never", "auto", "all"]
-    drive_writes_per_day: float | None
-    endurance_tbw: float | None
-    drive_life_years: float
-    host_nbytes: Size | None
-    engine: Literal["auto", "io_uring", "threads", "python", "kvikio"]
-    io_timeout_seconds: float
-    record: str | None
-    record_nbytes: Size
-    log_every: int
-    checksum: bool
-
-
-class StateOptions(TypedDict, total=False):
-    """Fields that policies of parameters and of optimizer state share, as they may be given."""
-
-    enabled: bool
-    min_nbytes: Size
-    staging_nbytes: Size
-    disk_nbytes: Size | None
-    host_nbytes: Size | None
-    engine: Literal["auto", "io_uring", "threads", "python", "kvikio"]
-    io_timeout_seconds: float
-    checksum: bool
-
-
-class ParameterOptions(StateOptions, total=False):
-    """Fields of a `ParameterPolicy`, as they may be given."""
-
-    prefetch_nbytes: Size
-
-
-class OptimizerOptions(StateOptions, total=False):
-    """Fields of an `OptimizerPolicy`, as they may be given."""
-
-    chunk_nbytes: Size
-    step_in_backward: bool | Literal["together"]
-    offload_gradients: bool
-    update_on: Literal["device", "cpu"]
-    master_weights: bool
-    delayed_update: bool
-
-
-def size_text(nbytes: int) -> str:
-    """The shortest text that is exactly this size: ``"900GiB"``."""
-    power = next(power for power in (4, 3, 2, 1, 0) if nbytes % 1024**power == 0) if nbytes else 0
-    return f"{nbytes // 1024**power}{'KMGT'[power - 1]}iB" if power else str(nbytes)
 
 
 def _shown(name: str, value: object) -> str:
@@ -239,6 +136,16 @@ class ActivationPolicy(_Policy):
     what need not leave stays, and training waits for the drive where it must. None, in mode ``"auto"``: never waits,
     and the peak is as low as that allows."""
 
+    decline_below_nbytes: Nbytes | None = Field(default=None, ge=0)
+    """In mode ``"auto"`` without a budget nothing moves while fewer bytes of saved tensors than this are alive at once:
+    what moving takes would be more than it frees. It begins with the step that saves more. None: ten times the buffers
+    it begins with, 320 MiB; for an accelerator four times what comes back early, 64 MiB. 0: everything moves."""
+
+    trim_memory: Literal["auto", "always", "never"] = "auto"
+    """Whether memory that tensors on the CPU free is given back to the system during a step: the C library would keep
+    much of it. ``"auto"``: where that takes at most a twentieth of the time. ``"always"``: whatever it takes, for the
+    smallest process. Nothing to do with an accelerator's memory."""
+
     recompute: Literal["never", "auto", "all"] = "never"
     """Whether the model's blocks may run a second time in backward instead of keeping what they saved; needs `model`.
     ``"all"``: every block, only their inputs travel: lowest memory, a third more compute. ``"auto"``: those that
@@ -296,6 +203,18 @@ class ActivationPolicy(_Policy):
     def is_patient(self) -> bool:
         """Whether training waits for the drive rather than keep a tensor."""
         return self.mode == "all" or self.memory_budget is not None
+
+    def with_staging_that_fits(self) -> ActivationPolicy:
+        """The same with less staging, unless that was set: under a memory budget at most an eighth of it."""
+        if self.memory_budget is None or "staging_nbytes" in self.model_fields_set:
+            return self
+        most = max(MIN_STAGING_NBYTES, self.memory_budget // _STAGING_SHARE)
+        return self.model_copy(update={"staging_nbytes": min(self.staging_nbytes, most)})
+
+    @property
+    def may_decline(self) -> bool:
+        """Whether nothing moves where little is saved: nobody asked for what needs it."""
+        return not self.is_patient and self.decline_below_nbytes != 0
 
     @property
     def idle_nbytes(self) -> int:

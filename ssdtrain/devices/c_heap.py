@@ -1,0 +1,84 @@
+"""The C library's heap, which keeps what tensors in host memory free: when to have it given back to the system.
+
+Knows sizes and times; neither records nor when anything is freed.
+
+[Note: what a heap keeps]
+PyTorch's memory on the CPU is glibc's `malloc`. Small tensors that stay lie between large ones that leave, so holes are
+left which the next ones do not fit: where a third of the saved tensors is in memory, the process may hold two thirds.
+`malloc_trim` gives the holes' pages back. That takes milliseconds, and what is used again is cleared by the kernel
+first, up to half a second a gigabyte: as much as a fast drive costs. So it is done only where it takes a twentieth of
+the time, which is where layers compute long for every byte, or where somebody asked for it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections.abc import Callable
+from typing import Literal
+
+_LEAST_NBYTES = 32 << 20
+_SHARE = 8  # of what a step saves, freed before it is given back
+_WORTH_SHARE = 8  # of what was freed: less is not worth it
+_MAX_COST = 0.05  # of the time
+_SECONDS_PER_BYTE = 0.3 / (1 << 30)  # to clear a page when it is used again
+
+
+class CHeap:
+    """Gives memory back that the tensors of one offload context free."""
+
+    def __init__(
+        self,
+        when: Literal["auto", "always", "never"],
+        trim: Callable[[], None] | None = None,
+        resident_nbytes: Callable[[], int] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`trim`: gives back what is free; None for the C library's own, where it has one."""
+        self._trim = trim or _trim_of_libc()
+        self._resident_nbytes, self._clock = resident_nbytes or _resident_nbytes, clock
+        self._is_always = when == "always"
+        self.is_due = False
+        """Whether `give_back` is to be called."""
+        self._freed_nbytes = 0
+        self._patience = 1
+        self._is_off = when == "never" or self._trim is None
+        self._last = clock()
+
+    def note(self, nbytes: int, saved_nbytes: int) -> None:
+        """So many bytes more were freed, of what a step saves."""
+        self._freed_nbytes += nbytes
+        self.is_due = not self._is_off and self._freed_nbytes >= self._patience * max(
+            _LEAST_NBYTES, saved_nbytes // _SHARE
+        )
+
+    def give_back(self) -> None:
+        """Gives back what is free, and learns what that costs. Takes milliseconds."""
+        self.is_due = False
+        if self._trim is None:
+            return
+        before, begin = self._resident_nbytes(), self._clock()
+        self._trim()
+        end = self._clock()
+        returned = max(0, before - self._resident_nbytes())
+        cost, since = end - begin + returned * _SECONDS_PER_BYTE, end - self._last
+        freed, self._freed_nbytes, self._last = self._freed_nbytes, 0, end
+        if self._is_always:
+            return
+        if cost > _MAX_COST * since or returned < freed // _WORTH_SHARE:
+            self._patience *= 2
+            self._is_off = self._patience > _SHARE  # less than once a step it lowers no peak
+
+
+def _trim_of_libc() -> Callable[[], None] | None:
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except AttributeError:  # another C library
+        return None
+    return lambda: trim(0)
+
+
+def _resident_nbytes() -> int:
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
