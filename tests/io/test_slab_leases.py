@@ -282,4 +282,4 @@ def play(kind: str, directory: str, num_examples: int) -> None:
 @pytest.mark.parametrize("kind", ["threads", "python"])
 def test_slab_leases(lab: Lab, tmp_path: Path, kind: str) -> None:
     """Writes, cancels, reads and failures in any order: each slab is where it must be after every step."""
-    lab.run(play, kind, tmp_path, NUM_EXAMPLES)
+    lab.run(play, kind, tmp_path, NUM_EXAMPLES, seconds=dose(180, 1800))
