@@ -14,6 +14,8 @@ namespace ssdtrain {
 
 namespace {
 
+constexpr size_t kMaxUnitNbytes = size_t{64} << 10;
+
 UniqueFd open_retried(const std::string& path, int flags, mode_t mode) {
   int fd;
   do {
@@ -34,6 +36,8 @@ NamedFile::NamedFile(const std::string& path, int flags, mode_t mode, bool wants
     throw PosixError(S_ISDIR(status.st_mode) ? EISDIR : EINVAL,
                      "Expected a regular file, got something else", path);
   }
+  // Network file systems mean something else by it, and have far larger ones.
+  unit_nbytes_ = std::clamp<size_t>(status.st_blksize, kPageNbytes, kMaxUnitNbytes);
   io_.reason = wants_direct ? "buffered: the file system refuses O_DIRECT"
                             : "buffered: direct I/O was not asked for";
   buffered_ = std::make_shared<const OpenFile>(OpenFile{std::move(fd), DirectIo{}, 0});
@@ -46,6 +50,7 @@ void NamedFile::open_direct(int flags) {
   if (!fd) return;
   io_ = direct_io_of(fd.get());
   if (!io_.is_direct) return;
+  unit_nbytes_ = std::max(unit_nbytes_, io_.block_nbytes);
   direct_ = std::make_shared<const OpenFile>(OpenFile{std::move(fd), io_, 0});
 }
 
@@ -55,8 +60,6 @@ void NamedFile::close() {
   buffered.swap(buffered_);
   direct.swap(direct_);
 }
-
-size_t NamedFile::unit_nbytes() const { return std::max(kPageNbytes, io_.block_nbytes); }
 
 std::shared_ptr<const OpenFile> NamedFile::buffered() const {
   std::lock_guard<std::mutex> lock(mutex_);

@@ -16,7 +16,8 @@ namespace ssdtrain {
 // [Note: edges] Direct I/O moves whole blocks. What is left of a range before its first page
 // boundary and after its last goes through the page cache, in exactly its own bytes: so a file is
 // never longer than what was written, bytes beside a range are never read and written back, and
-// ranges that share a block do not disturb each other. The two ways never share a page.
+// ranges that share a block do not disturb each other. The two ways never share a page, nor a block
+// of the file system, of which the cache writes back all.
 class NamedFile {
  public:
   static constexpr size_t kPageNbytes = 4096;
@@ -33,7 +34,7 @@ class NamedFile {
   const DirectIo& io() const { return io_; }
   int fd() const { return buffered()->fd.get(); }
   // Offsets and lengths that take the direct way are multiples of it.
-  size_t unit_nbytes() const;
+  size_t unit_nbytes() const { return unit_nbytes_; }
   // Throws when the file is closed.
   std::shared_ptr<const OpenFile> buffered() const;
   // Null where there is no direct I/O.
@@ -45,6 +46,7 @@ class NamedFile {
   const std::string path_;
   const bool is_writable_;
   DirectIo io_;
+  size_t unit_nbytes_ = kPageNbytes;
   mutable std::mutex mutex_;
   std::shared_ptr<const OpenFile> buffered_;
   std::shared_ptr<const OpenFile> direct_;

@@ -9,6 +9,7 @@
 // Half of them are of a device whose streams are threads: what computes, copies out and copies in
 // is ordered by nothing but the fences, so that a missing one is a race.
 
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -536,6 +537,57 @@ void check_close(const std::string& directory, const std::string& kind, uint32_t
   CHECK(read->error() || std::memcmp(source.data(), back.data(), back.nbytes()) == 0);
 }
 
+// One thread's ranges of a file that others write to as well, beside them, from and to any address.
+void use_named(Engine* engine, const NamedFile& file, uint32_t thread, size_t num_rounds,
+               uint32_t seed) {
+  std::minstd_rand random(seed + thread);
+  auto up_to = [&](uint32_t most) { return static_cast<uint32_t>(random() % (most + 1)); };
+  constexpr size_t kMost = 3 * kSlab;
+  for (size_t round = 0; round < num_rounds; ++round) {
+    uint64_t offset = (thread + kThreads * round) * kMost + up_to(kPage);
+    size_t nbytes = up_to(up_to(1) == 0 ? 600 : kMost - kPage);
+    Memory source(kMost + kPage), back(kMost + kPage);
+    fill(source, seed + static_cast<uint32_t>(round));
+    size_t from = up_to(3) == 0 ? 0 : up_to(600), to = up_to(3) == 0 ? 0 : up_to(600);
+    auto write = engine->transfer(file, IoOp::Kind::kWrite, source.data() + from, nbytes, offset);
+    if (up_to(7) == 0) write->cancel();
+    CHECK(write->wait_done(kLong));
+    auto read = engine->transfer(file, IoOp::Kind::kRead, back.data() + to, nbytes, offset);
+    if (up_to(7) == 0) read->cancel();
+    CHECK(read->wait_done(kLong));
+    std::optional<FileError> failed = write->error();
+    CHECK(!failed || failed->moved_nbytes <= nbytes);
+    bool is_equal = std::memcmp(source.data() + from, back.data() + to, nbytes) == 0;
+    CHECK(is_equal || failed || read->error());
+  }
+}
+
+void check_named(const std::string& directory, const std::string& kind, size_t num_rounds,
+                 uint32_t seed) {
+  auto open = [&](const EngineOptions& options, StagingSpan staging, const ProbeFile& probe,
+                  IoBackend::OnComplete on_complete) {
+    return std::make_unique<FaultyBackend>(Engine::open_backend, options, staging, probe,
+                                           std::move(on_complete), seed);
+  };
+  EngineOptions options = options_of(kind, 4);
+  options.queue_depth = 4;
+  Engine engine({}, options, open);
+  std::string path = directory + "/named";
+  NamedFile file(path, O_RDWR | O_CREAT, 0600, true);
+  CHECK(::unlink(path.c_str()) == 0);
+  std::vector<std::thread> threads;
+  for (uint32_t i = 0; i < kThreads; ++i) {
+    threads.emplace_back([&, i] { use_named(&engine, file, i, num_rounds, seed); });
+  }
+  for (std::thread& thread : threads) thread.join();
+  CHECK(engine.wait_idle(kLong) && engine.staging_in_use_nbytes() == 0);
+  Memory memory(64 * kSlab);
+  auto late = engine.transfer(file, IoOp::Kind::kWrite, memory.data() + 1, 63 * kSlab, 0);
+  file.close();
+  engine.close();
+  CHECK(late->is_done());
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -549,5 +601,6 @@ int main(int argc, char** argv) {
   check_gate(directory, kind);
   for (uint32_t i = 0; i < 10; ++i) check_close(directory, kind, seed + i);
   check_random(directory, kind, num_rounds, seed);
+  check_named(directory, kind, num_rounds, seed);
   return 0;
 }

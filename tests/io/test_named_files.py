@@ -228,6 +228,31 @@ def test_errors_that_nobody_asked_for(engine: FileEngine, path: Path, caplog: py
     ]
 
 
+def test_leaving_waits_and_tells(path: Path) -> None:
+    """Nothing that was asked for is dropped in silence; after an exception nobody waits."""
+    content = random_bytes(3 << 20)
+    with FileEngine(block_nbytes=4096, queue_depth=1) as engine:
+        engine.open(path, "w").write(content)
+    assert path.read_bytes() == content
+    with pytest.raises(OSError, match="got 3145728: end of file"), FileEngine() as engine:
+        engine.open(path).read(bytearray(len(content) + 1))
+    engine = FileEngine()
+    engine.open(path).read(bytearray(len(content) + 1))
+    engine.__exit__(KeyError, KeyError(), None)
+    assert "closed" in repr(engine)
+
+
+def test_what_closing_cancels_is_logged(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    engine = FileEngine(block_nbytes=4096, queue_depth=1)
+    file = engine.open(path, "w")
+    requests = [file.write(bytes(1 << 20), i << 20) for i in range(20)]
+    requests[5].cancel()
+    with caplog.at_level(logging.WARNING, "ssdtrain"):
+        engine.close()
+    cancelled = sum(request.cancelled() for i, request in enumerate(requests) if i != 5)
+    assert caplog.text.count("Nobody asked for the result of a request that failed") == cancelled
+
+
 @pytest.mark.parametrize("offset", [-1, 1 << 63, 1 << 80, 0.5, None])
 def test_offsets_that_no_file_has(engine: FileEngine, path: Path, offset: Any) -> None:
     with engine.open(path, "w") as file, pytest.raises(ValueError, match="Expected an offset of 0 or more"):
@@ -316,7 +341,7 @@ def test_a_closed_file(engine: FileEngine, path: Path) -> None:
     file.close()
     file.close()
     assert request.result() == 1 << 20
-    assert eventually(lambda: descriptors() == before)
+    assert eventually(lambda: descriptors() <= before)
     with pytest.raises(ValueError, match="Expected an open file, got a closed one"):
         file.write(b"x")
 
@@ -337,7 +362,7 @@ def test_nobody_needs_to_keep_anything(path: Path) -> None:
     leave_behind()
     gc.collect()
     assert path.read_bytes() == content
-    assert eventually(lambda: descriptors() == before and num_threads() == threads)
+    assert eventually(lambda: descriptors() <= before and num_threads() <= threads)
 
 
 def test_memory_is_let_go_when_a_request_is_done(engine: FileEngine, path: Path) -> None:

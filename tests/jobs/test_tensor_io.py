@@ -166,7 +166,7 @@ def test_every_error_is_told(handle: AioHandle, tmp_path: Path, caplog: pytest.L
         handle.wait()
     assert "9000 bytes at offset 0, got 5000" in caplog.text
     assert bytes(good.tolist()) == random_bytes(NBYTES)
-    assert handle.wait() == 0 and descriptors() == before
+    assert handle.wait() == 0 and descriptors() <= before
     with pytest.raises(TypeError, match="Expected filename or fd"):
         handle.async_pwrite(good)
 

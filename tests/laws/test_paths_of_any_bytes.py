@@ -144,9 +144,7 @@ def test_a_record_there_is_read_back(folder: Path) -> None:
     assert stats.written_nbytes > 0
 
 
-def test_remarks_can_be_printed(
-    folder: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_remarks_can_be_printed(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A remark names the directory, and a stream with strict errors can take it."""
     offload = ssdtrain.offload_activations(folder, policy())
     with caplog.at_level(logging.WARNING, "ssdtrain"):

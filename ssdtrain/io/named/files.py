@@ -43,6 +43,8 @@ class FileEngine:
     """Reads and writes files in the background. Thread-safe; unusable in a forked child.
 
     Requests are served in no order but that reads go before writes: wait for one before another that overlaps it.
+    Leaving it as a context manager waits for all of them and raises what nobody was told of, as `synchronize` does;
+    after an exception it only closes.
     """
 
     def __init__(
@@ -88,8 +90,12 @@ class FileEngine:
     def __enter__(self) -> FileEngine:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None and not self._engine.is_closed:
+                self.synchronize()
+        finally:
+            self.close()
 
     def _open(self, asked: str, num_threads: int) -> tuple[Any, str]:
         try:
@@ -138,10 +144,10 @@ class FileEngine:
         self._engine.drain()
         self._prune()
         with self._lock:
-            errors = [flight.tell() for flight in self._pending.values() if flight.is_done and not flight.is_told]
-        for error in errors:
-            if error is not None:
-                raise error
+            untold = [flight for flight in self._pending.values() if flight.is_done and flight.has_news]
+        errors = [flight.tell() for flight in untold]
+        if errors and errors[0] is not None:
+            raise errors[0]
 
     def close(self) -> None:
         """Cancels what has not begun, waits for what has, calls the last callbacks. Idempotent."""
@@ -171,7 +177,7 @@ class FileEngine:
         """Lets go of requests that are done, and whose error, if any, somebody knows."""
         with self._lock:
             for key, flight in list(self._pending.items()):
-                if flight.is_done and (flight.is_told or not flight.number):
+                if flight.is_done and not flight.has_news:
                     del self._pending[key]
             self._num_before_pruning = 2 * max(len(self._pending), self.queue_depth)
 
@@ -268,7 +274,7 @@ def _close(engine: Any, watcher: Watcher, pending: dict[int, Flight]) -> None:
         return
     watcher.close()
     for flight in pending.values():
-        if flight.is_done and flight.number not in (0, errno.ECANCELED) and not flight.is_told:
+        if flight.is_done and flight.has_news:
             logger.warning("Nobody asked for the result of a request that failed: %s", flight.tell())
     pending.clear()
 

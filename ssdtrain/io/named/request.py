@@ -40,7 +40,7 @@ class Flight:
     def __init__(self, handle: Any, memory: Memory, task: Task) -> None:
         """`handle`: the engine's."""
         self.handle, self.task = handle, task
-        self.is_told = False
+        self._is_told = self._is_cancelled = False
         self._memory: Memory | None = memory
 
     @property
@@ -57,9 +57,19 @@ class Flight:
         error = self.handle.error
         return error[0] if error is not None else 0
 
+    @property
+    def has_news(self) -> bool:
+        """Whether it failed, nobody was told, and nobody wanted that."""
+        return bool(self.number) and not self._is_told and not (self._is_cancelled and self.number == errno.ECANCELED)
+
+    def cancel(self) -> None:
+        """What has not begun does not begin any more."""
+        self._is_cancelled = True
+        self.handle.cancel()
+
     def tell(self) -> OSError | None:
         """Why not every byte was moved; somebody knows from now on."""
-        self.is_told = True
+        self._is_told = True
         error = self.handle.error
         if error is None:
             return None
@@ -115,7 +125,7 @@ class Request:
         """What has not begun does not begin any more. False when it is done already; wait before using its memory."""
         if self.done():
             return False
-        self._flight.handle.cancel()
+        self._flight.cancel()
         return True
 
     def cancelled(self) -> bool:
