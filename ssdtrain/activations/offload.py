@@ -9,6 +9,7 @@ import contextlib
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -224,11 +225,15 @@ class ActivationOffload(SavedTensorHooks, contextlib.ContextDecorator):
 
     @property
     def plan(self) -> Plan | None:
-        """What the running step does with every record, for how much memory and time; `print` explains it.
+        """What the running step does with every record, and for how much memory and time; `print` explains it.
 
         None before the second step, in mode ``"all"``, and for steps on several devices (`stats.fallbacks` says so).
         """
-        return self._schedule.plan
+        plan, counters = self._schedule.plan, self._counters
+        if plan is None or not counters.measured_step_seconds or plan.peak_nbytes != counters.predicted_peak_nbytes:
+            return plan
+        peak, seconds = counters.measured_peak_nbytes, counters.measured_step_seconds
+        return replace(plan, measured_peak_nbytes=peak, measured_seconds=seconds)
 
     def hint_backward(self, micro_batch: int) -> None:
         """Says that backward of a micro-batch comes next, so that its last tensors are reloaded in time.

@@ -63,6 +63,10 @@ class Plan:
     """What is written to it per day for parameters and optimizer state."""
     recomputed: tuple[str, ...] = ()
     """Names of the blocks that run a second time in backward instead of keeping what they saved."""
+    measured_peak_nbytes: int = 0
+    """Peak of the last step that followed it to its end,"""
+    measured_seconds: float = 0.0
+    """and its time; 0 before there was one."""
 
     @property
     def is_declined(self) -> bool:
@@ -103,6 +107,11 @@ class Plan:
             f" {nbytes_text(self.kept_peak_nbytes)} if everything stayed",
             f"  time      {self.step_seconds:.3f} s a step, {self.stall_seconds:.3f} s of it waiting",
         ]
+        if self.measured_seconds:
+            lines.append(
+                f"  measured  peak {nbytes_text(self.measured_peak_nbytes)}, {self.measured_seconds:.3f} s a step,"
+                " in the last step that followed it"
+            )
         if self.recomputed:
             lines.append(f"  recompute {len(self.recomputed)} blocks: {', '.join(self.recomputed)}")
         if self.disk_nbytes:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from ssdtrain.stats import Counters
     from ssdtrain.store.record import SavedRecord
 
+_NUM_UNLIKE = 3  # steps, after which there would be a plan if two had been alike
+_UNLIKE = "no two steps were alike: all is sent that the drive has time for, and comes back in the last step's order"
+
 
 class Schedule:
     """Decides by plan, or predicts the order of reloads of each pass.
@@ -94,7 +97,8 @@ class Schedule:
         """See `StepReview.review`; `counters` also say what the next step's plan is."""
         finished = self.review.review(counters, totals)
         if finished is not None:
-            counters.plan = self.plan.statement if self.plan is not None else ""
+            unlike = _UNLIKE if self._replanner is not None and counters.num_steps >= _NUM_UNLIKE else ""
+            counters.plan = self.plan.statement if self.plan is not None else unlike
         return finished
 
     # -- what stays ------------------------------------------------------------------------------------------------

@@ -323,7 +323,7 @@ def test_optimizer_state_counts_for_the_endurance_of_the_drive(tmp_path: Path) -
     """What the optimizer writes leaves less for activations: here nothing."""
     model = model_of("gpt")
     owner, optimizer = offloaded(tmp_path, model)
-    auto = {"mode": "auto", "min_nbytes": "4KiB", "staging_nbytes": STAGING_NBYTES}
+    auto = {"mode": "auto", "min_nbytes": "4KiB", "staging_nbytes": STAGING_NBYTES, "decline_below_nbytes": 0}
     with ssdtrain.offload_activations(owner, {**auto, "endurance_tbw": 0.1}, model) as offload:
         steps(model, optimizer, 30)
         plan = offload.plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,18 @@ from typer.testing import CliRunner
 import ssdtrain
 from ssdtrain.tools.cli import app
 from ssdtrain.tools.demo.model import GPT, GPTConfig
-from ssdtrain.tools.estimate import GPUS, Drives, Gpu, Shape, estimate, layer_nbytes
+from ssdtrain.tools.estimate import (
+    GPUS,
+    ON_GPU,
+    Drives,
+    Gpu,
+    Host,
+    Shape,
+    best,
+    choices,
+    estimate,
+    layer_nbytes,
+)
 
 GPT3 = {"layers": 96, "hidden": 12288, "heads": 96, "sequence": 2048, "has_flash": False}
 
@@ -105,6 +117,44 @@ def test_peaks_and_what_they_cost() -> None:
     assert slow.offload_cost == pytest.approx(slow.needed_bandwidth / 10e9 - 1)
     assert slow.recompute_nbytes < slow.keep_nbytes and slow.recompute_cost == pytest.approx(1 / 3)
     assert slow.step_seconds == pytest.approx(3 * slow.forward_seconds * (8 + 3))
+
+
+def test_state_is_sharded_as_far_as_was_said() -> None:
+    """Without sharding 18 bytes a parameter; the optimizer's 12 over ranks; all over ranks, but for two blocks."""
+    states = {}
+    for sharding in ("none", "optimizer", "full"):
+        found = estimate(Shape(layers=32, dp=8, sharding=sharding), GPUS["H100"], Drives())
+        states[sharding] = found.state_nbytes / found.parameters
+    assert states["none"] == pytest.approx(18)
+    assert states["optimizer"] == pytest.approx(6 + 12 / 8)
+    assert states["full"] == pytest.approx(18 / 8 + 2 * 2 / 32)
+
+
+def test_choices_are_the_cheapest_that_fit_each_with_less_memory() -> None:
+    shape, gpu, drives = Shape(hidden=2048, heads=16, batch=8, layers=24), Gpu("some", 165e12, 24e9), Drives(tbw=600)
+    found = estimate(shape, gpu, drives)
+    some = best(choices(found, drives, Host(64e9)), gpu, 5)
+    fit = [choice for choice in some if choice.fits(gpu)]
+    assert fit and fit == some[: len(fit)]
+    for first, second in itertools.pairwise(fit):
+        assert first.cost <= second.cost + 0.01 and second.memory_nbytes < first.memory_nbytes
+    assert fit[0].activations == "offload all to host memory" and fit[0].optimizer_state == "host memory"
+    assert fit[0].host_nbytes <= 64e9 and fit[0].life_days is None
+    assert not [choice for choice in choices(found, drives, Host(1e9)) if choice.host_nbytes > 1e9]
+    assert {choice.optimizer_state for choice in choices(found, drives)} == {ON_GPU, "drives"}
+
+
+def test_one_choice_is_recommended_and_where_nothing_fits_what_would() -> None:
+    says = run("--layers", "24", "--width", "2048", "--heads", "16", "--batch", "1", "--tbw", "600").output
+    assert "recommended: keep" in says and "nothing needs to be offloaded" in says
+    says = run("--layers", "24", "--width", "2048", "--heads", "16", "--batch", "8", "--gpu", "rtx4090").output
+    assert "what fits 24 GB here takes +" in says and "--sharding full" in says
+    says = " ".join(run("--model", "llama", "--sequence", "500000", "--gpu", "10:8GB").output.split())
+    assert "nothing fits 8 GB: the least is" in says and "split the model" in says
+    values = json.loads(run("--json", "--host-memory", "64GB").output)
+    assert {"activations", "optimizer_state", "memory_nbytes", "cost", "fits"} <= set(values["choices"][0])
+    assert run("--host-memory", "much").exit_code == 2 and run("--host-gbs", "20").exit_code == 2
+    assert run("--sharding", "some").exit_code == 2
 
 
 def test_a_real_model_saves_what_is_estimated() -> None:

@@ -15,9 +15,28 @@ from ssdtrain.tools.cli.exit_codes import end, one_line
 from ssdtrain.tools.cli.names import in_options, not_with, only_with
 from ssdtrain.tools.cli.replay import as_values, plan_of
 from ssdtrain.tools.cli.screen import show
-from ssdtrain.tools.estimate import GPUS, KINDS, Drives, Estimate, Gpu, Shape, estimate, gpu_of
+from ssdtrain.tools.estimate import (
+    GPUS,
+    KINDS,
+    ON_GPU,
+    SHARDINGS,
+    Choice,
+    Drives,
+    Estimate,
+    Gpu,
+    Host,
+    Shape,
+    best,
+    choices,
+    estimate,
+    gpu_of,
+    gpus_that_fit,
+    host_of,
+)
 
-_OF_A_MODEL = "model layers width heads kv_heads ffn sequence batch micro_batches vocab tp pp dp sequence_parallel"
+_OF_A_MODEL = "model layers width heads kv_heads ffn sequence batch micro_batches vocab tp pp dp sharding"
+_NUM_CHOICES = 5
+_MOST_COST = 1.0  # of the step time, for what is recommended
 _OPTIONS = {name: f"--{name.replace('_', '-')}" for name in _OF_A_MODEL.split()} | {
     "hidden": "--width",
     "vocabulary": "--vocab",
@@ -29,6 +48,13 @@ _OPTIONS = {name: f"--{name.replace('_', '-')}" for name in _OF_A_MODEL.split()}
     "wear_factor": "--wear-factor",
     "memory_budget": "--memory-budget",
 }
+
+Sharding = Annotated[str, typer.Option(help=f"What data parallel ranks share: {', '.join(SHARDINGS)} (FSDP, ZeRO-3).")]
+GpuName = Annotated[
+    str, typer.Option(help=f"One of {', '.join(GPUS)}; or TFLOP/s and memory of another one, as 400:48GB.")
+]
+HostMemory = Annotated[str | None, typer.Option(help="Host memory per GPU that may be used, as 128GB: adds choices.")]
+DriveReadGbs = Annotated[float | None, typer.Option(help="GB/s read; with --record.", show_default="as written")]
 
 
 def plan(
@@ -46,23 +72,22 @@ def plan(
     vocab: Annotated[int, typer.Option(help="Vocabulary.")] = 50304,
     tp: Annotated[int, typer.Option(help="Tensor parallel size.")] = 1,
     pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
+    sharding: Sharding = "optimizer",
     dp: Annotated[int, typer.Option(help="Data parallel ranks that share the optimizer state.")] = 1,
     sequence_parallel: Annotated[bool, typer.Option(help="Megatron's sequence parallelism.")] = False,
     flash: Annotated[bool, typer.Option(help="FlashAttention or SDPA.")] = True,
     dropout: Annotated[bool, typer.Option(help="Dropout.")] = True,
-    gpu: Annotated[
-        str, typer.Option(help=f"One of {', '.join(GPUS)}; or TFLOP/s and memory of another one, as 400:48GB.")
-    ] = "H100",
+    gpu: GpuName = "H100",
     mfu: Annotated[float, typer.Option(help="Share of the peak rate that training reaches.")] = 0.4,
     drives: Annotated[int, typer.Option(help="Drives per GPU.")] = 1,
     drive_gbs: Annotated[float, typer.Option(help="GB/s one drive writes for long; `ssdtrain bench` measures.")] = 6.0,
+    host_memory: HostMemory = None,
+    host_gbs: Annotated[float, typer.Option(help="GB/s between GPU and host, each way; with --host-memory.")] = 25.0,
     tbw: Annotated[float | None, typer.Option(help="Rated endurance of a drive, terabytes written.")] = None,
     wear_factor: Annotated[float, typer.Option(help="How much more than rated it takes; the paper: 2.5.")] = 1.0,
     drive_price: Annotated[float | None, typer.Option(help="Price of a drive.")] = None,
     record: Annotated[Path | None, typer.Option(help="Plan the step of this run record instead of a model.")] = None,
-    drive_read_gbs: Annotated[
-        float | None, typer.Option(help="GB/s read; with --record.", show_default="as written")
-    ] = None,
+    drive_read_gbs: DriveReadGbs = None,
     memory_budget: Annotated[str | None, typer.Option(help="As the policy's; with --record.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON and nothing else.")] = False,
 ) -> None:
@@ -80,14 +105,12 @@ def plan(
             return
         accelerator = gpu_of(gpu)
         sizes = layers, width, heads, kv_heads, ffn, sequence, batch, vocab
-        shape = Shape(model, *sizes, tp, pp, dp, micro_batches, sequence_parallel, flash, dropout)
+        shape = Shape(model, *sizes, tp, pp, dp, sharding, micro_batches, sequence_parallel, flash, dropout)
         found = estimate(shape, accelerator, own, mfu)
+        host = host_of(host_memory, host_gbs)
     except (ValueError, OSError) as error:
         end("plan", 2, in_options(" ".join(one_line(error).split()), _OPTIONS))
-    if as_json:
-        print(json.dumps({"shape": asdict(shape), "drives": asdict(own), "gpu": asdict(accelerator)} | asdict(found)))
-    else:
-        _print(shape, accelerator, own, found)
+    _tell(shape, accelerator, own, found, host, mfu, as_json=as_json)
 
 
 def _check(ctx: typer.Context) -> None:
@@ -97,8 +120,23 @@ def _check(ctx: typer.Context) -> None:
         ValueError: there is one.
     """
     only_with(ctx, "record", ["drive_read_gbs", "memory_budget"])
-    not_with(ctx, "record", [*_OF_A_MODEL.split(), "flash", "dropout", "gpu", "mfu", "drive_price"])
+    others = "sequence_parallel flash dropout gpu mfu drive_price host_memory".split()
+    not_with(ctx, "record", [*_OF_A_MODEL.split(), *others])
+    only_with(ctx, "host_memory", ["host_gbs"])
     only_with(ctx, "tbw", ["wear_factor", "drive_price"])
+
+
+def _tell(
+    shape: Shape, gpu: Gpu, drives: Drives, found: Estimate, host: Host | None, mfu: float, *, as_json: bool
+) -> None:
+    if as_json:
+        some = best(choices(found, drives, host), gpu, _NUM_CHOICES)
+        listed = [asdict(choice) | {"fits": choice.fits(gpu)} for choice in some]
+        inputs = {"shape": asdict(shape), "drives": asdict(drives), "gpu": asdict(gpu)}
+        print(json.dumps(inputs | asdict(found) | {"choices": listed}))
+    else:
+        _print(shape, gpu, drives, found)
+        _print_choices(shape, gpu, drives, found, host, mfu)
 
 
 def _print(shape: Shape, gpu: Gpu, drives: Drives, found: Estimate) -> None:
@@ -117,21 +155,47 @@ def _print(shape: Shape, gpu: Gpu, drives: Drives, found: Estimate) -> None:
         f"  recomputing  {nbytes_text(found.inputs_nbytes)} of inputs of blocks a step; "
         f"{found.inputs_bandwidth / 1e9:.2g} GB/s would hide them"
     )
-    table = Table("activations", "peak", "with state", f"fits {gpu.memory_nbytes / 1e9:.0f} GB", "time")
-    for name, nbytes, cost in (
-        ("keep", found.keep_nbytes, 0.0),
-        ("recompute", found.recompute_nbytes, found.recompute_cost),
-        ("recompute, offload inputs", found.recompute_offload_nbytes, found.recompute_offload_cost),
-        ("offload all", found.offload_nbytes, found.offload_cost),
-        ("offload what hides", found.mix_nbytes, 0.0),
-    ):
-        total = nbytes + found.state_nbytes
-        fits = "yes" if total <= gpu.memory_nbytes else "no"
-        table.add_row(name, nbytes_text(nbytes), nbytes_text(total), fits, f"+{cost:.0%}")
+
+
+def _print_choices(shape: Shape, gpu: Gpu, drives: Drives, found: Estimate, host: Host | None, mfu: float) -> None:
+    """The best few, and what to do."""
+    all_choices = choices(found, drives, host)
+    some, room = best(all_choices, gpu, _NUM_CHOICES), f"{gpu.memory_nbytes / 1e9:.0f} GB"
+    table = Table("activations", "optimizer", "memory", f"fits {room}", "time", "drive life")
+    for choice in some:
+        life = "" if choice.life_days is None else f"{choice.life_days:.0f} days"
+        fits, memory = "yes" if choice.fits(gpu) else "no", nbytes_text(choice.memory_nbytes)
+        table.add_row(choice.activations, choice.optimizer_state, memory, fits, f"+{choice.cost:.0%}", life)
     show(table)
-    average = f"{found.written_bytes_per_second / 1e9:.2f} GB/s written on average"
-    if found.life_days is None:
-        show(f"{average}; --tbw gives the drive's life")
-        return
-    price = "" if found.price_per_day is None else f", which costs {found.price_per_day:.2f} a day"
-    show(f"{average} wear the drive(s) out in {found.life_days:.0f} days of training{price}")
+    is_good = some[0].fits(gpu) and some[0].cost <= _MOST_COST
+    show(_advice(some[0], room) if is_good else _advice_for_more(some[0], shape, gpu, drives, host, mfu))
+    if drives.tbw is None:
+        show("--tbw gives the life of the drive(s)")
+    elif some[0].life_days is not None:
+        price = drives.price_per_day(some[0].written_bytes_per_second)
+        costs = "" if price is None else f", which costs {price:.2f} a day"
+        show(f"the drive(s) wear out in {some[0].life_days:.0f} days of training{costs}")
+
+
+def _advice(choice: Choice, room: str) -> str:
+    how = f": {choice.how}" if choice.how else ": nothing needs to be offloaded"
+    state = "" if choice.optimizer_state == ON_GPU else f", optimizer state to {choice.optimizer_state}"
+    return (
+        f"recommended: {choice.activations}{state}, {nbytes_text(choice.memory_nbytes)} of {room}, "
+        f"+{choice.cost:.0%} of the time{how}"
+    )
+
+
+def _advice_for_more(least: Choice, shape: Shape, gpu: Gpu, drives: Drives, host: Host | None, mfu: float) -> str:
+    """Where nothing fits: what would."""
+    says = f"nothing fits {gpu.memory_nbytes / 1e9:.0f} GB: the least is {nbytes_text(least.memory_nbytes)}; "
+    if least.fits(gpu):
+        says = f"what fits {gpu.memory_nbytes / 1e9:.0f} GB here takes +{least.cost:.0%} of the time; "
+    found = gpus_that_fit(shape, gpu, drives, host, mfu, _MOST_COST)
+    if found is None:
+        return f"{says}split the model (--tp, --pp), or take shorter sequences, more drives or --host-memory"
+    dp, choice = found
+    return (
+        f"{says}{dp} data parallel ranks that share all state (--dp {dp} --sharding full) do: {choice.activations}, "
+        f"optimizer state {choice.optimizer_state}, {nbytes_text(choice.memory_nbytes)}, +{choice.cost:.0%} of the time"
+    )

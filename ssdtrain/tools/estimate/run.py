@@ -19,6 +19,7 @@ from ssdtrain.tools.estimate.shape import Shape
 
 _STATE_NBYTES = 12  # of Adam in mixed precision: master copy and two moments
 _GRADIENT_NBYTES = 4
+_PARAMETER_NBYTES = 2
 _RESIDENT_BLOCKS = 2
 _RECOMPUTE_COST = 1 / 3
 
@@ -62,7 +63,9 @@ class Estimate:
     recompute_offload_cost: float
     """and share of the step time that recomputing and waiting for the drives add."""
     state_nbytes: float
-    """Parameters, gradients and optimizer state, the latter divided over data parallel ranks."""
+    """Parameters, gradients and optimizer state, divided over data parallel ranks as far as they are sharded,"""
+    optimizer_nbytes: float
+    """of which the optimizer's."""
     written_bytes_per_second: float
     """To the drives, with the mix, averaged over steps."""
     life_days: float | None
@@ -100,6 +103,7 @@ def estimate(shape: Shape, gpu: Gpu, drives: Drives, mfu: float = 0.4) -> Estima
     inputs_rate = saved_inputs / (step * (1 + _RECOMPUTE_COST) / 2)
     wait = max(0.0, inputs_rate / drives.write_bandwidth - 1)
     rate = saved * share / step
+    optimizer_nbytes = _STATE_NBYTES * parameters / shape.tp / shape.pp / (1 if shape.sharding == "none" else shape.dp)
     return Estimate(
         parameters=parameters,
         layer_nbytes=block_nbytes,
@@ -118,11 +122,20 @@ def estimate(shape: Shape, gpu: Gpu, drives: Drives, mfu: float = 0.4) -> Estima
         inputs_bandwidth=inputs_rate,
         recompute_offload_nbytes=min(inputs * blocks * alive, _RESIDENT_BLOCKS * inputs) + block_nbytes,
         recompute_offload_cost=(1 + _RECOMPUTE_COST) * (1 + wait) - 1,
-        state_nbytes=parameters / shape.tp / shape.pp * (2 + _GRADIENT_NBYTES + _STATE_NBYTES / shape.dp),
+        state_nbytes=_weights_nbytes(shape, parameters / shape.tp / shape.pp) + optimizer_nbytes,
+        optimizer_nbytes=optimizer_nbytes,
         written_bytes_per_second=rate,
         life_days=drives.life_days(rate),
         price_per_day=drives.price_per_day(rate),
     )
+
+
+def _weights_nbytes(shape: Shape, parameters: float) -> float:
+    """Parameters and gradients of one GPU; where ranks share them, two blocks of parameters are gathered at a time."""
+    if shape.sharding != "full":
+        return (_PARAMETER_NBYTES + _GRADIENT_NBYTES) * parameters
+    gathered = _PARAMETER_NBYTES * parameters * min(1.0, _RESIDENT_BLOCKS / (shape.num_blocks / shape.pp))
+    return (_PARAMETER_NBYTES + _GRADIENT_NBYTES) * parameters / shape.dp + gathered
 
 
 def _mean_block(shape: Shape) -> tuple[float, float, float]:

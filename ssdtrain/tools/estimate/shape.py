@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 KINDS = ("gpt", "bert", "t5", "llama")
+SHARDINGS = ("none", "optimizer", "full")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Shape:
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    sharding: str = "optimizer"
+    """What data parallel ranks share: the optimizer's state, all state (FSDP, ZeRO-3), or nothing."""
     micro_batches: int = 1
     """Per step and pipeline."""
     is_sequence_parallel: bool = False
@@ -43,6 +46,8 @@ class Shape:
         """Checks."""
         if self.kind not in KINDS:
             raise ValueError(f"Expected a model among {', '.join(KINDS)}, got {self.kind!r}")
+        if self.sharding not in SHARDINGS:
+            raise ValueError(f"Expected sharding among {', '.join(SHARDINGS)}, got {self.sharding!r}")
         for name in "layers hidden heads sequence batch vocabulary tp pp dp micro_batches".split():
             if getattr(self, name) < 1:
                 raise ValueError(f"Expected {name} of at least 1, got {getattr(self, name)}")
