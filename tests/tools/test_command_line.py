@@ -40,8 +40,11 @@ def test_help_is_complete_at_80_columns(command: list[str]) -> None:
 
 
 def test_shells_complete() -> None:
-    result = run("--show-completion")
-    assert "no such option" not in result.output.lower()
+    """Also as `python -m ssdtrain`, of whose words no shell makes a function or a variable."""
+    asked = {"_SSDTRAIN_COMPLETE": "complete_bash", "COMP_WORDS": "ssdtrain d", "COMP_CWORD": "1"}
+    command = [sys.executable, "-m", "ssdtrain"]
+    completed = subprocess.run(command, capture_output=True, text=True, env=os.environ | asked)
+    assert completed.stdout.split() == ["demo", "doctor"], completed.stderr
 
 
 def test_former_names_of_options_are_understood_and_not_shown(tmp_path: Path) -> None:
@@ -64,6 +67,11 @@ def test_former_names_of_options_are_understood_and_not_shown(tmp_path: Path) ->
         (["plan", "--sequence", "0"], "--sequence"),
         (["plan", "--gpu", "400:much"], "400:48GB"),
         (["bench", ".", "--quick", "--size", "64MiB"], "--quick or --size"),
+        (["bench", ".", "--size", "lots"], "--size: Expected a size such as"),
+        (["bench", ".", "--total", "1MiB"], "Expected a size of at least 8.0 MiB for --total, got '1MiB'"),
+        (["demo", ".", "--memory-limit", "lots"], "--memory-limit: Expected a size such as"),
+        (["demo", ".", "--width", "33"], "Expected --width to be a multiple of --heads, got"),
+        (["demo", ".", "--policy", "mode=any"], "mode: Input should be 'auto' or 'all', got 'any'"),
         (["demo", ".", "--directory", "."], "DIRECTORY or --directory"),
         (["doctor", ""], "a directory, got ''"),
         (["bench", ""], "a directory, got ''"),

@@ -101,7 +101,7 @@ def test_a_directory_that_cannot_be_used_is_one_line_and_exit_code_2(tmp_path: P
     [
         (["--policy=min_nbyte=1MiB"], "Did you mean 'min_nbytes'"),
         (["--policy=mode"], "FIELD=VALUE"),
-        (["--width=65"], "Try width"),
+        (["--width=65"], "Try --width"),
         (["--memory-limit=much"], "Expected a size"),
     ],
 )

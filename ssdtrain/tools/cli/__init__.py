@@ -50,4 +50,4 @@ def main() -> None:
     """Entry point of the installed command and of `python -m ssdtrain`."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may have bytes that are no text, as on stderr
-    app()
+    app(prog_name="ssdtrain")  # of `python -m ssdtrain` too: completion makes names of it

@@ -13,15 +13,15 @@ from rich.table import Table
 
 from ssdtrain.io.files.directories import check_directories
 from ssdtrain.io.files.paths import absolute_directories
-from ssdtrain.policy import parse_nbytes
 from ssdtrain.stats import nbytes_text
 from ssdtrain.tools.bench import Advice, Options, Report, Row, advise, bench_drive
 from ssdtrain.tools.cli.exit_codes import end, one_line
-from ssdtrain.tools.cli.names import not_with
+from ssdtrain.tools.cli.names import nbytes_of, not_with
 from ssdtrain.tools.cli.screen import show
 
 _QUICK = Options(64 << 20, 1 << 30, 1.0, (1 << 20, 4 << 20), (1, 8), 3)
 _PIN_NBYTES = 256 << 20
+_LEAST = 8 << 20  # of a file and of what is written
 _MOST_SHARE = 1.1  # what passes that are taken in turn may differ by
 _NOISE = (
     "noise: the drive was slower while its ceiling was measured, beside and in turn, than while ssdtrain used it."
@@ -46,7 +46,11 @@ def bench(
     """
     try:
         not_with(ctx, "quick", ["size", "total", "seconds"])
-        options = _QUICK if quick else Options(_nbytes("--size", size), _nbytes("--total", total), seconds)
+        options = (
+            _QUICK
+            if quick
+            else Options(nbytes_of("--size", size, _LEAST), nbytes_of("--total", total, _LEAST), seconds)
+        )
         (path,) = absolute_directories(directory)
         warnings = check_directories([path])
     except (ValueError, OSError) as error:
@@ -64,13 +68,6 @@ def bench(
         print(json.dumps(asdict(report) | asdict(advice) | speeds))
     else:
         _print(report, advice, copies, warnings)
-
-
-def _nbytes(option: str, text: str) -> int:
-    nbytes = parse_nbytes(text)
-    if not isinstance(nbytes, int) or nbytes < 8 << 20:
-        raise ValueError(f"Expected {option} of at least 8MiB, got {text!r}")
-    return nbytes
 
 
 def _measure(directory: str, options: Options) -> Report:

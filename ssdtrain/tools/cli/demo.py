@@ -12,14 +12,16 @@ import typer
 
 from ssdtrain.io.files.directories import check_directories
 from ssdtrain.io.files.paths import absolute_path
-from ssdtrain.policy import ActivationPolicy, parse_nbytes
+from ssdtrain.policy import ActivationPolicy
 from ssdtrain.tools.cli.exit_codes import end, one_line
+from ssdtrain.tools.cli.names import in_options, nbytes_of
 from ssdtrain.tools.demo.compare import Comparison, LimitError, compare
 from ssdtrain.tools.demo.process import WorkerError
 from ssdtrain.tools.demo.report import ProgressLines, print_json, print_table
 from ssdtrain.tools.demo.settings import DEFAULT_POLICY, DemoSettings
 
 _FIELDS = ", ".join(ActivationPolicy.model_fields)
+_OPTIONS = {"width": "--width", "heads": "--heads"}
 _POLICY_HELP = f"One field of the policy, as FIELD=VALUE; repeatable. Fields: {_FIELDS}."
 _LIMIT_HELP = (
     "Cap on the private memory each run may add for training, such as 1GiB; `auto` measures both runs first "
@@ -68,7 +70,7 @@ def demo(
         limit = _parse_limit(memory_limit)
         warnings = check_directories([settings.directory])
     except (ValueError, OSError) as error:
-        _end(2, one_line(error))
+        _end(2, in_options(one_line(error), _OPTIONS))
     comparison = _run(settings, limit, warnings)
     print_table(comparison)
     if json_line:
@@ -116,10 +118,7 @@ def _parse_limit(text: str | None) -> int | Literal["auto"] | None:
         return None
     if text == "auto":
         return "auto"
-    nbytes = parse_nbytes(text)
-    if not isinstance(nbytes, int) or nbytes < 1:
-        raise ValueError(f"Expected --memory-limit to be `auto` or a size such as 1GiB, got {text!r}.")
-    return nbytes
+    return nbytes_of("--memory-limit", text)
 
 
 def _directory(argument: str | None, option: str | None) -> str:

@@ -9,6 +9,9 @@ from types import MappingProxyType
 import typer
 from typer.core import TyperCommand
 
+from ssdtrain.policy import parse_nbytes
+from ssdtrain.stats import nbytes_text
+
 _FORMER = MappingProxyType(
     {
         "plan": {"--hidden": "--width", "--seq": "--sequence", "--trace": "--record"},
@@ -55,6 +58,21 @@ def not_with(ctx: typer.Context, other: str, names: Sequence[str]) -> None:
     both = given(ctx, names)
     if both and given(ctx, [other]):
         raise ValueError(f"Expected --{other.replace('_', '-')} or {both[0]}, got both: the first one decides it")
+
+
+def nbytes_of(option: str, text: str, at_least: int = 1) -> int:
+    """The size that an option was given.
+
+    Raises:
+        ValueError: it is none, or less.
+    """
+    try:
+        nbytes = parse_nbytes(text)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
+    if not isinstance(nbytes, int) or nbytes < at_least:
+        raise ValueError(f"Expected a size of at least {nbytes_text(at_least)} for {option}, got {text!r}")
+    return nbytes
 
 
 def in_options(message: str, options: Mapping[str, str]) -> str:
