@@ -296,9 +296,8 @@ PySpillFile open_spill_file(const py::object& directory, std::optional<uint64_t>
     delete file;
   };
   GilReleased released;  // the probe writes a block
-  return PySpillFile(
-      std::shared_ptr<SpillFile>(new SpillFile(path, cap_nbytes, user), destroy),
-      "a spill file");
+  return PySpillFile(std::shared_ptr<SpillFile>(new SpillFile(path, cap_nbytes, user), destroy),
+                     "a spill file");
 }
 
 void bind_spill_file(py::module_& module) {
@@ -325,7 +324,8 @@ void bind_spill_file(py::module_& module) {
              GilReleased released;
              target->close();
            })
-      .def_property_readonly("directory", [](const PySpillFile& f) { return text_of(f->directory()); })
+      .def_property_readonly("directory",
+                             [](const PySpillFile& f) { return text_of(f->directory()); })
       .def_property_readonly("fd", [](const PySpillFile& f) { return f->fd(); })
       .def_property_readonly("user", [](const PySpillFile& f) { return f->user(); })
       .def_property_readonly("block_nbytes",
@@ -524,8 +524,8 @@ void bind_engine_methods(py::class_<PyEngine>& engine) {
           "wait_event",
           [](const PyEngine& engine, uint64_t num_events, std::optional<double> timeout_seconds) {
             Engine* target = engine.get().get();
-            return wait_interruptibly(
-                timeout_seconds, [&](Seconds t) { return target->wait_event(num_events, t); });
+            return wait_interruptibly(timeout_seconds,
+                                      [&](Seconds t) { return target->wait_event(num_events, t); });
           },
           py::arg("num_events"), py::arg("timeout_seconds") = py::none())
       .def(

@@ -128,8 +128,9 @@ DirectIo direct_io_of(int fd) {
     result.is_direct = statx.dio_offset_alignment != 0;
     result.block_nbytes = std::max<size_t>(512, statx.dio_offset_alignment);
     result.memory_alignment = std::max<size_t>(1, statx.dio_memory_alignment);
-    result.reason = result.is_direct ? "direct: alignment from statx"
-                                     : "buffered: the file system reports no direct I/O for this file";
+    result.reason = result.is_direct
+                        ? "direct: alignment from statx"
+                        : "buffered: the file system reports no direct I/O for this file";
     return result;
   }
   result.is_direct = true;

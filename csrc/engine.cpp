@@ -164,8 +164,8 @@ std::string Engine::grow_host(size_t nbytes) {
   }
   size_t limit = host ? host->limit_nbytes() : 0;
   if (nbytes > limit) {
-    throw std::invalid_argument("Expected at most " + number(limit) +
-                                " bytes of host tier, got " + number(nbytes));
+    throw std::invalid_argument("Expected at most " + number(limit) + " bytes of host tier, got " +
+                                number(nbytes));
   }
   return host->grow(nbytes);
 }
@@ -362,8 +362,7 @@ std::shared_ptr<FileRequest> Engine::transfer(const NamedFile& file, IoOp::Kind 
   std::shared_ptr<const OpenFile> buffered = file.buffered(), direct = file.direct();
   size_t unit = file.unit_nbytes();
   size_t step = options_.slab_nbytes;
-  std::vector<FilePart> parts =
-      parts_of(offset, nbytes, step, unit, direct && step % unit == 0);
+  std::vector<FilePart> parts = parts_of(offset, nbytes, step, unit, direct && step % unit == 0);
   std::shared_ptr<FileRequest> request =
       std::make_shared<FileRequest>(monitor_, is_write, offset, parts.size());
   {
@@ -373,10 +372,10 @@ std::shared_ptr<FileRequest> Engine::transfer(const NamedFile& file, IoOp::Kind 
     for (const FilePart& part : parts) {
       char* own = address + (part.offset - offset);
       bool is_aligned = reinterpret_cast<uintptr_t>(own) % file.io().memory_alignment == 0;
-      scheduler_->enqueue(std::make_unique<FileTransfer>(
-          kind, part.is_direct ? direct : buffered, request,
-          FileTransfer::Range{own, part.nbytes, part.offset},
-          part.is_direct && !is_aligned ? pool_ : nullptr));
+      scheduler_->enqueue(
+          std::make_unique<FileTransfer>(kind, part.is_direct ? direct : buffered, request,
+                                         FileTransfer::Range{own, part.nbytes, part.offset},
+                                         part.is_direct && !is_aligned ? pool_ : nullptr));
     }
   }
   scheduler_->start();

@@ -30,7 +30,7 @@ namespace ssdtrain {
 
 struct EngineOptions {
   std::string kind = "threads";  // "io_uring" or "threads"
-  size_t staging_nbytes = 0;  // limit; and how much of it is used until grow_staging(): 0 is all
+  size_t staging_nbytes = 0;     // limit; and how much of it is used until grow_staging(): 0 is all
   size_t first_staging_nbytes = 0;
   size_t slab_nbytes = 0;
   bool has_checksum = false;

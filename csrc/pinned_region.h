@@ -15,8 +15,7 @@ namespace ssdtrain {
 // unpinned before it is unmapped. Thread-safe.
 class PinnedRegion {
  public:
-  explicit PinnedRegion(size_t limit_nbytes,
-                        MappedRegion::Kind kind = MappedRegion::Kind::kMemory)
+  explicit PinnedRegion(size_t limit_nbytes, MappedRegion::Kind kind = MappedRegion::Kind::kMemory)
       : region_(limit_nbytes, kind) {}
   PinnedRegion(const PinnedRegion&) = delete;
   PinnedRegion& operator=(const PinnedRegion&) = delete;

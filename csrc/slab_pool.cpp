@@ -31,7 +31,8 @@ SlabPool::SlabPool(size_t num_slabs, size_t num_usable, size_t slab_nbytes,
 
 void SlabPool::add_slabs(size_t num_usable) {
   std::vector<char*> fresh;
-  for (size_t i = num_usable; i > num_usable_; --i) fresh.push_back(data() + (i - 1) * slab_nbytes_);
+  for (size_t i = num_usable; i > num_usable_; --i)
+    fresh.push_back(data() + (i - 1) * slab_nbytes_);
   free_.insert(free_.begin(), fresh.begin(), fresh.end());  // used when all others are
   num_usable_ = std::max(num_usable_, num_usable);
   if (has_drivers_) num_reserved_ = num_usable_ / kReadShare;

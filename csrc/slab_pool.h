@@ -45,8 +45,8 @@ class SlabPool : public std::enable_shared_from_this<SlabPool> {
  public:
   enum class For { kWrite, kRead };
 
-  // `available` is rung when a slab returns after a lease was refused. `num_usable`: of `num_slabs`,
-  // until grow().
+  // `available` is rung when a slab returns after a lease was refused. `num_usable`: of
+  // `num_slabs`, until grow().
   SlabPool(size_t num_slabs, size_t num_usable, size_t slab_nbytes,
            std::shared_ptr<Doorbell> available);
 
@@ -73,7 +73,7 @@ class SlabPool : public std::enable_shared_from_this<SlabPool> {
   PinnedRegion region_;
   mutable std::mutex mutex_;
   std::vector<std::shared_ptr<Doorbell>> available_;
-  std::vector<char*> free_;  // last in, first out: the slab used last is still in the cache
+  std::vector<char*> free_;   // last in, first out: the slab used last is still in the cache
   std::mutex growing_mutex_;  // taken before mutex_
   bool has_drivers_ = false;
   size_t num_usable_ = 0;

@@ -21,7 +21,7 @@ namespace {
 
 constexpr size_t kMaxBufferNbytes = size_t{1} << 30;  // the kernel's limit for one buffer
 constexpr size_t kMaxBuffers = 1024;
-constexpr uint64_t kWakeup = 0;                       // no context has this address
+constexpr uint64_t kWakeup = 0;  // no context has this address
 constexpr useconds_t kBackOffMicroseconds = 1000;
 
 size_t registered_nbytes(const StagingSpan& staging) {
@@ -65,8 +65,7 @@ UringBackend::UringBackend(size_t depth, StagingSpan staging, const ProbeFile& p
   auto opened = std::make_shared<std::promise<void>>();
   std::future<void> outcome = opened->get_future();
   // The ring belongs to the thread that creates it.
-  threads_.spawn("ssdtrain-ring",
-                 [this, probe, opened] { run(probe, *opened); });
+  threads_.spawn("ssdtrain-ring", [this, probe, opened] { run(probe, *opened); });
   try {
     outcome.get();
   } catch (...) {

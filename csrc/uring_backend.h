@@ -34,8 +34,8 @@ struct ProbeFile {
 // when other threads have operations for it. Destroying it needs nothing in flight.
 class UringBackend : public IoBackend {
  public:
-  // Writes and reads the first block of `probe`; throws PosixError when the ring cannot be set up or
-  // the block does not come back.
+  // Writes and reads the first block of `probe`; throws PosixError when the ring cannot be set up
+  // or the block does not come back.
   UringBackend(size_t depth, StagingSpan staging, const ProbeFile& probe, OnComplete on_complete);
   ~UringBackend() override;
 
