@@ -83,7 +83,7 @@ def on_activations(counters: Counters, policy: ActivationPolicy, training: Train
     says = f"{_amount(moved, moved + left_nbytes)} was offloaded {when}: autograd saved {counters.num_saved} tensors, "
     if not left:
         return f"{says}{_why_none_was_left(counters)}: there is nothing to gain, leave ssdtrain out"
-    if counters.is_declining:
+    if counters.is_declining and counters.pays_at_nbytes:  # else there was not even one that could move
         if not training.is_over or counters.plan:
             return None  # not known yet, or it was said
         return (

@@ -2,8 +2,8 @@
 
 Fresh data: `ssdtrain demo --json | tail -1 > recipes/benchmarks/results/demo.json`, and
 `python recipes/benchmarks/compare.py DIR | tail -1 > recipes/benchmarks/results/compare.json`, the same for `curve`,
-`memory_cap`, `state_cap`, `state_compare`, `throttle` and `throttle_large`; what `gpu.py` left in the results of
-`gpu.sh` (`host-*.json`, `drive-*.json`) goes to `results/gpu/`; then run this file.
+`memory_cap`, `resident`, `state_cap`, `state_compare`, `throttle` and `throttle_large`; what `gpu.py` left in the
+results of `gpu.sh` (`host-*.json`, `drive-*.json`) goes to `results/gpu/`; then run this file.
 """
 
 from __future__ import annotations
@@ -174,6 +174,31 @@ def throttle_table(result: dict[str, Any]) -> str:
     return "\n".join(rows) + "\n"
 
 
+def resident_table(result: dict[str, Any]) -> str:
+    """The largest resident size of whole processes over sizes, as Markdown."""
+    size = result["arguments"]
+    rows = [
+        f"The whole process on the CPU, PyTorch and all code included (`recipes/benchmarks/resident.py`; GPTs of width"
+        f" {size['width']}, sequence {size['sequence']}, {size['threads']} threads of a machine with"
+        f" {result['machine']['cores']} cores, {size['steps']} steps; largest resident size; estimated: what the run"
+        f" with ssdtrain says the process would have taken without it):",
+        "",
+        '| saved | plain | ssdtrain | estimated without | step | `trim_memory="always"` | estimated without | step'
+        " | equal to the bit |",
+        "|---" * 9 + "|",
+    ]
+    for row in result["rows"]:
+        plain, ours, trimmed = (row["methods"][name] for name in ("plain", "ssdtrain", "trimmed"))
+        cells = [f"{ours['saved_nbytes'] / MIB:,.0f} MiB", f"{plain['resident_nbytes'] / MIB:,.0f}"]
+        for method in (ours, trimmed):
+            error = method["estimated_nbytes"] / plain["resident_nbytes"] - 1
+            cells.append(f"{method['resident_nbytes'] / MIB:,.0f}")
+            cells.append(f"{method['estimated_nbytes'] / MIB:,.0f} ({error:+.0%})")
+            cells.append(f"x {method['step_seconds'] / plain['step_seconds']:.2f}")
+        rows.append(f"| {' | '.join(cells)} | {'yes' if row['is_equal'] else 'NO'} |")
+    return "\n".join(rows) + "\n"
+
+
 def _ratio(row: dict[str, Any]) -> str:
     low, high = row["ratio_quartiles"]
     return f"x {row['ratio']:.2f}, {low:.2f} to {high:.2f}"
@@ -186,6 +211,7 @@ TABLES = {
     "curve": curve_table,
     "memory_cap": memory_cap_table,
     "state_cap": state_cap_table,
+    "resident": resident_table,
     "throttle": throttle_table,
     "throttle_large": throttle_table,
 }

@@ -10,7 +10,8 @@ meanwhile. A bound that was set stays, and none grows under a memory budget, whi
 What moving takes (staging, what comes back early, what the C library keeps of freed memory) does not pay where little
 is saved. In the first step nobody knows how much that will be: what is saved is put off until a little more is alive
 than the buffers are large, then it moves. When a step is over it is known: below what pays, nothing moves from then on,
-until more is alive at once.
+until more is alive at once. Where memory is short (a limit of the process, a container, a full machine) little pays
+too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 from typing import cast
 
 from ssdtrain.devices.base import Accelerator
+from ssdtrain.devices.spare_memory import spare_nbytes
 from ssdtrain.io.drive import Drive
 from ssdtrain.planner import Buffers
 from ssdtrain.policy import ActivationPolicy
@@ -26,6 +28,13 @@ from ssdtrain.store.record import SavedRecord
 
 _NUM_RECORDS = 2
 _FREE_SHARE = 8
+_SPARE_TIMES = 4
+_FIRST_STEPS, _ASK_EVERY = 4, 64  # after which it is asked what memory there is: that takes a millisecond
+
+
+def _is_short(nbytes: int) -> bool:
+    """Whether the host has no memory for a few times so much."""
+    return spare_nbytes() < _SPARE_TIMES * nbytes
 
 
 class Limits:
@@ -37,8 +46,9 @@ class Limits:
         self._buffers = buffers
         self.is_staging_short = False
         """Whether `grow_staging` is to be called."""
-        self._may_decline = policy.may_decline
-        counters.is_declining = policy.may_decline  # see [Note: declining]
+        least = buffers.begins_at_nbytes(is_on_host=True)
+        self._may_decline = policy.may_decline and not _is_short(least)
+        counters.is_declining = self._may_decline  # see [Note: declining]
         self._counters = counters
         names = ("staging_nbytes", "prefetch_nbytes") if policy.memory_budget is None else ()
         self._may_grow = [name not in policy.model_fields_set for name in names] or [False, False]
@@ -67,6 +77,8 @@ class Limits:
         """It is known by now how much a step saves; whether that is too little for moving to pay."""
         counters, saved = self._counters, self._buffers.saved_nbytes
         self._may_decline = self._may_decline and saved < counters.pays_at_nbytes
+        if self._may_decline and (counters.num_steps < _FIRST_STEPS or counters.num_steps % _ASK_EVERY == 0):
+            self._may_decline = not _is_short(saved)
         counters.is_declining = self._may_decline and saved > 0
         return counters.is_declining
 

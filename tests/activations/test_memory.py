@@ -129,6 +129,15 @@ def test_where_little_is_saved_nothing_moves_and_one_line_says_so(tmp_path: Path
     assert len(stats.fallbacks) == 1 and says.format(stats.without_nbytes / MIB) in stats.fallbacks[0]
 
 
+def test_where_all_are_small_that_is_what_is_said(tmp_path: Path) -> None:
+    """It is `min_nbytes` that has them stay, not that there are few."""
+    with ssdtrain.offload_activations(tmp_path) as offload:
+        nn.Sequential(*blocks(4))(torch.randn(16, 64)).square().sum().backward()
+    offload.close()
+    (text,) = offload.stats.fallbacks
+    assert "smaller than min_nbytes" in text and "begins to pay" not in text
+
+
 @pytest.mark.parametrize("fields", [{"mode": "all"}, {"memory_budget": "32KiB"}, {"decline_below_nbytes": 0}], ids=str)
 def test_who_asks_for_it_has_little_move_too(tmp_path: Path, fields: dict[str, Any]) -> None:
     layers = nn.Sequential(*blocks(4))

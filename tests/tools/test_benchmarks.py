@@ -129,7 +129,7 @@ def test_gpu_script_is_well_formed() -> None:
 
 def test_readme_shows_the_recorded_results(tmp_path: Path) -> None:
     """Tables and pictures of README and docs are made from the data, not by hand."""
-    names = "demo compare curve memory_cap state_cap state_compare throttle throttle_large".split()
+    names = "demo compare curve memory_cap resident state_cap state_compare throttle throttle_large".split()
     results = [f"recipes/benchmarks/results/{name}.json" for name in names]
     scripts = [f"recipes/benchmarks/{name}.py" for name in ("tables", "gpu_tables", "picture", "state_figures")]
     pages = ["README.md", "docs/explanation/benchmarks.md", "docs/explanation/on-a-gpu.md"]
@@ -140,6 +140,19 @@ def test_readme_shows_the_recorded_results(tmp_path: Path) -> None:
     pictures = [f"docs/explanation/{name}.svg" for name in ("compare", "curve")]
     for name in (*pages, *pictures):
         assert (tmp_path / name).read_text() == (ROOT / name).read_text(), name
+
+
+def test_resident(tmp_path: Path) -> None:
+    """Whole processes, hence in processes of their own."""
+    size = "--sizes 1 --steps 2 --width 32 --sequence 32 --threads 1".split()
+    script = BENCHMARKS / "resident.py"
+    ran = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), *size], check=True, capture_output=True, text=True
+    )
+    (row,) = json.loads(ran.stdout.splitlines()[-1])["rows"]
+    plain, ours, trimmed = (row["methods"][name] for name in ("plain", "ssdtrain", "trimmed"))
+    assert row["is_equal"] and min(m["resident_nbytes"] for m in (plain, ours, trimmed)) > 64 << 20
+    assert ours["saved_nbytes"] > 0 and ours["estimated_nbytes"] >= ours["resident_nbytes"]
 
 
 def test_compare(forks: Forks, tmp_path: Path) -> None:
