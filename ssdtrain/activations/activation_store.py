@@ -85,8 +85,8 @@ class ActivationStore:
         if store is None and self._is_resting:
             if self.counters.is_declining:
                 return None
-            self._is_resting = False
             self._open_again(self.open)
+            self._is_resting = False  # last: other threads wait for it
             store = self.source.store
         if store is None:
             if self._why_closed:
@@ -131,6 +131,7 @@ class ActivationStore:
         """Ends the engine and frees slabs and spill files. Records whose bytes were only there are lost."""
         self._why_closed = "closed inside its context: nothing that is saved in it from here on moves"
         with self.lock.mutex, self.lock:
+            self._is_resting = False
             self._close()
         self.process_releases()
         self.source.close()

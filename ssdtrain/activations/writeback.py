@@ -117,6 +117,8 @@ class Writeback:
         self._last.extend([record for record in records if may_leave(record)])
         while len(self._last) > self._num_last:
             record = self._last.popleft()
+            if is_resized(record):
+                continue
             if may_leave(record):
                 out.append(record)
             else:
@@ -161,6 +163,8 @@ class Writeback:
         for record in [*self._planned_to_stay, *used]:
             if nbytes <= 0:
                 break
+            if not record.epoch and is_resized(record):
+                continue
             if record.residency is Residency.DEVICE and (record.is_unpacked or record in self._planned_to_stay):
                 record.is_wanted = False
                 wait = self.try_submit([record], is_planned=False)
@@ -174,7 +178,7 @@ class Writeback:
 
     def _take_batch(self) -> Batch:
         batch, self._batch, self.gathered_nbytes = self._batch, [], 0
-        return [record for record in batch if may_leave(record)]
+        return [record for record in batch if may_leave(record) and not is_resized(record)]
 
     def try_submit(self, batch: Batch, *, is_planned: bool) -> Wait | None:
         """Submits or keeps a batch; or returns what to wait for before trying again."""

@@ -93,6 +93,11 @@ class Record:
         return bool(self.segments) or self.storage is not None
 
     @property
+    def offset(self) -> int:
+        """Where its bytes begin in the memory that holds them."""
+        return self.start
+
+    @property
     def is_copied(self) -> bool:
         """Whether the memory it was written from may be changed."""
         return self.storage is None and all([segment.write.is_copied for segment in self.segments])
@@ -176,6 +181,11 @@ class SavedRecord(Record):
         self.is_unpacked = False  # backward has asked for it,
         self.task = -1  # last in this graph task
         self.is_prefetched = False
+
+    @property
+    def offset(self) -> int:
+        """Where its bytes begin in the memory that holds them: the source, or what a reload brought."""
+        return 0 if self.epoch else self.start
 
     @property
     def name(self) -> str:

@@ -115,7 +115,7 @@ class TensorStore:
     def _write_alone(
         self, record: Record, source: torch.UntypedStorage, extents: list[Extent], point: tuple[int, Fence | None]
     ) -> None:
-        begin, start, segments = source.data_ptr() + record.start, 0, []
+        begin, start, segments = source.data_ptr() + record.offset, 0, []
         for extent in extents:
             piece = (begin + start, min(extent.nbytes, record.nbytes - start), 0)
             write = self.pending.write(PendingWrite(extent, [record], [source], *point), [piece])
@@ -126,7 +126,7 @@ class TensorStore:
     def _write_together(self, pending: PendingWrite, sizes: list[int]) -> None:
         pieces, start = list[Piece](), 0
         for record, source, size in zip(pending.records, pending.sources, sizes, strict=True):
-            pieces.append((source.data_ptr() + record.start, record.nbytes, start))
+            pieces.append((source.data_ptr() + record.offset, record.nbytes, start))
             start += size
         write, extent = self.pending.write(pending, pieces), pending.extent
         is_in_host = extent.file == self._host_file

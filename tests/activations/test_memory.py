@@ -210,3 +210,30 @@ def test_what_was_put_off_is_let_go_with_its_graph(make_offload: MakeOffload) ->
     assert offload.stats.num_offloaded < 9
     del first, more
     assert not inside.put_off(offload)
+
+
+def test_what_is_freed_while_it_waits_for_company_does_not_set_out(tmp_path: Path) -> None:
+    weight = torch.ones(64 * KIB, requires_grad=True)
+    with ssdtrain.offload_activations(tmp_path, {"min_nbytes": KIB, "mode": "all"}):
+        inputs = [torch.ones(64 * KIB) for _ in range(28)]
+        losses = [(weight * x).sum() for x in inputs[:8]]
+        for x in inputs[:6]:
+            x.untyped_storage().resize_(0)
+        losses += [(weight * x).sum() for x in inputs[8:]]
+        for x in inputs[:6]:
+            x.untyped_storage().resize_(4 * 64 * KIB)
+            x.data.fill_(1.0)
+        sum(losses).backward()
+    assert weight.grad is not None and torch.equal(weight.grad, torch.full((64 * KIB,), 28.0))
+
+
+def test_what_rests_stays_closed_after_close(tmp_path: Path) -> None:
+    layers = nn.Sequential(*blocks(16))
+    policy = {"min_nbytes": 32 * KIB, "staging_nbytes": MIB, "prefetch_nbytes": MIB}
+    with ssdtrain.offload_activations(tmp_path, policy) as offload:
+        offload.close()
+        for rows in (512, 4096):
+            layers(torch.randn(rows, 64)).square().sum().backward()
+        assert inside.transport(offload) is None
+    assert offload.stats.num_offloaded == 0
+    assert any(text.startswith("closed inside its context") for text in offload.stats.fallbacks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import budget_programs
@@ -11,6 +12,8 @@ from doses import dose
 from torch import nn
 
 import ssdtrain
+
+KIB = 1 << 10
 
 
 @pytest.mark.parametrize("first", range(0, dose(20, 500), 10))
@@ -37,3 +40,45 @@ def test_staging_takes_an_eighth_of_a_budget_unless_it_is_set(tmp_path: Path) ->
         assert offload.stats.staging_limit_nbytes == 2 << 20
     with ssdtrain.offload_activations(tmp_path, memory_budget="16MiB", staging_nbytes="4MiB") as offload:
         assert offload.stats.staging_limit_nbytes == 4 << 20
+
+
+def test_what_an_earlier_backward_used_comes_back_with_its_own_bytes(tmp_path: Path) -> None:
+    """A part of a larger tensor that two losses need: after the first it is in memory of its own, and leaves again."""
+
+    def grads(context: AbstractContextManager[object]) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        first, second, third = [torch.ones(1, 64 * KIB, requires_grad=True) for _ in range(3)]
+        with context:
+            parts = [torch.randn(16, 64 * KIB)[12:13] for _ in range(6)]
+            losses = [((first * part).sum(), (second * part).sum()) for part in parts]
+            del parts
+            for loss, _ in losses:
+                loss.backward()
+            more = [(third * torch.randn(1, 64 * KIB)).sum() for _ in range(12)]
+            for _, loss in losses:
+                loss.backward()
+            sum(more).backward()
+        return [t.grad.clone() for t in (first, second, third) if t.grad is not None]
+
+    expected = grads(nullcontext())
+    offload = ssdtrain.offload_activations(tmp_path, memory_budget="1600KiB", min_nbytes=KIB)
+    assert all(map(torch.equal, grads(offload), expected))
+    assert offload.stats.num_offloaded > 6 + 12, "some left a second time"
+
+
+def test_what_is_freed_behind_autograds_back_does_not_leave_for_a_budget(tmp_path: Path) -> None:
+    """Its owner refills it before backward; until then there are no bytes to copy."""
+    weight, large = torch.ones(64 * KIB, requires_grad=True), torch.ones(28 * 64 * KIB, requires_grad=True)
+    with ssdtrain.offload_activations(tmp_path, memory_budget="8MiB", min_nbytes=KIB, staging_nbytes="256KiB") as o:
+        for step in range(6):
+            inputs = [torch.ones(64 * KIB) for _ in range(8)]
+            losses = [(weight * x).sum() for x in inputs]
+            if step == 5:
+                assert o.plan is not None and "everything fits" in o.plan.statement
+                storage = inputs[0].untyped_storage()
+                storage.resize_(0)
+                losses.append((large * torch.ones(28 * 64 * KIB)).sum())
+                storage.resize_(4 * 64 * KIB)
+                inputs[0].data.fill_(1.0)
+            sum(losses).backward()
+    assert weight.grad is not None and torch.equal(weight.grad, torch.full((64 * KIB,), 48.0))
