@@ -71,6 +71,7 @@ class ActivationStore:
         self._why_closed = ""  # to be said when more is saved
         self._is_inherited = False  # by a forked child that has saved nothing yet
         self._is_resting = False  # closed, while nothing moves
+        self._has_declined = False  # and said so
         self._to_release: deque[tuple[SavedRecord, int]] = deque()
         _leave_to_parent_in_child(self)
 
@@ -78,15 +79,12 @@ class ActivationStore:
 
     def why_not(self, device: Device) -> str | None:
         """Why no engine would move tensors of `device` now, or None. Opens one in a forked child that saves."""
-        if self._is_inherited:
-            self._is_inherited = False
-            self._open_again(self.open)
         store = self.source.store
-        if store is None and self._is_resting:
+        if store is None and (self._is_resting or self._is_inherited):
             if self.counters.is_declining:
                 return None
             self._open_again(self.open)
-            self._is_resting = False  # last: other threads wait for it
+            self._is_resting = self._is_inherited = False  # last: other threads wait for it
             store = self.source.store
         if store is None:
             if self._why_closed:
@@ -221,10 +219,11 @@ class ActivationStore:
         """A step was reviewed. Where moving does not pay there is no need for an engine, nor for its slabs."""
         if not self._limits.note_step_over():
             return
-        is_news = not self.counters.plan
         self.counters.plan = f"declined: {why_declined(self.counters)}"
-        if is_news:
+        if not self._has_declined:
+            self._has_declined = True
             self.note_fallback(f"{self.counters.plan}; policy decline_below_nbytes=0 has them move anyway")
+        if self.source.store is not None:
             self.rest_while_declining()
 
     def rest_while_declining(self) -> None:
@@ -235,8 +234,10 @@ class ActivationStore:
             if store is None or not self.counters.is_declining or self.source.is_shared:
                 return
             if store.is_idle and not store.pending.has_accelerators:
-                self._is_resting = True
+                put_off, self._is_resting = self.writeback.put_off_records.copy(), True
                 self._close()
+                self.writeback.put_off_records.update(put_off)  # what this step has saved by now
+                self.counters.staging_nbytes = 0
 
     # -- records come and go ---------------------------------------------------------------------------------------
 

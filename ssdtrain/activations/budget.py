@@ -50,12 +50,16 @@ class Budget:
 
     def _free(self, nbytes: int, record: SavedRecord) -> None:
         store = self._store
+        if self._used(record.device) + nbytes <= self._nbytes:
+            return
+        used: list[SavedRecord] | None = None
         while self._used(record.device) + nbytes > self._nbytes:
             with store.lock.mutex, store.lock:
                 store.settle()
                 store.reloads.drop_expired()
                 excess = self._used(record.device) + nbytes - self._nbytes
-                wait = self._send(excess) if excess > 0 else None
+                used = self._used_before() if used is None else used
+                wait = self._send(excess, used) if excess > 0 else None
                 is_helpless = excess > 0 and wait is None and not store.reloads.drop_prefetched(excess)
             if is_helpless:
                 break
@@ -66,7 +70,7 @@ class Budget:
     def _used(self, device: Device) -> int:
         return self._store.counters.committed_nbytes(is_on_host=device.driver is None)
 
-    def _send(self, excess: int) -> Wait | None:
+    def _send(self, excess: int, used: list[SavedRecord]) -> Wait | None:
         """Sends what can be sent; what to wait for to have `excess` bytes less, or None when nothing is under way."""
         store = self._store.source.store
         writeback = self._store.writeback
@@ -74,7 +78,9 @@ class Budget:
             return None
         wait = writeback.send_gathered()
         if wait is None and not store.pending.writes:
-            wait = writeback.send_kept(excess, self._used_before())
+            wait = writeback.send_kept(excess, used)
+            if wait is None:
+                used.clear()  # once: what cannot be copied comes back
         if wait is not None:
             return wait
         if not store.pending.writes:

@@ -80,5 +80,8 @@ def _trim_of_libc() -> Callable[[], None] | None:
 
 
 def _resident_nbytes() -> int:
-    with open("/proc/self/statm", "rb") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # it is not mounted, or too many files are open: nothing is learned
+        return 0
