@@ -181,7 +181,8 @@ def resident_table(result: dict[str, Any]) -> str:
         f"The whole process on the CPU, PyTorch and all code included (`recipes/benchmarks/resident.py`; GPTs of width"
         f" {size['width']}, sequence {size['sequence']}, {size['threads']} threads of a machine with"
         f" {result['machine']['cores']} cores, {size['steps']} steps; largest resident size; estimated: what the run"
-        f" with ssdtrain says the process would have taken without it):",
+        f" with ssdtrain says the process would have taken without it; a few steps in processes of their own, so times"
+        f" and what the default keeps scatter):",
         "",
         '| saved | plain | ssdtrain | estimated without | step | `trim_memory="always"` | estimated without | step'
         " | equal to the bit |",

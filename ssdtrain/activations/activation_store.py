@@ -294,7 +294,7 @@ class ActivationStore:
             return
         if record.storage is not None or record.residency & (Residency.RELOADING | Residency.SHARED):
             self.counters.hold(-record.nbytes)
-            if record.device.driver is None:
+            if record.device.driver is None and not self.counters.is_declining:
                 self.source.heap.note(record.nbytes, self.source.buffers.saved_nbytes)
         self.reloads.release(record)
         if self.writeback.has_reserve:

@@ -64,7 +64,9 @@ def spans_of(profiler: profile, path: Path) -> list[tuple[str, str]]:
 
 
 def offload_of(model: torch.nn.Module, folder: Path) -> ssdtrain.ActivationOffload:
-    return ssdtrain.offload_activations(folder, {"min_nbytes": 0, "mode": "all", "prefetch_nbytes": 0}, model)
+    """Little staging: however slow the drive, most is there when backward begins, and has to be reloaded."""
+    policy = {"min_nbytes": 0, "mode": "all", "prefetch_nbytes": 0, "staging_nbytes": "1MiB"}
+    return ssdtrain.offload_activations(folder, policy, model)
 
 
 def test_modules_have_spans_in_forward_and_in_backward(tmp_path: Path) -> None:
