@@ -76,9 +76,10 @@ class Reloads:
         counters, nbytes = self._counters, record.nbytes
         ahead, most = counters.prefetched_nbytes, counters.prefetch_limit_nbytes
         most = min(most, self._source.buffers.prefetch_nbytes)
-        held = counters.committed_nbytes(is_on_host=record.device.driver is None)
-        if self._budget is not None and held + nbytes > self._budget:
-            return False
+        if self._budget is not None:
+            held = counters.committed_nbytes(is_on_host=record.device.driver is None)
+            if held + nbytes > self._budget:
+                return False
         if ahead + nbytes > most and (ahead or not most):  # one may always come
             return False
         try:

@@ -23,6 +23,15 @@ def blocks(num: int) -> nn.ModuleList:
     return nn.ModuleList([nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(num)])
 
 
+def gradients(layers: nn.Module, rows: int, context: Any) -> list[torch.Tensor]:
+    """Those of a step in a context, from random inputs that `rows` alone decides."""
+    layers.zero_grad()
+    torch.manual_seed(rows)
+    with context:
+        layers(torch.randn(rows, 64)).square().sum().backward()
+    return [p.grad.clone() for p in layers.parameters() if p.grad is not None]
+
+
 SMALL = {"min_nbytes": 32 * KIB, "staging_nbytes": MIB, "decline_below_nbytes": 0}
 
 
@@ -151,19 +160,12 @@ def test_it_begins_with_the_step_that_saves_enough(make_offload: MakeOffload) ->
     limit = 12 * 512 * 64 * 4
     layers = nn.Sequential(*blocks(12))
 
-    def grads(rows: int, context: Any) -> list[torch.Tensor]:
-        layers.zero_grad()
-        torch.manual_seed(rows)
-        with context:
-            layers(torch.randn(rows, 64)).square().sum().backward()
-        return [p.grad.clone() for p in layers.parameters() if p.grad is not None]
-
     fields = {"mode": "auto", "min_nbytes": 32 * KIB, "staging_nbytes": MIB, "decline_below_nbytes": limit}
     offload = make_offload(**fields)
     for rows, moves in ((128, False), (128, False), (1024, True), (128, True)):
         before = offload.stats.num_offloaded
-        expected = grads(rows, torch.enable_grad())
-        assert all(map(torch.equal, grads(rows, offload), expected))
+        expected = gradients(layers, rows, torch.enable_grad())
+        assert all(map(torch.equal, gradients(layers, rows, offload), expected))
         assert (offload.stats.num_offloaded > before) == moves
     assert "declined" not in offload.stats.plan
     assert offload.stats.skipped["too little to gain"].nbytes < 2 * limit
@@ -173,20 +175,13 @@ def test_it_ends_with_the_first_step_where_that_saved_too_little(tmp_path: Path)
     """Nobody knows before how much a step saves. Then the engine rests, until a step saves more."""
     layers = nn.Sequential(*blocks(16))
 
-    def grads(rows: int, context: Any) -> list[torch.Tensor]:
-        layers.zero_grad()
-        torch.manual_seed(rows)
-        with context:
-            layers(torch.randn(rows, 64)).square().sum().backward()
-        return [p.grad.clone() for p in layers.parameters() if p.grad is not None]
-
     policy = {"min_nbytes": 32 * KIB, "staging_nbytes": MIB, "prefetch_nbytes": MIB}  # pays from 20 MiB on
     offload = ssdtrain.offload_activations(tmp_path, policy)
     offload.keep_open()
     num_offloaded, are_open = [], []
     for rows in (1024, 1024, 1024, 4096, 1024):
-        expected = grads(rows, torch.enable_grad())
-        assert all(map(torch.equal, grads(rows, offload), expected))
+        expected = gradients(layers, rows, torch.enable_grad())
+        assert all(map(torch.equal, gradients(layers, rows, offload), expected))
         num_offloaded.append(offload.stats.num_offloaded)
         are_open.append(inside.transport(offload) is not None)
     assert 0 < num_offloaded[0] == num_offloaded[1] == num_offloaded[2] < num_offloaded[3] < num_offloaded[4]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -25,8 +26,8 @@ class Library:
         self.resident -= self.nbytes
         self.num_trims += 1
 
-    def heap(self, when: str) -> CHeap:
-        return CHeap(when, self.trim, lambda: self.resident, lambda: self.now)  # type: ignore[arg-type]
+    def heap(self, when: Literal["auto", "always", "never"]) -> CHeap:
+        return CHeap(when, self.trim, lambda: self.resident, lambda: self.now)
 
     def train(self, heap: CHeap, num_steps: int, step_seconds: float) -> list[int]:
         """Steps that free 16 times 64 MiB of 512 MiB that they save; how many trims each of them has."""
