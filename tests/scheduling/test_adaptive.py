@@ -211,7 +211,7 @@ def test_a_memory_budget_is_kept(make_offload: MakeOffload) -> None:
         plan, stats = offload.plan, offload.stats
         step()
         offload.stats  # noqa: B018
-    assert plan is not None and plan.is_patient is bool(plan.stall_seconds)
+    assert plan is not None and (plan.is_patient or not plan.stall_seconds)
     assert plan.peak_nbytes <= kept // 2 and 0 < plan.disk_nbytes < kept
     assert stats.peak_saved_nbytes <= kept
 
