@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import re
 from pathlib import Path
 
 from typer.testing import CliRunner
 
 from ssdtrain.integrations import TESTED_TORCH, TESTED_VERSIONS
+from ssdtrain.run_log import reader, schema
+from ssdtrain.state_stats import StateStats
+from ssdtrain.stats import Skipped, Stats
 from ssdtrain.tools.cli import app
 
 REFERENCE = Path(__file__).parent / "reference"
+_NAMED = dict.fromkeys(["_Nbytes", "_Time", "_Number"], "int") | dict.fromkeys(["_Sum", "_Seconds", "_Clock"], "float")
+_NAMED |= dict.fromkeys(["_Times", "_Sizes", "_Places"], "list[int]") | {"_Values": "dict[str, Any]"}
 COMMANDS = ("demo", "doctor", "bench", "plan", "report")
 
 ABOUT = """`ssdtrain COMMAND`, or `python -m ssdtrain COMMAND`. Exit codes: 0 all is as promised; 1 a run failed,
@@ -23,6 +31,18 @@ Linux, CPython 3.10 to 3.14, x86-64; wheels for aarch64 are configured and not t
 the extension knows bytes, not tensors. `ssdtrain doctor` compares what is installed with this table; another version
 may well work, so compare the losses of a few steps. Oldest versions tried: typer 0.16 (0.12 fails), pydantic 2.7,
 rich 13, typing_extensions 4.7."""
+
+STATISTICS = """`offload.stats` is a snapshot: it does not change, the next one is another. `print` shows it on one
+screen, `as_dict()` has plain types for JSON. Sizes are bytes, times seconds, and totals are over the run.
+What the peaks count is [explained](../explanation/memory.md)."""
+RUN_LOG = """What `record="run.ssdtrain"` writes. `ssdtrain report run.ssdtrain --json` has its numbers worked out; read
+the file itself with `ssdtrain.run_log.read_run(path)`, which returns the `Run` at the end of this page, or by
+its format.
+
+The first line is `ssdtrain run record 1`, with the version of the format. Then come blocks: two little-endian 32-bit
+numbers, the length of what follows and its CRC-32, and so many bytes of JSON, compressed with zlib. A file that is cut
+can be read up to there. Every block has a `kind`; whoever reads leaves out kinds that are not known, and a newer
+version is refused."""
 
 
 def command_line() -> str:
@@ -44,7 +64,55 @@ def compatibility() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"command-line.md": command_line, "compatibility.md": compatibility}
+def statistics() -> str:
+    """The fields of what was done."""
+    state = "Parameters and optimizer state: `StateStats`"
+    titles = {Stats: "Activations: `Stats`", Skipped: "`Skipped`", StateStats: state}
+    return "\n\n".join(["# Statistics", STATISTICS, *[_fields(kind, title) for kind, title in titles.items()]]) + "\n"
+
+
+def run_log() -> str:
+    """The blocks of a run log, and what is read of them."""
+    blocks = {
+        schema.Head: "`run`",
+        schema.Environment: "`environment` of `run`",
+        schema.Row: "`step`",
+        schema.Timeline: "`detail`",
+        schema.Columns: "`records` of `detail`",
+        schema.State: "`state`",
+        schema.End: "`end`",
+    }
+    parts = [_fields(kind, f"Block {title}") for kind, title in blocks.items()]
+    parts += [_fields(kind, f"`{kind.__name__}`") for kind in (reader.Run, reader.Detail)]
+    return "\n\n".join(["# Run log", RUN_LOG, *parts]) + "\n"
+
+
+def _fields(kind: type, title: str) -> str:
+    """A table of a class's attributes with their types and what is written under them."""
+    (definition,) = ast.parse(inspect.getsource(kind)).body
+    body = getattr(definition, "body", [])
+    rows = []
+    for node, after in zip(body, [*body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            is_said = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            words = " ".join(str(after.value.value).split()) if is_said else ""
+            rows.append(f"| `{node.target.id}` | `{_plain(node.annotation)}` | {words} |")
+    head = ["| field | type | |", "|---|---|---|"]
+    return "\n".join([f"## {title}\n", str(inspect.getdoc(kind)), "", *head, *rows])
+
+
+def _plain(annotation: ast.expr) -> str:
+    """The type without its bounds."""
+    text = re.sub(r"Annotated\[(.+?), Field\(.*?\)\]", r"\1", ast.unparse(annotation))
+    return re.sub(r"\b_[A-Z]\w+", lambda name: _NAMED.get(name[0], name[0]), text).replace("|", "or")
+
+
+PAGES = {
+    "command-line.md": command_line,
+    "compatibility.md": compatibility,
+    "statistics.md": statistics,
+    "run-log.md": run_log,
+}
 
 
 def main() -> None:

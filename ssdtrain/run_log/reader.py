@@ -37,7 +37,7 @@ class Detail:
     records: dict[str, list[int]]
     """Columns: nbytes, module, micro_batch, saved, needed, released, where, planned (empty without a plan)."""
     writes: list[list[int]]
-    """Record, nbytes, in the host tier, called off, queued, copy begun, copied, write begun, done."""
+    """Record, nbytes, in the host tier, cancelled, queued, copy begun, copied, write begun, done."""
     reads: list[list[int]]
     """Record, nbytes, from memory, queued, read begun, done."""
     stalls: list[list[Any]]

@@ -44,21 +44,28 @@ class Environment(TypedDict, total=False):
     """Versions and machine."""
 
     began: str
+    """Date and time."""
     host: str
     command: str
+    """What is secret in it is left out."""
     commit: str
+    """Of the directory it was started in, where that is a repository."""
     python: str
     packages: dict[str, str]
+    """Versions."""
     system: str
     processor: str
     num_cpus: _Nbytes
     memory_nbytes: _Nbytes
     num_threads: _Nbytes
+    """Of PyTorch."""
     accelerators: list[str]
     unix_clock_ahead_seconds: _Clock
+    """To add to `began` of steps for the time of day."""
     rank: _Nbytes
     world_size: _Nbytes
     directories: list[Directory]
+    """Where spill files are."""
 
 
 class Head(TypedDict):
@@ -66,8 +73,10 @@ class Head(TypedDict):
 
     kind: Literal["run"]
     policy: _Values
+    """Fields of the `ActivationPolicy`."""
     environment: Environment
     counters: Annotated[list[str], Field(max_length=1000)]
+    """Names of the totals that every step has."""
 
 
 class Row(TypedDict):
@@ -75,29 +84,46 @@ class Row(TypedDict):
 
     kind: Literal["step"]
     step: _Number
+    """The last of these steps, from 1."""
     num_steps: _Number
+    """How many share this row: of long runs, older rows are merged."""
     began: _Clock
+    """On the clock of the process."""
     seconds: _Seconds
+    """Of all of them together."""
     worst_seconds: _Seconds
+    """Of the slowest."""
     stall_seconds: _Seconds
+    """Of all of them together."""
     peak_nbytes: _Nbytes
+    """The highest."""
     peak_if_kept_nbytes: _Nbytes
+    """Had everything stayed in memory."""
     predicted_peak_nbytes: _Sum
+    """By the plan; 0 without one."""
     predicted_seconds: _Seconds
+    """The same."""
     counters: Annotated[list[_Sum], Field(max_length=1000)]
+    """Running totals, in the order of the first block."""
 
 
 class Columns(TypedDict):
     """Of the records in a timeline."""
 
     nbytes: _Sizes
+    """Size."""
     module: _Sizes
+    """Its number in `modules`."""
     micro_batch: _Times
+    """Its forward pass."""
     saved: _Times
+    """Microseconds since the step began, -1 for never, as in the next two."""
     needed: _Times
     released: _Times
     where: _Places
+    """Where it went: 0 nowhere, 1 host tier, 2 drive."""
     planned: _Places
+    """Where the plan had it; empty without one."""
 
 
 class Timeline(TypedDict):
@@ -143,7 +169,9 @@ class State(TypedDict):
     kind: Literal["state"]
     step: _Nbytes
     stats: Stats
+    """Fields of `Stats`, after this step."""
     modules: dict[str, Annotated[list[_Sum], Field(min_length=5, max_length=5)]]
+    """Records, bytes kept, bytes to the host tier, bytes to the drive, seconds waited."""
 
 
 class End(TypedDict):

@@ -38,7 +38,7 @@ class Stats:
     forwarded_nbytes: int
     """Bytes backward got from memory although they were on their way to the drive."""
     cancelled_write_nbytes: int
-    """Bytes whose write was called off because they were needed or dropped first."""
+    """Bytes whose write was cancelled because they were needed or dropped first."""
     written_nbytes: int
     """Bytes written to the spill files, padding included."""
     read_nbytes: int

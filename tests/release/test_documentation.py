@@ -16,6 +16,9 @@ from typer.testing import CliRunner
 import ssdtrain
 from ssdtrain import policy, verdict
 from ssdtrain.integrations import TESTED_TORCH, TESTED_VERSIONS
+from ssdtrain.run_log import reader, schema
+from ssdtrain.state_stats import StateStats
+from ssdtrain.stats import Stats
 from ssdtrain.tools.cli import app
 
 ROOT = Path(ssdtrain.__file__).parents[1]
@@ -140,6 +143,13 @@ def test_every_option_is_listed(command: str) -> None:
     section = page.split(f"\n## ssdtrain {command}\n")[1].split("\n## ")[0]
     printed = CliRunner().invoke(app, [command, "-h"]).output
     assert set(re.findall(r"--[a-z][a-z-]+", printed)) == set(re.findall(r"--[a-z][a-z-]+", section))
+
+
+@pytest.mark.parametrize("kind", [Stats, StateStats, schema.Row, schema.Environment, schema.Columns, reader.Detail])
+def test_every_field_that_is_written_is_described(kind: type) -> None:
+    """`python docs/generate.py` writes the pages; what a run wrote is checked by the same types."""
+    pages = "".join([(ROOT / "docs" / "reference" / name).read_text() for name in ("statistics.md", "run-log.md")])
+    assert [name for name in kind.__annotations__ if f"| `{name}` |" not in pages] == []
 
 
 def test_tested_versions_are_those_of_the_package() -> None:
