@@ -9,6 +9,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
+from ssdtrain.api import section
 from ssdtrain.integrations import TESTED_TORCH, TESTED_VERSIONS
 from ssdtrain.run_log import reader, schema
 from ssdtrain.state_stats import StateStats
@@ -32,6 +33,20 @@ the extension knows bytes, not tensors. `ssdtrain doctor` compares what is insta
 may well work, so compare the losses of a few steps. Oldest versions tried: typer 0.16 (0.12 fails), pydantic 2.7,
 rich 13, typing_extensions 4.7."""
 
+ENVIRONMENT = """`ssdtrain.Offload()` without arguments, `python -m ssdtrain.launch`, and Lightning's plugin do what
+these say; `SSDTRAIN_DIR` or `SSDTRAIN_CONFIG` switches them on. `offload_activations` reads none of them, unless it is
+given `ActivationPolicy.from_environment()`. A variable with `SSDTRAIN_` in front that is not listed is an error.
+Values are
+those of [policies](policies.md).
+
+Two more are about the package itself: `SSDTRAIN_NO_CPP=1` leaves the C++ engine out, when building and when running,
+and `SSDTRAIN_BUILD_JOBS` bounds the compilers that build it at once. Of launchers' variables `RANK`, `LOCAL_RANK` and
+`WORLD_SIZE` are read, to fill in `{rank}` and `{local_rank}` in paths."""
+_ALONE = {
+    "SSDTRAIN_DIR": "the directory; several with `:` between them",
+    "SSDTRAIN_CONFIG": "a file with all of it, YAML or JSON; none of the others then",
+    "SSDTRAIN_ENABLED": "true or false: all of it",
+}
 STATISTICS = """`offload.stats` is a snapshot: it does not change, the next one is another. `print` shows it on one
 screen, `as_dict()` has plain types for JSON. Sizes are bytes, times seconds, and totals are over the run.
 What the peaks count is [explained](../explanation/memory.md)."""
@@ -87,6 +102,15 @@ def run_log() -> str:
     return "\n\n".join(["# Run log", RUN_LOG, *parts]) + "\n"
 
 
+def environment() -> str:
+    """The variables that are read."""
+    lines = ["# Environment variables", "", ENVIRONMENT, "", "| variable | is |", "|---|---|"]
+    for name, (feature, field) in sorted(section._variables().items()):
+        what = f"`{field}` of `{feature}`" if feature else _ALONE.get(name, "true, false, or the JSON of a policy")
+        lines.append(f"| `{name}` | {what} |")
+    return "\n".join(lines) + "\n"
+
+
 def _fields(kind: type, title: str) -> str:
     """A table of a class's attributes with their types and what is written under them."""
     (definition,) = ast.parse(inspect.getsource(kind)).body
@@ -108,6 +132,7 @@ def _plain(annotation: ast.expr) -> str:
 
 
 PAGES = {
+    "environment.md": environment,
     "command-line.md": command_line,
     "compatibility.md": compatibility,
     "statistics.md": statistics,

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import ssdtrain
 from ssdtrain import policy, verdict
+from ssdtrain.api import section
 from ssdtrain.integrations import TESTED_TORCH, TESTED_VERSIONS
 from ssdtrain.run_log import reader, schema
 from ssdtrain.state_stats import StateStats
@@ -150,6 +151,11 @@ def test_every_field_that_is_written_is_described(kind: type) -> None:
     """`python docs/generate.py` writes the pages; what a run wrote is checked by the same types."""
     pages = "".join([(ROOT / "docs" / "reference" / name).read_text() for name in ("statistics.md", "run-log.md")])
     assert [name for name in kind.__annotations__ if f"| `{name}` |" not in pages] == []
+
+
+def test_every_variable_of_the_environment_is_listed() -> None:
+    page = (ROOT / "docs" / "reference" / "environment.md").read_text()
+    assert [name for name in section._variables() if f"| `{name}` |" not in page] == []
 
 
 def test_tested_versions_are_those_of_the_package() -> None:
