@@ -13,9 +13,9 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 from typing_extensions import Self, Unpack
 
@@ -25,6 +25,13 @@ from ssdtrain.policy.sizes import Nbytes, size_text
 MIN_STAGING_NBYTES = 64 * 1024
 _STAGING_SHARE = 8  # of a memory budget
 _MAX_SECONDS = 1e9  # 31 years; clocks overflow beyond
+
+# A path may have bytes that are no text, which pydantic would refuse.
+_Path = Annotated[
+    str,
+    Field(min_length=1),
+    WrapValidator(lambda path, check: path if isinstance(path, str) and path else check(path)),
+]
 
 
 def _shown(name: str, value: object) -> str:
@@ -172,7 +179,7 @@ class ActivationPolicy(_Policy):
     """A request the drive has not answered for so long is reported, its directory not used any more, and nobody waits
     for it any longer: tensors stay in memory, and backward raises an error for bytes that are nowhere else."""
 
-    record: str | None = Field(default=None, min_length=1)
+    record: _Path | None = None
     """Writes a record of the run to this file, for ``ssdtrain report``; an older record is replaced. ``{rank}`` and
     ``{local_rank}`` are filled in; without them only rank 0 records. None: no record, and no cost."""
 

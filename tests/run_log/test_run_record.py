@@ -53,6 +53,20 @@ def test_totals_are_those_of_the_stats(tmp_path: Path) -> None:
     assert run.policy["record"] == str(path) and run.environment["packages"]["torch"] == torch.__version__
 
 
+def test_a_path_with_bytes_that_are_no_text_records_too(tmp_path: Path) -> None:
+    """In the fields of a policy as much as by name, of which the first was refused."""
+    folder = tmp_path / os.fsdecode(b"run\xff")
+    folder.mkdir()
+    path = str(folder / "run.ssdtrain")
+    section = ssdtrain.Section.of({"directory": str(folder), "activations": POLICY | {"record": path}})
+    with_record = ssdtrain.offload_activations(list(section.directories), section.policy)
+    train(with_record, network(), 3)
+    with_record.close()
+    assert read_run(path).num_steps == 3
+    with pytest.raises(ValueError, match="at least 1 character"):
+        ssdtrain.ActivationPolicy(record="")
+
+
 def test_a_timeline_has_every_request_in_order(tmp_path: Path) -> None:
     run = read_run(recorded_run(tmp_path, 4)[0])
     detail = run.details[-1]
