@@ -42,7 +42,7 @@ class Limits:
 
     def __init__(self, policy: ActivationPolicy, counters: Counters, buffers: Buffers) -> None:
         """Those of the policy, within which `buffers` grow."""
-        self._largest_nbytes = 0
+        self._largest_nbytes = self._num_reviewed = 0
         self._buffers = buffers
         self.is_staging_short = False
         """Whether `grow_staging` is to be called."""
@@ -69,15 +69,16 @@ class Limits:
     def _begin_where_it_pays(self, alive_nbytes: int, record: SavedRecord) -> None:
         counters, buffers, is_on_host = self._counters, self._buffers, record.device.driver is None
         counters.pays_at_nbytes = buffers.pays_at_nbytes(is_on_host=is_on_host)
-        is_decided = bool(counters.num_steps)
+        is_decided = bool(self._num_reviewed)
         least = counters.pays_at_nbytes if is_decided else buffers.begins_at_nbytes(is_on_host=is_on_host)
         counters.is_declining = alive_nbytes < least
 
     def note_step_over(self) -> bool:
         """It is known by now how much a step saves; whether that is too little for moving to pay."""
         counters, saved = self._counters, self._buffers.saved_nbytes
+        self._num_reviewed += 1
         self._may_decline = self._may_decline and saved < counters.pays_at_nbytes
-        if self._may_decline and (counters.num_steps < _FIRST_STEPS or counters.num_steps % _ASK_EVERY == 0):
+        if self._may_decline and (self._num_reviewed < _FIRST_STEPS or self._num_reviewed % _ASK_EVERY == 0):
             self._may_decline = not _is_short(saved)
         counters.is_declining = self._may_decline and saved > 0
         return counters.is_declining

@@ -97,7 +97,7 @@ class Schedule:
         """See `StepReview.review`; `counters` also say what the next step's plan is."""
         finished = self.review.review(counters, totals)
         if finished is not None:
-            unlike = _UNLIKE if self._replanner is not None and counters.num_steps >= _NUM_UNLIKE else ""
+            unlike = _UNLIKE if self._replanner is not None and self.review.num_reviewed >= _NUM_UNLIKE else ""
             counters.plan = self.plan.statement if self.plan is not None else unlike
         return finished
 

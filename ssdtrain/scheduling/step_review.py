@@ -47,6 +47,8 @@ class StepReview:
     def __init__(self, clock: StepClock, replanner: Replanner | None) -> None:
         """No step is over yet. Without `replanner` steps are only told of."""
         self._clock, self._replanner = clock, replanner
+        self.num_reviewed = 0
+        """Steps that were."""
         self._is_watched = False
         self._lot = random.Random(0)
         self._num_untimed = 0  # steps to come
@@ -73,6 +75,8 @@ class StepReview:
     def end(self, step: StepTrace, followed: Plan | None) -> None:
         """A step is over, which followed a plan to its end or none. Under the store's lock."""
         replanner = self._replanner
+        if step is not self._finished:  # else it went on before anybody was told that it was over
+            self._clock.end_step()
         if self._is_watched or (replanner is not None and step.is_complete):
             self._finished, self._followed = step, followed
             if replanner is not None:
@@ -145,6 +149,7 @@ class StepReview:
                 self._review_later(finished.trace, measured, totals)
         self._review_what_arrived(counters)
         counters.begin_step()
+        self.num_reviewed += 1
         if self._followed is not None:
             counters.predicted_peak_nbytes = self._followed.peak_nbytes
             counters.predicted_step_seconds = self._followed.step_seconds

@@ -180,11 +180,14 @@ class Counters:
         """
         return self.held_nbytes + (self.staging_limit_nbytes if is_on_host else 0)
 
+    def end_step(self) -> None:
+        """A step is over, whether another follows or not."""
+        self.num_steps += 1
+        self.last_memory_nbytes, self.step_memory_nbytes = self.step_memory_nbytes, 0
+
     def begin_step(self) -> None:
         """Looks for the peak of another step."""
         self.step_peak_nbytes = self.step_device_peak_nbytes = self.held_nbytes
-        self.num_steps += 1
-        self.last_memory_nbytes, self.step_memory_nbytes = self.step_memory_nbytes, 0
 
     def save(self, nbytes: int) -> None:
         """A record more is alive."""

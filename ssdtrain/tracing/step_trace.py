@@ -47,6 +47,9 @@ class StepClock(Protocol):
     def compute_seconds(self) -> float:
         """A clock that stands still while the training thread waits for a drive."""
 
+    def end_step(self) -> None:
+        """A step is over."""
+
 
 class StepTrace:
     """One step. Records have a *position*: their number among all saves of the step. Guarded by the store's lock."""

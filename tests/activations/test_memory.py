@@ -104,7 +104,6 @@ def test_the_peak_is_the_highest_of_the_run_and_names_its_step(tmp_path: Path) -
     with ssdtrain.offload_activations(tmp_path, policy=SMALL) as offload:
         for rows in (512, 512, 32768, 512, 512):
             layers(torch.randn(rows, 64)).square().sum().backward()
-        layers(torch.randn(512, 64)).square().sum().backward()
     stats = offload.stats
     assert (stats.peak_memory_step, stats.num_steps) == (3, 5)
     assert stats.last_memory_nbytes < stats.peak_memory_nbytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import logging
@@ -51,6 +52,35 @@ def test_totals_are_those_of_the_stats(tmp_path: Path) -> None:
     assert max(row["peak_nbytes"] for row in run.steps) == stats.peak_saved_nbytes
     assert run.stats["skipped"] == stats.as_dict()["skipped"]
     assert run.policy["record"] == str(path) and run.environment["packages"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("num_passes", [1, 2], ids=["a pass", "accumulation"])
+@pytest.mark.parametrize("how", ["entered once", "entered each time", "kept open"])
+@pytest.mark.parametrize("mode", ["all", "auto"])
+def test_statistics_record_and_callbacks_count_the_same_steps(
+    tmp_path: Path, mode: str, how: str, num_passes: int
+) -> None:
+    """All that are over, each once: also the last one, inside the context, after it and after `close`."""
+    path, model, x = tmp_path / "run.ssdtrain", network(), torch.randn(256, 64)
+    offload = ssdtrain.offload_activations(tmp_path, POLICY | {"mode": mode}, model, record=path)
+    plain = ssdtrain.offload_activations(tmp_path, POLICY | {"mode": mode}, model)  # which nobody watches
+    told: list[tuple[int, int]] = []
+    offload.on_step(lambda number, stats: told.append((number, stats.num_steps)))
+    for each, is_watched in ((offload, True), (plain, False)):
+        if how == "kept open":
+            each.keep_open()
+        with each if how == "entered once" else contextlib.nullcontext():
+            for number in range(1, 3 * num_passes + 1):
+                with contextlib.nullcontext() if how == "entered once" else each:
+                    loss = model(x).square().mean()
+                assert each.stats.num_steps == number - 1
+                loss.backward()
+                assert each.stats.num_steps == number and each.stats.last_memory_nbytes > 0
+        assert each.stats.num_steps == 3 * num_passes
+        each.close()
+        assert each.stats.num_steps == 3 * num_passes
+        assert not is_watched or read_run(path).num_steps == 3 * num_passes
+    assert told == [(number, number) for number in range(1, 3 * num_passes + 1)]
 
 
 def test_a_path_with_bytes_that_are_no_text_records_too(tmp_path: Path) -> None:
