@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
+from ssdtrain.api.other_offloaders import check_loop
 from ssdtrain.integrations import check_version, require
 from ssdtrain.integrations.parts.callback import SessionCallback, the_only_one
 
@@ -38,6 +39,8 @@ class Offload(_OfLightning, Callback):  # type: ignore[misc]
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """All is prepared, and a checkpoint loaded."""
         the_only_one(trainer.callbacks)
+        clipped = {"gradient_clip_val": trainer.gradient_clip_val}
+        check_loop(self.session.section.optimizer, 1, trainer.world_size > 1, clipped)
         strategy, loop = trainer.strategy, trainer.fit_loop
         given, model = strategy.optimizers, strategy.model if strategy.model is not None else pl_module
         offloaded = list(self.session.begin(model, *given, is_last=lambda: not loop._should_accumulate()))

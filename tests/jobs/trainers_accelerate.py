@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from trainers_tools import (
     ACTIVATIONS,
@@ -21,21 +24,30 @@ from trainers_tools import (
     llama,
     own_directory,
     raises,
+    refused_alike,
     run_recipe,
+    says_that_nothing_moved,
     state_of,
     values,
+    warns_of_its_version,
 )
 
+import ssdtrain
 from ssdtrain.integrations.accelerate import prepare
 
 
 class Run:
     """Accumulation, clipping and evaluation in between, as in Accelerate's examples."""
 
-    def __init__(self, directory: Path | None, **features: Any) -> None:
-        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-        model = llama()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    def __init__(self, directory: Any, kind: Any = torch.optim.AdamW, model: Any = None, **features: Any) -> None:
+        plugin = features.pop("plugin", None)
+        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, fsdp_plugin=plugin)
+        if plugin is not None:  # which Accelerate leaves aside without a GPU
+            plugin.cpu_offload = None
+            state = self.accelerator.state
+            state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
+        model = llama() if model is None else model
+        optimizer = kind(model.parameters(), lr=1e-2)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)
         objects = model, optimizer, DataLoader(Texts(16), batch_size=2), scheduler
         if directory is None:
@@ -106,6 +118,64 @@ def step_in_backward(folder: Path) -> None:
     assert_equal(expected, ours.train(is_clipped=False), "trained")
     with raises(RuntimeError, "used and freed", "offload_gradients"):
         Run(folder, activations=False, optimizer=optimizer).train()
+
+
+def gradients_away(folder: Path) -> None:
+    """Clipping reads all of them."""
+    expected = Run(None).train()
+    ours = Run(folder, activations=False, optimizer=PAGED | {"offload_gradients": True})
+    assert_equal(expected, ours.train(), "trained")
+    assert_travelled(ours.accelerator.ssdtrain)
+
+
+def parameters_before_replicas(folder: Path) -> None:
+    """They are away when DistributedDataParallel is made; the state follows with `prepare`."""
+    expected = Run(None).train()
+    model = ssdtrain.offload_parameters(llama(), own_directory(folder), EVERYTHING["parameters"])
+    ours = Run(own_directory(folder), model=model, activations=ACTIVATIONS, optimizer=PAGED)
+    assert_equal(expected, ours.train(), "trained")
+    assert ssdtrain.parameter_offload(model).stats.read_nbytes
+    assert_travelled(ours.accelerator.ssdtrain)
+
+
+def sharded(folder: Path) -> None:
+    """State of DTensors, after FSDP2."""
+    found = []
+    for features in (None, {"activations": ACTIVATIONS, "optimizer": PAGED}):
+        run = Run(own_directory(folder) if features else None, plugin=plugin(), **(features or {}))
+        assert all(isinstance(p, DTensor) for p in run.model.parameters())
+        losses, weights, _ = run.train()
+        found.append([losses, {name: value.to_local() for name, value in weights.items()}])
+    assert_equal(*found, "trained")
+    assert_travelled(run.accelerator.ssdtrain)
+
+
+def plugin() -> FullyShardedDataParallelPlugin:
+    names = ["LlamaDecoderLayer"]
+    wrap = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": names}
+    return FullyShardedDataParallelPlugin(fsdp_version=2, **wrap)
+
+
+def bad_input(folder: Path) -> None:
+    """Each is said by `prepare`, on every rank."""
+    start = values(llama())
+
+    def train(kind: Any, directory: Any, **features: Any) -> None:
+        model = llama()
+        try:
+            Run(directory, kind, model, **features)
+        finally:
+            assert_equal(start, values(model), "model")
+
+    refused_alike(folder, train)
+
+
+def nothing_moved(folder: Path) -> None:
+    says_that_nothing_moved(folder, lambda _, directory: Run(directory).train())
+
+
+def unknown_version(folder: Path) -> None:
+    warns_of_its_version(sys.modules["ssdtrain.integrations.accelerate"])
 
 
 def refused_on_every_rank(folder: Path) -> None:

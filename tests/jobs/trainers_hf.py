@@ -27,9 +27,12 @@ from trainers_tools import (
     llama,
     own_directory,
     raises,
+    refused_alike,
     run_recipe,
+    says_that_nothing_moved,
     state_of,
     values,
+    warns_of_its_version,
 )
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -263,6 +266,43 @@ def refused_on_every_rank(folder: Path) -> None:
     with raises(ValueError, "Expected an optimizer whose step needs no closure, got LBFGS"):
         trainer(folder, Offload(folder, **EVERYTHING), model=model, optimizers=(optimizer, None)).train()
     assert_equal(start, values(model), "model")
+
+
+def bad_input(folder: Path) -> None:
+    """Each is said before training, on every rank."""
+    start = values(llama())
+
+    def train(kind: Any, directory: Any, **features: Any) -> None:
+        model = llama()
+        optimizer = kind(model.parameters())
+        own = trainer(folder, Offload(directory, **features), model=model, optimizers=(optimizer, None))
+        try:
+            own.train()
+        finally:
+            assert_equal(start, values(model), "model")
+
+    refused_alike(folder, train)
+
+
+def nothing_moved(folder: Path) -> None:
+    says_that_nothing_moved(folder, lambda _, directory: trainer(folder, Offload(directory)).train())
+
+
+def unknown_version(folder: Path) -> None:
+    warns_of_its_version(sys.modules["ssdtrain.integrations.transformers"])
+
+
+def parameters_before_replicas(folder: Path) -> None:
+    """They are away when DistributedDataParallel is made; the state follows in the trainer."""
+    plain = trainer(folder / "plain")
+    plain.train()
+    model = ssdtrain.offload_parameters(llama(), own_directory(folder), EVERYTHING["parameters"])
+    callback = Offload(own_directory(folder), activations=ACTIVATIONS, optimizer=PAGED)
+    ours = trainer(folder / "ours", callback, model=model)
+    ours.train()
+    assert ssdtrain.parameter_offload(model).stats.read_nbytes
+    assert_equal(outcome(plain), outcome(ours), "trained")
+    assert_travelled(callback.session)
 
 
 def threads_of_dataparallel(folder: Path) -> None:

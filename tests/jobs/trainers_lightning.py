@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -23,11 +25,14 @@ from trainers_tools import (
     assert_travelled,
     own_directory,
     raises,
+    refused_alike,
     run_recipe,
+    says_that_nothing_moved,
     state_of,
     values,
 )
 
+import ssdtrain
 from ssdtrain.integrations.lightning import FabricOffload, Offload
 
 warnings.filterwarnings("ignore")
@@ -47,12 +52,12 @@ class Block(nn.Module):
 class Module(LightningModule):
     """Raises at a place, if asked to."""
 
-    def __init__(self, fails: str = "") -> None:
+    def __init__(self, fails: str = "", kind: Any = torch.optim.AdamW) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.h = nn.ModuleList(Block() for _ in range(3))
         self.losses: list[torch.Tensor] = []
-        self.fails = fails
+        self.fails, self.kind = fails, kind
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.h:
@@ -72,7 +77,7 @@ class Module(LightningModule):
         self.losses.append(self(batch[0]).square().mean())
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        optimizer = self.kind(self.parameters(), lr=1e-2)
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)]
 
 
@@ -145,12 +150,52 @@ def step_in_backward(folder: Path) -> None:
     _, expected = fit(folder, gradient_clip_val=None)
     _, found = fit(folder, Offload(folder, activations=False, optimizer=optimizer), gradient_clip_val=None)
     assert_equal(expected, found, "trained")
-    with raises(RuntimeError, "used and freed", "offload_gradients"):
+    with raises(ValueError, "Expected gradient_clip_val=0 with step_in_backward, got 0.5", "use offload_gradients"):
         fit(folder, Offload(folder, activations=False, optimizer=optimizer))
     optimizer = PAGED | {"offload_gradients": True}
     _, expected = fit(folder)
     _, found = fit(folder, Offload(folder, activations=False, optimizer=optimizer))
     assert_equal(expected, found, "trained with clipping")
+
+
+def parameters_before_replicas(folder: Path) -> None:
+    """They are away when DistributedDataParallel is made; the state follows with the callback."""
+    _, expected = fit(folder)
+    module = ssdtrain.offload_parameters(Module(), own_directory(folder), EVERYTHING["parameters"], ["h.*"])
+    callback = Offload(own_directory(folder), activations=ACTIVATIONS, optimizer=PAGED)
+    found = trainer(folder, callback)
+    found.fit(module, loader(), loader(8))
+    assert_equal(expected, (module.losses, values(module), [state_of(each) for each in found.optimizers]), "trained")
+    assert ssdtrain.parameter_offload(module).stats.read_nbytes
+    assert_travelled(callback.session)
+
+
+def bad_input(folder: Path) -> None:
+    """Each is said before training, on every rank."""
+    start = values(Module())
+
+    def train(kind: Any, directory: Any, **features: Any) -> None:
+        module = Module(kind=kind)
+        try:
+            trainer(folder, Offload(directory, **features), num_sanity_val_steps=0).fit(module, loader(), loader(8))
+        finally:
+            assert_equal(start, values(module), "model")
+            assert module.losses == []
+
+    refused_alike(folder, train)
+
+
+def nothing_moved(folder: Path) -> None:
+    says_that_nothing_moved(folder, lambda _, directory: fit(folder, Offload(directory)))
+
+
+def unknown_version(folder: Path) -> None:
+    """Said when a callback is made."""
+    own = sys.modules["ssdtrain.integrations.lightning"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(own, "VERSION", "99.0")
+        with pytest.warns(RuntimeWarning, match=r"got 99\.0: it may well work"):
+            Offload(folder)
 
 
 def refused_on_every_rank(folder: Path) -> None:
@@ -160,7 +205,8 @@ def refused_on_every_rank(folder: Path) -> None:
     with raises(ValueError, "Expected one ssdtrain callback, got 2"):
         fit(folder, Offload(folder), Offload(folder))
     with raises(ValueError, f"Expected {'step_in_backward'}=False") if NUM_RANKS > 1 else raises(OSError, "missing"):
-        fit(folder, Offload(missing if NUM_RANKS == 1 else folder, optimizer={"step_in_backward": True}))
+        optimizer = {"step_in_backward": True}
+        fit(folder, Offload(missing if NUM_RANKS == 1 else folder, optimizer=optimizer), gradient_clip_val=None)
 
 
 def fabric(folder: Path) -> None:

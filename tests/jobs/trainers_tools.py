@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import io
+import logging
 import os
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import same_bits
+from drives import fill, tmpfs_drive
 from folders import RECIPES
 from torch.utils.data import Dataset
 
+from ssdtrain.api.section import Section
 from ssdtrain.api.session import Offload
 from ssdtrain.store.saved_tensors import innermost_hooks
 
@@ -107,6 +111,65 @@ def raises(kind: type[BaseException], *texts: str) -> Iterator[None]:
     for text in texts:
         assert text in str(caught.value), str(caught.value)
     assert_clean()
+
+
+def refused_alike(folder: Path, start: Callable[..., Any]) -> None:
+    """What is wrong on the last rank, or on all, is an error on all; `start(kind, directory, features)` trains.
+
+    `kind` is the class of the optimizer.
+    """
+    is_bad = RANK == NUM_RANKS - 1
+    good, file, unknown = own_directory(folder), folder / f"file{RANK}", folder / f"own{RANK}.yaml"
+    file.write_text("")
+    unknown.write_text(f"directory: {good}\noptimiser: true\n")
+    adamw, lbfgs = torch.optim.AdamW, torch.optim.LBFGS
+    with raises(Exception, "does not exist"):
+        start(adamw, folder / "missing" if is_bad else good, **EVERYTHING)
+    with raises(Exception, "file"):
+        start(adamw, file if is_bad else good, **EVERYTHING)
+    with tmpfs_drive(folder / f"tmpfs{RANK}", 6 << 20) as drive:
+        fill(drive.directory, 4 << 10)
+        with raises(Exception, "Expected room for"):
+            start(adamw, drive.directory if is_bad else good, **EVERYTHING)
+    with raises(Exception, "needs no closure, got LBFGS"):
+        start(lbfgs if is_bad else adamw, good, **EVERYTHING)
+    with raises(Exception, "of an accelerator with delayed_update"):
+        start(adamw, good, optimizer=PAGED | {"delayed_update": True, "update_on": "cpu"})
+    with raises(ValueError, "got 'optimiser'. Did you mean 'optimizer'?"):
+        start(adamw, Section.load(unknown))
+    with pytest.MonkeyPatch.context() as patch, raises(ValueError, "got SSDTRAIN_DIRR. Did you mean SSDTRAIN_DIR?"):
+        patch.setenv("SSDTRAIN_DIRR", str(good))
+        start(adamw, ...)
+    if is_bad:
+        with torch.autograd.graph.save_on_cpu(), pytest.raises(ValueError, match=r"save_on_cpu.*leave it out"):
+            start(adamw, good, **EVERYTHING)
+        assert_clean()
+    else:
+        with raises(RuntimeError, "save_on_cpu"):
+            start(adamw, good, **EVERYTHING)
+
+
+def says_that_nothing_moved(folder: Path, start: Callable[..., Any]) -> None:
+    """Of a model all of whose tensors are small: one warning, and why."""
+    said: list[logging.LogRecord] = []
+    handler = logging.Handler(logging.WARNING)
+    vars(handler)["emit"] = said.append
+    logging.getLogger("ssdtrain").addHandler(handler)
+    try:
+        start(torch.optim.AdamW, own_directory(folder))
+    finally:
+        logging.getLogger("ssdtrain").removeHandler(handler)
+    texts = [record.getMessage() for record in said]
+    assert len(texts) == 1 and "smaller than min_nbytes" in texts[0], texts
+
+
+def warns_of_its_version(module: Any) -> None:
+    """One that nobody has tried, when the adapter is imported."""
+    integrations = importlib.import_module("ssdtrain.integrations")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(integrations, "version", lambda _: "99.0")
+        with pytest.warns(RuntimeWarning, match=r"got 99\.0: it may well work"):
+            importlib.reload(module)
 
 
 def own_directory(folder: Path) -> Path:
