@@ -84,6 +84,18 @@ def loss_of(model: Any, tokens: torch.Tensor, chunk: int) -> torch.Tensor:
     return torch.stack(losses).sum() / (len(tokens) - 1)
 
 
+def update_in_backward(model: torch.nn.Module, rate: float) -> None:
+    """Takes a step of SGD for each weight as soon as its gradient is there: gradients take no room."""
+
+    def update(weight: torch.Tensor) -> None:
+        with torch.no_grad():
+            weight.add_(weight.grad, alpha=-rate)
+        weight.grad = None
+
+    for weight in model.parameters():
+        weight.register_post_accumulate_grad_hook(update)
+
+
 def text(length: int, vocabulary: int) -> torch.Tensor:
     """Bytes of the standard library: real text on every machine."""
     folder = Path(argparse.__file__).parent
@@ -101,15 +113,13 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     if args.method == "checkpointing with ssdtrain":
         use_checkpoint(model)
     tokens = text(args.length, model.config.vocab_size).to(args.device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    update_in_backward(model, 1e-2)
     offload, losses, seconds, cpu_seconds = offload_of(args, model), [], [], []
     for _ in range(args.steps):
         begin, cpu = time.perf_counter(), time.process_time()
         with offload:
             loss = loss_of(model, tokens, args.chunk)
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
         losses.append(loss.item())
         seconds.append(time.perf_counter() - begin)
         cpu_seconds.append(time.process_time() - cpu)
