@@ -5,6 +5,7 @@ Knows sizes and times; neither records nor when anything is freed.
 [Note: what a heap keeps]
 PyTorch's memory on the CPU is glibc's `malloc`. Small tensors that stay lie between large ones that leave, so holes are
 left which the next ones do not fit: where a third of the saved tensors is in memory, the process may hold two thirds.
+Not even a tensor of the same size fits: `posix_memalign`, which PyTorch calls, asks `malloc` for the alignment on top.
 `malloc_trim` gives the holes' pages back. That takes milliseconds, and what is used again is cleared by the kernel
 first, up to half a second a gigabyte: as much as a fast drive costs. So it is done only where it takes a twentieth of
 the time, which is where layers compute long for every byte, or where somebody asked for it.
