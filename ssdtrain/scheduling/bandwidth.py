@@ -3,9 +3,9 @@
 [Note: bursts]
 A drive's cache, or the credit of a rate limiter, takes a few megabytes at once much faster than the next ones. What the
 drive did while it was busy therefore says too much of it when it was busy for moments only; a quarter of a second
-without a pause says what it can keep up. The slower of both is counted on. A plan that leaves pauses teaches nothing of
-the second kind, so it is forgotten after 32 steps without, then 64, and at last every 1024: the drive may have
-recovered.
+without a pause says what it can keep up, where a quarter of the traffic is in such periods: one alone may be a moment
+in which this process got no processor. The slower of both is counted on. A plan that leaves pauses teaches nothing of
+the second kind, so it is forgotten after 32 steps without, then 64, and at last every 1024: it may have recovered.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ FIRST_PATIENCE, MAX_PATIENCE = 32, 1024
 """Steps until what was not measured again is asked for: at first, and after it was found unchanged again and again."""
 
 _LEAST_NBYTES = 1 << 20  # of traffic that says something about a drive
+_LEAST_SUSTAINED_SHARE = 0.25  # of the traffic; see [Note: bursts]
 _NEW_SHARE = 0.5  # of the latest step in the averages
 _OLD_SHARE = 0.99  # what a step leaves of the sums before it
 
@@ -51,6 +52,10 @@ class Rate:
         self.average = rate if not self.average else self.average + _NEW_SHARE * (rate - self.average)
         return True
 
+    def skip(self, nbytes: int, seconds: float) -> None:
+        """Takes running totals and learns nothing of what is new in them."""
+        self.nbytes, self.seconds = nbytes, seconds
+
 
 class Bandwidth:
     """One direction of a drive. See [Note: bursts]."""
@@ -70,7 +75,9 @@ class Bandwidth:
         self, nbytes: int, seconds: float, sustained_nbytes: int, sustained_seconds: float, num_steps: int = 1
     ) -> None:
         """Takes running totals of traffic and busy time, and of long busy periods, after so many steps."""
-        self._burst.note(nbytes, seconds)
+        least = _LEAST_SUSTAINED_SHARE * (nbytes - self._burst.nbytes)
+        if self._burst.note(nbytes, seconds) and sustained_nbytes - self._sustained.nbytes < least:
+            self._sustained.skip(sustained_nbytes, sustained_seconds)
         if self._sustained.note(sustained_nbytes, sustained_seconds):
             self._num_since = 0
             if differs(self._sustained.average, self._last_sustained):

@@ -97,6 +97,18 @@ def test_a_probe_whose_plan_is_replaced_does_not_end_all_probes() -> None:
     assert run.until_probe(SLOW) < 200
 
 
+def test_a_moment_without_a_processor_is_no_slow_drive() -> None:
+    """Of a gigabyte a step, 40 MiB took half a second once: what everything took together is counted on."""
+    bandwidth = Bandwidth()
+    bandwidth.note(1024 * MIB, 1.5, 40 * MIB, 0.5)
+    assert bandwidth.average == pytest.approx(1024 * MIB / 1.5)
+    for i in range(2, 20):
+        bandwidth.note(1024 * i * MIB, 1.5 * i, 40 * i * MIB, 0.5 * i)
+    assert bandwidth.average == pytest.approx(1024 * MIB / 1.5), "many of them are not one long period"
+    bandwidth.note(1024 * 20 * MIB, 1.5 * 20, 40 * 19 * MIB + 512 * MIB, 0.5 * 19 + 5)
+    assert bandwidth.average == pytest.approx(512 * MIB / 5), "half of the traffic is"
+
+
 def test_a_burst_says_less_than_a_long_period() -> None:
     """Counted on is what a drive keeps up, until nothing was known of that for a while, each time a longer one."""
     bandwidth, burst, sustained = Bandwidth(), Rate(), Rate()
