@@ -20,6 +20,7 @@ import pytest
 import torch
 from drives import Drive
 from engine_tools import descriptors, eventually, num_threads, random_bytes
+from fault_tools import Lab
 
 from ssdtrain.io import File, FileEngine, PinnedBuffer, Request
 
@@ -411,3 +412,49 @@ def test_pinned_memory() -> None:
     assert len(PinnedBuffer(0)) == 0
     with pytest.raises(ValueError, match="Expected a size of 0 or more"):
         PinnedBuffer(-1)
+
+
+def _close_a_stuck_drive(folder: str) -> None:
+    reader, writer = os.pipe()
+    os.environ["FAKE_GATE"] = str(reader)  # every write waits for a byte
+    engine = FileEngine(block_nbytes=4096, queue_depth=2, num_threads=2, engine="threads")
+    left, right = engine.open(f"{folder}/left", "w"), engine.open(f"{folder}/right", "w")
+    memory = bytearray(4096)
+    requests = [left.write(memory), right.write(memory), right.write(memory, 4096)]
+    for timeout in (0.0, 0.1):
+        with pytest.raises(TimeoutError, match=r"got [23] that are not") as caught:
+            engine.close(timeout)
+        assert f"1 on '{folder}/left'" in str(caught.value) and f" on '{folder}/right'" in str(caught.value)
+    with pytest.raises(TimeoutError), engine:  # leaving waits no longer either
+        engine.close(timeout=0.0)
+    assert "closing" in repr(engine) and not requests[0].done()
+    with pytest.raises(BufferError):
+        memory.append(0)
+    with pytest.raises(RuntimeError, match="Expected an open engine, got one that is being closed"):
+        left.write(b"x")
+    os.write(writer, b"..")
+    engine.close(timeout=60)
+    engine.close(timeout=0)
+    engine.close()
+    assert requests[0].result() == requests[1].result() == 4096 and requests[2].cancelled()
+    memory.append(0)
+    assert os.path.getsize(f"{folder}/left") == os.path.getsize(f"{folder}/right") == 4096
+    requests[2].exception()
+
+
+def test_closing_waits_as_long_as_one_says(lab: Lab, tmp_path: Path) -> None:
+    """A drive that does not answer keeps what is with it, not whoever closes; what has not begun never does."""
+    lab.run(_close_a_stuck_drive, tmp_path)
+
+
+@pytest.mark.parametrize("timeout", [-1, float("nan")])
+def test_times_that_nobody_can_wait(engine: FileEngine, timeout: float) -> None:
+    with pytest.raises(ValueError, match="Expected a timeout of 0 or more seconds, or None, got"):
+        engine.close(timeout)
+
+
+def test_closing_in_time_is_like_closing(engine: FileEngine, path: Path) -> None:
+    with engine.open(path, "w") as file:
+        requests = [file.write(bytes(4096), 4096 * i) for i in range(50)]
+        engine.close(timeout=60)
+    assert all(request.done() and (request.cancelled() or request.result() == 4096) for request in requests)

@@ -11,6 +11,7 @@ or through a slab where that is not aligned, and what is left at both ends throu
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -18,6 +19,7 @@ import os
 import stat
 import threading
 import weakref
+from collections import Counter
 from typing import Any
 
 from ssdtrain.io.extension import UnavailableError, extension
@@ -44,7 +46,7 @@ class FileEngine:
 
     Requests are served in no order but that reads go before writes: wait for one before another that overlaps it.
     Leaving it as a context manager waits for all of them and raises what nobody was told of, as `synchronize` does;
-    after an exception it only closes.
+    after an exception it only closes, and after a `close` that was not over in time it waits no longer.
     """
 
     def __init__(
@@ -79,18 +81,23 @@ class FileEngine:
         self._engine, self.kind = self._open(engine, threads)
         self._lock = threading.Lock()
         self._pending: dict[int, Flight] = {}
+        self._is_closing = False
         self._num_before_pruning = 2 * depth
         self._watcher = Watcher(self._engine)
         self._closer = weakref.finalize(self, _close, self._engine, self._watcher, self._pending)
 
     def __repr__(self) -> str:
-        state = "closed" if self._engine.is_closed else "open"
+        state = "closed" if self._engine.is_closed else "closing" if self._is_closing else "open"
         return f"<FileEngine {self.kind}, {self.queue_depth} x {self.block_nbytes} bytes, {state}>"
 
     def __enter__(self) -> FileEngine:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
+        if self._is_closing:
+            with contextlib.suppress(TimeoutError):
+                self.close(0.0)
+            return
         try:
             if kind is None and not self._engine.is_closed:
                 self.synchronize()
@@ -149,9 +156,43 @@ class FileEngine:
         if errors and errors[0] is not None:
             raise errors[0]
 
-    def close(self) -> None:
-        """Cancels what has not begun, waits for what has, calls the last callbacks. Idempotent."""
+    def close(self, timeout: float | None = None) -> None:
+        """Cancels what has not begun, waits for what has, calls the last callbacks. Idempotent.
+
+        Args:
+            timeout: seconds to wait for what has begun, at most; None for as long as it takes.
+
+        Raises:
+            TimeoutError: requests are still with the drive, and it says with which files. They keep their memory, no
+                others begin, and `close` can be called again.
+            ValueError: `timeout` is no time.
+        """
+        if timeout is not None:
+            if not timeout >= 0:
+                raise ValueError(f"Expected a timeout of 0 or more seconds, or None, got {timeout!r}")
+            late = self._outlast(timeout) if self._closer.alive else []
+            if late:
+                names = Counter([flight.task.name for flight in late])
+                where = ", ".join([f"{num} on {name!r}" for name, num in names.items()])
+                raise TimeoutError(
+                    errno.ETIMEDOUT,
+                    f"Expected all requests to be done within {timeout} s of close(), got {len(late)} that are not,"
+                    f" {where}; their memory stays in use: close again when the drive answers",
+                )
         self._closer()
+
+    def _outlast(self, timeout_seconds: float) -> list[Flight]:
+        """Begins nothing any more, and waits; what is not done then."""
+        with self._lock:
+            self._is_closing = True
+            flights = list(self._pending.values())
+        try:
+            for flight in flights:
+                flight.handle.cancel()
+            self._engine.wait_idle(timeout_seconds)
+            return [flight for flight in flights if not flight.is_done]
+        except RuntimeError:  # another thread has closed it, or this is a forked child
+            return []
 
     @property
     def written_nbytes(self) -> int:
@@ -165,10 +206,14 @@ class FileEngine:
 
     def submit(self, file: Any, memory: Memory, task: Task) -> Request:
         """Begins a request of an open file; `File.read` and `File.write` are the way to it."""
+        if self._is_closing:
+            raise RuntimeError("Expected an open engine, got one that is being closed; open another engine")
         handle = self._engine.transfer(file, task.kind == "write", memory.address, task.nbytes, task.offset)
         flight = Flight(handle, memory, task)
         with self._lock:
             self._pending[id(flight)] = flight
+            if self._is_closing:  # meanwhile
+                handle.cancel()
         if len(self._pending) > self._num_before_pruning:
             self._prune()
         return Request(flight, self._watcher)
