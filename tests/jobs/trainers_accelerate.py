@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from trainers_tools import (
     own_directory,
     raises,
     refused_alike,
+    refused_when_full,
     run_recipe,
     says_that_nothing_moved,
     state_of,
@@ -156,7 +158,7 @@ def plugin() -> FullyShardedDataParallelPlugin:
     return FullyShardedDataParallelPlugin(fsdp_version=2, **wrap)
 
 
-def bad_input(folder: Path) -> None:
+def bad_input(folder: Path, expect: Callable[..., None] = refused_alike) -> None:
     """Each is said by `prepare`, on every rank."""
     start = values(llama())
 
@@ -167,7 +169,11 @@ def bad_input(folder: Path) -> None:
         finally:
             assert_equal(start, values(model), "model")
 
-    refused_alike(folder, train)
+    expect(folder, train)
+
+
+def full_disk(folder: Path) -> None:
+    bad_input(folder, refused_when_full)
 
 
 def nothing_moved(folder: Path) -> None:

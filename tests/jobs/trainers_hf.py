@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from trainers_tools import (
     own_directory,
     raises,
     refused_alike,
+    refused_when_full,
     run_recipe,
     says_that_nothing_moved,
     state_of,
@@ -268,7 +270,7 @@ def refused_on_every_rank(folder: Path) -> None:
     assert_equal(start, values(model), "model")
 
 
-def bad_input(folder: Path) -> None:
+def bad_input(folder: Path, expect: Callable[..., None] = refused_alike) -> None:
     """Each is said before training, on every rank."""
     start = values(llama())
 
@@ -281,7 +283,11 @@ def bad_input(folder: Path) -> None:
         finally:
             assert_equal(start, values(model), "model")
 
-    refused_alike(folder, train)
+    expect(folder, train)
+
+
+def full_disk(folder: Path) -> None:
+    bad_input(folder, refused_when_full)
 
 
 def nothing_moved(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from trainers_tools import (
     own_directory,
     raises,
     refused_alike,
+    refused_when_full,
     run_recipe,
     says_that_nothing_moved,
     state_of,
@@ -170,7 +172,7 @@ def parameters_before_replicas(folder: Path) -> None:
     assert_travelled(callback.session)
 
 
-def bad_input(folder: Path) -> None:
+def bad_input(folder: Path, expect: Callable[..., None] = refused_alike) -> None:
     """Each is said before training, on every rank."""
     start = values(Module())
 
@@ -182,7 +184,11 @@ def bad_input(folder: Path) -> None:
             assert_equal(start, values(module), "model")
             assert module.losses == []
 
-    refused_alike(folder, train)
+    expect(folder, train)
+
+
+def full_disk(folder: Path) -> None:
+    bad_input(folder, refused_when_full)
 
 
 def nothing_moved(folder: Path) -> None:
