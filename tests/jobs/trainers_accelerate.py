@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -158,22 +157,17 @@ def plugin() -> FullyShardedDataParallelPlugin:
     return FullyShardedDataParallelPlugin(fsdp_version=2, **wrap)
 
 
-def bad_input(folder: Path, expect: Callable[..., None] = refused_alike) -> None:
+def begin(_: Path, model: Any, kind: Any, directory: Any, **features: Any) -> None:
+    Run(directory, kind, model, **features)
+
+
+def bad_input(folder: Path) -> None:
     """Each is said by `prepare`, on every rank."""
-    start = values(llama())
-
-    def train(kind: Any, directory: Any, **features: Any) -> None:
-        model = llama()
-        try:
-            Run(directory, kind, model, **features)
-        finally:
-            assert_equal(start, values(model), "model")
-
-    expect(folder, train)
+    refused_alike(folder, llama, begin)
 
 
 def full_disk(folder: Path) -> None:
-    bad_input(folder, refused_when_full)
+    refused_when_full(folder, llama, begin)
 
 
 def nothing_moved(folder: Path) -> None:

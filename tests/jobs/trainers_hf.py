@@ -9,7 +9,6 @@ import json
 import os
 import sys
 import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -270,24 +269,18 @@ def refused_on_every_rank(folder: Path) -> None:
     assert_equal(start, values(model), "model")
 
 
-def bad_input(folder: Path, expect: Callable[..., None] = refused_alike) -> None:
+def begin(folder: Path, model: Any, kind: Any, directory: Any, **features: Any) -> None:
+    callback, optimizer = Offload(directory, **features), kind(model.parameters())
+    trainer(folder, callback, model=model, optimizers=(optimizer, None)).train()
+
+
+def bad_input(folder: Path) -> None:
     """Each is said before training, on every rank."""
-    start = values(llama())
-
-    def train(kind: Any, directory: Any, **features: Any) -> None:
-        model = llama()
-        optimizer = kind(model.parameters())
-        own = trainer(folder, Offload(directory, **features), model=model, optimizers=(optimizer, None))
-        try:
-            own.train()
-        finally:
-            assert_equal(start, values(model), "model")
-
-    expect(folder, train)
+    refused_alike(folder, llama, begin)
 
 
 def full_disk(folder: Path) -> None:
-    bad_input(folder, refused_when_full)
+    refused_when_full(folder, llama, begin)
 
 
 def nothing_moved(folder: Path) -> None:

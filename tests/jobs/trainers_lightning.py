@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -172,23 +171,21 @@ def parameters_before_replicas(folder: Path) -> None:
     assert_travelled(callback.session)
 
 
-def bad_input(folder: Path, expect: Callable[..., None] = refused_alike) -> None:
+def begin(folder: Path, module: Any, kind: Any, directory: Any, **features: Any) -> None:
+    module.kind = kind
+    try:
+        trainer(folder, Offload(directory, **features), num_sanity_val_steps=0).fit(module, loader(), loader(8))
+    finally:
+        assert module.losses == []
+
+
+def bad_input(folder: Path) -> None:
     """Each is said before training, on every rank."""
-    start = values(Module())
-
-    def train(kind: Any, directory: Any, **features: Any) -> None:
-        module = Module(kind=kind)
-        try:
-            trainer(folder, Offload(directory, **features), num_sanity_val_steps=0).fit(module, loader(), loader(8))
-        finally:
-            assert_equal(start, values(module), "model")
-            assert module.losses == []
-
-    expect(folder, train)
+    refused_alike(folder, Module, begin)
 
 
 def full_disk(folder: Path) -> None:
-    bad_input(folder, refused_when_full)
+    refused_when_full(folder, Module, begin)
 
 
 def nothing_moved(folder: Path) -> None:

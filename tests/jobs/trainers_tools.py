@@ -113,11 +113,13 @@ def raises(kind: type[BaseException], *texts: str) -> Iterator[None]:
     assert_clean()
 
 
-def refused_alike(folder: Path, start: Callable[..., Any]) -> None:
-    """What is wrong on the last rank, or on all, is an error on all; `start(kind, directory, features)` trains.
+Train = Callable[..., Any]
+"""`train(folder, model, kind, directory, **features)`: begins training with an optimizer of class `kind`."""
 
-    `kind` is the class of the optimizer.
-    """
+
+def refused_alike(folder: Path, make: Callable[[], torch.nn.Module], train: Train) -> None:
+    """What is wrong on the last rank, or on all, is an error on all, and the model that `make` made stays as it is."""
+    start = _untouched(folder, make, train)
     is_bad = RANK == NUM_RANKS - 1
     good, file, unknown = own_directory(folder), folder / f"file{RANK}", folder / f"own{RANK}.yaml"
     file.write_text("")
@@ -145,13 +147,28 @@ def refused_alike(folder: Path, start: Callable[..., Any]) -> None:
             start(adamw, good, **EVERYTHING)
 
 
-def refused_when_full(folder: Path, start: Callable[..., Any]) -> None:
+def refused_when_full(folder: Path, make: Callable[[], torch.nn.Module], train: Train) -> None:
     """A full disk of the last rank is an error on all; skipped where nothing can be mounted."""
+    start = _untouched(folder, make, train)
     with tmpfs_drive(folder / f"tmpfs{RANK}", 6 << 20) as drive:
         fill(drive.directory, 4 << 10)
         directory = drive.directory if RANK == NUM_RANKS - 1 else own_directory(folder)
         with raises(Exception, "Expected room for"):
             start(torch.optim.AdamW, directory, **EVERYTHING)
+
+
+def _untouched(folder: Path, make: Callable[[], torch.nn.Module], train: Train) -> Callable[..., None]:
+    """`train`, each time with a new model, which has to be as new afterwards."""
+    expected = values(make())
+
+    def start(kind: Any, directory: Any, **features: Any) -> None:
+        model = make()
+        try:
+            train(folder, model, kind, directory, **features)
+        finally:
+            assert_equal(expected, values(model), "model")
+
+    return start
 
 
 def says_that_nothing_moved(folder: Path, start: Callable[..., Any]) -> None:

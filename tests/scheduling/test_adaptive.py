@@ -43,10 +43,10 @@ def gpt(length: int = 64) -> tuple[GPT, Callable[[int], list[torch.Tensor]]]:
 
 
 def until_planned(offload: Any, step: Step) -> None:
-    """At least three steps; more where a busy machine sends too little in them to say how fast the drive is."""
+    """At least three steps; more where a busy machine sends less than the 1 MiB that says how fast a drive is."""
     for _ in range(3):
         step()
-    for _ in range(50):
+    for _ in range(10):
         if offload.plan is None:
             step()
 
