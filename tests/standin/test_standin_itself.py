@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,27 @@ def test_streams_run_beside_each_other_and_events_order_them(gates: Any) -> None
     gate.open()
     torch.cuda.synchronize()
     assert (early.tolist(), late.tolist()) == ([0.0] * 8, [1.0] * 8)
+
+
+def test_a_wait_is_for_what_was_recorded_whatever_becomes_of_the_event(gates: Any) -> None:
+    """The engine hands an event on as soon as a stream waits for it: others may record it before it is reached."""
+    side, third, x = torch.cuda.Stream(), torch.cuda.Stream(), torch.zeros(8, device="cuda")
+    torch.cuda.synchronize()
+    gate, event = gates(), torch.cuda.Event()  # of the current stream
+    x.fill_(1)
+    event.record()
+    side.wait_event(event)
+    event.record(third)
+    event.synchronize()
+    with torch.cuda.stream(side):
+        late = x + 0
+    until = time.monotonic() + 0.2
+    while not side.query() and time.monotonic() < until:
+        pass
+    assert not side.query()
+    gate.open()
+    torch.cuda.synchronize()
+    assert late.tolist() == [1.0] * 8
 
 
 def test_an_event_of_another_thread_breaks_a_global_capture() -> None:

@@ -16,12 +16,16 @@ typedef struct Stream Stream;
 extern pthread_mutex_t standin_lock;
 extern pthread_cond_t standin_progress;
 
+// One recording of an event. Who waits for it does so whatever becomes of the event.
 typedef struct {
-  uint64_t num_recorded, num_reached;
-  double seconds;    // when it was reached last
+  bool is_reached;
+  double seconds;      // when it was reached
+  unsigned num_users;  // the event, works in queues, threads that wait
+} Point;
+
+typedef struct {
+  Point* point;      // recorded last, or NULL
   unsigned flags;
-  unsigned num_users;  // works in queues that name it
-  bool is_destroyed;
   Graph* capture;    // in which it was recorded last, or NULL
 } Event;
 
@@ -36,8 +40,7 @@ typedef struct Work {
   int value;           // SET
   void (*call)(void*);  // CALL
   void* data;          // CALL
-  Event* event;        // RECORD, WAIT
-  uint64_t number;     // RECORD, WAIT: which of the event's recordings
+  Point* point;        // RECORD, WAIT; NULL: of an event that was never recorded
 } Work;
 
 struct Stream {

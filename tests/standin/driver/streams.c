@@ -37,15 +37,21 @@ Work* standin_work(Kind kind) {
   return work;
 }
 
-static void release(Event* event) {
-  if (event->is_destroyed && event->num_users == 0) free(event);
+static Point* use(Point* point) {
+  if (point != NULL) ++point->num_users;
+  return point;
+}
+
+static void release(Point* point) {
+  if (point != NULL && --point->num_users == 0) free(point);
+}
+
+static bool is_reached(const Point* point) {
+  return point == NULL || point->is_reached;
 }
 
 static void forget(Work* work) {
-  if (work->event != NULL) {
-    --work->event->num_users;
-    release(work->event);
-  }
+  release(work->point);
   free(work);
 }
 
@@ -55,10 +61,9 @@ static void perform(Work* work) {
   if (work->kind == CALL) work->call(work->data);
 }
 
-static void reach(Event* event, uint64_t number) {
-  if (event->num_reached >= number) return;
-  event->num_reached = number;
-  event->seconds = now();
+static void reach(Point* point) {
+  point->is_reached = true;
+  point->seconds = now();
 }
 
 static void* run(void* argument) {
@@ -68,14 +73,12 @@ static void* run(void* argument) {
     while (stream->first == NULL && !stream->is_destroyed) pthread_cond_wait(&stream->has_work, &standin_lock);
     Work* work = stream->first;
     if (work == NULL) break;
-    while (work->kind == WAIT && work->event->num_reached < work->number) {
-      pthread_cond_wait(&standin_progress, &standin_lock);
-    }
+    while (work->kind == WAIT && !is_reached(work->point)) pthread_cond_wait(&standin_progress, &standin_lock);
     pthread_mutex_unlock(&standin_lock);
     delay(stream);
     perform(work);
     pthread_mutex_lock(&standin_lock);
-    if (work->kind == RECORD) reach(work->event, work->number);
+    if (work->kind == RECORD) reach(work->point);
     stream->first = work->next;
     if (stream->first == NULL) stream->last = NULL;
     ++stream->num_done;
@@ -254,17 +257,15 @@ cudaError_t cudaEventCreate(cudaEvent_t* event) {
 cudaError_t cudaEventDestroy(cudaEvent_t handle) {
   Event* event = (Event*)handle;
   pthread_mutex_lock(&standin_lock);
-  event->is_destroyed = true;
-  release(event);
+  release(event->point);
   pthread_mutex_unlock(&standin_lock);
+  free(event);
   return cudaSuccess;
 }
 
 static Work* about(Kind kind, Event* event) {
   Work* work = standin_work(kind);
-  work->event = event;
-  work->number = event->num_recorded;
-  ++event->num_users;
+  work->point = use(event->point);
   return work;
 }
 
@@ -275,7 +276,8 @@ cudaError_t cudaEventRecord(cudaEvent_t handle, cudaStream_t on) {
   pthread_mutex_lock(&standin_lock);
   event->capture = stream->capture;
   if (stream->capture == NULL) {
-    ++event->num_recorded;
+    release(event->point);
+    event->point = use(calloc(1, sizeof(Point)));
     standin_start(stream, about(RECORD, event));
   }
   pthread_mutex_unlock(&standin_lock);
@@ -316,9 +318,9 @@ cudaError_t cudaEventQuery(cudaEvent_t handle) {
   cudaError_t error = look_at(event, "cudaEventQuery");
   if (error != cudaSuccess) return standin_result(error);
   pthread_mutex_lock(&standin_lock);
-  bool is_reached = event->num_reached >= event->num_recorded;
+  bool is_over = is_reached(event->point);
   pthread_mutex_unlock(&standin_lock);
-  return is_reached ? cudaSuccess : cudaErrorNotReady;
+  return is_over ? cudaSuccess : cudaErrorNotReady;
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
@@ -326,8 +328,9 @@ cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
   cudaError_t error = look_at(event, "cudaEventSynchronize");
   if (error != cudaSuccess) return standin_result(error);
   pthread_mutex_lock(&standin_lock);
-  uint64_t number = event->num_recorded;
-  while (event->num_reached < number) pthread_cond_wait(&standin_progress, &standin_lock);
+  Point* point = use(event->point);
+  while (!is_reached(point)) pthread_cond_wait(&standin_progress, &standin_lock);
+  release(point);
   pthread_mutex_unlock(&standin_lock);
   return cudaSuccess;
 }
@@ -335,10 +338,10 @@ cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t begin, cudaEvent_t end) {
   Event *first = (Event*)begin, *second = (Event*)end;
   if ((first->flags | second->flags) & cudaEventDisableTiming) return standin_result(cudaErrorInvalidResourceHandle);
-  if (first->num_recorded == 0 || second->num_recorded == 0) return standin_result(cudaErrorInvalidResourceHandle);
+  if (first->point == NULL || second->point == NULL) return standin_result(cudaErrorInvalidResourceHandle);
   pthread_mutex_lock(&standin_lock);
-  bool are_reached = first->num_reached >= first->num_recorded && second->num_reached >= second->num_recorded;
-  *milliseconds = (float)((second->seconds - first->seconds) * 1e3);
+  bool are_reached = is_reached(first->point) && is_reached(second->point);
+  *milliseconds = (float)((second->point->seconds - first->point->seconds) * 1e3);
   pthread_mutex_unlock(&standin_lock);
   return are_reached ? cudaSuccess : cudaErrorNotReady;
 }
