@@ -151,7 +151,7 @@ def refused_when_full(folder: Path, make: Callable[[], torch.nn.Module], train: 
     """A full disk of the last rank is an error on all; skipped where nothing can be mounted."""
     start = _untouched(folder, make, train)
     with tmpfs_drive(folder / f"tmpfs{RANK}", 6 << 20) as drive:
-        fill(drive.directory, 4 << 10)
+        fill(drive.directory, 64 << 10)  # for the blocks that engines try first
         directory = drive.directory if RANK == NUM_RANKS - 1 else own_directory(folder)
         with raises(Exception, "Expected room for"):
             start(torch.optim.AdamW, directory, **EVERYTHING)
