@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.utils.checkpoint as torch_checkpoint
 from torch.nn.parallel import DistributedDataParallel
 
 from ssdtrain.policy import OptimizerPolicy
@@ -37,6 +38,9 @@ def check_others(models: Iterable[torch.nn.Module], switches: Mapping[str, objec
             found = _on_module(module)
             if found is not None:
                 raise found
+    for patched in (torch_checkpoint.checkpoint, torch_checkpoint.CheckpointFunction):
+        if "unsloth" in _name(patched).lower():
+            raise _unsloth(patched)
     hooks = innermost_hooks()
     if hooks is not None and _name(hooks[0]).endswith(("save_on_cpu.__init__.<locals>.pack_to_cpu", ".pack_tensor")):
         raise _two(f"a context of {_name(hooks[0])} round training", "leave it out")
@@ -106,10 +110,15 @@ def _on_module(module: torch.nn.Module) -> ValueError | None:
         return None
     name = _name(function)
     if "unsloth" in name.lower():
-        return _two(f"checkpointing by {name}", "pass use_gradient_checkpointing=True instead of 'unsloth'")
+        return _unsloth(function)
     if name.endswith("_activation_checkpointing_enable.<locals>.checkpoint_func"):
         return _two("activation_checkpointing_kwargs={'offload': True}", "turn 'offload' off; checkpointing may stay")
     return None
+
+
+def _unsloth(function: object) -> ValueError:
+    """It puts its own in the place of PyTorch's, also where a model holds on to what calls those."""
+    return _two(f"checkpointing by {_name(function)}", "pass use_gradient_checkpointing=True instead of 'unsloth'")
 
 
 def _two(found: str, what_to_do: str) -> ValueError:

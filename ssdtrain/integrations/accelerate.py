@@ -42,7 +42,7 @@ def prepare(accelerator: Any, *objects: Any, directory: Any = ..., **features: A
         raise ValueError("Expected one ssdtrain prepare() for an accelerator, got another: prepare all objects at once")
     session = Offload(directory, **features)
     prepared = accelerator.prepare(*objects)
-    found = prepared if isinstance(prepared, tuple) else (prepared,)
+    found = prepared if len(objects) > 1 else (prepared,)  # several come in a tuple, with FSDP2 in a list
     models = [each for each in found if isinstance(each, torch.nn.Module)]
     optimizers = [each for each in found if isinstance(each, torch.optim.Optimizer)]
     session.begin(models, *optimizers, is_last=lambda: accelerator.sync_gradients)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +167,26 @@ def test_other_offloaders_are_refused(tmp_path: Path) -> None:
         session.begin(nn.Sequential(offload_wrapper(nn.Linear(2, 2))))
     with pytest.raises(ValueError, match=r"got DataParallel.*start with torchrun"):
         session.begin(_parallel())
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "CheckpointFunction", "of the model"])
+def test_checkpointing_by_unsloth_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """It patches PyTorch, and Transformers' models may have what they call from before."""
+    import torch.utils.checkpoint as theirs
+
+    module = model()
+    kinds = {"CheckpointFunction": type("UnslothCheckpointFunction", (theirs.CheckpointFunction,), {})}
+    if name == "of the model":
+        vars(module)["_gradient_checkpointing_func"] = functools.partial(unsloth_checkpoint, use_reentrant=False)
+    else:
+        monkeypatch.setattr(theirs, name, kinds.get(name, unsloth_checkpoint))
+    text = "pass use_gradient_checkpointing=True instead of 'unsloth'"
+    with pytest.raises(ValueError, match=rf"(?i)unsloth_?checkpoint.* beside ssdtrain: {text}"):
+        ssdtrain.Offload(tmp_path).begin(module)
+
+
+def unsloth_checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool | None = None) -> Any:
+    return function(*args)
 
 
 def _parallel() -> nn.DataParallel[nn.Module]:

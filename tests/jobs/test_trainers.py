@@ -36,7 +36,7 @@ CASES = {
     ("accelerate", 1): """everything saved_and_resumed raised_in_the_middle step_in_backward
         gradients_away refused_on_every_rank bad_input full_disk nothing_moved unknown_version recipe""".split(),
     ("accelerate", 2): """everything saved_and_resumed refused_on_every_rank bad_input full_disk
-        parameters_before_replicas sharded""".split(),
+        parameters_before_replicas sharded own_offloading_when_sharded""".split(),
     ("lightning", 1): """everything saved_and_resumed raised_anywhere step_in_backward refused_on_every_rank
         bad_input full_disk nothing_moved unknown_version fabric recipe""".split(),
     ("lightning", 2): """everything saved_and_resumed refused_on_every_rank bad_input full_disk

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
@@ -151,10 +152,30 @@ def sharded(folder: Path) -> None:
     assert_travelled(run.accelerator.ssdtrain)
 
 
-def plugin() -> FullyShardedDataParallelPlugin:
+def plugin(**more: Any) -> FullyShardedDataParallelPlugin:
     names = ["LlamaDecoderLayer"]
     wrap = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": names}
-    return FullyShardedDataParallelPlugin(fsdp_version=2, **wrap)
+    return FullyShardedDataParallelPlugin(fsdp_version=2, **wrap, **more)
+
+
+def own_offloading_when_sharded(folder: Path) -> None:
+    """FSDP2's inputs of checkpoints in host memory are refused, however they were asked for; checkpoints are not."""
+    asked = plugin(activation_checkpointing=True, activation_checkpointing_offload=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
+        patch.setenv("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", "true")
+        launched = plugin()
+    for own in (asked, launched):
+        with raises(ValueError, "beside ssdtrain: turn activation_checkpointing_offload of the FSDP plugin off"):
+            Run(own_directory(folder), plugin=own, activations=ACTIVATIONS)
+    found = []
+    for features in (None, {"activations": ACTIVATIONS}):
+        run = Run(
+            own_directory(folder) if features else None, plugin=plugin(activation_checkpointing=True), **features or {}
+        )
+        found.append(run.train()[0])
+    assert_equal(*found, "trained")
+    assert_travelled(run.accelerator.ssdtrain)
 
 
 def begin(_: Path, model: Any, kind: Any, directory: Any, **features: Any) -> None:

@@ -12,7 +12,9 @@ import types
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import torch.utils.checkpoint as torch_checkpoint
 from trainers_tools import (
     ACTIVATIONS,
     EVERYTHING,
@@ -240,8 +242,14 @@ def lora(folder: Path) -> None:
 def other_offloaders(folder: Path) -> None:
     kwargs = {"use_reentrant": False, "offload": True}
     more = {"activation_checkpointing": True, "activation_checkpointing_kwargs": kwargs}
-    with raises(ValueError, "one that offloads activations", "turn 'offload' off"):
-        trainer(folder, Offload(folder), **more).train()
+    by_its_old_name = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}
+    for own in (more, by_its_old_name):
+        with raises(ValueError, "one that offloads activations", "turn 'offload' off"):
+            trainer(folder, Offload(folder), **own).train()
+    of_unsloth = type("UnslothCheckpointFunction", (torch_checkpoint.CheckpointFunction,), {})
+    with pytest.MonkeyPatch.context() as patch, raises(ValueError, "use_gradient_checkpointing=True instead of 'uns"):
+        patch.setattr(torch_checkpoint, "CheckpointFunction", of_unsloth)
+        trainer(folder, Offload(folder), activation_checkpointing=True).train()
     compare(folder, Offload(own_directory(folder), **EVERYTHING), activation_checkpointing=True)
 
 
@@ -409,6 +417,10 @@ def sft(folder: Path, *callbacks: Any, **more: Any) -> Any:
 
 def trl_sft_with_lora(folder: Path) -> None:
     """Its own offloading is refused."""
+    refused = raises(ValueError, "got activation_offloading=True beside ssdtrain: turn activation_offloading off")
+    with pytest.MonkeyPatch.context() as patch, refused:
+        patch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))  # which TRL asks for
+        sft(folder, Offload(own_directory(folder)), activation_offloading=True)
     small = {"min_nbytes": 0, "chunk_nbytes": "1KiB"}
     callback = Offload(own_directory(folder), **(EVERYTHING | {"optimizer": small}))
     assert_equal(sft(folder), sft(folder, callback), "trained")

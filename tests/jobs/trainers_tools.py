@@ -94,6 +94,8 @@ def assert_travelled(session: Offload, *, state: bool = True) -> None:
         stats = session.stats
         assert stats is not None and stats.offloaded_nbytes and stats.read_nbytes, str(stats)
         assert not stats.num_live_records, str(stats)
+    if state and section.optimizer is not None:
+        assert len(session.state_stats) > (section.parameters is not None), session
     for stats_of_state in session.state_stats if state else []:
         assert stats_of_state.written_nbytes and stats_of_state.read_nbytes, str(stats_of_state)
 
