@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import enum
 import inspect
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 from typer.testing import CliRunner
 
@@ -14,7 +17,7 @@ from ssdtrain.integrations import TESTED_TORCH, TESTED_VERSIONS
 from ssdtrain.run_log import reader, schema
 from ssdtrain.state_stats import StateStats
 from ssdtrain.stats import Skipped, Stats
-from ssdtrain.tools.cli import app
+from ssdtrain.tools.cli import app, outputs
 
 REFERENCE = Path(__file__).parent / "reference"
 _NAMED = dict.fromkeys(["_Nbytes", "_Time", "_Number"], "int") | dict.fromkeys(["_Sum", "_Seconds", "_Clock"], "float")
@@ -23,7 +26,8 @@ COMMANDS = ("demo", "doctor", "bench", "plan", "report")
 
 ABOUT = """`ssdtrain COMMAND`, or `python -m ssdtrain COMMAND`. Exit codes: 0 all is as promised; 1 a run failed,
 numbers differ, or something is broken; 2 options or a directory that cannot be used; 130 interrupted. `--json` prints
-one line of JSON. Into a pipe nothing is wrapped. Names that options had in earlier versions are still understood.
+one line of [JSON](json.md). Into a pipe nothing is wrapped. Names that options had in earlier versions are still
+understood.
 """
 TRIED = """All tests run with the last version of PyTorch in its row, those of the CUDA path with the middle one, and
 comparisons with plain training with the first.
@@ -50,6 +54,28 @@ _ALONE = {
 STATISTICS = """`offload.stats` is a snapshot: it does not change, the next one is another. `print` shows it on one
 screen, `as_dict()` has plain types for JSON. Sizes are bytes, times seconds, and totals are over the run.
 What the peaks count is [explained](../explanation/memory.md)."""
+JSON = """What commands print with `--json`: one line with one object, the last line of stdout (of `demo`, after its
+table). Exit codes are those without it. Fields are only ever added: leave out those that you do not know. Sizes are
+bytes, times seconds, shares parts of 1; GB/s are 10^9 bytes per second."""
+_UNITS = (  # the first ending that fits
+    ("nbytes_per_day", "bytes per day"),
+    ("nbytes_per_step", "bytes per step"),
+    ("daily_nbytes", "bytes per day"),
+    ("nbytes", "bytes"),
+    ("gb_per_forward_second", "GB per second"),
+    ("bytes_per_second", "bytes per second"),
+    ("bandwidth", "bytes per second"),
+    ("seconds", "seconds"),
+    ("gbs", "GB/s"),
+    ("share", "of 1"),
+    ("cost", "of 1"),
+    ("tbw", "TB"),
+    ("days", "days"),
+    ("years", "years"),
+    ("flops", "per second"),
+    ("begin", "microseconds"),
+    ("end", "microseconds"),
+)
 RUN_LOG = """What `record="run.ssdtrain"` writes. `ssdtrain report run.ssdtrain --json` has its numbers worked out; read
 the file itself with `ssdtrain.run_log.read_run(path)`, which returns the `Run` at the end of this page, or by
 its format.
@@ -111,18 +137,86 @@ def environment() -> str:
     return "\n".join(lines) + "\n"
 
 
+def json_outputs() -> str:
+    """What every command prints with `--json`."""
+    parts = ["# JSON outputs", JSON]
+    told: set[type] = set()
+    for command, kinds in outputs.OUTPUTS.items():
+        links = [_word(kind) for kind in kinds]
+        together = f"{', '.join(links[:-1])} and {links[-1]} together" if links[1:] else links[0]
+        parts.append(f"## ssdtrain {command} --json\n\nAn object with the fields of {together}.")
+        for kind in dict.fromkeys([*kinds, *_inside(kinds)]):
+            if kind not in told:
+                told.add(kind)
+                parts.append(_values(kind))
+    return "\n\n".join(parts) + "\n"
+
+
+def _inside(kinds: Iterable[type]) -> Iterator[type]:
+    """Classes that stand in types of fields, those of their fields included."""
+    for kind in kinds:
+        for found in [found for hint in get_type_hints(kind).values() for found in _classes(hint)]:
+            yield found
+            yield from _inside([found])
+
+
+def _classes(hint: Any) -> Iterator[type]:
+    """Classes of the package within a type."""
+    if isinstance(hint, type) and hint.__module__.startswith("ssdtrain.") and not issubclass(hint, enum.Enum):
+        yield hint
+    for part in get_args(hint):
+        yield from _classes(part)
+
+
+def _values(kind: type) -> str:
+    """A table of the fields of an object of JSON."""
+    rows = []
+    for name, _, words in _described(kind):
+        of = _word(get_type_hints(kind)[name])
+        unit = next((unit for ending, unit in _UNITS if name.endswith(ending)), "")
+        is_number = re.search("integer|number", of)
+        rows.append(f"| `{name}` | {of} | {unit if is_number else ''} | {words.replace('None', 'null')} |")
+    says = str(inspect.getdoc(kind)).partition("\n\n")[0].replace("\n", " ")
+    head = ["| field | type | unit | |", "|---|---|---|---|"]
+    return "\n".join([f"### {kind.__name__}\n", says, "", *head, *rows])
+
+
+def _word(hint: Any) -> str:
+    """A type in words of JSON."""
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return " or ".join([f"`{member.value}`" for member in hint])
+    arguments = get_args(hint)
+    origin = getattr(hint, "__origin__", None)
+    if origin is list:
+        return f"list of {_word(arguments[0])}"
+    if origin is tuple:
+        return f"list of {len(arguments)} texts" if set(arguments) == {str} else "list"
+    if origin is dict:
+        return "object" if arguments[1] is Any else f"object of {_word(arguments[1])}"
+    if arguments and all(isinstance(argument, str) for argument in arguments):
+        return " or ".join([f"`{argument}`" for argument in arguments])
+    if arguments:
+        return " or ".join([_word(argument) for argument in arguments])
+    if next(_classes(hint), None):
+        return f"[{hint.__name__}](#{hint.__name__.lower()})"
+    return {int: "integer", float: "number", str: "text", bool: "boolean", type(None): "null"}[hint]
+
+
 def _fields(kind: type, title: str) -> str:
     """A table of a class's attributes with their types and what is written under them."""
+    rows = [f"| `{name}` | `{_plain(annotation)}` | {words} |" for name, annotation, words in _described(kind)]
+    head = ["| field | type | |", "|---|---|---|"]
+    return "\n".join([f"## {title}\n", str(inspect.getdoc(kind)), "", *head, *rows])
+
+
+def _described(kind: type) -> Iterator[tuple[str, ast.expr, str]]:
+    """Attributes of a class: name, annotation, and what is written under it."""
     (definition,) = ast.parse(inspect.getsource(kind)).body
     body = getattr(definition, "body", [])
-    rows = []
     for node, after in zip(body, [*body[1:], None], strict=True):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             is_said = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            words = " ".join(str(after.value.value).split()) if is_said else ""
-            rows.append(f"| `{node.target.id}` | `{_plain(node.annotation)}` | {words} |")
-    head = ["| field | type | |", "|---|---|---|"]
-    return "\n".join([f"## {title}\n", str(inspect.getdoc(kind)), "", *head, *rows])
+            yield node.target.id, node.annotation, " ".join(str(after.value.value).split()) if is_said else ""
 
 
 def _plain(annotation: ast.expr) -> str:
@@ -137,6 +231,7 @@ PAGES = {
     "compatibility.md": compatibility,
     "statistics.md": statistics,
     "run-log.md": run_log,
+    "json.md": json_outputs,
 }
 
 

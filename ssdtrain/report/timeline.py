@@ -141,9 +141,12 @@ class Bar:
     """Something that took time."""
 
     lane: str
+    """What kind: forward, backward, copies, writes, reads, or stalls."""
     begin: int
+    """Microseconds since the step began."""
     end: int
     label: str
+    """What and of which module."""
     nbytes: int = 0
 
     def as_dict(self) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from json_outputs import documented
 from run_tools import recorded_run
 from typer.testing import CliRunner
 
@@ -48,7 +48,7 @@ def test_the_command_takes_two_records(record: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["report", *both, "-o", str(page)])
     assert result.exit_code == 0 and "typical step" in result.stdout and "+0.0 %" in result.stdout, result.output
     assert "<h1>" in page.read_text() and "<script" not in page.read_text()
-    printed = json.loads(CliRunner().invoke(app, ["report", *both, "--json"]).stdout)
+    printed = documented("report RUN RUN", CliRunner().invoke(app, ["report", *both, "--json"]).stdout)
     assert printed["runs"][0]["summary"] == printed["runs"][1]["summary"]
     for refused in ([*both, str(record)], [*both, "--trace", str(tmp_path / "trace")]):
         result = CliRunner().invoke(app, ["report", *refused])

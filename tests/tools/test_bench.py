@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from drives import Drive
+from json_outputs import documented
 from typer.testing import CliRunner
 
 from ssdtrain.policy import ActivationPolicy
@@ -59,7 +59,7 @@ def test_advice() -> None:
 def test_command(tmp_path: Path) -> None:
     result = run(str(tmp_path), "--quick", "--json")
     assert result.exit_code == 0
-    values = json.loads(result.stdout.splitlines()[-1])
+    values = documented("bench", result.stdout)
     assert values["rows"] and values["policy"]["staging_nbytes"] and values["hidden_gb_per_forward_second"] > 0
     assert list(tmp_path.iterdir()) == []
 

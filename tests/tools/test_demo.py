@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -18,6 +17,7 @@ import pytest
 import torch
 from folders import RECIPES
 from forks import Forks
+from json_outputs import documented
 from torch import nn
 from typer.testing import CliRunner
 
@@ -50,7 +50,7 @@ def run_demo(*options: str | Path) -> subprocess.CompletedProcess[str]:
 
 def last_json(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     assert result.returncode == 0, result.stderr
-    values: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    values: dict[str, Any] = documented("demo", result.stdout)
     return values
 
 

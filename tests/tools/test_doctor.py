@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from drives import Drive
+from json_outputs import documented
 
 from ssdtrain.integrations import TESTED_TORCH, TESTED_VERSIONS
 from ssdtrain.tools.doctor import Finding, Verdict, examine
@@ -37,7 +38,7 @@ def test_this_machine(tmp_path: Path) -> None:
 
 def test_json_has_every_finding(tmp_path: Path) -> None:
     result = command("doctor", str(tmp_path), "--json")
-    answer = json.loads(result.stdout)
+    answer = documented("doctor", result.stdout)
     findings = answer["findings"]
     assert {finding["name"] for finding in findings} >= NAMES | OF_A_DIRECTORY
     assert sum(answer["verdicts"].values()) == len(findings)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from json_outputs import documented
 from torch.autograd.graph import saved_tensors_hooks
 from typer.testing import CliRunner
 
@@ -151,7 +151,7 @@ def test_one_choice_is_recommended_and_where_nothing_fits_what_would() -> None:
     assert "what fits 24 GB here takes +" in says and "--sharding full" in says
     says = " ".join(run("--model", "llama", "--sequence", "500000", "--gpu", "10:8GB").output.split())
     assert "nothing fits 8 GB: the least is" in says and "split the model" in says
-    values = json.loads(run("--json", "--host-memory", "64GB").output)
+    values = documented("plan", run("--json", "--host-memory", "64GB").output)
     assert {"activations", "optimizer_state", "memory_nbytes", "cost", "fits"} <= set(values["choices"][0])
     assert run("--host-memory", "much").exit_code == 2 and run("--host-gbs", "20").exit_code == 2
     assert run("--sharding", "some").exit_code == 2
@@ -195,7 +195,7 @@ def test_command() -> None:
 
 
 def test_json_has_every_number() -> None:
-    values = json.loads(run("--json", "--tbw", "600").output)
+    values = documented("plan", run("--json", "--tbw", "600").output)
     assert values["shape"]["hidden"] == 4096 and values["drives"]["tbw"] == 600
     assert values["needed_bandwidth"] > 0 and values["life_days"] > 0 and values["price_per_day"] is None
 
@@ -244,8 +244,8 @@ def test_plan_of_a_recorded_step(recorded: Path) -> None:
     """A fast drive takes nearly everything, a slow one next to nothing, and a budget makes training wait for it."""
 
     def planned(*options: str) -> dict[str, Any]:
-        result: dict[str, Any] = json.loads(run("--trace", str(recorded), "--json", *options).stdout)
-        return result
+        printed = run("--trace", str(recorded), "--json", *options).stdout
+        return dict(documented("plan --record RUN", printed))
 
     fast, slow = planned("--drive-gbs", "20"), planned("--drive-gbs", "0.0001")
     half = str(slow["kept_peak_nbytes"] // 2)

@@ -20,6 +20,7 @@ class Advice:
     hidden_gb_per_forward_second: float
     """GB of activations per second of forward that go out and come back without a wait."""
     explanation: str
+    """How that was worked out."""
 
 
 def advise(report: Report) -> Advice:

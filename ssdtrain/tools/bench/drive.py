@@ -37,11 +37,14 @@ class Row:
     """One request size and depth; medians."""
 
     request_nbytes: int
+    """Size of one."""
     depth: int
+    """So many at a time."""
     write_gbs: float
-    """GB/s (1e9 bytes)."""
+    """GB/s (1e9 bytes) through ssdtrain's engine."""
     read_gbs: float
     write_ceiling_gbs: float
+    """The same requests without ssdtrain, in turn with it."""
     read_ceiling_gbs: float
     write_seconds: float
     """Latency of one write; measured alone at depth 1, else what the bandwidth makes of it."""
@@ -59,15 +62,20 @@ class Report:
 
     directory: str
     engine: str
+    """What moved the bytes."""
     engine_reason: str
+    """Why this one."""
     ceiling: str
+    """What measured the drive without ssdtrain."""
     file_nbytes: int
+    """What one pass writes or reads."""
     rows: list[Row] = field(default_factory=list)
     sustained_gbs: list[float] = field(default_factory=list)
-    """By quarters of a second."""
+    """Writing on and on, by quarters of a second."""
     sustained_written_nbytes: int = 0
+    """Meanwhile."""
     mixed_gbs: float = 0.0
-    """Written, and read at the same time: each of them."""
+    """Written, and as much read, at the same time."""
 
     @property
     def best(self) -> Row:

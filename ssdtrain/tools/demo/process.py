@@ -24,6 +24,8 @@ REPLY_SECONDS = 900.0
 """Longer than any step of a sensible demo."""
 
 _EXIT_SECONDS = 10.0
+"""For one that was aborted, before it is killed."""
+
 _TAIL_LINES = 15
 
 _MALLOC = {
@@ -117,15 +119,15 @@ class WorkerProcess:
         raise self._failure(answer)
 
     def end(self) -> None:
-        """Waits for the end of a worker that has been told to finish, which closes what it has open.
+        """Waits for the end of a worker that has been told to finish; a drive takes time to close files.
 
         Raises:
             WorkerError: It did not, or not in time.
         """
         try:
-            code = self._process.wait(_EXIT_SECONDS)
+            code = self._process.wait(self.reply_seconds)
         except subprocess.TimeoutExpired:
-            raise self._abort(f"it did not end within {_EXIT_SECONDS:.0f} s of its last step") from None
+            raise self._abort(f"it did not end within {self.reply_seconds:.0f} s of its last step") from None
         if code:
             raise self._failure(None)
 

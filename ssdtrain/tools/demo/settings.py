@@ -1,4 +1,4 @@
-"""What one demonstration trains and where: plain values, checked once, that travel to the workers as JSON.
+"""What one demonstration trains and where: plain values, checked once, that are passed to the workers as JSON.
 
 It knows neither torch nor ssdtrain, so the command line can build it without importing either.
 """
@@ -21,7 +21,7 @@ class DemoSettings:
     """
 
     directory: str
-    """Folder on the drive that the saved activations travel to."""
+    """Folder on the drive that saved activations are offloaded to."""
     layers: int = 14
     """Transformer blocks."""
     width: int = 384

@@ -27,11 +27,15 @@ class Finding:
     """What was looked at, what was found, and what to do about it."""
 
     area: str
+    """Software, kernel, GPU, or a directory."""
     name: str
+    """What was looked at."""
     verdict: Verdict
+    """How good it is."""
     found: str
+    """In words."""
     remedy: str = ""
-    """Empty where nothing is to be done."""
+    """What to do; empty where nothing is to be done."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""

@@ -22,12 +22,13 @@ class Drives:
     """
 
     num: int = 1
+    """How many."""
     write_gbs: float = 6.0
     """GB/s of one drive, in the long run."""
     tbw: float | None = None
     """Rated endurance of one drive in terabytes written."""
     price: float | None = None
-    """Of one drive."""
+    """Of one drive, in any currency."""
     wear_factor: float = 1.0
     """How much more than its rating it takes."""
 

@@ -15,6 +15,7 @@ class Gpu:
     flops: float
     """Operations per second at its best."""
     memory_nbytes: float
+    """All it has."""
 
 
 GPUS = {

@@ -43,33 +43,35 @@ class Estimate:
     hidden_share: float
     """Of the activations: what the drives take without a wait."""
     keep_nbytes: float
-    """Peak of activations when all stay,"""
+    """Peak of activations when all stay."""
     recompute_nbytes: float
-    """when every block is recomputed,"""
+    """Peak of activations when every block is recomputed."""
     offload_nbytes: float
-    """when all go to the drives, waiting where they must,"""
+    """Peak of activations when all go to the drives, waiting where they must."""
     mix_nbytes: float
-    """and when as much goes as the drives take."""
+    """Peak of activations when as much goes as the drives take without a wait."""
     recompute_cost: float
     """Share of the step time that recomputing adds."""
     offload_cost: float
     """Share that waiting for the drives adds when all go."""
     inputs_nbytes: float
-    """Inputs of blocks per step: what recomputing keeps, or"""
+    """Inputs of blocks per step: what recomputing keeps, or sends to the drives."""
     inputs_bandwidth: float
-    """writes at so many bytes per second, in half of a step that recomputes;"""
+    """Bytes per second to write them in half of a step that recomputes."""
     recompute_offload_nbytes: float
-    """peak of activations then,"""
+    """Peak of activations when blocks are recomputed and their inputs go to the drives."""
     recompute_offload_cost: float
-    """and share of the step time that recomputing and waiting for the drives add."""
+    """Share of the step time that recomputing and waiting for the drives then add."""
     state_nbytes: float
-    """Parameters, gradients and optimizer state, divided over data parallel ranks as far as they are sharded,"""
+    """Parameters, gradients and optimizer state, divided over data parallel ranks as far as they are sharded."""
     optimizer_nbytes: float
-    """of which the optimizer's."""
+    """The optimizer's part of that."""
     written_bytes_per_second: float
     """To the drives, with the mix, averaged over steps."""
     life_days: float | None
+    """Of the drives, with the mix; null without their endurance."""
     price_per_day: float | None
+    """What wearing them out costs; null without their endurance and price."""
 
 
 def estimate(shape: Shape, gpu: Gpu, drives: Drives, mfu: float = 0.4) -> Estimate:

@@ -17,30 +17,39 @@ class Shape:
     """
 
     kind: str = "gpt"
+    """One of gpt, bert, t5, llama."""
     layers: int = 32
     """Blocks; of a T5, so many in the encoder and as many in the decoder."""
     hidden: int = 4096
+    """Size of the residual stream."""
     heads: int = 32
+    """Of attention."""
     kv_heads: int | None = None
     """Key and value heads of a Llama; None: as many as `heads`."""
     ffn: int | None = None
     """Width of the MLP; None: 4 x hidden, for a Llama 8/3 x hidden."""
     sequence: int = 2048
+    """Tokens per sequence."""
     batch: int = 1
     """Sequences of one micro-batch on one GPU."""
     vocabulary: int = 50304
     tp: int = 1
+    """Tensor parallel size."""
     pp: int = 1
+    """Pipeline stages."""
     dp: int = 1
+    """Data parallel ranks."""
     sharding: str = "optimizer"
     """What data parallel ranks share: the optimizer's state, all state (FSDP, ZeRO-3), or nothing."""
     micro_batches: int = 1
     """Per step and pipeline."""
     is_sequence_parallel: bool = False
+    """Megatron's sequence parallelism."""
     has_flash: bool = True
     """Attention that keeps no scores (FlashAttention, SDPA)."""
     has_dropout: bool = True
     element_nbytes: int = 2
+    """Of an activation."""
 
     def __post_init__(self) -> None:
         """Checks."""
