@@ -308,10 +308,10 @@ class SavedTensorHooks:
         thread.saved.append(record)
         return record
 
-    def _take_due(self) -> list[SavedRecord]:
-        """What earlier operators of this thread saved: see [Note: when a store may start]."""
+    def _take_due(self, *, is_over: bool = False) -> list[SavedRecord]:
+        """What earlier operators of this thread saved, or, if it is over, this one: [Note: when a store may start]."""
         thread, number = self._thread, _sequence_number()
-        if number == thread.sequence_number:
+        if number == thread.sequence_number and not is_over:
             return []
         thread.sequence_number = number
         if thread.pass_ is not None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ssdtrain.activations.activation_store import ActivationStore
-from ssdtrain.activations.hooks import SavedTensorHooks
+from ssdtrain.activations.hooks import Saved, SavedTensorHooks
 from ssdtrain.activations.open_drive import Attach, DriveSource
 from ssdtrain.activations.recompute.recompute import Recompute, candidates_for
 from ssdtrain.activations.reporting.nothing_offloaded import NothingOffloaded
@@ -32,6 +32,7 @@ from ssdtrain.policy import ActivationPolicy
 from ssdtrain.scheduling.replanner import replanner_for
 from ssdtrain.scheduling.schedule import Schedule
 from ssdtrain.stats import Counters, Stats, nbytes_text
+from ssdtrain.store.record import Handle
 from ssdtrain.store.saved_tensors import HookScope, innermost_hooks, not_entered
 from ssdtrain.tracing.finished_step import Callback
 from ssdtrain.tracing.module_spans import ModuleSpans
@@ -95,6 +96,37 @@ class ActivationOffload(SavedTensorHooks, contextlib.ContextDecorator):
         where = ", ".join(self._directories) or "host memory"
         stalled = f"{counters.stalled_seconds:.3f} s stalled"
         return f"{type(self).__name__}({state if self.policy.enabled else 'disabled'}, {where}, {did}, {stalled})"
+
+    # -- what compiled graphs save ---------------------------------------------------------------------------------
+
+    def save(self, tensor: torch.Tensor) -> Saved:
+        """Takes what a compiled graph saves: it is computed, and so its trip begins at once.
+
+        Returns:
+            What `reload` makes the tensor of; the bytes are kept until that is gone.
+        """
+        saved = self._outer_pack(tensor)
+        due, is_planned, store = self._take_due(is_over=True), self._schedule.is_planned, self._store
+        if due:
+            store.prepare(due)
+            with store.lock.mutex, store.lock:
+                blocked = self._start(due, is_planned=is_planned)
+            store.finish(blocked, is_planned=is_planned)
+        return saved  # type: ignore[no-any-return]
+
+    def prefetch(self, saved: Saved) -> None:
+        """Begins to reload what `save` returned, if there is room for what comes early."""
+        if isinstance(saved, Handle):
+            self._store.prefetch([saved.record])
+
+    def reload(self, saved: Saved) -> torch.Tensor:
+        """What was given to `save`, in the order of the current stream.
+
+        Raises:
+            RuntimeError: it was changed in place, or the context was closed.
+            OSError: it could not be read.
+        """
+        return self._unpack(saved)
 
     # -- context -------------------------------------------------------------------------------------------------
 
@@ -257,6 +289,13 @@ class ActivationOffload(SavedTensorHooks, contextlib.ContextDecorator):
     def stats(self) -> Stats:
         """What it did and what it cost so far."""
         return Stats.of(self._store.totals())
+
+
+def innermost_offload() -> ActivationOffload | None:
+    """The context that takes what is saved in this thread now, unless other hooks do."""
+    hooks = innermost_hooks()
+    owner = getattr(hooks[0], "__self__", None) if hooks is not None else None
+    return owner if isinstance(owner, ActivationOffload) else None
 
 
 def _untraced(call: Callable[[], None]) -> None:

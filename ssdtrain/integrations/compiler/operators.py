@@ -1,0 +1,147 @@
+"""Operators of compiled graphs that stand where autograd would call hooks: `offload`, `reload` and `wait_tensor`.
+
+    handle = torch.ops.ssdtrain.offload(tensor)  # forward: the trip begins
+    handle = torch.ops.ssdtrain.reload(handle)  # backward: a prefetch begins
+    tensor = torch.ops.ssdtrain.wait_tensor(handle, size, stride, dtype=dtype, device=device)
+
+Knows the offload context that takes what is saved in a thread, and nothing of graphs.
+
+[Note: handles]
+Graphs pass tensors. A handle is one without elements, whose memory is a buffer of ours that holds what was saved: when
+autograd lets go of the handle, the buffer goes, and with it the record. The number in the buffer finds it again, also
+from an alias of the handle, as a checkpoint makes of what it computes again. No number comes twice.
+
+[Note: functional operators]
+No operator changes or aliases what it is given as far as the compiler is told, so that it may move them as their data
+allows. What `wait_tensor` returns may be memory that others still need, such as a second backward: nobody writes to it,
+as `backend` tells Inductor.
+
+[Note: version counters]
+Below autograd, where compiled graphs run, an alias has a version counter of its own. Hooks need aliases that share it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+
+from ssdtrain.activations.hooks import Saved
+from ssdtrain.activations.offload import ActivationOffload, innermost_offload
+
+_NUMBER = struct.Struct("q")
+
+
+class SavedValue(bytearray):
+    """The memory of a handle, which owns what was saved."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        """Has the context that takes what is saved in this thread take `tensor`; without one it stays as it is."""
+        super().__init__(_NUMBER.pack(number := next(_NUMBERS)))
+        self.offload: ActivationOffload | None = innermost_offload()
+        with _shared_versions():
+            self.saved: Saved | torch.Tensor = tensor if self.offload is None else self.offload.save(tensor)
+        _LIVE[number] = self
+
+    def handle(self) -> torch.Tensor:
+        """A tensor that keeps this alive."""
+        storage = torch.frombuffer(self, dtype=torch.uint8).untyped_storage()
+        return torch.empty(0, dtype=torch.int64, device="cpu").set_(storage, 0, (0,), (1,))
+
+    @staticmethod
+    def of(handle: torch.Tensor) -> SavedValue:
+        """What a handle, or an alias of one, stands for.
+
+        Raises:
+            RuntimeError: it is a copy.
+        """
+        storage = handle.untyped_storage()
+        if storage.nbytes() == _NUMBER.size and storage.device.type == "cpu":
+            number = int(torch.empty(0, dtype=torch.int64, device="cpu").set_(storage, 0, (1,), (1,)).item())
+        else:
+            number = 0  # nobody's
+        value = _LIVE.get(number)
+        if value is None:
+            raise RuntimeError(
+                "Expected in backward a handle that ssdtrain::offload returned in forward, got a copy of one: "
+                "saved-tensor hooks that copy, as those of torch.autograd.graph.save_on_cpu, were entered inside the "
+                "offload context. Leave them out, or compile with another backend"
+            )
+        return value
+
+    def prefetch(self) -> None:
+        """Begins a reload, if there is room."""
+        if self.offload is not None and not isinstance(self.saved, torch.Tensor):
+            self.offload.prefetch(self.saved)
+
+    def tensor(self) -> torch.Tensor:
+        """What was saved, when it is there, in the order of the current stream."""
+        if isinstance(self.saved, torch.Tensor):
+            return self.saved
+        assert self.offload is not None
+        with _shared_versions():
+            return self.offload.reload(self.saved)
+
+
+def _shared_versions() -> AbstractContextManager[None]:
+    """See [Note: version counters]."""
+    return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False)
+
+
+_NUMBERS = itertools.count(1)
+_LIVE: WeakValueDictionary[int, SavedValue] = WeakValueDictionary()
+
+
+def offload(tensor: torch.Tensor) -> torch.Tensor:
+    """The handle of a tensor whose trip begins, if this thread is in an offload context."""
+    return SavedValue(tensor).handle()
+
+
+def reload(handle: torch.Tensor) -> torch.Tensor:
+    """Another handle of the same; its bytes begin to come back, if there is room for them yet."""
+    value = SavedValue.of(handle)
+    value.prefetch()
+    return value.handle()
+
+
+def wait_tensor(
+    handle: torch.Tensor, size: Sequence[int], stride: Sequence[int], *, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """What `offload` was given, in the order of the current stream; the arguments are for the compiler."""
+    return SavedValue.of(handle).tensor()
+
+
+def _fake_handle(_: torch.Tensor) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.int64, device="cpu")
+
+
+def _fake_tensor(
+    handle: torch.Tensor, size: Sequence[int], stride: Sequence[int], *, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    return torch.empty_strided(size, stride, dtype=dtype, device=device)
+
+
+_TAGS = (torch.Tag.needs_exact_strides, torch.Tag.cudagraph_unsafe)
+_LIBRARY = torch.library.Library("ssdtrain", "DEF")
+
+
+def _register(name: str, schema: str, call: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor]) -> Any:
+    _LIBRARY.define(f"{name}{schema} -> Tensor", tags=_TAGS)
+    _LIBRARY.impl(name, call, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ssdtrain::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.ssdtrain, name).default
+
+
+OFFLOAD = _register("offload", "(Tensor tensor)", offload, _fake_handle)
+RELOAD = _register("reload", "(Tensor handle)", reload, _fake_handle)
+WAIT_TENSOR = _register(
+    "wait_tensor",
+    "(Tensor handle, SymInt[] size, SymInt[] stride, *, ScalarType dtype, Device device)",
+    wait_tensor,
+    _fake_tensor,
+)
