@@ -280,10 +280,14 @@ class Offload:
         if self._thread.inside.pop():
             self.leave()
 
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that runs in the session, whoever calls it and however it ends."""
+        return _Covered(self, function)
+
     def cover(self, model: torch.nn.Module) -> Callable[[], None]:
         """Has every forward of a model in the session, whoever calls it and however it ends; the result undoes that."""
         before = vars(model).get("forward")
-        covered = vars(model)["forward"] = _Covered(self, model.forward)
+        covered = vars(model)["forward"] = self.around(model.forward)
 
         def uncover() -> None:
             if vars(model).get("forward") is covered:
@@ -340,11 +344,11 @@ def _of_environment() -> Section:
 
 
 class _Covered:
-    """A model's forward, inside a session; what is copied or pickled is the plain one of the copy."""
+    """A function inside a session; what is copied or pickled is the plain one, of a copied model the copy's forward."""
 
-    def __init__(self, session: Offload, forward: Callable[..., Any]) -> None:
+    def __init__(self, session: Offload, function: Callable[..., Any]) -> None:
         self._session = session
-        self.__wrapped__ = forward
+        self.__wrapped__ = function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self._session:

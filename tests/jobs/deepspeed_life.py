@@ -39,6 +39,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import ssdtrain
 import ssdtrain.integrations.deepspeed as integration
+from ssdtrain.integrations.deepspeed.section import begin
 from ssdtrain.store.saved_tensors import innermost_hooks
 
 
@@ -380,7 +381,7 @@ def one_directory_per_rank(directory: str) -> dict[str, Any]:
 def shared_drive(directory: str) -> dict[str, Any]:
     """A drive that ZeRO-Infinity uses too is allowed, and noted."""
     config = zero(3, offload_optimizer={"device": "nvme", "nvme_path": str(Path(directory).parent)})
-    session = integration._begin(config | {"ssdtrain": section(directory)})
+    session = begin(config | {"ssdtrain": section(directory)})
     assert session is not None and session.stats is not None
     notes = list(session.stats.fallbacks)
     session.close()

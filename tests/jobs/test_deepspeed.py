@@ -372,11 +372,11 @@ def test_sections_that_are_refused(section: object, text: str) -> None:
 
 @needs_deepspeed
 def test_only_activations_in_its_section() -> None:
-    from ssdtrain.integrations import deepspeed
+    from ssdtrain.integrations.deepspeed import section
 
     for feature in ("parameters", "optimizer"):
         with pytest.raises(ValueError, match="expected 'activations' alone under DeepSpeed"):
-            deepspeed._check_features(Section.of({"directory": "/a", feature: True}, PLACES))
+            section.check_features(Section.of({"directory": "/a", feature: True}, PLACES))
 
 
 def test_sections_that_are_taken() -> None:
