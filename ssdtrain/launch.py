@@ -15,6 +15,10 @@ say otherwise, see `ssdtrain.Section.from_environment`:
 
 Every Trainer of transformers gets the callback, those of Lightning do by its entry points, and DeepSpeed honours its
 section, from the moment the script imports them; what it does not import is not imported here either.
+
+[Note: processes of a script's own]
+A command line that trains on several GPUs may start torchrun itself, as LLaMA-Factory's does. Those processes would
+train without ssdtrain, so starting them is refused: torchrun comes first, and this module in it.
 """
 
 from __future__ import annotations
@@ -47,6 +51,10 @@ _INSTALLED_WITH = MappingProxyType(
     {"transformers.trainer": "ssdtrain.integrations.transformers", "deepspeed": "ssdtrain.integrations.deepspeed"}
 )
 """By module of a trainer: what is installed when it is imported."""
+_STARTERS = frozenset(
+    {"torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate", "accelerate.commands.launch"}
+)
+"""Commands and modules that start processes which train."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -56,6 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.update(settings)
     if any(name.startswith("SSDTRAIN_") for name in os.environ):
         _check_environment()
+    try:
+        _check_command(["python", "-m", script] if is_module else [script])
+    except RuntimeError as error:
+        raise SystemExit(f"ssdtrain.launch: {error}") from None
+    sys.addaudithook(_watch_processes)
     sys.meta_path.insert(0, _Finder())
     sys.argv = [script, *rest]
     if is_module:
@@ -118,6 +131,28 @@ def _check_environment() -> None:
         section.Section.from_environment()
     except (OSError, ValueError) as error:
         raise SystemExit(f"ssdtrain.launch: {error}") from None
+
+
+def _watch_processes(event: str, details: tuple[Any, ...]) -> None:
+    """See [Note: processes of a script's own]."""
+    if event in ("subprocess.Popen", "os.exec", "os.posix_spawn") and isinstance(details[1], list | tuple):
+        _check_command([os.fsdecode(word) for word in details[1]])
+
+
+def _check_command(words: Sequence[str]) -> None:
+    """Raises where a command starts processes that this module does not reach.
+
+    Raises:
+        RuntimeError: with the command to use instead.
+    """
+    module = words.index("-m") + 1 if "-m" in words[1:3] else 0
+    started = os.path.basename(words[module]) if module < len(words) else ""
+    if started in _STARTERS and "ssdtrain.launch" not in words:
+        raise RuntimeError(
+            f"Expected a script that trains in its own process, got one that starts {started}, whose processes would "
+            "train without ssdtrain: run that first, as in torchrun --nproc-per-node 8 -m ssdtrain.launch --dir DIR -m "
+            "llamafactory.launcher x.yaml"
+        )
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -118,7 +118,8 @@ def _on_module(module: torch.nn.Module) -> ValueError | None:
 
 def _unsloth(function: object) -> ValueError:
     """It puts its own in the place of PyTorch's, also where a model holds on to what calls those."""
-    return _two(f"checkpointing by {_name(function)}", "pass use_gradient_checkpointing=True instead of 'unsloth'")
+    what_to_do = "pass use_gradient_checkpointing=True instead of 'unsloth'; in LLaMA-Factory, use_unsloth_gc: false"
+    return _two(f"checkpointing by {_name(function)}", what_to_do)
 
 
 def _two(found: str, what_to_do: str) -> ValueError:
@@ -126,4 +127,7 @@ def _two(found: str, what_to_do: str) -> ValueError:
 
 
 def _name(function: object) -> str:
-    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+    """Of a class method, with the class that it is called on."""
+    owner = getattr(function, "__self__", None)
+    own = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+    return f"{owner.__qualname__}: {own}" if isinstance(owner, type) else own

@@ -169,7 +169,7 @@ def test_other_offloaders_are_refused(tmp_path: Path) -> None:
         session.begin(_parallel())
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "CheckpointFunction", "of the model"])
+@pytest.mark.parametrize("name", ["checkpoint", "CheckpointFunction", "of the model", "of LLaMA-Factory"])
 def test_checkpointing_by_unsloth_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """It patches PyTorch, and Transformers' models may have what they call from before."""
     import torch.utils.checkpoint as theirs
@@ -178,6 +178,10 @@ def test_checkpointing_by_unsloth_is_refused(tmp_path: Path, monkeypatch: pytest
     kinds = {"CheckpointFunction": type("UnslothCheckpointFunction", (theirs.CheckpointFunction,), {})}
     if name == "of the model":
         vars(module)["_gradient_checkpointing_func"] = functools.partial(unsloth_checkpoint, use_reentrant=False)
+    elif name == "of LLaMA-Factory":
+        apply = type("UnslothCheckpointing", (torch.autograd.Function,), {}).apply
+        assigned = (*functools.WRAPPER_ASSIGNMENTS, "__self__")
+        vars(module)["_gradient_checkpointing_func"] = functools.wraps(apply, assigned)(lambda *args: apply(*args))
     else:
         monkeypatch.setattr(theirs, name, kinds.get(name, unsloth_checkpoint))
     text = "pass use_gradient_checkpointing=True instead of 'unsloth'"

@@ -48,10 +48,14 @@ def batches() -> list[torch.Tensor]:
 
 
 class Titan:
-    """torchtitan's trainer."""
+    """torchtitan's trainer, and what its base class demands of those who derive from it."""
 
     class Config:
-        pass
+        __slots__ = ()
+
+    def __init_subclass__(cls) -> None:
+        if "__slots__" not in vars(vars(cls).get("Config", Titan.Config)):
+            raise TypeError(f"{cls.__name__}.Config must use @dataclass(kw_only=True, slots=True)")
 
     def __init__(self, config: Any) -> None:
         self.model_parts = [Model()]

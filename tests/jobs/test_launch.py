@@ -65,6 +65,35 @@ def test_a_wrong_setting_ends_the_run_before_it_begins(tmp_path: Path) -> None:
     assert "began" not in done.stdout and "Traceback" not in done.stderr
 
 
+STARTS = """
+import subprocess, sys
+subprocess.run([sys.executable, "-c", ""], check=True)
+subprocess.run(["./torchrun", "--nproc_per_node", "2", "-m", "ssdtrain.launch", "x.py"], check=True)
+for command in (["./torchrun", "x.py"], [sys.executable, "-m", "torch.distributed.run", "x.py"]):
+    try:
+        subprocess.run(command)
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+def test_processes_that_would_train_without_are_refused(tmp_path: Path) -> None:
+    """Those that a script starts; with ssdtrain in them, and of other programs, all may be started."""
+    (tmp_path / "train.py").write_text(STARTS)
+    (tmp_path / "torchrun").write_text("#!/bin/sh\n")
+    (tmp_path / "torchrun").chmod(0o700)
+    done = launch(tmp_path, "--dir", str(tmp_path), "train.py")
+    assert done.returncode == 0, done.stderr
+    for name in ("torchrun", "torch.distributed.run"):
+        assert f"Expected a script that trains in its own process, got one that starts {name}, whose" in done.stdout
+
+
+def test_launchers_come_first(tmp_path: Path) -> None:
+    done = launch(tmp_path, "--dir", str(tmp_path), "-m", "torch.distributed.run", "x.py")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "run that first, as in torchrun --nproc-per-node 8 -m ssdtrain.launch" in done.stderr
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None or importlib.util.find_spec("lightning") is None,
     reason="needs transformers and lightning (make test installs them)",
