@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 from typer.testing import CliRunner
 
 from ssdtrain.api import section
-from ssdtrain.integrations import TESTED_TORCH, TESTED_VERSIONS
+from ssdtrain.integrations import READ_VERSIONS, TESTED_TORCH, TESTED_VERSIONS
 from ssdtrain.run_log import reader, schema
 from ssdtrain.state_stats import StateStats
 from ssdtrain.stats import Skipped, Stats
@@ -36,6 +36,8 @@ Linux, CPython 3.10 to 3.14, x86-64; wheels for aarch64 are configured and not t
 the extension knows bytes, not tensors. `ssdtrain doctor` compares what is installed with this table; another version
 may well work, so compare the losses of a few steps. Oldest versions tried: typer 0.16 (0.12 fails), pydantic 2.7,
 rich 13, typing_extensions 4.7."""
+
+READ = """Not installed for the tests, which run a stand-in of the part that is used: it was read in the source."""
 
 ENVIRONMENT = """`ssdtrain.Offload()` without arguments, `python -m ssdtrain.launch`, and Lightning's plugin do what
 these say; `SSDTRAIN_DIR` or `SSDTRAIN_CONFIG` switches them on. `offload_activations` reads none of them, unless it is
@@ -101,7 +103,8 @@ def compatibility() -> str:
     rows += [(name, "optional", ", ".join(versions)) for name, versions in TESTED_VERSIONS.items()]
     lines = ["# Compatibility\n", "| package | needed | tested with |", "|---|---|---|"]
     lines += [f"| {name} | {needed} | {versions} |" for name, needed, versions in rows]
-    lines += ["", TRIED]
+    lines += ["", TRIED, "", READ, "", "| package | version | what is used of it |", "|---|---|---|"]
+    lines += [f"| {name} | {version} | {seam} |" for name, (version, seam) in READ_VERSIONS.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -25,6 +25,27 @@ TESTED_VERSIONS = MappingProxyType(
 )
 """Versions of each framework that the tests ran with."""
 
+READ_VERSIONS = MappingProxyType(
+    {
+        "torchtitan": ("0.3.0", "`Trainer.forward_backward_step`; a subclass's `Config` is a dataclass with slots"),
+        "torchtune": (
+            "0.6.1, 0.7.0 (bd2a0fc)",
+            "`activations_handling_ctx` of its recipes, after `setup`",
+        ),
+        "composer": ("0.32.1, 0.33.0.dev0 (6405188)", "`Callback`'s events take `(state, logger)`; `State.optimizers`"),
+        "pytorch-ignite": ("0.5.5, 0.6.0 (de08e79)", "`Engine(process_function).run(data)`"),
+        "megatron-bridge": (
+            "0.3.1",
+            "`CallbackManager.add` takes what has `on_train_start` and the like",
+        ),
+        "axolotl": ("0.19.0", "`BasePlugin.get_input_args`, `add_callbacks_post_trainer(cfg, trainer)`"),
+        "ms-swift": ("4.6.0", "`callbacks_map[name](args, trainer)`, filled by `--external_plugins`"),
+        "llamafactory": ("0.9.5", "`llamafactory.cli`, and `llamafactory.launcher` in each process; `use_unsloth_gc`"),
+        "unsloth-zoo": ("0373fcc", "what it puts in the place of PyTorch's checkpoint and of its autograd function"),
+    }
+)
+"""Of packages that the tests do not install: the version, or commit, in whose source was read what is used of it."""
+
 TESTED_TORCH = ("2.9.1", "2.11.0", "2.13.0")
 """Versions of PyTorch tried, oldest first: all tests ran with the last one, those of CUDA with the middle one."""
 

@@ -112,6 +112,9 @@ class ComposerCallback:
     def fit_end(self, state: Any, logger: Any) -> None:
         pass
 
+    def close(self, state: Any, logger: Any) -> None:
+        pass
+
 
 class State:
     """Composer's."""
@@ -129,13 +132,23 @@ class State:
         self._optimizers[:] = optimizers
 
 
-def compose(callback: ComposerCallback) -> Any:
+def compose(callback: ComposerCallback, *, fails: bool = False) -> Any:
+    """Composer's trainer; `close` comes when it is closed, also after an error."""
+    try:
+        return fit(callback, fails=fails)
+    finally:
+        callback.close(State(), None)
+
+
+def fit(callback: ComposerCallback, *, fails: bool) -> Any:
     state, losses = State(), []
     callback.fit_start(state, None)
     for batch in batches():
         callback.before_train_batch(state, None)
         for part in batch.chunk(2):
             loss = state.model(part)
+            if fails:
+                raise ValueError("in the middle")
             loss.backward()
             losses.append(loss.detach())
         callback.after_train_batch(state, None)
@@ -211,6 +224,10 @@ def test_composer(run: Run) -> None:
     assert same_bits(compose(ComposerCallback()), compose(callback))
     assert callback.session.stats.read_nbytes and callback.session.state_stats[0].read_nbytes
     callback.session.close()
+    with pytest.raises(ValueError, match="in the middle"):
+        compose(callback, fails=True)
+    assert innermost_hooks() is None
+    callback.session.close()
 
 
 def test_ignite(run: Run) -> None:
@@ -237,7 +254,7 @@ def test_ignite(run: Run) -> None:
 
 # -- against the source ------------------------------------------------------------------------------------------------
 
-OF_COMPOSER = ("fit_start", "before_train_batch", "after_train_batch", "fit_end")
+OF_COMPOSER = ("fit_start", "before_train_batch", "after_train_batch", "fit_end", "close")
 OF_BRIDGE = ("on_train_start", "on_train_step_start", "on_train_step_end", "on_train_end")
 SEAMS = [
     ("torchtitan", "trainer.py", "Trainer", {"forward_backward_step": ["input_dict", "labels", "global_valid_tokens"]}),
