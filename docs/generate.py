@@ -42,8 +42,7 @@ READ = """Not installed for the tests, which run a stand-in of the part that is 
 ENVIRONMENT = """`ssdtrain.Offload()` without arguments, `python -m ssdtrain.launch`, and Lightning's plugin do what
 these say; `SSDTRAIN_DIR` or `SSDTRAIN_CONFIG` switches them on. `offload_activations` reads none of them, unless it is
 given `ActivationPolicy.from_environment()`. A variable with `SSDTRAIN_` in front that is not listed is an error.
-Values are
-those of [policies](policies.md).
+Values are those of [policies](policies.md).
 
 Two more are about the package itself: `SSDTRAIN_NO_CPP=1` leaves the C++ engine out, when building and when running,
 and `SSDTRAIN_BUILD_JOBS` bounds the compilers that build it at once. Of launchers' variables `RANK`, `LOCAL_RANK` and

@@ -73,9 +73,8 @@ def read_blocks(path: str | os.PathLike[str], parse: Parse) -> Blocks:
             or more than a file of its size could.
         OSError: it cannot be read.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)  # a pipe must not be waited for
-    with os.fdopen(fd, "rb") as file:
-        status = os.fstat(fd)
+    with open(path, "rb", opener=_open_without_waiting) as file:
+        status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise RecordError(f"Expected a run record, got no regular file: {path}; write one with record=...")
         _check_first_line(file.readline(_MAX_LINE), path)
@@ -90,6 +89,11 @@ def read_blocks(path: str | os.PathLike[str], parse: Parse) -> Blocks:
     if not blocks.found:
         raise RecordError(f"Expected a whole run record, got one cut before its first block: {path}; run again")
     return blocks
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """A pipe would have us wait for who writes into it."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def _check_first_line(line: bytes, path: str | os.PathLike[str]) -> None:

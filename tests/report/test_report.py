@@ -199,9 +199,10 @@ def test_the_command_writes_what_was_asked_for(record: Path, run: Run, tmp_path:
 def test_what_cannot_be_read_is_one_line_and_exit_code_2(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "file"
     path.write_bytes(data)
-    for arguments in ([str(path)], [str(tmp_path / "missing")]):
-        result = CliRunner().invoke(app, ["report", *arguments])
+    for unreadable in (path, tmp_path / "missing", tmp_path):
+        result = CliRunner().invoke(app, ["report", str(unreadable)])
         assert result.exit_code == 2 and result.stderr.count("\n") == 1 and "ssdtrain report: " in result.stderr
+        assert str(unreadable) in result.stderr
 
 
 def test_a_place_that_cannot_be_written_to(record: Path, tmp_path: Path) -> None:

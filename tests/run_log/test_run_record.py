@@ -98,7 +98,8 @@ def test_a_path_with_bytes_that_are_no_text_records_too(tmp_path: Path) -> None:
 
 
 def test_a_timeline_has_every_request_in_order(tmp_path: Path) -> None:
-    run = read_run(recorded_run(tmp_path, 4)[0])
+    """With staging for one record: the next cannot leave before it has, so that some must come back from the drive."""
+    run = read_run(recorded_run(tmp_path, 4, staging_nbytes="64KiB", prefetch_nbytes="64KiB")[0])
     detail = run.details[-1]
     end, columns = detail.seconds * 1e6, detail.records
     assert detail.writes and detail.reads

@@ -212,6 +212,7 @@ def test_json_has_every_number() -> None:
         (["--mfu", "2"], "--mfu"),
         (["--drive-gbs", "0"], "--drive-gbs"),
         (["--kv-heads", "5"], "--kv-heads"),
+        (["--ffn", "0"], "--ffn of at least 1, got 0"),
     ],
 )
 def test_bad_numbers(options: list[str], message: str) -> None:

@@ -33,7 +33,8 @@ def doctor(
 ) -> None:
     """Tell whether this machine is fit, and what to do if not.
 
-    Exit code 0: fit, perhaps with remarks; 1: something is broken; 2: a path that cannot be used.
+    Exit code 0: fit, perhaps with remarks; 1: something is broken, a directory too; 2: what is no
+    path.
     """
     try:
         paths = absolute_directories(directories or Path.cwd())

@@ -147,10 +147,9 @@ def _print(shape: Shape, gpu: Gpu, drives: Drives, found: Estimate) -> None:
     show(f"  activations  {nbytes_text(found.layer_nbytes)} a block, {nbytes_text(found.step_nbytes)} a step")
     show(f"  step         {found.step_seconds:.3g} s, forward of a micro-batch {found.forward_seconds:.3g} s")
     show(f"  state        {nbytes_text(found.state_nbytes)}: parameters, gradients, optimizer")
-    show(
-        f"  bandwidth    {found.needed_bandwidth / 1e9:.1f} GB/s would hide all of it; {drives.num} drive(s) with "
-        f"{drives.write_bandwidth / 1e9:.1f} GB/s hide {found.hidden_share:.0%}"
-    )
+    who = "1 drive" if drives.num == 1 else f"{drives.num} drives"
+    who += f" with {drives.write_bandwidth / 1e9:.1f} GB/s {'hides' if drives.num == 1 else 'hide'}"
+    show(f"  bandwidth    {found.needed_bandwidth / 1e9:.1f} GB/s would hide all of it; {who} {found.hidden_share:.0%}")
     show(
         f"  recomputing  {nbytes_text(found.inputs_nbytes)} of inputs of blocks a step; "
         f"{found.inputs_bandwidth / 1e9:.2g} GB/s would hide them"
@@ -163,18 +162,22 @@ def _print_choices(shape: Shape, gpu: Gpu, drives: Drives, found: Estimate, host
     some, room = best(all_choices, gpu, _NUM_CHOICES), f"{gpu.memory_nbytes / 1e9:.0f} GB"
     table = Table("activations", "optimizer", "memory", f"fits {room}", "time", "drive life")
     for choice in some:
-        life = "" if choice.life_days is None else f"{choice.life_days:.0f} days"
+        life = "" if choice.life_days is None else _days(choice.life_days)
         fits, memory = "yes" if choice.fits(gpu) else "no", nbytes_text(choice.memory_nbytes)
         table.add_row(choice.activations, choice.optimizer_state, memory, fits, f"+{choice.cost:.0%}", life)
     show(table)
     is_good = some[0].fits(gpu) and some[0].cost <= _MOST_COST
     show(_advice(some[0], room) if is_good else _advice_for_more(some[0], shape, gpu, drives, host, mfu))
     if drives.tbw is None:
-        show("--tbw gives the life of the drive(s)")
+        show("--tbw gives the life of drives")
     elif some[0].life_days is not None:
         price = drives.price_per_day(some[0].written_bytes_per_second)
         costs = "" if price is None else f", which costs {price:.2f} a day"
-        show(f"the drive(s) wear out in {some[0].life_days:.0f} days of training{costs}")
+        show(f"drives wear out in {_days(some[0].life_days)} of training{costs}")
+
+
+def _days(days: float) -> str:
+    return f"{days:.0f} days" if days >= 9.5 else f"{days:.1f} days"
 
 
 def _advice(choice: Choice, room: str) -> str:

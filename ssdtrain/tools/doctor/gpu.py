@@ -46,7 +46,7 @@ def _may_have_cuda() -> bool:
 
 
 def _without(text: str) -> Finding:
-    return Finding(_AREA, "CUDA", Verdict.GOOD, f"{text}: training on the CPU is supported")
+    return Finding(_AREA, "CUDA", Verdict.ABSENT, f"{text}: training on the CPU is supported")
 
 
 def _pinned() -> Finding:
@@ -96,4 +96,4 @@ def _gpudirect(directory: str) -> Finding:
     if verdict.is_real:
         return Finding(directory, "GPUDirect Storage", Verdict.GOOD, verdict.sentence)
     remedy = "nothing to do unless the drive supports it: pinned memory and io_uring are used instead"
-    return Finding(directory, "GPUDirect Storage", Verdict.GOOD, verdict.sentence, remedy)
+    return Finding(directory, "GPUDirect Storage", Verdict.ABSENT, verdict.sentence, remedy)

@@ -57,9 +57,10 @@ class Shape:
             raise ValueError(f"Expected a model among {', '.join(KINDS)}, got {self.kind!r}")
         if self.sharding not in SHARDINGS:
             raise ValueError(f"Expected sharding among {', '.join(SHARDINGS)}, got {self.sharding!r}")
-        for name in "layers hidden heads sequence batch vocabulary tp pp dp micro_batches".split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"Expected {name} of at least 1, got {getattr(self, name)}")
+        for name in "layers hidden heads sequence batch vocabulary tp pp dp micro_batches ffn".split():
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"Expected {name} of at least 1, got {value}")
         for whole, part in (("hidden", "heads"), ("heads", "tp"), ("layers", "pp"), ("hidden", "tp")):
             if getattr(self, whole) % getattr(self, part):
                 numbers = getattr(self, whole), getattr(self, part)
