@@ -1,4 +1,14 @@
-"""Operators for compiled graphs that have what they save travel, and reload it where it is needed.
+"""`torch.compile` with reloads inside the backward graph, so that a compiled model is more than one step to memory.
 
-Knows what compiled graphs save in an offload context; neither drives nor when bytes move.
+Knows PyTorch's compiler and what is saved in an offload context; neither drives nor when bytes move.
+
+Example:
+    >>> from ssdtrain.integrations.compiler import compile_backend
+    >>> model = torch.compile(model, backend=compile_backend())
+    >>> with ssdtrain.offload_activations("/mnt/nvme"):
+    ...     model(batch).sum().backward()
 """
+
+from ssdtrain.integrations.compiler.backend import compile_backend
+
+__all__ = ["compile_backend"]

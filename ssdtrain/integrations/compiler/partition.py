@@ -1,0 +1,115 @@
+"""Edits the two graphs that PyTorch's partitioner makes: what forward saves becomes handles, which backward reloads.
+
+Knows graphs and sizes; neither contexts nor drives.
+
+[Note: what travels]
+What an operator of forward has made and backward needs, of at least `min_nbytes`. Not what shares memory with an input
+(weights, buffers, the batch) or with an output of the model, which the user holds anyway. With symbolic sizes only
+where backward is given the symbols.
+
+[Note: where operators stand]
+`offload` right after the last use of the memory in forward, which may go from there on. `wait_tensor` right before the
+first use in backward, in the order that the partitioner chose, which is autograd's. `reload` some waits earlier, so
+that it is known what comes next before any step was seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+from ssdtrain.integrations.compiler.operators import OFFLOAD, RELOAD, WAIT_TENSOR
+from ssdtrain.integrations.compiler.roots import Roots
+from ssdtrain.integrations.compiler.sizes import Sizes, hint_nbytes
+
+_AHEAD = 2  # waits
+_KEPT_META = ("autograd_backward", "desc", "partitioner_tag")
+
+
+def partition(
+    joint: fx.GraphModule, inputs: Sequence[Any], *, num_fwd_outputs: int, min_nbytes: int, **options: Any
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """What PyTorch's own partitioner makes, edited: what forward saves of at least `min_nbytes` travels."""
+    graphs = min_cut_rematerialization_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **options)
+    move_saved(*graphs, num_fwd_outputs, min_nbytes)
+    return graphs
+
+
+def move_saved(forward: fx.GraphModule, backward: fx.GraphModule, num_outputs: int, min_nbytes: int) -> None:
+    """Edits both graphs; `num_outputs` of forward's outputs are the model's, the rest is saved."""
+    sizes = Sizes(backward.graph)
+    roots = Roots(forward.graph, num_outputs)
+    placeholders = {node.name: node for node in backward.graph.find_nodes(op="placeholder")}
+    chosen = [
+        (node, placeholders[node.name])
+        for node in _saved(forward.graph, num_outputs)
+        if node.name in placeholders and placeholders[node.name].users
+        if hint_nbytes(node.meta["val"]) >= max(1, min_nbytes) and roots.is_own(node) and sizes.are_known(node)
+    ]
+    if chosen:
+        _offload(forward.graph, roots, [node for node, _ in chosen])
+        _reload(backward.graph, sizes, [placeholder for _, placeholder in chosen])
+        for module in (forward, backward):
+            module.graph.lint()
+            module.recompile()
+
+
+def _saved(graph: fx.Graph, num_outputs: int) -> Iterator[fx.Node]:
+    """What forward computes and returns for backward, each once."""
+    outputs: Sequence[Any] = graph.output_node().args[0]  # type: ignore[assignment]
+    for node in dict.fromkeys(outputs[num_outputs:]):
+        if isinstance(node, fx.Node) and node.op == "call_function" and _is_plain(node.meta.get("val")):
+            yield node
+
+
+def _is_plain(value: Any) -> bool:
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout is torch.strided
+        and not (value.is_quantized or value.is_conj() or value.is_neg())
+    )
+
+
+def _offload(graph: fx.Graph, roots: Roots, nodes: list[fx.Node]) -> None:
+    handles = dict[Any, fx.Node]()
+    for node in nodes:
+        with graph.inserting_after(roots.last_use(node)):
+            handles[node] = graph.call_function(OFFLOAD, (node,))
+        handles[node].meta = _meta_of_handle(node)
+    output = graph.output_node()
+    outputs: Any = output.args[0]
+    output.update_arg(0, tuple(handles.get(value, value) for value in outputs))
+
+
+def _reload(graph: fx.Graph, sizes: Sizes, placeholders: list[fx.Node]) -> None:
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    first_uses = {node: min(node.users, key=order.__getitem__) for node in placeholders}
+    waits = list[fx.Node]()
+    for node in sorted(placeholders, key=lambda node: order[first_uses[node]]):
+        value, users = node.meta["val"], list(node.users)
+        size, stride = sizes.arguments(value.size()), sizes.arguments(value.stride())
+        with graph.inserting_before(first_uses[node]):
+            how = {"dtype": value.dtype, "device": value.device}
+            wait = graph.call_function(WAIT_TENSOR, (node, size, stride), how)
+        wait.meta = dict(node.meta)
+        node.meta = _meta_of_handle(node)
+        for user in users:
+            user.replace_input_with(node, wait)
+        waits.append(wait)
+    for i, wait in enumerate(waits):
+        handle = wait.all_input_nodes[0]
+        with graph.inserting_before(waits[max(0, i - _AHEAD)]):
+            reload = graph.call_function(RELOAD, (handle,))
+        reload.meta = dict(handle.meta)
+        wait.update_arg(0, reload)
+
+
+def _meta_of_handle(node: fx.Node) -> dict[str, Any]:
+    value: Any = node.meta["val"]
+    with value.fake_mode:
+        handle = torch.empty(0, dtype=torch.int64, device="cpu")
+    return {name: node.meta[name] for name in _KEPT_META if name in node.meta} | {"val": handle}
