@@ -62,5 +62,5 @@ def page(rows: Sequence[Sequence[str]], names: Sequence[str]) -> str:
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
         f"<title>ssdtrain: two runs</title><style>{STYLE}</style></head>\n<body><main>\n"
         f"<header><p class=brand>ssdtrain report</p><h1>{escape(' beside '.join(names))}</h1></header>"
-        f"{table('Two runs side by side', head, rows)}\n</main></body></html>\n"
+        f"<div class=beside>{table('Two runs side by side', head, rows)}</div>\n</main></body></html>\n"
     )

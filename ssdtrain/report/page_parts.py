@@ -28,6 +28,8 @@ th { color: var(--soft); font-weight: 600; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal; overflow-wrap: anywhere;
   min-width: 8em; }
 tbody th { color: inherit; font-weight: 400; }
+.beside td, .beside thead th { white-space: normal; overflow-wrap: anywhere; min-width: 5.5em; }
+.beside td:last-child { white-space: nowrap; }
 .scroll:focus-visible { outline: 2px solid var(--accent); }
 .pairs { width: auto; }
 .pairs td { text-align: left; white-space: normal; overflow-wrap: anywhere; vertical-align: top; }

@@ -27,7 +27,8 @@ def table(
         inset = f' style="padding-left:{depths[i]}em"' if depths and depths[i] else ""
         level = f" aria-level={depths[i] + 1}" if depths else ""
         cells = "".join(f"<td>{escape(text)}</td>" for text in values)
-        lines += f"<tr{level}><th scope=row{inset}>{escape(name)}</th>{cells}</tr>"
+        shown = escape(name).replace(".", ".<wbr>") if depths else escape(name)
+        lines += f"<tr{level}><th scope=row{inset}>{shown}</th>{cells}</tr>"
     kind = ("" if head else " class=pairs") + (" role=treegrid" if depths else "")
     named = f'aria-label="{escape(label)}"'
     body = f"<table{kind} {named}>{top}<tbody>{lines}</tbody></table>"

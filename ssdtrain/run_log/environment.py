@@ -80,9 +80,9 @@ def _commit(directory: Path) -> str:
 
 
 def _version(package: str) -> str:
-    if package in ("torch",):
-        return torch.__version__
-    if package not in ("ssdtrain",) and package.partition("-")[0] not in sys.modules:
+    if package in ("torch", "ssdtrain"):  # what runs: metadata may be of another checkout
+        return str(sys.modules[package].__version__)
+    if package.partition("-")[0] not in sys.modules:
         return ""
     try:
         return version(package)

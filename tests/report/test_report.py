@@ -259,7 +259,7 @@ def test_the_trace_has_named_tracks_for_all_that_happened(run: Run) -> None:
 
 
 def text_of(page: str) -> str:
-    body = page[page.index("<main>") : page.index("</main>")]
+    body = page[page.index("<main>") : page.index("</main>")].replace("<wbr>", "")
     return unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", body)))
 
 

@@ -52,6 +52,7 @@ def test_totals_are_those_of_the_stats(tmp_path: Path) -> None:
     assert max(row["peak_nbytes"] for row in run.steps) == stats.peak_saved_nbytes
     assert run.stats["skipped"] == stats.as_dict()["skipped"]
     assert run.policy["record"] == str(path) and run.environment["packages"]["torch"] == torch.__version__
+    assert run.environment["packages"]["ssdtrain"] == ssdtrain.__version__, "of what runs, whatever is installed"
 
 
 @pytest.mark.parametrize("num_passes", [1, 2], ids=["a pass", "accumulation"])

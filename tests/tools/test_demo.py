@@ -21,6 +21,7 @@ from json_outputs import documented
 from torch import nn
 from typer.testing import CliRunner
 
+from ssdtrain.run_log import read_run
 from ssdtrain.tools.cli import app
 from ssdtrain.tools.demo import process
 from ssdtrain.tools.demo.compare import Comparison, RunResult
@@ -55,7 +56,9 @@ def last_json(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 
 
 def test_the_demo_compares_equal_runs_and_says_so_in_one_line_of_json(tmp_path: Path) -> None:
-    result = run_demo(*OPTIONS, "--json", "--directory", tmp_path)
+    drive, record = tmp_path / "drive", tmp_path / "run.ssdtrain"
+    drive.mkdir()
+    result = run_demo(*OPTIONS, "--json", "--directory", drive, f"--policy=record={record}")
     values = last_json(result)
     plain, ours = values["plain"], values["ssdtrain"]
     assert values["losses_equal"] is True
@@ -71,7 +74,8 @@ def test_the_demo_compares_equal_runs_and_says_so_in_one_line_of_json(tmp_path: 
     assert plain["peak_rss_nbytes"] > plain["peak_saved_nbytes"]
     assert "peak saved tensors" in result.stdout
     assert "step 2/2" in result.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert list(drive.iterdir()) == []
+    assert "--layers=6" in read_run(record).environment["command"], "what was typed, not how workers are started"
 
 
 def test_under_a_memory_limit_only_the_plain_run_dies(tmp_path: Path) -> None:

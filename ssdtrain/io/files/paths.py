@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 _LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 
@@ -40,7 +41,7 @@ def absolute_path(path: object, what: str) -> str:
             f"Expected {what} whose name the system can have, got {text!r}: pass os.fsdecode of its bytes"
         ) from None
     text = os.path.expanduser(text)
-    return text if os.path.isabs(text) else os.path.join(os.getcwd(), text)
+    return text if os.path.isabs(text) else str(Path.cwd() / text)
 
 
 def printable(text: str) -> str:

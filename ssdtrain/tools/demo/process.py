@@ -35,8 +35,12 @@ _MALLOC = {
 }
 """Makes glibc give freed tensors back at once; the resident size otherwise shows what it keeps."""
 
-_START = "import sys; sys.path[:] = sys.argv[1:]; from ssdtrain.tools.demo.worker import main; sys.exit(main())"
-"""Starts a worker that imports from the folders in its arguments. `python -m` would look into the current one first."""
+_START = (
+    "import sys; num = int(sys.argv[1]); sys.path[:], sys.argv[:] = sys.argv[2 : 2 + num], sys.argv[2 + num :];"
+    " from ssdtrain.tools.demo.worker import main; sys.exit(main())"
+)
+"""Starts a worker that imports from the folders in its arguments, and has those of this process, for its run record.
+`python -m` would look into the current folder first."""
 
 _PACKAGE_FOLDER = str(Path(__file__).parents[3])
 
@@ -133,8 +137,9 @@ class WorkerProcess:
 
     def _spawn(self) -> subprocess.Popen[str]:
         # A session of its own keeps the terminal's Ctrl-C away: the parent alone decides the child's end.
+        folders = _import_path()
         return subprocess.Popen(
-            [sys.executable, "-c", _START, *_import_path()],
+            [sys.executable, "-c", _START, str(len(folders)), *folders, *sys.argv],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
