@@ -307,8 +307,10 @@ class ActivationStore:
         self.counters.live_nbytes -= record.nbytes
 
     def _is_source(self, record: SavedRecord) -> bool:
-        """Whether the engine may still copy from the storage that it was made for."""
+        """Whether the storage that it was made for may be alive by us: handed over, or what the engine copies from."""
         store = self.source.store
+        if record.is_handed_over:
+            return True
         if store is None or record.identity.expired():
             return False
         return any([s._cdata == record.identity.cdata for pending in store.pending.writes for s in pending.sources])

@@ -123,6 +123,7 @@ class SavedRecord(Record):
         "epoch",
         "identity",
         "index",
+        "is_handed_over",
         "is_prefetched",
         "is_unpacked",
         "is_wanted",
@@ -181,6 +182,7 @@ class SavedRecord(Record):
         self.is_unpacked = False  # backward has asked for it,
         self.task = -1  # last in this graph task
         self.is_prefetched = False
+        self.is_handed_over = False  # its memory is for whoever unpacked it last, who may use it after it is released
 
     @property
     def offset(self) -> int:

@@ -284,3 +284,50 @@ def test_a_compiled_block_in_a_checkpoint(make_offload: MakeOffload, use_reentra
 def test_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         compile_backend(**arguments)
+
+
+@pytest.mark.slow
+def test_inductor(make_offload: MakeOffload) -> None:
+    """The same bits, also in a second backward of a graph: Inductor works in place where it may."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(32, 64), nn.Linear(64, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.inner(x)
+            y[:, :8] = y[:, 8:16].tanh()
+            return self.outer(y.sigmoid())
+
+    def run(backend: Any, context: Any) -> list[Any]:
+        torch._dynamo.reset()
+        model, results = seeded(Model), list[Any]()
+        compiled = torch.compile(model, backend=backend)
+        with context, torch._functorch.config.patch(donated_buffer=False):
+            for i in range(NUM_STEPS):
+                torch.manual_seed(i)
+                loss = compiled(torch.randn(128, 32)).square().mean()
+                for retain_graph in (i == 0, False)[i:]:
+                    loss.backward(retain_graph=retain_graph)
+                    results += [loss.detach(), *(grad.clone() for grad in grads_of(model) if grad is not None)]
+        return results
+
+    offload = make_offload()
+    plain = run("inductor", contextlib.nullcontext())
+    assert same_bits(plain, run(ours("inductor"), offload))
+    gauges(offload)
+    assert offload.stats.read_nbytes > 0 and set(offload.stats.skipped) <= {"weight", "empty"}, str(offload.stats)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "reduce-overhead"}, "Expected a mode without CUDA graphs"),
+        ({"options": {"triton.cudagraphs": True}}, "Expected a mode without CUDA graphs"),
+        ({"options": {"custom_partitioner_fn": None}}, "Expected no custom_partitioner_fn"),
+    ],
+)
+def test_options_that_inductor_cannot_have(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compile_backend()(torch.fx.symbolic_trace(nn.Identity()), [torch.ones(1)], **options)

@@ -24,8 +24,8 @@ class Operators:
         self.reload: Any = RELOAD if device is None else operators.reload
         self._wait: Any = WAIT_TENSOR if device is None else operators.wait_tensor
 
-    def wait(self, handle: torch.Tensor, like: torch.Tensor) -> Any:
-        return self._wait(handle, like.size(), like.stride(), dtype=like.dtype, device=like.device)
+    def wait(self, handle: torch.Tensor, like: torch.Tensor, **options: bool) -> Any:
+        return self._wait(handle, like.size(), like.stride(), dtype=like.dtype, device=like.device, **options)
 
 
 @pytest.fixture
@@ -115,6 +115,21 @@ def test_it_comes_back_as_often_as_it_is_asked_for(offload: ssdtrain.ActivationO
     del tensor
     settle(offload)
     assert all(same_bits(ops.wait(handle, expected), expected) for _ in range(3))
+
+
+@pytest.mark.parametrize("is_sent", [False, True])
+def test_memory_that_a_graph_writes_to(make_offload: MakeOffload, ops: Operators, is_sent: bool) -> None:
+    """Outside of a backward that drops its graph it is a copy, with the same strides."""
+    tensor = torch.randn(128, 64).t()
+    offload = make_offload() if is_sent else make_offload(min_nbytes="1MiB")
+    expected = tensor.clone()
+    with offload:
+        handles = [ops.offload(tensor), ops.offload(tensor)]
+    del tensor
+    for handle in (*handles, *handles):
+        back = ops.wait(handle, expected, may_change=True)
+        assert same_bits(back, expected) and back.stride() == expected.stride()
+        back.zero_()
 
 
 class Others:

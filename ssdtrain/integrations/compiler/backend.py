@@ -16,10 +16,10 @@ from ssdtrain.policy.sizes import Size, parse_nbytes
 
 Backend = Callable[..., Callable[..., Any]]
 
-_BACKENDS = ("aot_eager",)
+_BACKENDS = ("inductor", "aot_eager")
 
 
-def compile_backend(name: str = "aot_eager", *, min_nbytes: Size = "1MiB") -> Backend:
+def compile_backend(name: str = "inductor", *, min_nbytes: Size = "1MiB") -> Backend:
     """A backend for `torch.compile` that has what the compiled model saves travel inside `offload_activations`.
 
     To autograd a compiled model is one operator: all that it has saved comes back at once in backward, and the peak of
@@ -27,7 +27,8 @@ def compile_backend(name: str = "aot_eager", *, min_nbytes: Size = "1MiB") -> Ba
     same backend of PyTorch, to the bit. Outside a context nothing moves.
 
     Args:
-        name: ``"aot_eager"``, which runs PyTorch's kernels one after the other.
+        name: ``"inductor"``, PyTorch's default, or ``"aot_eager"``, which runs PyTorch's own kernels. Inductor takes
+            `mode` and `options` of `torch.compile`, those without CUDA graphs, and reuses no memory in place.
         min_nbytes: what the compiled model saves that is smaller stays where it is. No smaller than the policy's, which
             counts too.
 
@@ -49,13 +50,22 @@ def compile_backend(name: str = "aot_eager", *, min_nbytes: Size = "1MiB") -> Ba
     if not isinstance(number, int) or number < 0:
         raise ValueError(f"Expected a size such as 1048576 or '16MiB', got {min_nbytes!r}")
     try:
-        from ssdtrain.integrations.compiler.partition import partition
+        return _backend(name, number)
     except (ImportError, AttributeError) as error:
         raise RuntimeError(
-            f"Expected PyTorch 2.13, whose compiler lets a backend edit its graphs, got {torch.__version__}: {error}. "
-            "Compile every block instead: block.compile()"
+            f"Expected PyTorch 2.11 or later, whose compiler lets a backend edit its graphs, got {torch.__version__}: "
+            f"{error}. Compile every block instead: block.compile()"
         ) from error
-    return partial(_aot_eager, partial(partition, min_nbytes=number))
+
+
+def _backend(name: str, min_nbytes: int) -> Backend:
+    if name == "inductor":
+        from ssdtrain.integrations.compiler.inductor import Partitioner, inductor
+
+        return partial(inductor, Partitioner(min_nbytes))
+    from ssdtrain.integrations.compiler.partition import partition
+
+    return partial(_aot_eager, partial(partition, min_nbytes=min_nbytes))
 
 
 def _aot_eager(

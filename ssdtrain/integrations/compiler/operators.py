@@ -12,9 +12,12 @@ autograd lets go of the handle, the buffer goes, and with it the record. The num
 from an alias of the handle, as a checkpoint makes of what it computes again. No number comes twice.
 
 [Note: functional operators]
-No operator changes or aliases what it is given as far as the compiler is told, so that it may move them as their data
-allows. What `wait_tensor` returns may be memory that others still need, such as a second backward: nobody writes to it,
-as `backend` tells Inductor.
+No operator changes or aliases what it is given as far as the compiler is told, which may move them as data allows.
+
+[Note: the last time]
+A backward that keeps no graph asks for each tensor once. What never left is let go of when it is handed out: its memory
+is free after its last use rather than when the whole graph is over, as what a reload brought is anyway. Where it is
+asked for again, or others have a part of it, memory that the graph may write to (`may_change`) is a copy.
 
 [Note: version counters]
 Below autograd, where compiled graphs run, an alias has a version counter of its own. Hooks need aliases that share it.
@@ -33,6 +36,8 @@ import torch
 
 from ssdtrain.activations.hooks import Saved
 from ssdtrain.activations.offload import ActivationOffload, innermost_offload
+from ssdtrain.store.identity import view_of, view_spec
+from ssdtrain.store.record import Handle
 
 _NUMBER = struct.Struct("q")
 
@@ -45,7 +50,7 @@ class SavedValue(bytearray):
         super().__init__(_NUMBER.pack(number := next(_NUMBERS)))
         self.offload: ActivationOffload | None = innermost_offload()
         with _shared_versions():
-            self.saved: Saved | torch.Tensor = tensor if self.offload is None else self.offload.save(tensor)
+            self.saved: Saved | torch.Tensor | None = tensor if self.offload is None else self.offload.save(tensor)
         _LIVE[number] = self
 
     def handle(self) -> torch.Tensor:
@@ -76,16 +81,27 @@ class SavedValue(bytearray):
 
     def prefetch(self) -> None:
         """Begins a reload, if there is room."""
-        if self.offload is not None and not isinstance(self.saved, torch.Tensor):
+        if isinstance(self.saved, Handle) and self.offload is not None:
             self.offload.prefetch(self.saved)
 
-    def tensor(self) -> torch.Tensor:
-        """What was saved, when it is there, in the order of the current stream."""
-        if isinstance(self.saved, torch.Tensor):
-            return self.saved
-        assert self.offload is not None
-        with _shared_versions():
-            return self.offload.reload(self.saved)
+    def tensor(self, *, may_change: bool) -> torch.Tensor:
+        """What was saved, when it is there, in the order of the current stream; see [Note: the last time]."""
+        saved, is_last = self.saved, not torch._C._autograd._get_current_graph_task_keep_graph()
+        assert saved is not None
+        if isinstance(saved, torch.Tensor):
+            tensor = saved
+        else:
+            assert self.offload is not None
+            with _shared_versions():
+                tensor = self.offload.reload(saved)
+        record = saved.record if isinstance(saved, Handle) else None
+        if may_change and (not is_last or (record is not None and record.num_handles > 1)):
+            tensor = view_of(tensor.untyped_storage().clone(), view_spec(tensor))
+        if is_last and (record is None or record.storage is not None):
+            self.saved = None
+            if record is not None:
+                record.is_handed_over = True
+        return tensor
 
 
 def _shared_versions() -> AbstractContextManager[None]:
@@ -110,10 +126,16 @@ def reload(handle: torch.Tensor) -> torch.Tensor:
 
 
 def wait_tensor(
-    handle: torch.Tensor, size: Sequence[int], stride: Sequence[int], *, dtype: torch.dtype, device: torch.device
+    handle: torch.Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    may_change: bool = False,
 ) -> torch.Tensor:
-    """What `offload` was given, in the order of the current stream; the arguments are for the compiler."""
-    return SavedValue.of(handle).tensor()
+    """What `offload` was given, in the order of the current stream; the other arguments are for the compiler."""
+    return SavedValue.of(handle).tensor(may_change=may_change)
 
 
 def _fake_handle(_: torch.Tensor) -> torch.Tensor:
@@ -121,7 +143,13 @@ def _fake_handle(_: torch.Tensor) -> torch.Tensor:
 
 
 def _fake_tensor(
-    handle: torch.Tensor, size: Sequence[int], stride: Sequence[int], *, dtype: torch.dtype, device: torch.device
+    handle: torch.Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    may_change: bool = False,
 ) -> torch.Tensor:
     return torch.empty_strided(size, stride, dtype=dtype, device=device)
 
@@ -141,7 +169,7 @@ OFFLOAD = _register("offload", "(Tensor tensor)", offload, _fake_handle)
 RELOAD = _register("reload", "(Tensor handle)", reload, _fake_handle)
 WAIT_TENSOR = _register(
     "wait_tensor",
-    "(Tensor handle, SymInt[] size, SymInt[] stride, *, ScalarType dtype, Device device)",
+    "(Tensor handle, SymInt[] size, SymInt[] stride, *, ScalarType dtype, Device device, bool may_change=False)",
     wait_tensor,
     _fake_tensor,
 )

@@ -31,31 +31,35 @@ _KEPT_META = ("autograd_backward", "desc", "partitioner_tag")
 
 
 def partition(
-    joint: fx.GraphModule, inputs: Sequence[Any], *, num_fwd_outputs: int, min_nbytes: int, **options: Any
+    joint: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    num_fwd_outputs: int,
+    min_nbytes: int,
+    may_change: bool = False,
+    **options: Any,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """What PyTorch's own partitioner makes, edited: what forward saves of at least `min_nbytes` travels."""
+    """What PyTorch's own partitioner makes, edited: what forward saves of at least `min_nbytes` travels.
+
+    `may_change`: whether what runs the backward graph may write to what comes back.
+    """
     graphs = min_cut_rematerialization_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **options)
-    move_saved(*graphs, num_fwd_outputs, min_nbytes)
-    return graphs
-
-
-def move_saved(forward: fx.GraphModule, backward: fx.GraphModule, num_outputs: int, min_nbytes: int) -> None:
-    """Edits both graphs; `num_outputs` of forward's outputs are the model's, the rest is saved."""
-    sizes = Sizes(backward.graph)
-    roots = Roots(forward.graph, num_outputs)
-    placeholders = {node.name: node for node in backward.graph.find_nodes(op="placeholder")}
+    forward, backward = graphs[0].graph, graphs[1].graph
+    roots, sizes = Roots(forward, num_fwd_outputs), Sizes(backward)
+    placeholders = {node.name: node for node in backward.find_nodes(op="placeholder") if node.users}
     chosen = [
-        (node, placeholders[node.name])
-        for node in _saved(forward.graph, num_outputs)
-        if node.name in placeholders and placeholders[node.name].users
-        if hint_nbytes(node.meta["val"]) >= max(1, min_nbytes) and roots.is_own(node) and sizes.are_known(node)
+        node
+        for node in _saved(forward, num_fwd_outputs)
+        if node.name in placeholders and hint_nbytes(node.meta["val"]) >= max(1, min_nbytes)
+        if roots.is_own(node) and sizes.are_known(node)
     ]
     if chosen:
-        _offload(forward.graph, roots, [node for node, _ in chosen])
-        _reload(backward.graph, sizes, [placeholder for _, placeholder in chosen])
-        for module in (forward, backward):
+        _offload(forward, roots, chosen)
+        _reload(backward, sizes, [placeholders[node.name] for node in chosen], may_change=may_change)
+        for module in graphs:
             module.graph.lint()
             module.recompile()
+    return graphs
 
 
 def _saved(graph: fx.Graph, num_outputs: int) -> Iterator[fx.Node]:
@@ -85,7 +89,7 @@ def _offload(graph: fx.Graph, roots: Roots, nodes: list[fx.Node]) -> None:
     output.update_arg(0, tuple(handles.get(value, value) for value in outputs))
 
 
-def _reload(graph: fx.Graph, sizes: Sizes, placeholders: list[fx.Node]) -> None:
+def _reload(graph: fx.Graph, sizes: Sizes, placeholders: list[fx.Node], *, may_change: bool) -> None:
     order = {node: i for i, node in enumerate(graph.nodes)}
     first_uses = {node: min(node.users, key=order.__getitem__) for node in placeholders}
     waits = list[fx.Node]()
@@ -93,7 +97,7 @@ def _reload(graph: fx.Graph, sizes: Sizes, placeholders: list[fx.Node]) -> None:
         value, users = node.meta["val"], list(node.users)
         size, stride = sizes.arguments(value.size()), sizes.arguments(value.stride())
         with graph.inserting_before(first_uses[node]):
-            how = {"dtype": value.dtype, "device": value.device}
+            how = {"dtype": value.dtype, "device": value.device, "may_change": may_change}
             wait = graph.call_function(WAIT_TENSOR, (node, size, stride), how)
         wait.meta = dict(node.meta)
         node.meta = _meta_of_handle(node)
