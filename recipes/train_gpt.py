@@ -15,9 +15,9 @@ from ssdtrain.tools.demo.model import GPT, GPTConfig
 from ssdtrain.tools.demo.text import Text, read_text
 
 parser = argparse.ArgumentParser(description="Train a byte-level GPT, its saved activations on NVMe.")
-parser.add_argument("--dir", default=".", help="folder on the drive that activations travel to")
+parser.add_argument("--dir", default=".", help="folder on the drive that activations are offloaded to")
 parser.add_argument("--no-offload", action="store_true", help="keep activations in memory")
-parser.add_argument("--min-nbytes", default="1MiB", help="smallest tensor that travels")
+parser.add_argument("--min-nbytes", default="1MiB", help="smallest tensor that is offloaded")
 parser.add_argument("--data", help="text file; default: Python's standard library sources")
 parser.add_argument("--layers", type=int, default=14)
 parser.add_argument("--width", type=int, default=384)

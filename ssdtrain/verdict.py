@@ -20,7 +20,7 @@ _NO_GAIN = ("weight", "refilled by its owner", "empty", "no memory of its own") 
 _SMALL = "smaller than min_nbytes"
 TOO_LITTLE = "too little to gain"
 """Why records stayed of which too few were alive at once."""
-_NOT_PLAIN = "only plain strided tensors travel"
+_NOT_PLAIN = "only plain strided tensors are offloaded"
 
 _REMEDIES = {
     "saved during backward": "what a reentrant checkpoint computes again is saved there: use "
@@ -35,7 +35,7 @@ _REMEDIES = {
     "no spill space": "free some space, raise disk_nbytes, or pass another directory",
     "host tier full": "raise host_nbytes, or pass a directory",
     "among the last saved": "the policy's keep_last has them stay: lower it",
-    "not chosen": "mark() what is to travel, checkpoint for only='checkpoint_inputs', or leave `only` out",
+    "not chosen": "mark() what is to be offloaded, checkpoint for only='checkpoint_inputs', or leave `only` out",
     "outlives its graph": "somebody holds these when backward is over, so nothing would be freed: hold them no longer",
     "tensor subclass": "its class does not say what it is made of: give it __tensor_flatten__ and __tensor_unflatten__",
     "nested": _NOT_PLAIN,
@@ -169,9 +169,9 @@ def _main(left: Mapping[str, tuple[int, int]]) -> tuple[str, tuple[int, int]]:
 
 
 def _remedy(reason: str, stayed: tuple[int, int]) -> str:
-    if reason == _SMALL:  # half of the mean size: most of the bytes travel
+    if reason == _SMALL:  # half of the mean size: most of the bytes are offloaded
         largest = max(1, stayed[1] // max(1, stayed[0]) // 2)
-        return f"pass policy={{'min_nbytes': {1 << (largest.bit_length() - 1)}}} to have most of them travel"
+        return f"pass policy={{'min_nbytes': {1 << (largest.bit_length() - 1)}}} to have most of them offloaded"
     if reason.startswith("device "):
-        return "only tensors on the CPU and on CUDA devices travel"
+        return "only tensors on the CPU and on CUDA devices are offloaded"
     return _REMEDIES.get(reason, "see print(stats)")

@@ -33,7 +33,7 @@ from ssdtrain.tools.demo.model import GPT, GPTConfig  # noqa: E402
 
 
 def engine_of(args: argparse.Namespace, directory: str | None) -> Any:
-    """An engine; with a directory its activations travel there."""
+    """An engine; with a directory its activations are offloaded there."""
     torch.manual_seed(0)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": args.batch,
@@ -65,7 +65,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--min-nbytes", default="1MiB")
-    parser.add_argument("--mode", default="auto", choices=["auto", "all"], help="what travels; a toy only with all")
+    parser.add_argument(
+        "--mode", default="auto", choices=["auto", "all"], help="what is offloaded; a toy only with all"
+    )
     args = parser.parse_args()
     if os.environ["DS_ACCELERATOR"] == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # takes minutes to compile, not needed

@@ -149,7 +149,7 @@ class Bench:
                 from trl.models.activation_offloading import OffloadActivations
 
                 peer = OffloadActivations(use_streams=True)  # which pins
-                peer.update_model_params(self.model)  # or weights would travel too
+                peer.update_model_params(self.model)  # or weights would be offloaded too
                 yield Variant("trl", lambda: peer)
 
     def _ours(self, name: str, where: str | None, **fields: Any) -> Variant:

@@ -41,7 +41,7 @@ from ssdtrain.tools.demo.text import Text, standard_library  # noqa: E402
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Overhead of ssdtrain in a Megatron step.")
-    parser.add_argument("directory", help="folder on the drive that activations travel to")
+    parser.add_argument("directory", help="folder on the drive that activations are offloaded to")
     parser.add_argument("--pairs", type=int, default=10, help="pairs of steps that count")
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--layers", type=int, default=4)
@@ -49,7 +49,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--sequence", type=int, default=512)
     parser.add_argument("--micro-batch", type=int, default=2)
     parser.add_argument("--min-nbytes", default="1MiB")
-    parser.add_argument("--mode", default="auto", choices=["auto", "all"], help="what travels; a toy only with all")
+    parser.add_argument(
+        "--mode", default="auto", choices=["auto", "all"], help="what is offloaded; a toy only with all"
+    )
     args = parser.parse_args()
     fixed = {"pipeline": 1, "heads": 4, "num_micro_batches": 2, "recompute": None}
     return argparse.Namespace(**vars(args), **fixed)

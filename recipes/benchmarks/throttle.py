@@ -188,7 +188,7 @@ def measure(trainer: Trainer, plain: Plain, options: argparse.Namespace, drive: 
 
 
 def saved_nbytes(trainer: Trainer, options: argparse.Namespace) -> int:
-    """Bytes that could travel in one step."""
+    """Bytes that could be offloaded in one step."""
     with tempfile.TemporaryDirectory(dir=options.directory) as folder:
         policy = json.loads(options.policy) | {"mode": "all"}
         with ssdtrain.offload_activations(folder, policy) as offload:

@@ -4,7 +4,7 @@
     deepspeed recipes/deepspeed/train_gpt.py --config recipes/deepspeed/ds_zero3_offload.json --dir '/nvme{local_rank}'
 
 Without a GPU it runs on the CPU with gloo. The import of `ssdtrain.integrations.deepspeed` is all there is to
-offloading; what travels, and where to, is said by the section "ssdtrain" of the configuration.
+offloading; what is offloaded, and where to, is said by the section "ssdtrain" of the configuration.
 """
 
 import argparse
@@ -32,8 +32,8 @@ parser.add_argument("--width", type=int, default=256)
 parser.add_argument("--heads", type=int, default=4)
 parser.add_argument("--sequence", type=int, default=256, help="bytes per sequence")
 parser.add_argument("--steps", type=int, default=10)
-parser.add_argument("--min-nbytes", help="smallest tensor that travels, instead of the one in the configuration")
-parser.add_argument("--mode", choices=["auto", "all"], help="what travels, instead of that of the configuration")
+parser.add_argument("--min-nbytes", help="smallest tensor that is offloaded, instead of the one in the configuration")
+parser.add_argument("--mode", choices=["auto", "all"], help="what is offloaded, instead of that of the configuration")
 parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher")
 args = parser.parse_args()
 

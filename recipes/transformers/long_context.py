@@ -4,8 +4,9 @@ r"""The longest sequence that trains, and what a token costs: checkpointing, its
     python recipes/transformers/long_context.py /mnt/nvme --method "checkpointing with ssdtrain" --device cuda \
         --model meta-llama/Llama-3.1-8B --dtype bfloat16 --length 500000          # one method, one length, a GPU
 
-Transformers' model is not touched: its own switch turns checkpointing on, `use_checkpoint` has all that a layer is
-called with travel, and the head runs on `--chunk` tokens at a time, recomputed in backward: one layer stays in memory.
+Transformers' model is not touched: its own switch turns checkpointing on, `use_checkpoint` offloads all that a
+layer is called with, and the head runs on `--chunk` tokens at a time, recomputed in backward: one layer stays in
+memory.
 
 The cap is on the memory of a process, its pages of files included (a control group, without swap, which kills who
 needs more; needs root). The length is doubled until a trial dies, then the gap is halved until it is an eighth. Time

@@ -1,8 +1,8 @@
-"""The records of saved activations: which there are, who holds their bytes, and the engine that they travel with.
+"""The records of saved activations: which there are, who holds their bytes, and the engine that moves them.
 
-It does not know why a record travels or which one is next; `offload` and `schedule` do. The way out is `writeback`, the
-way back `reload`, and the bytes move with `ssdtrain.store.tensor_store`. Everything it owns (engine, counters aside)
-lives and ends with it.
+It does not know why a record is offloaded or which one is next; `offload` and `schedule` do. The way out is
+`writeback`, the way back `reload`, and the bytes move with `ssdtrain.store.tensor_store`. Everything it owns (engine,
+counters aside) lives and ends with it.
 
 [Note: the lock]
 One lock guards records, extents and requests; every change is also bracketed, see [Note: unfinished changes]. It is

@@ -1,6 +1,6 @@
 """The hooks autograd calls: pack turns a saved tensor into a handle that autograd owns, unpack turns it back.
 
-What travels and when a trip may start is decided here; the store moves the bytes, and the schedule says what to
+What is offloaded and when that may start is decided here; the store moves the bytes, and the schedule says what to
 prefetch.
 
 [Note: when a store may start]
@@ -13,9 +13,9 @@ PyTorch does not check for in-place changes of saved tensors that went through h
 at save time and shares the counter, so that unpack can raise what autograd would have raised.
 
 [Note: graphs made in backward]
-Backward of backward, and a forward in a hook of backward, make graphs that are walked later: what they save travels.
-What a reentrant checkpoint computes again is walked at once and stays. Its node says so: PyTorch's, DeepSpeed's and
-Megatron's are all of a class with that word in its name.
+Backward of backward, and a forward in a hook of backward, make graphs that are walked later: what they save is
+offloaded. What a reentrant checkpoint computes again is walked at once and stays. Its node says so: PyTorch's,
+DeepSpeed's and Megatron's are all of a class with that word in its name.
 
 [Note: compiled functions]
 While a compiled function runs, Dynamo looks at every Python frame that begins in its thread, ours too when autograd
@@ -172,7 +172,7 @@ class SavedTensorHooks:
         return Subclassed(handle, type(tensor)) if isinstance(handle, Handle) else handle
 
     def _pack_wrapper(self, tensor: torch.Tensor) -> Saved:
-        """Sends what it is made of; without a part that travels it stays, the same object."""
+        """Sends what it is made of; without a part that may be offloaded it stays, the same object."""
         settle(tensor)
         parts, context = parts_of(tensor)
         nbytes = sum([part.nbytes for part in inner_tensors(tensor) if part.layout is torch.strided])
@@ -235,9 +235,9 @@ class SavedTensorHooks:
             # would copy what another stream may be changing.
             return self._stay(tensor, "interleaved with other tensors", nbytes)
         probe = version_probe(tensor) if probe is None else probe
-        return self._pack_travelling(tensor, (outer, probe), storage, span, device)
+        return self._pack_offloaded(tensor, (outer, probe), storage, span, device)
 
-    def _pack_travelling(
+    def _pack_offloaded(
         self,
         tensor: torch.Tensor,
         counted: tuple[torch.Tensor, torch.Tensor],
@@ -333,7 +333,7 @@ class SavedTensorHooks:
             thread.many = max(last, thread.many, key=lambda many: many[1])
         elif last[1] > _MOST * sum(last[0].sizes):
             self._store.note_fallback(
-                f"one operator saves {last[2]} of the {len(last[0].sizes)} tensors that travel, "
+                f"one operator saves {last[2]} of the {len(last[0].sizes)} tensors that are offloaded, "
                 f"{nbytes_text(last[1])}, and needs them all at once in backward: the peak of memory is not lower than "
                 "that. If it is a compiled model, compile every block instead: block.compile()"
             )

@@ -39,7 +39,7 @@ from ssdtrain.tracing.module_spans import ModuleSpans
 
 
 class ActivationOffload(SavedTensorHooks, contextlib.ContextDecorator):
-    """A context, or decorator, inside which saved activations travel. `offload_activations` makes and documents it."""
+    """A context, or decorator, inside which saved activations are offloaded; `offload_activations` makes it."""
 
     def __init__(
         self,
@@ -221,22 +221,20 @@ class ActivationOffload(SavedTensorHooks, contextlib.ContextDecorator):
             self._index.mark_weights(tensors)
 
     def mark(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Has a tensor travel, and its views, when an operator saves it from now on; for a policy with `only`.
+        """Has a tensor offloaded, and its views, when an operator saves it from now on; for a policy with `only`.
 
         Returns:
             The same tensor.
 
         Raises:
-            ValueError: the policy has no `only`, so that everything travels.
+            ValueError: the policy has no `only`, so that everything is offloaded.
 
         Example:
             >>> with ssdtrain.offload_activations("/mnt/nvme", only="marked") as offload:
             ...     loss = head(offload.mark(body(batch)))
         """
         if self._chosen is None:
-            raise ValueError(
-                "Expected a policy with only='marked' or 'checkpoint_inputs', got one of which all travels"
-            )
+            raise ValueError("Expected a policy with only='marked' or 'checkpoint_inputs', got one that offloads all")
         self._chosen.mark(tensor)
         return tensor
 

@@ -1,12 +1,12 @@
-"""Saved activations on their way out: what travels together, what waits, what stays, and how much may be under way.
+"""Saved activations on their way out: what is written together, what waits, what stays, and how much may be under way.
 
 Called under the lock of `ssdtrain.activations.activation_store`, except for what waits. Knows neither why a record
-travels nor which one is next.
+is offloaded nor which one is next.
 
 [Note: the queue]
 What a plan sends joins the engine's queue also beyond `staging_nbytes`: a plan knows how fast the drive is, not to the
 millisecond when a write is over. It costs no memory, as slabs bound what is copied, and what waits for a slab would
-else be kept for good; if backward wants it first, its write is called off. The queue has an end too, which only a drive
+else be kept for good; if backward wants it first, its write is cancelled. The queue has an end too, which only a drive
 gets to see that is much slower than planned. Without a plan what the drive has no time for is kept at once.
 
 [Note: waiting for an accelerator]
@@ -134,7 +134,7 @@ class Writeback:
     def _gather(self, record: SavedRecord) -> list[Batch]:
         """Batches that are full now that a small one has joined."""
         batches = []
-        if self._batch and not _travel_alike(record, self._batch[0]):
+        if self._batch and not _go_alike(record, self._batch[0]):
             batches.append(self._take_batch())
         self._batch.append(record)
         self.gathered_nbytes += record.nbytes
@@ -323,7 +323,7 @@ def may_leave(record: SavedRecord) -> bool:
     return record.residency is Residency.DEVICE and not record.is_wanted and record.num_handles > 0
 
 
-def _travel_alike(record: SavedRecord, other: SavedRecord) -> bool:
+def _go_alike(record: SavedRecord, other: SavedRecord) -> bool:
     """Whether two records can be one request."""
     mine = (record.device, record.stream, record.prefers_host)
     return mine == (other.device, other.stream, other.prefers_host)

@@ -36,7 +36,7 @@ def offload_activations(
     Lowers peak memory by what autograd would hold between forward and backward; results are equal to the bit. It may
     wrap one forward, one step or the whole loop (best: the engine stays open), be entered again, and be left before
     backward, which may run in another thread. The hooks act in the thread that entered, and that one leaves it. Where
-    nothing travels, one warning says why.
+    nothing is offloaded, one warning says why.
 
     Args:
         directory: where the spill files go, on a fast local drive. Several are striped. ``~``, ``{rank}`` and
@@ -53,7 +53,7 @@ def offload_activations(
 
     Returns:
         A context manager, or decorator of a function, with `stats` and `close()`. Everything is freed by `close()`,
-        when the object is gone, and, unless tensors of an accelerator travelled or the drive is shared, when the
+        when the object is gone, and, unless tensors of an accelerator were offloaded or the drive is shared, when the
         context is left and the last graph is gone.
 
     Raises:

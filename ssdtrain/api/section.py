@@ -5,8 +5,8 @@ true, false or a mapping of the fields of its policy:
 
     {"enabled": true, "directory": "/nvme{local_rank}", "activations": {"mode": "auto"}, "optimizer": true}
 
-Activations travel unless it says otherwise, parameters and optimizer state only if it says so. The directory may stand
-in "activations" as well. "parameters" may have "blocks", the names of modules.
+Activations are offloaded unless it says otherwise, parameters and optimizer state only if it says so. The directory may
+stand in "activations" as well. "parameters" may have "blocks", the names of modules.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class Section:
     """Where spill files go, in this process: placeholders are filled in. Empty when nothing is offloaded, and when
     pinned host memory is all there is."""
     activations: ActivationPolicy | None = None
-    """How activations travel."""
+    """How activations are offloaded."""
     parameters: ParameterPolicy | None = None
     """How parameters do."""
     optimizer: OptimizerPolicy | None = None
     """How optimizer state does."""
     blocks: tuple[str, ...] | None = None
-    """The modules whose parameters travel; None: the repeated layers."""
+    """The modules whose parameters are offloaded; None: the repeated layers."""
 
     @property
     def is_enabled(self) -> bool:
@@ -59,7 +59,7 @@ class Section:
 
     @property
     def policy(self) -> ActivationPolicy:
-        """How activations travel; one that is disabled where they do not."""
+        """How activations are offloaded; one that is disabled where they are not."""
         return self.activations or ActivationPolicy(enabled=False)
 
     @classmethod

@@ -252,7 +252,7 @@ class Offload:
     # -- steps -----------------------------------------------------------------------------------------------
 
     def enter(self) -> bool:
-        """Has what autograd saves in this thread travel from here on; whether it did not before.
+        """Has what autograd saves in this thread offloaded from here on; whether it did not before.
 
         Without gradients, and before `begin`, nothing happens.
         """
@@ -266,7 +266,7 @@ class Offload:
         return True
 
     def leave(self) -> None:
-        """Has it no longer travel; what was saved stays available for backward. Hooks of others are as they were."""
+        """Has it no longer offloaded; what was saved stays available for backward. Hooks of others are as they were."""
         entered, self._thread.entered = self._thread.entered, None
         if entered is not None:
             entered.__exit__(None, None, None)
@@ -321,7 +321,7 @@ class Offload:
 
     @property
     def stats(self) -> Stats | None:
-        """What travelled of the activations, and what it cost so far."""
+        """What was offloaded of the activations, and what it cost so far."""
         return self._activations.stats if self._activations is not None else None
 
     @property

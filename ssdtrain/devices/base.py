@@ -1,4 +1,4 @@
-"""What is asked of a device of any kind: whose stream is current, where a reload may land, why nothing may travel.
+"""What is asked of a device of any kind: whose stream is current, where a reload may land, why nothing may leave.
 
 The store never calls torch for memory or streams itself. `cpu` is host memory: engine threads copy out of a tensor, and
 the drive reads straight into it. An accelerator brings a driver, through which engine threads copy on streams of their
@@ -47,7 +47,7 @@ class Device(Protocol):
     """What engine threads copy with (`ssdtrain._C.DeviceDriver`); None for host memory."""
 
     def why_not(self) -> str | None:
-        """Why nothing may travel just now, or None."""
+        """Why nothing may be offloaded just now, or None."""
 
     def current_stream(self) -> int:
         """The calling thread's stream, by the handle the driver knows it by. Asked at every use, never kept."""

@@ -1,4 +1,4 @@
-"""Which device a tensor's memory belongs to, and why it may not travel from there."""
+"""Which device a tensor's memory belongs to, and why it may not be offloaded from there."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Devices:
         self._known = known if known is not None else {}
 
     def of(self, tensor: torch.Tensor) -> Device | str:
-        """The device of a strided tensor, or why nothing travels from it."""
+        """The device of a strided tensor, or why nothing is offloaded from it."""
         if tensor.is_cpu:
             return "in host memory already" if self._is_cpu_pointless else self.cpu
         found = self._known.get(tensor.device)

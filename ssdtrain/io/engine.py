@@ -132,7 +132,7 @@ class Write(Protocol):
     def moments(self) -> tuple[float, float, float, float, float]:
         """When it was queued, its copy began, all was copied, its write began, it was done.
 
-        By `time.monotonic()`; 0.0 for what has not happened, or never does: what is called off in time is not written.
+        By `time.monotonic()`; 0.0 for what has not happened, or never does: what is cancelled in time is not written.
         """
 
     @property

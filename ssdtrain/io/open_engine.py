@@ -173,7 +173,7 @@ def open_engine(
         checksum: verify every byte that is read from a file.
         disk_nbytes: bound on all files together; None for no bound.
         host_nbytes: limit of the host tier; 0 for none. None, without a directory: half of what is free.
-        device_index: the GPU whose memory travels; None for host memory.
+        device_index: the GPU whose memory is offloaded; None for host memory.
         is_shared: another user may join later: it gets files of its own, in the same directories.
         timeout_seconds: how long a drive is waited for.
         keeps_files: the files outlive the engine.

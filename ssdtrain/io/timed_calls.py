@@ -1,7 +1,7 @@
 """Calls that a drive may never answer, each in a thread of its own, and nobody waits longer than allowed.
 
 Knows neither files nor directories. Opening, growing, shortening and closing a file are single system calls that
-nothing can call off: whoever made one waits for as long as the drive does.
+nothing can cancel: whoever made one waits for as long as the drive does.
 
     timed = TimedCall(lambda: SpillFile(directory), undo=SpillFile.close)
     file = timed.take() if timed.wait(60.0) else timed.abandon()

@@ -3,7 +3,7 @@
 [Note: the bound]
 At a moment a record can be away only if its write, begun when it was saved, would be done by then, and if its reload,
 ending when it is needed, would not have begun. Of those that can, a channel carries no more than its bandwidth allows
-since they were saved, or until they are needed, were records divisible like a fluid. Neither does more travel than the
+since they were saved, or until they are needed, were records divisible like a fluid. Neither is more offloaded than the
 bounds on what is on its way leave room for: what overflows stays. What is left after that is in memory, and the peak of
 every placement is at least that high. Where a placement has its peak shows at which moments to ask.
 """

@@ -1,7 +1,7 @@
 """Which blocks to recompute instead of keeping what they saved: a step with some of them recomputed is another step.
 
 A block that is recomputed keeps its input only. Its forward runs again when backward comes to it, and what it saves
-then is in memory at once. The input travels like any other record.
+then is in memory at once. The input is offloaded like any other record.
 """
 
 from __future__ import annotations

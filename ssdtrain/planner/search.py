@@ -257,7 +257,7 @@ class Search:
     # -- pruning -----------------------------------------------------------------------------------------------------
 
     def _prune(self, most: float) -> None:
-        """Keeps what need not travel for a peak of `most`, what would be away for the shortest time first."""
+        """Keeps what need not be offloaded for a peak of `most`, what would be away for the shortest time first."""
         moving = [i for i, where in enumerate(self.best) if where]
         moving.sort(key=self._longest.__getitem__)
         doubtful = [moving]

@@ -111,15 +111,15 @@ class ActivationPolicy(_Policy):
     """False makes ``offload_activations`` a null context: no hooks, no file, no cost."""
 
     min_nbytes: Nbytes = Field(default=1 << 20, ge=0)
-    """Saved tensors smaller than this stay in memory. 0 means all travel; small ones cost more time per byte."""
+    """Saved tensors smaller than this stay in memory. 0 means all are offloaded; small ones cost more time per byte."""
 
     mode: Literal["auto", "all"] = "auto"
     """``"auto"`` keeps a tensor in memory when the drive is behind, so that training never waits for a write.
     ``"all"`` sends everything eligible and waits for the drive: lowest memory, step time at the drive's mercy."""
 
     only: Literal["marked", "checkpoint_inputs"] | None = None
-    """What travels, if not everything: tensors that ``offload.mark(tensor)`` was called with, or those and the inputs
-    of activation checkpoints, reentrant or not."""
+    """What is offloaded, if not everything: tensors that ``offload.mark(tensor)`` was called with, or those and the
+    inputs of activation checkpoints, reentrant or not."""
 
     keep_last: int = Field(default=0, ge=0)
     """How many of the tensors saved last stay, as backward needs them at once: a guess for mode ``"all"`` and steps
@@ -155,7 +155,7 @@ class ActivationPolicy(_Policy):
 
     recompute: Literal["never", "auto", "all"] = "never"
     """Whether the model's blocks may run a second time in backward instead of keeping what they saved; needs `model`.
-    ``"all"``: every block, only their inputs travel: lowest memory, a third more compute. ``"auto"``: those that
+    ``"all"``: every block, only their inputs are offloaded: lowest memory, a third more compute. ``"auto"``: those that
     bring memory under `memory_budget` for less time than waiting for the drive would."""
 
     drive_writes_per_day: float | None = Field(default=None, gt=0, allow_inf_nan=False)
@@ -302,7 +302,7 @@ class OptimizerPolicy(StatePolicy):
     """Send each gradient to the drive as soon as backward has it, and back for its parameter's update: all of them are
     never in memory at once, also with accumulation and clipping. What stands in ``parameter.grad`` in between reads
     and changes the gradient on the drive: norms, checks, hooks and GradScaler work as without, and what they read or
-    change travels; ``clip_grad_norm_`` with the 2-norm costs nothing. Not in a job of several processes."""
+    change is offloaded; ``clip_grad_norm_`` with the 2-norm costs nothing. Not in a job of several processes."""
 
     update_on: Literal["device", "cpu"] = "device"
     """Who does the arithmetic for parameters of an accelerator. ``"device"``: it does, and state goes there and

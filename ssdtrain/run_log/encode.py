@@ -53,8 +53,8 @@ def peak_if_kept(step: Step) -> int:
 def placements(finished: FinishedStep, requests: Requests) -> list[Where]:
     """Where each record of the step went."""
     where = [Where.KEEP] * len(finished.step.records)
-    for place, _, is_in_host, was_called_off, *_ in requests.writes:
-        if 0 <= place < len(where) and not was_called_off:
+    for place, _, is_in_host, was_cancelled, *_ in requests.writes:
+        if 0 <= place < len(where) and not was_cancelled:
             where[place] = Where.HOST if is_in_host else Where.DISK
     return where
 

@@ -5,9 +5,9 @@ What finished steps teach is `step_review`'s, how far a step has come in its pla
 
 [Note: following a plan]
 A step follows a plan as long as every record saved has the size and the pass that the plan expects at this position. At
-the first one that has not, it falls back to another plan that fits so far, or to none: then everything travels that the
-drive has time for, and reloads go by the order of the last pass. Reloads also do so after a miss, which says that
-backward goes elsewhere than it used to.
+the first one that has not, it falls back to another plan that fits so far, or to none: then everything is offloaded
+that the drive has time for, and reloads go by the order of the last pass. Reloads also do so after a miss, which says
+that backward goes elsewhere than it used to.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ class Counters:
         entry[1] += nbytes
 
     def keep(self, reason: str, nbytes: int, count: int = 1) -> None:
-        """Counts a tensor that could have travelled and stays in memory."""
+        """Counts a tensor that could have been offloaded and stays in memory."""
         self.skip(reason, nbytes, count)
         self.kept_nbytes += nbytes
 

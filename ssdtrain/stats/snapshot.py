@@ -34,7 +34,7 @@ class Stats:
     offloaded_nbytes: int
     """Bytes of those records."""
     deduplicated_nbytes: int
-    """Bytes that did not travel because the same storage range was already saved."""
+    """Bytes that were not offloaded because the same storage range was already saved."""
     forwarded_nbytes: int
     """Bytes backward got from memory although they were on their way to the drive."""
     cancelled_write_nbytes: int
@@ -48,7 +48,7 @@ class Stats:
     shared_read_nbytes: int
     """Bytes read for them."""
     kept_nbytes: int
-    """Bytes that could have travelled and were kept, reasons in `skipped`."""
+    """Bytes that could have been offloaded and were kept, reasons in `skipped`."""
     num_prefetched: int
     """Reloads begun before backward asked."""
     num_demand_reloads: int

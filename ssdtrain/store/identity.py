@@ -1,4 +1,4 @@
-"""Which storage is this, may it travel and why not, how is the view rebuilt.
+"""Which storage is this, may it be offloaded and why not, how is the view rebuilt.
 
 Knows tensors, and neither records nor files. A storage is identified by its live `StorageImpl`, pinned through a weak
 reference for as long as anything is filed under its address, so that an address can never be taken for another storage.
@@ -162,7 +162,7 @@ def shares_version_counter(tensor: torch.Tensor, probe: torch.Tensor) -> bool:
 
 
 def why_not(tensor: torch.Tensor) -> str | None:
-    """Why a tensor is not a plain strided tensor that may travel, or None."""
+    """Why a tensor is not a plain strided tensor that may be offloaded, or None."""
     kind = type(tensor)
     if kind is not torch.Tensor and kind is not torch.nn.Parameter and not getattr(kind, "is_plain", False):
         return "weight" if _is_marked(tensor) else SUBCLASS

@@ -302,7 +302,7 @@ class Pending:
     # -- what the engine has done ------------------------------------------------------------------------------------
 
     def release(self, segments: Iterable[Segment]) -> None:
-        """Nobody needs these bytes any more. Writes are called off, and extents go back as soon as they are free."""
+        """Nobody needs these bytes any more. Writes are cancelled, and extents go back as soon as they are free."""
         for segment in segments:
             if not segment.write.is_done:
                 segment.write.cancel(segment.piece)

@@ -64,7 +64,7 @@ _NEXT: dict[int, int] = {
 
 
 class Record:
-    """Bytes that travel as one: of a saved activation, a parameter, a gradient, or optimizer state.
+    """Bytes that move as one: of a saved activation, a parameter, a gradient, or optimizer state.
 
     What moves it guards its attributes with its lock.
     """
@@ -178,7 +178,7 @@ class SavedRecord(Record):
         self.epoch = 0  # grows with every reload
         self.num_unseen = 0  # handles not unpacked since then
         self.prefers_host = False  # goes to the host tier while there is room
-        self.is_wanted = False  # in memory or soon, and does not travel any more
+        self.is_wanted = False  # in memory or soon, and is not offloaded any more
         self.is_unpacked = False  # backward has asked for it,
         self.task = -1  # last in this graph task
         self.is_prefetched = False
@@ -217,7 +217,7 @@ class Resident:
 
 
 class Handle:
-    """What autograd holds for one saved tensor that may travel. When it dies, the record learns of it."""
+    """What autograd holds for one saved tensor that may be offloaded. When it dies, the record learns of it."""
 
     __slots__ = ("epoch", "probe", "record", "release_later", "source", "spec", "task", "version")
 

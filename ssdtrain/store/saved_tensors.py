@@ -112,7 +112,7 @@ class HookScope(ContextDecorator):
         if hooks is None:
             hooks = self._hooks
         elif self._note is not None:
-            self._note("nothing travels inside allow_mutation_on_saved_tensors, which keeps what may be changed")
+            self._note("nothing is offloaded inside allow_mutation_on_saved_tensors, which keeps what may be changed")
         torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
         self._entered.append((threading.current_thread(), hooks[0]))
 

@@ -1,7 +1,7 @@
 """The one mover: writes records to a drive and the host tier, reads them back, and gives their room back.
 
-Knows records, segments and storages; neither what the bytes are, nor why they travel, nor when they are needed. Saved
-activations, parameters, gradients and optimizer state all move with it, each user of a drive with its own.
+Knows records, segments and storages; neither what the bytes are, nor why they are offloaded, nor when they are needed.
+Saved activations, parameters, gradients and optimizer state all move with it, each user of a drive with its own.
 
     store.write([record], [storage], origin)    # begins; a `Growth` or False when it cannot
     pending = store.read(record, device)        # begins
@@ -144,7 +144,7 @@ class TensorStore:
             self.pending.release(old)
 
     def release(self, record: Record) -> None:
-        """The record's bytes on the drive or in the host tier are not needed any more. Writes are called off."""
+        """The record's bytes on the drive or in the host tier are not needed any more. Writes are cancelled."""
         segments, record.segments = record.segments, ()
         if segments and segments[0].drive is self.drive:
             self.pending.release(segments)

@@ -20,7 +20,7 @@ _NUM_REMEMBERED = 16
 
 Signature = tuple[int, ...]
 Spot = tuple[int, int, int]
-"""Which save of which pass of a step it is, of those that could travel, and its size: the same in the next step."""
+"""Which save of which pass of a step it is, of those that could be offloaded, and its size: as in the next step."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,14 @@ class PassTrace:
         self.starts: list[int] = []  # where in it each operator began to save
         self.unpacked: list[int] = []
         self.num_live = 0
-        self.num_spots = 0  # saves that could travel, records or not
+        self.num_spots = 0  # saves that could be offloaded, records or not
         self.is_closed = False
         self.order: list[int] = []  # predicted when the pass is closed
         self.rank: dict[int, int] = {}
         self.cursor = 0  # first position in `order` whose reload was not begun
 
     def next_spot(self, nbytes: int) -> Spot:
-        """Names another save that could travel."""
+        """Names another save that could be offloaded."""
         self.num_spots += 1
         return self.number, self.num_spots, nbytes
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ssdtrain.tracing.step_trace import StepTrace
 
 WriteRow = tuple[int, int, int, int, float, float, float, float, float]
-"""Place of the record, bytes, 1 in the host tier, 1 called off, then `Write.moments`."""
+"""Place of the record, bytes, 1 in the host tier, 1 cancelled, then `Write.moments`."""
 ReadRow = tuple[int, int, int, float, float, float]
 """Place of the record, bytes, 1 from memory alone, then `Read.moments`."""
 StallRow = tuple[str, int, float, float]
@@ -64,10 +64,10 @@ class RequestLog:
         """A write of `nbytes` is over; each record of `records` has its own row."""
         if len(self._writes) >= _MAX_ROWS:
             return
-        was_called_off = write.cancelled_nbytes > 0 and not write.written_nbytes
+        was_cancelled = write.cancelled_nbytes > 0 and not write.written_nbytes
         for record in records:
             own_nbytes = min(nbytes, record.nbytes)  # less than the record's: one of several stripes
-            row = (_place(record), own_nbytes, int(is_in_host), int(was_called_off), *write.moments)
+            row = (_place(record), own_nbytes, int(is_in_host), int(was_cancelled), *write.moments)
             self._writes.append((record.pass_.step, row))
 
     def note_reads(self, record: Requested, reads: Sequence[Read]) -> None:

@@ -145,7 +145,7 @@ def test_dropped_graph_releases_its_records(offload: Offload) -> None:
 
 
 def test_dropped_before_anything_was_written(offload: Offload) -> None:
-    """The writes not begun are called off, those begun end, and what follows is right."""
+    """The writes not begun are cancelled, those begun end, and what follows is right."""
     x = torch.randn(256, 256)
     with offload:
         for _ in range(5):

@@ -117,9 +117,9 @@ def test_a_record_is_where_its_requests_say() -> None:
     }  # fmt: skip
 
 
-def test_what_never_left_or_was_called_off_stayed() -> None:
-    called_off = [[0, MIB, 0, 1, 10_000, -1, 12_000, -1, 12_000]]
-    for detail in (hand_made(writes=[], reads=[]), hand_made(writes=called_off, reads=[])):
+def test_what_never_left_or_was_cancelled_stayed() -> None:
+    cancelled = [[0, MIB, 0, 1, 10_000, -1, 12_000, -1, 12_000]]
+    for detail in (hand_made(writes=[], reads=[]), hand_made(writes=cancelled, reads=[])):
         assert set(residency(detail)["in memory"]) == {MIB, 0} and not any(residency(detail)["on the drive"])
 
 

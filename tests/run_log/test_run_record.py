@@ -104,9 +104,9 @@ def test_a_timeline_has_every_request_in_order(tmp_path: Path) -> None:
     detail = run.details[-1]
     end, columns = detail.seconds * 1e6, detail.records
     assert detail.writes and detail.reads
-    for place, nbytes, _, was_called_off, queued, copy_begun, copied, write_begun, done in detail.writes:
+    for place, nbytes, _, was_cancelled, queued, copy_begun, copied, write_begun, done in detail.writes:
         assert nbytes == columns["nbytes"][place]
-        if not was_called_off:
+        if not was_cancelled:
             assert columns["saved"][place] <= queued <= copy_begun <= copied and write_begun <= done
     for place, _, _, queued, begun, done in detail.reads:
         assert max(queued, begun) <= done <= columns["released"][place]

@@ -43,7 +43,7 @@ def checkpoint(
     respect_saved_tensors_hooks: bool | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Runs a function again in backward instead of keeping what it saves; all tensors it gets are inputs that travel.
+    """Runs a function again in backward instead of keeping what it saves; all tensors it gets are offloaded inputs.
 
     A drop-in for `torch.utils.checkpoint.checkpoint`, equal to the bit. Inside `offload_activations` memory falls by
     every tensor that reaches the function: positional, keyword, in lists, tuples and dicts, in the cells and defaults
@@ -55,13 +55,13 @@ def checkpoint(
         function: what to run twice.
         args: its arguments.
         use_reentrant: False or None; the reentrant kind is PyTorch's own alone.
-        context_fn: as in PyTorch. What a selective checkpoint keeps travels too.
+        context_fn: as in PyTorch. What a selective checkpoint keeps is offloaded too.
         determinism_check: as in PyTorch.
         debug: as in PyTorch.
         early_stop: as in PyTorch, where it has it.
         preserve_rng_state: as in PyTorch.
-        respect_saved_tensors_hooks: whether what a selective checkpoint keeps travels; None means True. PyTorch has
-            this argument since 2.14, where its default is False; here it is for older versions too.
+        respect_saved_tensors_hooks: whether what a selective checkpoint keeps is offloaded; None means True. PyTorch
+            has this argument since 2.14, where its default is False; here it is for older versions too.
         kwargs: the function's keyword arguments.
 
     Returns:
@@ -91,8 +91,8 @@ def checkpoint(
     return _run(_Call(function, args, kwargs, fill), inputs.tensors, options, respect_saved_tensors_hooks is not False)
 
 
-def _run(call: _Call, tensors: list[torch.Tensor], options: dict[str, Any], kept_travels: bool) -> Any:
-    if "context_fn" not in options or not kept_travels:
+def _run(call: _Call, tensors: list[torch.Tensor], options: dict[str, Any], offloads_kept: bool) -> Any:
+    if "context_fn" not in options or not offloads_kept:
         return plain.checkpoint(call, *tensors, **options)
     if _has_switch():
         return plain.checkpoint(call, *tensors, respect_saved_tensors_hooks=True, **options)
@@ -244,7 +244,7 @@ def _noting(context_fn: _Contexts, modes: list[Any]) -> Any:
 
 
 def _send_kept(modes: list[Any]) -> None:
-    """Has outputs that a selective checkpoint keeps travel, before the version of PyTorch that does so itself."""
+    """Has outputs that a selective checkpoint keeps offloaded, before the version of PyTorch that does so itself."""
     forward, again = modes
     if isinstance(forward, plain._CachingTorchDispatchMode) and not getattr(again, "allow_cache_entry_mutation", False):
         for key, entries in forward.storage.items():

@@ -1,4 +1,4 @@
-"""Which saved tensors travel where the user wants only some: those marked, and inputs of checkpoints.
+"""Which saved tensors are offloaded where the user wants only some: those marked, and inputs of checkpoints.
 
 Knows storages and who saves; moves nothing.
 """
@@ -25,7 +25,7 @@ _BETWEEN = "torch/autograd/function.py"  # a checkpoint that is an autograd func
 
 
 class Chosen:
-    """What is to travel, while everything else stays."""
+    """What is to be offloaded, while everything else stays."""
 
     def __init__(self, only: Literal["marked", "checkpoint_inputs"]) -> None:
         """Nothing is marked."""
@@ -33,7 +33,7 @@ class Chosen:
         self._marked: dict[int, StorageWeakRef] = {}  # by the storage's address
 
     def mark(self, tensor: torch.Tensor) -> None:
-        """Whatever shares its memory travels when it is saved from now on, for as long as that memory lives."""
+        """Whatever shares its memory is offloaded when it is saved from now on, for as long as that memory lives."""
         self._marked = {cdata: weak for cdata, weak in self._marked.items() if not weak.expired()}
         for part in inner_tensors(tensor):
             storage = part.untyped_storage()

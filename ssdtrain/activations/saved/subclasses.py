@@ -1,7 +1,7 @@
 """What is left of a saved tensor of a class of its own when its bytes have gone their way, and the tensor again.
 
-Knows the classes that say what they are made of (`DTensor`, jagged and quantised tensors), whose inner tensors travel
-one by one, and those that only override PyTorch's functions, whose memory is ordinary. Moves nothing.
+Knows the classes that say what they are made of (`DTensor`, jagged and quantised tensors), whose inner tensors are
+offloaded one by one, and those that only override PyTorch's functions, whose memory is ordinary. Moves nothing.
 
 [Note: whose version counts]
 A tensor and its inner tensors have version counters of their own. Autograd looks at the outer one, which views of the

@@ -191,5 +191,5 @@ class SimulatedDevice:
         return tensor.is_cpu and (self._machine.thread.num_entered > 0 or self._alias.is_managed(tensor))
 
     def why_not(self) -> str | None:
-        """Why nothing may travel now."""
+        """Why nothing may be offloaded now."""
         return None

@@ -11,7 +11,7 @@ from ssdtrain.activations.recompute.checkpoint import checkpoint
 
 
 def use_checkpoint(model: torch.nn.Module) -> int:
-    """Has a model whose activation checkpointing is on run `ssdtrain.checkpoint`: masks and positions travel too.
+    """Has a model whose activation checkpointing is on run `ssdtrain.checkpoint`: masks are offloaded too.
 
     To be called after `model.gradient_checkpointing_enable()`; `Offload` does so by itself. Layers that run something
     else than PyTorch's non-reentrant checkpoint stay as they are.

@@ -111,7 +111,7 @@ def check_settings(policy: OptimizerPolicy, groups: Iterable[Mapping[str, Any]])
 
 
 def check_devices(store: StateStore, groups: Iterable[Mapping[str, Any]]) -> None:
-    """Parameters may be where nothing travels from."""
+    """Parameters may be where nothing is offloaded from."""
     devices = store.devices()
     for parameter in [p for group in groups for p in group["params"] if not p.is_meta]:
         reason = devices.of(parameter)
