@@ -53,6 +53,7 @@ class FabricOffload(_OfLightning):
 
     def on_after_setup(self, fabric: Any, module: Any) -> None:
         """Fabric has a model ready."""
+        the_only_one(fabric._callbacks)
         if self.session.section.optimizer is not None:
             raise ValueError("Expected no optimizer state with Fabric, got some: see ssdtrain.integrations.lightning")
         self.session.begin(module)

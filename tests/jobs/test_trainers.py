@@ -28,8 +28,9 @@ IMPORTED = ["transformers.trainer", "accelerate", "lightning"]
 # By trainer and number of ranks: the cases of `trainers_<trainer>.py`.
 CASES = {
     ("hf", 1): """everything directory_of_a_rank resumed_both_ways raised_anywhere gradients_away step_in_backward lora
+        trained_twice batch_size_that_fits compiled
         other_offloaders refused_on_every_rank bad_input full_disk nothing_moved unknown_version
-        threads_of_dataparallel axolotl_plugin swift_callback recipe
+        threads_of_dataparallel forked_workers axolotl_plugin swift_callback recipe
         long_context checkpointing""".split(),
     ("hf", 2): """everything directory_of_a_rank resumed_both_ways not_with_replicas lora refused_on_every_rank
         bad_input full_disk parameters_before_replicas""".split(),
@@ -38,9 +39,10 @@ CASES = {
     ("accelerate", 2): """everything saved_and_resumed refused_on_every_rank bad_input full_disk
         parameters_before_replicas sharded own_offloading_when_sharded""".split(),
     ("lightning", 1): """everything saved_and_resumed raised_anywhere step_in_backward refused_on_every_rank
-        bad_input full_disk nothing_moved unknown_version fabric recipe""".split(),
+        bad_input full_disk nothing_moved unknown_version forked_workers fabric
+        fabric_bad_input validated_before_and_again recipe""".split(),
     ("lightning", 2): """everything saved_and_resumed refused_on_every_rank bad_input full_disk
-        parameters_before_replicas""".split(),
+        parameters_before_replicas fabric fabric_bad_input""".split(),
     ("trl", 1): ["trl_sft_with_lora", "trl_own_switch"],
     ("trl", 2): ["trl_sft_with_lora"],
     ("sentence_transformers", 1): ["cached_loss", "everything"],

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.checkpoint as torch_checkpoint
+from accelerate import debug_launcher
 from trainers_tools import (
     ACTIVATIONS,
     EVERYTHING,
@@ -201,6 +202,47 @@ def raised_anywhere(folder: Path) -> None:
     assert_equal(outcome(plain), outcome(ours), "trained after all")
 
 
+def trained_twice(folder: Path) -> None:
+    """Evaluated before and between, with one trainer and one callback."""
+    callback, found = Offload(own_directory(folder), **EVERYTHING), []
+    for callbacks in ([], [callback]):
+        own = trainer(folder, *callbacks)
+        outcomes = []
+        for _ in range(2):
+            own.evaluate()
+            own.train()
+            assert_clean()
+            outcomes.append(outcome(own))
+        found.append(outcomes)
+    assert_equal(*found, "trained")
+    assert_travelled(callback.session)
+
+
+class Short(Trainer):
+    """Has no memory for more than one row in its fourth micro-batch."""
+
+    num_batches = 0
+
+    def training_step(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if len(inputs["input_ids"]) > 1:
+            self.num_batches += 1
+            if self.num_batches == 4:
+                raise RuntimeError("CUDA out of memory.")
+        return loss
+
+
+def batch_size_that_fits(folder: Path) -> None:
+    """`auto_find_batch_size` begins anew in the middle, with smaller batches."""
+    compare(folder, Offload(own_directory(folder), **EVERYTHING), kind=Short, auto_find_batch_size=True)
+
+
+def compiled(folder: Path) -> None:
+    """`torch_compile`, without a code generator."""
+    callback = Offload(own_directory(folder), activations=ACTIVATIONS, optimizer=PAGED)
+    compare(folder, callback, torch_compile=True, torch_compile_backend="eager")
+
+
 def gradients_away(folder: Path) -> None:
     """Clipping by default, which reads all gradients."""
     optimizer = PAGED | {"offload_gradients": True}
@@ -310,6 +352,26 @@ def parameters_before_replicas(folder: Path) -> None:
     assert ssdtrain.parameter_offload(model).stats.read_nbytes
     assert_equal(outcome(plain), outcome(ours), "trained")
     assert_travelled(callback.session)
+
+
+def forked_workers(folder: Path) -> None:
+    """As a notebook's launcher starts them; also with a callback that this process has trained with before."""
+    used, held = Offload(own_directory(folder), activations=ACTIVATIONS), Offload(own_directory(folder), **EVERYTHING)
+    for callback in (used, held):
+        trainer(folder, callback).train()
+    debug_launcher(_in_a_worker, (folder, used, held), num_processes=2)
+
+
+def _in_a_worker(folder: Path, used: Offload, held: Offload) -> None:
+    plain = trainer(folder / "plain")
+    plain.train()
+    for callback in (used, Offload(folder, **EVERYTHING)):
+        ours = trainer(folder / "ours", callback)
+        ours.train()
+        assert_equal(outcome(plain), outcome(ours), "trained in a worker")
+        assert_travelled(callback.session)
+    with raises(RuntimeError, "Expected the process that offloaded, got a forked child"):
+        trainer(folder / "held", held).train()  # whose parameters and state are in the other process
 
 
 def threads_of_dataparallel(folder: Path) -> None:

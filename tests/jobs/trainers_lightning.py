@@ -34,6 +34,7 @@ from trainers_tools import (
 )
 
 import ssdtrain
+from ssdtrain.api.section import Section
 from ssdtrain.integrations.lightning import FabricOffload, Offload
 
 warnings.filterwarnings("ignore")
@@ -171,6 +172,44 @@ def parameters_before_replicas(folder: Path) -> None:
     assert_travelled(callback.session)
 
 
+class Look(Callback):
+    """After the callback before it."""
+
+    def __init__(self, offload: Offload) -> None:
+        self.offload = offload
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert trainer.world_size == 2
+        assert_travelled(self.offload.session)
+        assert_clean()
+
+
+def forked_workers(folder: Path) -> None:
+    """Everything is opened in the workers, of which this process hears the weights."""
+    callback, found = Offload(own_directory(folder), **EVERYTHING), []
+    for callbacks in ([], [callback, Look(callback)]):
+        module = Module()
+        trainer(folder, *callbacks, strategy="ddp_fork", devices=2).fit(module, loader(), loader(8))
+        found.append(values(module))
+    assert_equal(*found, "trained")
+    assert list(own_directory(folder).iterdir()) == []
+
+
+def validated_before_and_again(folder: Path) -> None:
+    """Validation, training, validation, and training for an epoch more, with one trainer and one callback."""
+    callback, found = Offload(own_directory(folder), **EVERYTHING), []
+    for callbacks in ([], [callback]):
+        module, own = Module(), trainer(folder, *callbacks)
+        for max_epochs in (2, 3):
+            own.validate(module, loader(8), verbose=False)
+            own.fit_loop.max_epochs = max_epochs
+            own.fit(module, loader(), loader(8))
+            assert_clean()
+        found.append((module.losses, values(module), [state_of(each) for each in own.optimizers]))
+    assert_equal(*found, "trained")
+    assert_travelled(callback.session)
+
+
 def begin(folder: Path, module: Any, kind: Any, directory: Any, **features: Any) -> None:
     module.kind = kind
     try:
@@ -212,16 +251,24 @@ def refused_on_every_rank(folder: Path) -> None:
         fit(folder, Offload(missing if NUM_RANKS == 1 else folder, optimizer=optimizer), gradient_clip_val=None)
 
 
+def fabric_with(*callbacks: Any) -> Fabric:
+    own = Fabric(
+        accelerator="cpu", devices=NUM_RANKS, strategy="ddp" if NUM_RANKS > 1 else "auto", callbacks=list(callbacks)
+    )
+    own.launch()
+    return own
+
+
 def fabric(folder: Path) -> None:
     def train(*callbacks: Any) -> Any:
         torch.manual_seed(0)
-        own = Fabric(accelerator="cpu", devices=1, callbacks=list(callbacks))
+        own = fabric_with(*callbacks)
         model: Any = nn.Sequential()
         model.add_module("h", nn.ModuleList(Block() for _ in range(3)))
         model.forward = lambda x: model.h[2](model.h[1](model.h[0](x)))
         model, optimizer = own.setup(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
         for (batch,) in loader():
-            loss = model(batch).square().mean()
+            loss = model(batch + RANK).square().mean()
             assert_clean()
             own.backward(loss)
             own.clip_gradients(model, optimizer, max_norm=0.5)
@@ -229,9 +276,40 @@ def fabric(folder: Path) -> None:
             optimizer.zero_grad()
         return values(model)
 
-    callback = FabricOffload(folder, activations=ACTIVATIONS)
+    callback = FabricOffload(own_directory(folder), activations=ACTIVATIONS)
     assert_equal(train(), train(callback), "trained")
     assert_travelled(callback.session)
+
+
+def fabric_bad_input(folder: Path) -> None:
+    """Each is said when a model is set up, on every rank, and the model stays as it is."""
+    good, unknown, is_bad = own_directory(folder), folder / f"own{RANK}.yaml", RANK == NUM_RANKS - 1
+    unknown.write_text(f"directory: {good}\noptimiser: true\n")
+    features = {name: EVERYTHING[name] for name in ("activations", "parameters")}
+    expected = values(Module())
+
+    def set_up(*callbacks: Any) -> None:
+        module = Module()
+        try:
+            fabric_with(*callbacks).setup(module)
+        finally:
+            assert_equal(expected, values(module), "model")
+
+    with raises(Exception, "does not exist"):
+        set_up(FabricOffload(folder / "missing" if is_bad else good, **features))
+    with raises(ValueError, "Expected no optimizer state with Fabric"):
+        set_up(FabricOffload(good, optimizer=True))
+    with raises(ValueError, "Expected one ssdtrain callback, got 2"):
+        set_up(FabricOffload(good), FabricOffload(good))
+    with raises(ValueError, "got 'optimiser'. Did you mean 'optimizer'?"):
+        set_up(FabricOffload(Section.load(unknown)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSDTRAIN_DIRR", str(good))
+        with raises(ValueError, "got SSDTRAIN_DIRR. Did you mean SSDTRAIN_DIR?"):
+            set_up(FabricOffload())
+    with torch.autograd.graph.save_on_cpu(), pytest.raises(ValueError, match=r"save_on_cpu.*leave it out"):
+        set_up(FabricOffload(good, **features))
+    assert_clean()
 
 
 def recipe(folder: Path) -> None:
