@@ -218,6 +218,8 @@ class ActivationStore:
     def note_step_over(self) -> None:
         """A step was reviewed. Where moving does not pay there is no need for an engine, nor for its slabs."""
         if not self._limits.note_step_over():
+            if self.source.has_idle_staging:
+                self._rest()
             return
         self.counters.plan = f"declined: {why_declined(self.counters)}"
         if not self._has_declined:
@@ -227,11 +229,16 @@ class ActivationStore:
             self.rest_while_declining()
 
     def rest_while_declining(self) -> None:
-        """Closes the engine, whose slabs take memory, if it has no bytes of ours; `why_not` opens it again."""
+        """Closes the engine if nothing is to move."""
+        if self.counters.is_declining:
+            self._rest()
+
+    def _rest(self) -> None:
+        """Closes the engine, whose slabs take memory, if it has no bytes of ours; `why_not` opens another."""
         with self.lock.mutex, self.lock:
             self.settle()
             store = self.source.store
-            if store is None or not self.counters.is_declining or self.source.is_shared:
+            if store is None or self.source.is_shared:
                 return
             if store.is_idle and not store.pending.has_accelerators:
                 put_off, self._is_resting = self.writeback.put_off_records.copy(), True
@@ -251,8 +258,8 @@ class ActivationStore:
         self.counters.hold(record.nbytes, store.engine.staging_in_use_nbytes if store is not None else 0)
         if self._limits.note_saved(record):
             self.source.allow_in_flight()
-        if self._limits.is_staging_short and store is not None and not store.pending.has_accelerators:
-            self._limits.grow_staging(store.drive)  # nothing is pinned; else see `prepare`
+        if store is not None and self.source.is_staging_short and not store.pending.has_accelerators:
+            self.source.grow_staging(store.drive)  # nothing is pinned; else see `prepare`
 
     def release_later(self, note: tuple[SavedRecord, int]) -> None:
         """A handle of a record died. Called from destructors, on any thread: see [Note: the lock]."""
@@ -322,8 +329,8 @@ class ActivationStore:
         store = self.source.store
         if store is None or not records or records[0].device.driver is None or self.counters.is_declining:
             return
-        if self._limits.is_staging_short:
-            self._limits.grow_staging(store.drive)
+        if self.source.is_staging_short:
+            self.source.grow_staging(store.drive)
         nbytes = sum([store.space.rounded(record.nbytes) for record in records]) + self.writeback.gathered_nbytes
         store.pending.prepare(records[0].device, nbytes, prefers_host=records[0].prefers_host)
 

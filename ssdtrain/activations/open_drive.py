@@ -64,6 +64,7 @@ class DriveSource:
         """How large staging, prefetching and idle memory may be by now."""
         self.note_fallback = partial(_note_fallback, counters)  # knows nothing else: nothing here keeps itself alive
         """Warns once and remembers why something did not go the best way."""
+        self._staging_nbytes = 0  # that the open engine may use
         self._directories, self._attach = directories, attach
         self._opening = threading.Lock()
         self._retired: set[str] = set()  # directories that are not used any more
@@ -108,8 +109,23 @@ class DriveSource:
         if self.store is not None:
             self.store.pending.allow(self.counters.staging_limit_nbytes)
 
+    @property
+    def is_staging_short(self) -> bool:
+        """Whether `grow_staging` is to be called."""
+        return self.buffers.staging_nbytes > self._staging_nbytes and self.store is not None
+
+    def grow_staging(self, drive: Drive) -> None:
+        """More staging may be used. For accelerators it is pinned, which takes long: without the lock."""
+        self._staging_nbytes = self.buffers.staging_nbytes
+        drive.grow_staging(self._staging_nbytes)
+
+    @property
+    def has_idle_staging(self) -> bool:
+        """Whether half of the staging, or more, is not needed any more: another engine would take less memory."""
+        return self.buffers.staging_nbytes * 2 <= self._staging_nbytes and not self.is_shared
+
     def _open(self) -> Drive | None:
-        p = self.policy
+        p, self._staging_nbytes = self.policy, self.buffers.staging_nbytes
         self.settle()
         kept = {file.directory: file for file in self._kept.take()}
         directories = [directory for directory in self._directories if directory not in self._retired]
@@ -137,7 +153,7 @@ class DriveSource:
             host_nbytes=host_limit_nbytes(self.policy.host_nbytes, has_directories=self.has_directories),
             device_index=Devices.gpu_index(),
             keeps_files=True,
-            first_staging_nbytes=self.buffers.staging_nbytes,
+            first_staging_nbytes=self._staging_nbytes,
         )
 
     def stall(self, tier: str, seconds: float, record: SavedRecord) -> None:

@@ -7,8 +7,9 @@ PyTorch's memory on the CPU is glibc's `malloc`. Small tensors that stay lie bet
 left which the next ones do not fit: where a third of the saved tensors is in memory, the process may hold two thirds.
 Not even a tensor of the same size fits: `posix_memalign`, which PyTorch calls, asks `malloc` for the alignment on top.
 `malloc_trim` gives the holes' pages back. That takes milliseconds, and what is used again is cleared by the kernel
-first, up to half a second a gigabyte: as much as a fast drive costs. So it is done only where it takes a twentieth of
-the time, which is where layers compute long for every byte, or where somebody asked for it.
+first, up to half a second a gigabyte: as much as a fast drive costs. So it is done as often as a twentieth of the time
+allows: many times in a step where layers compute long for every byte, else every few steps, for without it the holes
+become more from step to step. Or where somebody asked for it, always.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from typing import Literal
 
 _LEAST_NBYTES = 32 << 20
 _SHARE = 8  # of what a step saves, freed before it is given back
-_WORTH_SHARE = 8  # of what was freed: less is not worth it
+_WORTH_SHARE = 8  # of what was freed, of what a step saves at most: less is not worth it
+_MAX_PATIENCE = 64  # of these shares: more seldom than every few steps it lowers no peak
 _MAX_COST = 0.05  # of the time
 _SECONDS_PER_BYTE = 0.3 / (1 << 30)  # to clear a page when it is used again
 
@@ -42,14 +44,14 @@ class CHeap:
         self._is_always = when == "always"
         self.is_due = False
         """Whether `give_back` is to be called."""
-        self._freed_nbytes = 0
+        self._freed_nbytes = self._saved_nbytes = 0
         self._patience = 1
         self._is_off = when == "never" or self._trim is None
         self._last = clock()
 
     def note(self, nbytes: int, saved_nbytes: int) -> None:
         """So many bytes more were freed, of what a step saves."""
-        self._freed_nbytes += nbytes
+        self._freed_nbytes, self._saved_nbytes = self._freed_nbytes + nbytes, saved_nbytes
         self.is_due = not self._is_off and self._freed_nbytes >= self._patience * max(
             _LEAST_NBYTES, saved_nbytes // _SHARE
         )
@@ -67,9 +69,9 @@ class CHeap:
         freed, self._freed_nbytes, self._last = self._freed_nbytes, 0, end
         if self._is_always:
             return
-        if cost > _MAX_COST * since or returned < freed // _WORTH_SHARE:
+        if cost > _MAX_COST * since or returned < min(freed, self._saved_nbytes) // _WORTH_SHARE:
             self._patience *= 2
-            self._is_off = self._patience > _SHARE  # less than once a step it lowers no peak
+            self._is_off = self._patience > _MAX_PATIENCE
 
 
 def _trim_of_libc() -> Callable[[], None] | None:

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from functools import cached_property
 
+from ssdtrain.planner.buffers import staging_nbytes_for
 from ssdtrain.planner.plan import SECONDS_PER_DAY, Goal, Plan
 from ssdtrain.planner.predict import Prediction, latest_starts, predict
 from ssdtrain.planner.recorded_step import Machine, Step, Tier, Where
@@ -53,21 +54,29 @@ class _Decision:
         placement = self._search.run(enough=budget or 0)
         if budget is not None and self._search.best_peak > budget:
             return self._plan_with_waits(budget)
-        gain = self._gain(self._search.best_peak)
-        if gain < _LEAST_GAIN:
+        if self._gain(self._search.best_peak) < _LEAST_GAIN:
             return self._as_plan(self._kept, self._why_declined())
-        return self._as_plan(placement, f"the peak falls by {gain:.0%}, and nothing waits{self._but(placement)}")
+        gain = self._gain(self._predict(placement, is_patient=False).peak_nbytes)
+        does = f"falls by {gain:.0%}" if gain >= _LEAST_GAIN else "does not fall, as staging takes what is freed"
+        return self._as_plan(placement, f"the peak {does}, and nothing waits{self._but(placement)}")
 
     def _gain(self, peak: float) -> float:
         kept = self._search.kept_peak
         return 1 - peak / kept if kept else 0.0
 
+    def _predict(self, placement: list[int], *, is_patient: bool) -> Prediction:
+        """With the staging that it needs."""
+        moved = self._sent_nbytes(placement, Where.DISK)
+        staging = min(moved, staging_nbytes_for(moved, self._goal.staging_limit_nbytes))
+        return predict(self._timeline, placement, is_patient=is_patient, staging_nbytes=staging)
+
+    def _sent_nbytes(self, placement: list[int], where: Where) -> int:
+        return sum([n for n, w in zip(self._timeline.nbytes, placement, strict=True) if w == where])
+
     def _but(self, placement: list[int]) -> str:
         """What keeps the peak from falling further, where that is the drive's endurance and not the drive's speed."""
         nbytes = self._timeline.nbytes
-        left = self._timeline.machine.max_written_nbytes - sum(
-            [n for n, where in zip(nbytes, placement, strict=True) if where == Where.DISK]
-        )
+        left = self._timeline.machine.max_written_nbytes - self._sent_nbytes(placement, Where.DISK)
         staying = [n for n, where in zip(nbytes, placement, strict=True) if where == Where.KEEP]
         if not staying or left >= min(staying):
             return ""
@@ -145,18 +154,16 @@ class _Decision:
         return sorted([i for i, w in enumerate(self._search.best) if not w], key=lambda i: -self._away[i][0])
 
     def _is_within_endurance(self, placement: list[int]) -> bool:
-        sent = [n for n, where in zip(self._timeline.nbytes, placement, strict=True) if where == Where.DISK]
-        return sum(sent) <= self._timeline.machine.max_written_nbytes
+        return self._sent_nbytes(placement, Where.DISK) <= self._timeline.machine.max_written_nbytes
 
     # -- the result ----------------------------------------------------------------------------------------------
 
     def _as_plan(self, placement: list[int], statement: str, *, is_patient: bool = False) -> Plan:
         timeline = self._timeline
         peak, stall = int(self._search.best_peak if any(placement) else self._search.kept_peak), 0.0
-        if is_patient or timeline.machine.idle_nbytes:  # else the search knows it
-            prediction = predict(timeline, placement, is_patient=is_patient)
+        if is_patient or timeline.machine.idle_nbytes or self._goal.staging_limit_nbytes:  # else the search knows it
+            prediction = self._predict(placement, is_patient=is_patient)
             peak, stall = prediction.peak_nbytes, prediction.stall_seconds
-        sent = [sum([n for n, w in zip(timeline.nbytes, placement, strict=True) if w == where]) for where in Where]
         return Plan(
             placement=tuple(placement),
             starts=tuple(latest_starts(timeline, placement)),
@@ -166,8 +173,8 @@ class _Decision:
             peak_nbytes=peak,
             compute_seconds=self._step.seconds,
             stall_seconds=stall,
-            host_nbytes=sent[Where.HOST],
-            disk_nbytes=sent[Where.DISK],
+            host_nbytes=self._sent_nbytes(placement, Where.HOST),
+            disk_nbytes=self._sent_nbytes(placement, Where.DISK),
             endurance_nbytes=self._goal.endurance_nbytes,
             others_daily_nbytes=self._goal.others_daily_nbytes,
         )

@@ -26,6 +26,8 @@ class Goal:
     """What is written to it per day anyway, for parameters and optimizer state."""
     buffers_nbytes: int = 0
     """What of the budget our own buffers take, and what stays free for steps unlike the plan."""
+    staging_limit_nbytes: int = 0
+    """Most staging in the memory that tensors are saved in; see `ssdtrain.planner.buffers`. 0: it is in another."""
 
     @property
     def own_daily_nbytes(self) -> float:
@@ -48,7 +50,7 @@ class Plan:
     kept_peak_nbytes: int
     """Peak if everything stayed in memory."""
     peak_nbytes: int
-    """Predicted peak."""
+    """Predicted peak, staging included where it is in the same memory."""
     compute_seconds: float
     """Step time when nothing waits."""
     stall_seconds: float

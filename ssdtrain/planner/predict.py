@@ -46,7 +46,12 @@ def latest_starts(timeline: Timeline, placement: Placement) -> list[float]:
 
 
 def predict(
-    timeline: Timeline, placement: Placement, *, is_patient: bool, starts: Sequence[float] | None = None
+    timeline: Timeline,
+    placement: Placement,
+    *,
+    is_patient: bool,
+    starts: Sequence[float] | None = None,
+    staging_nbytes: int = 0,
 ) -> Prediction:
     """Plays the step.
 
@@ -55,20 +60,25 @@ def predict(
         placement: what moves.
         starts: when reloads start; as late as this machine allows where nothing is said.
         is_patient: when the drive is behind, the training thread waits for it; otherwise the record stays in memory.
+        staging_nbytes: slabs in the memory that tensors are saved in, which counts with them. What is on its way to the
+            drive is copied to a slab, and not in memory twice.
     """
-    return _Play(timeline, placement, is_patient).run(starts or latest_starts(timeline, placement))
+    play = _Play(timeline, placement, is_patient, staging_nbytes)
+    return play.run(starts or latest_starts(timeline, placement))
 
 
 class _Play:
     """One step while it is being played."""
 
-    def __init__(self, timeline: Timeline, placement: Placement, is_patient: bool) -> None:
+    def __init__(self, timeline: Timeline, placement: Placement, is_patient: bool, staging_nbytes: int) -> None:
+        self._staging_nbytes = staging_nbytes
         self._timeline, self._placement, self._is_patient = timeline, list(placement), is_patient
         self._stall, self._num_late = 0.0, 0
         self._changes: list[tuple[float, int]] = []  # of memory
         self._write_free = dict.fromkeys(timeline.tiers, 0.0)
         self._read_free = dict.fromkeys(timeline.tiers, 0.0)
         self._written: dict[int, float] = {}
+        self._copied: dict[int, float] = {}  # when the source of a write is not needed any more
         self._in_flight: deque[int] = deque()  # towards the drive, the oldest first
         self._num_in_flight = 0
         self._due: list[tuple[float, int]] = []  # reloads whose time has come and for which there was no room yet
@@ -90,7 +100,7 @@ class _Play:
             actions[kind](i, seconds + self._stall)
         self._changes.sort()
         peak = max(accumulate([delta for _, delta in self._changes]), default=0)
-        return Prediction(peak, self._stall, self._num_late, tuple(self._refused))
+        return Prediction(peak + self._staging_nbytes, self._stall, self._num_late, tuple(self._refused))
 
     def _script(self, starts: Sequence[float]) -> list[tuple[float, int, int]]:
         timeline = self._timeline
@@ -123,8 +133,11 @@ class _Play:
             self._in_flight.append(i)
             self._num_in_flight += nbytes
         begun = max(now, self._write_free[where])
-        done = begun + nbytes / self._timeline.tiers[where].write_bandwidth
-        self._written[i] = self._write_free[where] = done
+        bandwidth = self._timeline.tiers[where].write_bandwidth
+        done = begun + nbytes / bandwidth
+        self._written[i] = self._write_free[where] = self._copied[i] = done
+        if where == Where.DISK:
+            self._copied[i] = max(now, done - self._staging_nbytes / bandwidth)
 
     def _has_room(self, nbytes: int, now: float) -> bool:
         """Whether one more may be on its way to the drive: at once, or after a wait when there is patience."""
@@ -164,10 +177,11 @@ class _Play:
         """Starts a reload; one whose bytes are not written yet is served from memory, where it was all the time."""
         where, nbytes, written = Where(self._placement[i]), self._timeline.nbytes[i], self._written[i]
         self._num_ahead += nbytes
+        if self._copied[i] <= now:
+            self._changes += [(self._copied[i], -nbytes), (now, nbytes)]
         if written > now:
             self._back[i] = now
             return
-        self._changes += [(written, -nbytes), (now, nbytes)]
         self._reuse_idle(nbytes, now)
         begun = max(now, self._read_free[where])
         self._back[i] = self._read_free[where] = begun + nbytes / self._timeline.tiers[where].read_bandwidth
@@ -192,7 +206,7 @@ class _Play:
         if is_reload and self._timeline.machine.idle_nbytes:
             self._idle.append(nbytes)  # it is not given back yet
         else:
-            self._changes.append((min(now, self._written[i]) if gone else now, -nbytes))
+            self._changes.append((min(now, self._copied[i]) if gone else now, -nbytes))
 
     def _reuse_idle(self, nbytes: int, now: float) -> None:
         """A reload takes memory of its size that is idle; where there is too much, the oldest goes."""

@@ -20,7 +20,6 @@ from typing import cast
 
 from ssdtrain.devices.base import Accelerator
 from ssdtrain.devices.spare_memory import spare_nbytes
-from ssdtrain.io.drive import Drive
 from ssdtrain.planner import Buffers
 from ssdtrain.policy import ActivationPolicy
 from ssdtrain.stats import Counters
@@ -42,10 +41,8 @@ class Limits:
 
     def __init__(self, policy: ActivationPolicy, counters: Counters, buffers: Buffers) -> None:
         """Those of the policy, within which `buffers` grow."""
-        self._largest_nbytes = self._num_reviewed = 0
+        self._largest_nbytes = self._num_reviewed = self._sent_before = 0
         self._buffers = buffers
-        self.is_staging_short = False
-        """Whether `grow_staging` is to be called."""
         least = buffers.begins_at_nbytes(is_on_host=True)
         self._may_decline = policy.may_decline and not _is_short(least)
         counters.is_declining = self._may_decline  # see [Note: declining]
@@ -57,8 +54,8 @@ class Limits:
     def note_saved(self, record: SavedRecord) -> bool:
         """A record more is alive; whether other bounds are in force."""
         alive = self._counters.live_nbytes
-        if alive > self._buffers.saved_nbytes and self._buffers.note_saved(alive, record.nbytes):
-            self.is_staging_short = True
+        if alive > self._buffers.saved_nbytes:
+            self._buffers.note_saved(alive, record.nbytes, self._counters.offloaded_nbytes - self._sent_before)
         if self._counters.is_declining:
             self._begin_where_it_pays(alive, record)
         if record.nbytes <= self._largest_nbytes:
@@ -77,16 +74,13 @@ class Limits:
         """It is known by now how much a step saves; whether that is too little for moving to pay."""
         counters, saved = self._counters, self._buffers.saved_nbytes
         self._num_reviewed += 1
+        self._buffers.note_sent(counters.offloaded_nbytes - self._sent_before)
+        self._sent_before = counters.offloaded_nbytes
         self._may_decline = self._may_decline and saved < counters.pays_at_nbytes
         if self._may_decline and (self._num_reviewed < _FIRST_STEPS or self._num_reviewed % _ASK_EVERY == 0):
             self._may_decline = not _is_short(saved)
         counters.is_declining = self._may_decline and saved > 0
         return counters.is_declining
-
-    def grow_staging(self, drive: Drive) -> None:
-        """More staging may be used. For accelerators it is pinned, which takes long: without the lock."""
-        self.is_staging_short = False
-        drive.grow_staging(self._buffers.staging_nbytes)
 
     def _note_largest(self, record: SavedRecord) -> None:
         self._largest_nbytes = record.nbytes

@@ -146,10 +146,11 @@ class Replanner:
         is_due = key in self._seen if prepared is None else self._has_drifted(prepared, step, measured, now)
         self._seen[key] = None
         if is_due and time.perf_counter() >= self._no_plan_before:
-            self._goal = replace(self._goal, buffers_nbytes=self._own_nbytes(step, measured))
+            self._goal = self._with_own_buffers(step, measured)
             prepared = self._plan(step, self._machine_now(is_accelerated=measured.is_accelerated))
         if prepared is not None:
             self._prepared_plans[key] = prepared
+            self._fit_buffers(measured)
             self._probe_if_due(prepared, measured.num_steps)
         for known in (self._prepared_plans, self._seen):
             if len(known) > _NUM_REMEMBERED:
@@ -176,12 +177,20 @@ class Replanner:
         self._join = None
         return self._consensus.lowest(own) if self._consensus is not None else own
 
-    def _own_nbytes(self, step: Step, measured: Measured) -> int:
-        """What of a memory budget is for our buffers, and what stays free for a step unlike its plan."""
+    def _with_own_buffers(self, step: Step, measured: Measured) -> Goal:
+        """What our buffers take, and what of a budget stays free for a step unlike its plan."""
         largest = max([record.nbytes for record in step.records], default=0)
         reserve = reserve_nbytes(self._goal.memory_budget or 0, largest)
-        own = 0 if self._buffers is None or measured.is_accelerated else self._buffers.staging_nbytes
-        return reserve + own
+        if self._buffers is None or measured.is_accelerated:
+            return replace(self._goal, buffers_nbytes=reserve, staging_limit_nbytes=0)
+        own = self._buffers.staging_nbytes
+        limit = self._buffers.staging_limit_nbytes if self._goal.memory_budget is None else own
+        return replace(self._goal, buffers_nbytes=reserve + own, staging_limit_nbytes=limit)
+
+    def _fit_buffers(self, measured: Measured) -> None:
+        """Staging follows what the plans send; under a budget it was fixed."""
+        if self._buffers is not None and not measured.is_accelerated and self._goal.memory_budget is None:
+            self._buffers.note_planned(max([known.plan.disk_nbytes for known in self._prepared_plans.values()]))
 
     def _plan(self, step: Step, machine: Machine) -> PreparedPlan:
         begin = time.perf_counter()

@@ -123,7 +123,7 @@ class StepReview:
             began_at=trace.began_at + self._stalled_before,
             seconds=step.seconds + stalled,
             stall_seconds=stalled,
-            peak_nbytes=totals.step_peak_nbytes if trace.is_wall_time else totals.step_device_peak_nbytes,
+            peak_nbytes=totals.last_memory_nbytes if trace.is_wall_time else totals.step_device_peak_nbytes,
             plan=self._followed,
             totals=totals,
         )

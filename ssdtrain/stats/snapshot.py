@@ -76,7 +76,7 @@ class Stats:
     ahead_seconds: float
     """Time the training thread, far ahead of an accelerator, waited for it: no loss, the accelerator had work."""
     predicted_peak_nbytes: int
-    """Of the latest finished step that followed a plan: its peak of saved tensors in memory, staging included,"""
+    """Of the latest finished step that followed a plan: its peak of saved tensors and our buffers in memory,"""
     measured_peak_nbytes: int
     """and what it was,"""
     predicted_step_seconds: float

@@ -37,7 +37,7 @@ class FinishedStep:
     stall_seconds: float
     """What of it was waiting."""
     peak_nbytes: int
-    """Most bytes of saved tensors in memory at once: an accelerator's, or the host's with staging."""
+    """Most bytes of saved tensors in memory at once: an accelerator's, or the host's with our own buffers."""
     plan: Plan | None
     """The plan it followed to its end."""
     totals: Counters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,23 @@ def test_the_peak_is_the_highest_of_the_run_and_names_its_step(tmp_path: Path) -
     text = str(stats)
     assert "in step 3" in text and "without ssdtrain (estimated)" in text and "last step peak" in text
     assert stats._repr_html_().startswith("<pre>ssdtrain:")
+
+
+def test_staging_that_the_plan_does_not_need_is_given_back(tmp_path: Path) -> None:
+    """Another engine takes its place between two steps; what it wrote still counts."""
+    layers, plain = nn.Sequential(*blocks(12)), contextlib.nullcontext()
+    expected = gradients(layers, 2048, plain)
+    with ssdtrain.offload_activations(tmp_path, {"min_nbytes": 32 * KIB, "decline_below_nbytes": 0}) as offload:
+        source, first, written = inside.source(offload), inside.source(offload).store.engine, 0
+        for _ in range(40):
+            for got, want in zip(gradients(layers, 2048, plain), expected, strict=True):
+                assert torch.equal(got, want)
+            assert offload.stats.written_nbytes >= written
+            written = offload.stats.written_nbytes
+            if source.store is not None and source.store.engine is not first:
+                break
+        assert source.store is not None and source.store.engine is not first, offload.stats
+        assert offload.plan is not None and source.buffers.staging_nbytes == 8 * MIB
 
 
 def test_who_moves_nothing_has_the_peak_of_plain_training(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_totals_are_those_of_the_stats(tmp_path: Path) -> None:
     for name in ("num_saved", "num_offloaded", "offloaded_nbytes", "kept_nbytes", "num_prefetched"):
         assert totals[name] == getattr(stats, name), name
     assert totals["offloaded_nbytes"] > MIB // 4
-    assert max(row["peak_nbytes"] for row in run.steps) == stats.peak_saved_nbytes
+    assert max(row["peak_nbytes"] for row in run.steps) == stats.peak_memory_nbytes
     assert run.stats["skipped"] == stats.as_dict()["skipped"]
     assert run.policy["record"] == str(path) and run.environment["packages"]["torch"] == torch.__version__
     assert run.environment["packages"]["ssdtrain"] == ssdtrain.__version__, "of what runs, whatever is installed"
@@ -124,7 +124,7 @@ def test_both_modes_are_recorded(tmp_path: Path, mode: str) -> None:
 
 def test_what_would_have_been_is_what_a_run_without_moving_holds(tmp_path: Path) -> None:
     moved = read_run(recorded_run(tmp_path / "moved", 3, staging_nbytes="64KiB", prefetch_nbytes="64KiB")[0])
-    kept = read_run(recorded_run(tmp_path / "kept", 8, mode="auto", memory_budget="1GiB")[0])
+    kept = read_run(recorded_run(tmp_path / "kept", 3, mode="auto", decline_below_nbytes="1GiB")[0])
     assert kept.steps[-1]["peak_nbytes"] == moved.steps[-1]["peak_if_kept_nbytes"] > moved.steps[-1]["peak_nbytes"]
 
 
