@@ -35,7 +35,7 @@ comparisons with plain training with the first.
 Linux, CPython 3.10 to 3.14, x86-64; wheels for aarch64 are configured and not tried. One wheel serves every PyTorch:
 the extension knows bytes, not tensors. `ssdtrain doctor` compares what is installed with this table; another version
 may well work, so compare the losses of a few steps. Oldest versions tried: typer 0.16 (0.12 fails), pydantic 2.7,
-rich 13, typing_extensions 4.7."""
+rich 13, typing_extensions 4.10."""
 
 READ = """Not installed for the tests, which run a stand-in of the part that is used: it was read in the source."""
 
