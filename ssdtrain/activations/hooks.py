@@ -335,7 +335,7 @@ class SavedTensorHooks:
             self._store.note_fallback(
                 f"one operator saves {last[2]} of the {len(last[0].sizes)} tensors that are offloaded, "
                 f"{nbytes_text(last[1])}, and needs them all at once in backward: the peak of memory is not lower than "
-                "that. If it is a compiled model, compile every block instead: block.compile()"
+                "that. If it is a compiled model, compile every block, or with integrations.compiler.compile_backend"
             )
 
     def _start(self, due: list[SavedRecord], *, is_planned: bool) -> list[Batch]:

@@ -283,7 +283,11 @@ def test_one_node_that_needs_everything_at_once(
             for num in sizes:
                 x = SaveMany.apply(x, num)
             x.sin().sum().backward()
-    said = [text for text in offload.stats.fallbacks if "compile every block" in text]
+    said = [
+        text
+        for text in offload.stats.fallbacks
+        if "compile every block, or with integrations.compiler.compile_backend" in text
+    ]
     assert len(said) == is_said, said
 
 

@@ -5,7 +5,7 @@ Knows how backends are called, and which PyTorch has what they need; what is edi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -62,19 +62,25 @@ def _backend(name: str, min_nbytes: int) -> Backend:
     if name == "inductor":
         from ssdtrain.integrations.compiler.inductor import Partitioner, inductor
 
-        return partial(inductor, Partitioner(min_nbytes))
-    from ssdtrain.integrations.compiler.partition import partition
+        partitioner = Partitioner(min_nbytes)
 
-    return partial(_aot_eager, partial(partition, min_nbytes=min_nbytes))
+        def ssdtrain_inductor(gm: fx.GraphModule, inputs: list[Any], **options: Any) -> Callable[..., Any]:
+            return inductor(partitioner, gm, inputs, **options)
 
+        return ssdtrain_inductor
 
-def _aot_eager(
-    partition: Callable[..., Any], gm: fx.GraphModule, inputs: Sequence[Any], **options: Any
-) -> Callable[..., Any]:
     from torch._dynamo.backends.common import aot_autograd
     from torch._dynamo.backends.debugging import boxed_nop
 
-    backend = aot_autograd(
-        fw_compiler=boxed_nop, bw_compiler=boxed_nop, partition_fn=partition, keep_inference_input_mutations=True
-    )
-    return backend(gm, inputs, **options)
+    from ssdtrain.integrations.compiler.partition import partition
+
+    def ssdtrain_aot_eager(gm: fx.GraphModule, inputs: list[Any], **options: Any) -> Callable[..., Any]:
+        backend = aot_autograd(
+            fw_compiler=boxed_nop,
+            bw_compiler=boxed_nop,
+            partition_fn=partial(partition, min_nbytes=min_nbytes),
+            keep_inference_input_mutations=True,
+        )
+        return backend(gm, inputs, **options)
+
+    return ssdtrain_aot_eager
