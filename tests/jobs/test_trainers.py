@@ -33,7 +33,7 @@ CASES = {
         threads_of_dataparallel forked_workers axolotl_plugin swift_callback recipe
         long_context checkpointing""".split(),
     ("hf", 2): """everything directory_of_a_rank resumed_both_ways not_with_replicas lora refused_on_every_rank
-        bad_input full_disk parameters_before_replicas""".split(),
+        bad_input full_disk parameters_before_replicas sharded""".split(),
     ("accelerate", 1): """everything saved_and_resumed raised_in_the_middle step_in_backward
         gradients_away refused_on_every_rank bad_input full_disk nothing_moved unknown_version recipe""".split(),
     ("accelerate", 2): """everything saved_and_resumed refused_on_every_rank bad_input full_disk
@@ -42,7 +42,7 @@ CASES = {
         bad_input full_disk nothing_moved unknown_version forked_workers fabric
         fabric_bad_input validated_before_and_again recipe""".split(),
     ("lightning", 2): """everything saved_and_resumed refused_on_every_rank bad_input full_disk
-        parameters_before_replicas fabric fabric_bad_input""".split(),
+        parameters_before_replicas fabric fabric_bad_input sharded""".split(),
     ("trl", 1): ["trl_sft_with_lora", "trl_own_switch"],
     ("trl", 2): ["trl_sft_with_lora"],
     ("sentence_transformers", 1): ["cached_loss", "everything"],

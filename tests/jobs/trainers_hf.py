@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.checkpoint as torch_checkpoint
-from accelerate import debug_launcher
+from accelerate import FullyShardedDataParallelPlugin, debug_launcher
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
 from trainers_tools import (
     ACTIVATIONS,
     EVERYTHING,
@@ -28,6 +30,7 @@ from trainers_tools import (
     assert_equal,
     assert_travelled,
     llama,
+    local,
     own_directory,
     raises,
     refused_alike,
@@ -238,9 +241,11 @@ def batch_size_that_fits(folder: Path) -> None:
 
 
 def compiled(folder: Path) -> None:
-    """`torch_compile`, without a code generator."""
+    """`torch_compile`, without a code generator; the trainer says so in the environment, where others would find it."""
     callback = Offload(own_directory(folder), activations=ACTIVATIONS, optimizer=PAGED)
-    compare(folder, callback, torch_compile=True, torch_compile_backend="eager")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+        compare(folder, callback, torch_compile=True, torch_compile_backend="eager")
 
 
 def gradients_away(folder: Path) -> None:
@@ -372,6 +377,34 @@ def _in_a_worker(folder: Path, used: Offload, held: Offload) -> None:
         assert_travelled(callback.session)
     with raises(RuntimeError, "Expected the process that offloaded, got a forked child"):
         trainer(folder / "held", held).train()  # whose parameters and state are in the other process
+
+
+class Sharded(Trainer):
+    """By FSDP2 as its arguments say, which Accelerate leaves aside without a GPU."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        state, plugin = self.accelerator.state, FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+        plugin.cpu_offload = None
+        state.distributed_type, state.fsdp_plugin, self.is_fsdp_enabled = DistributedType.FSDP, plugin, True
+
+
+def sharded(folder: Path) -> None:
+    """State of DTensors. FSDP2's own offloading, which its variable asks for, is refused; its checkpoints are not."""
+    config = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "activation_checkpointing": True}
+    more = {"kind": Sharded, "fsdp": True, "fsdp_config": config}
+    with pytest.MonkeyPatch.context() as patch, raises(ValueError, "turn activation_checkpointing_offload of the FSDP"):
+        patch.setenv("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", "true")
+        trainer(folder, Offload(own_directory(folder)), **more).train()
+    callback = Offload(own_directory(folder), activations=ACTIVATIONS, optimizer=PAGED | {"chunk_nbytes": "16KiB"})
+    found = []
+    for callbacks in ([], [callback]):
+        own = trainer(folder, *callbacks, **copy.deepcopy(more))
+        own.train()
+        assert all(isinstance(p, DTensor) for p in own.model.model.layers.parameters())
+        found.append(local(outcome(own)))
+    assert_equal(*found, "trained")
+    assert_travelled(callback.session)
 
 
 def threads_of_dataparallel(folder: Path) -> None:

@@ -12,7 +12,10 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 from trainers_tools import (
     ACTIVATIONS,
@@ -23,6 +26,7 @@ from trainers_tools import (
     assert_clean,
     assert_equal,
     assert_travelled,
+    local,
     own_directory,
     raises,
     refused_alike,
@@ -206,6 +210,29 @@ def validated_before_and_again(folder: Path) -> None:
             own.fit(module, loader(), loader(8))
             assert_clean()
         found.append((module.losses, values(module), [state_of(each) for each in own.optimizers]))
+    assert_equal(*found, "trained")
+    assert_travelled(callback.session)
+
+
+class Sharded(Module):
+    """By FSDP2."""
+
+    def configure_model(self) -> None:
+        if not isinstance(next(self.parameters()), DTensor):
+            for part in (*self.h, self):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+def sharded(folder: Path) -> None:
+    """State of DTensors."""
+    callback = Offload(own_directory(folder), activations=ACTIVATIONS, optimizer=PAGED | {"chunk_nbytes": "16KiB"})
+    found = []
+    for callbacks in ([], [callback]):
+        module, strategy = Sharded(), ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+        own = trainer(folder, *callbacks, strategy=strategy, gradient_clip_val=None)
+        own.fit(module, loader(), loader(8))
+        assert all(isinstance(p, DTensor) for p in module.parameters())
+        found.append(local([module.losses, values(module), [state_of(each)["state"] for each in own.optimizers]]))
     assert_equal(*found, "trained")
     assert_travelled(callback.session)
 

@@ -22,6 +22,7 @@ import torch
 from conftest import same_bits
 from drives import fill, tmpfs_drive
 from folders import RECIPES
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
 from ssdtrain.api.section import Section
@@ -81,6 +82,15 @@ def values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def state_of(optimizer: Any) -> Any:
     """A copy of an optimizer's state."""
     return copy.deepcopy(optimizer.state_dict())
+
+
+def local(found: Any) -> Any:
+    """This rank's part of all DTensors."""
+    if isinstance(found, DTensor):
+        return found.to_local()
+    if isinstance(found, dict):
+        return {key: local(value) for key, value in found.items()}
+    return [local(value) for value in found] if isinstance(found, list | tuple) else found
 
 
 def assert_equal(expected: Any, actual: Any, what: str) -> None:
