@@ -149,8 +149,8 @@ class ActivationPolicy(_Policy):
     it begins with, 320 MiB; for an accelerator four times what comes back early, 64 MiB. 0: everything moves."""
 
     trim_memory: Literal["auto", "always", "never"] = "auto"
-    """Whether memory that tensors on the CPU free is given back to the system during a step: the C library would keep
-    much of it. ``"auto"``: where that takes at most a twentieth of the time. ``"always"``: whatever it takes, for the
+    """Whether memory that tensors on the CPU free is given back to the system: the C library would keep
+    much of it. ``"auto"``: as often as a twentieth of the time allows. ``"always"``: whatever it takes, for the
     smallest process. Nothing to do with an accelerator's memory."""
 
     recompute: Literal["never", "auto", "all"] = "never"
