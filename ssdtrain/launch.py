@@ -52,7 +52,7 @@ _INSTALLED_WITH = MappingProxyType(
 )
 """By module of a trainer: what is installed when it is imported."""
 _STARTERS = frozenset(
-    {"torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate", "accelerate.commands.launch"}
+    "torchrun torch.distributed.run torch.distributed.launch accelerate accelerate.commands.launch deepspeed".split()
 )
 """Commands and modules that start processes which train."""
 

@@ -69,7 +69,7 @@ STARTS = """
 import subprocess, sys
 subprocess.run([sys.executable, "-c", ""], check=True)
 subprocess.run(["./torchrun", "--nproc_per_node", "2", "-m", "ssdtrain.launch", "x.py"], check=True)
-for command in (["./torchrun", "x.py"], [sys.executable, "-m", "torch.distributed.run", "x.py"]):
+for command in (["./torchrun", "x.py"], ["deepspeed", "x.py"], [sys.executable, "-m", "torch.distributed.run", "x.py"]):
     try:
         subprocess.run(command)
     except RuntimeError as error:
@@ -84,7 +84,7 @@ def test_processes_that_would_train_without_are_refused(tmp_path: Path) -> None:
     (tmp_path / "torchrun").chmod(0o700)
     done = launch(tmp_path, "--dir", str(tmp_path), "train.py")
     assert done.returncode == 0, done.stderr
-    for name in ("torchrun", "torch.distributed.run"):
+    for name in ("torchrun", "deepspeed", "torch.distributed.run"):
         assert f"Expected a script that trains in its own process, got one that starts {name}, whose" in done.stdout
 
 
