@@ -32,6 +32,9 @@ understood.
 TRIED = """All tests run with the last version of PyTorch in its row, those of the CUDA path with the middle one, and
 comparisons with plain training with the first.
 
+`ssdtrain.integrations.compiler.compile_backend` uses seams of PyTorch's compiler that are not public: tried with 2.11.0
+and 2.13.0 on the CPU, and refused by name where they are missing.
+
 Linux, CPython 3.10 to 3.14, x86-64; wheels for aarch64 are configured and not tried. One wheel serves every PyTorch:
 the extension knows bytes, not tensors. `ssdtrain doctor` compares what is installed with this table; another version
 may well work, so compare the losses of a few steps. Oldest versions tried: typer 0.16 (0.12 fails), pydantic 2.7,

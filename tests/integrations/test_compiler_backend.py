@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -318,6 +319,14 @@ def test_inductor(make_offload: MakeOffload) -> None:
     assert same_bits(plain, run(ours("inductor"), offload))
     gauges(offload)
     assert offload.stats.read_nbytes > 0 and set(offload.stats.skipped) <= {"weight", "empty"}, str(offload.stats)
+
+
+def test_a_pytorch_without_the_seams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused when the backend is made, with what to do, and not in the middle of a step."""
+    monkeypatch.delitem(sys.modules, "ssdtrain.integrations.compiler.inductor", raising=False)
+    monkeypatch.setitem(sys.modules, "torch._inductor.custom_graph_pass", None)
+    with pytest.raises(RuntimeError, match=r"Expected PyTorch 2.11 or later, .* Compile every block"):
+        compile_backend()
 
 
 @pytest.mark.parametrize(

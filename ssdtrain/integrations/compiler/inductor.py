@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
 
 from ssdtrain.integrations.compiler.partition import partition
+
+if not hasattr(torch._inductor.config, "custom_partitioner_fn"):
+    raise ImportError("Inductor takes no partitioner")
 
 _OPTIONS = {"allow_buffer_reuse": False, "inplace_buffers": False, "memory_planning": False, "triton.cudagraphs": False}
 
