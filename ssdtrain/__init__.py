@@ -79,7 +79,8 @@ if not TYPE_CHECKING:  # to checkers, a name that is not imported above is an er
     def __getattr__(name: str) -> object:
         """Imports a public name when it is first used: commands that need no PyTorch do not wait seconds for it."""
         if name not in _MODULES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            hint = ": import ssdtrain.integrations.transformers, or the one that you use" * (name == "integrations")
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
         value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
         return value
 

@@ -86,9 +86,10 @@ def test_public_names_are_there_without_waiting_for_pytorch() -> None:
     script = (
         "import sys, ssdtrain; assert set(ssdtrain.__all__) <= set(dir(ssdtrain)); assert 'torch' not in sys.modules;"
         "assert all(getattr(ssdtrain, name).__name__ == name for name in ssdtrain.__all__);"
-        "assert 'torch' in sys.modules and not hasattr(ssdtrain, 'nonsense')"
+        "assert 'torch' in sys.modules and not hasattr(ssdtrain, 'nonsense'); ssdtrain.integrations.transformers"
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "has no attribute 'integrations': import ssdtrain.integrations.transformers" in result.stderr, result.stderr
 
 
 def test_versions_that_were_not_tested(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
