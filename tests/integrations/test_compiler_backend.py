@@ -329,6 +329,29 @@ def test_a_pytorch_without_the_seams(monkeypatch: pytest.MonkeyPatch) -> None:
         compile_backend()
 
 
+@pytest.mark.slow
+def test_inductor_with_a_transposed_input(make_offload: MakeOffload) -> None:
+    """Inductor lays out what it computes from it likewise, and backward is told how."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = Block(), nn.Linear(32, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.outer(self.inner(x))  # type: ignore[no-any-return]
+
+    def run(backend: Any, context: Any) -> list[Any]:
+        torch._dynamo.reset()
+        model, x = seeded(Model), torch.linspace(-1, 1, 32 * 64).view(32, 64).t().requires_grad_()
+        with context:
+            torch.compile(model, backend=backend)(x).square().mean().backward()
+        return [*grads_of(model), x.grad]
+
+    plain = run("inductor", contextlib.nullcontext())
+    assert same_bits(plain, run(ours("inductor"), make_offload()))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -11,6 +11,10 @@ where backward is given the symbols.
 `offload` right after the last use of the memory in forward, which may go from there on. `wait_tensor` right before the
 first use in backward, in the order that the partitioner chose, which is autograd's. `reload` some waits earlier, so
 that it is known what comes next before any step was seen.
+
+[Note: strides]
+Inductor lays out what forward computes as it likes, and backward is told strides. `offload` is given what has these:
+Inductor sees to that where a node says what eager PyTorch would have passed.
 """
 
 from __future__ import annotations
@@ -83,7 +87,7 @@ def _offload(graph: fx.Graph, roots: Roots, nodes: list[fx.Node]) -> None:
     for node in nodes:
         with graph.inserting_after(roots.last_use(node)):
             handles[node] = graph.call_function(OFFLOAD, (node,))
-        handles[node].meta = _meta_of_handle(node)
+        handles[node].meta = _meta_of_handle(node) | {"eager_input_vals": ((node.meta["val"],), {})}
     output = graph.output_node()
     outputs: Any = output.args[0]
     output.update_arg(0, tuple(handles.get(value, value) for value in outputs))
