@@ -325,3 +325,16 @@ def test_what_compiled_functions_are_handed_out_is_not_held(make_offload: MakeOf
         if retain:
             loss.backward()
     assert not inside.item_by_item(offload).kinds
+
+
+def test_what_a_compiled_backward_still_computes_with_outlives_no_graph(make_offload: MakeOffload) -> None:
+    """It lets go of what was saved before it has used it: what never left is not somebody else's for being alive."""
+    model = nn.Sequential(*[Block() for _ in range(4)])
+    for block in model:
+        block.compile(backend="aot_eager")
+    with make_offload(mode="auto", keep_last=8) as offload:
+        for _ in range(6):
+            model(torch.randn(64, 32)).sum().backward()
+        skipped = offload.stats.skipped
+    assert "among the last saved" in skipped  # else nothing stays in memory that could look held
+    assert "outlives its graph" not in skipped, skipped

@@ -2,6 +2,10 @@
 
 Everything here is filed under the address of a `StorageImpl`, and a weak reference to the impl is kept as long as the
 entry exists: the address cannot become another storage's meanwhile. Guarded by the store's lock.
+
+[Note: what outlives a graph]
+A storage that is alive when its graph lets go of it is not held by somebody else for that: a compiled backward lets go
+of what is saved before it computes with it. So it is looked at again when the next forward begins.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ class Index:
         """Storages of marked parameters and buffers, by address."""
         self._lasting: dict[int, StorageWeakRef] = {}
         self._lasting_spots: dict[Spot, int] = {}  # how often in a row
+        self._alive: list[tuple[Spot, StorageWeakRef]] = []  # when the graph let go: see [Note: what outlives a graph]
         self._purge_weights_at = _PURGE_AT
 
     def find(self, key: int, tensor: torch.Tensor, start: int, end: int) -> SavedRecord | None:
@@ -46,7 +51,7 @@ class Index:
         self._records.setdefault(record.identity.cdata, []).append(record)
 
     def forget(self, record: SavedRecord, *, is_source: bool) -> None:
-        """Takes a released record out. A storage that lives on although its graph is gone is somebody else's.
+        """Takes a released record out, and remembers a storage that lives on although its graph is gone.
 
         Not while it is the source of a write, or another graph's too: then nothing is known.
         """
@@ -59,10 +64,20 @@ class Index:
         is_lasting = not record.identity.expired()
         if is_lasting and (siblings or is_source):
             return
-        self._note_lasting(record.spot, is_lasting=is_lasting)
         if is_lasting:
-            self._lasting[key] = record.identity
-            self._purge()
+            self._alive.append((record.spot, record.identity))
+        else:
+            self._note_lasting(record.spot, is_lasting=False)
+
+    def note_forward(self) -> None:
+        """A forward begins: what outlived its graph until now is somebody else's."""
+        for spot, identity in self._alive:
+            is_lasting = not identity.expired()
+            self._note_lasting(spot, is_lasting=is_lasting)
+            if is_lasting:
+                self._lasting[identity.cdata] = identity
+        self._alive.clear()
+        self._purge()
 
     def all_records(self) -> Iterator[SavedRecord]:
         """Those that are alive, about in the order they were saved."""
@@ -72,6 +87,7 @@ class Index:
     def forget_records(self) -> None:
         """No record is known any more; weights are."""
         self._records = {}
+        self._alive.clear()
 
     def mark_weights(self, tensors: Iterable[torch.Tensor]) -> None:
         """Marks the storages of a model's parameters and buffers, whatever these are made of."""
