@@ -252,7 +252,6 @@ class ActivationStore:
         """Takes a new record under management. The caller holds the lock."""
         if record.index == 0:  # a forward begins: no reload is near
             self.devices.trim()
-            self.index.note_forward()
         self.index.add(record)
         self.counters.save(record.nbytes)
         store = self.source.store

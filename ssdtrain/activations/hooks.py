@@ -280,20 +280,19 @@ class SavedTensorHooks:
             self._budget.make_room(record)
         if store.is_release_urgent:
             store.process_releases()
-        if handle is None:
-            return self._stay(tensor, reason, span[1] - span[0])
-        return handle
+        return self._stay(tensor, reason, span[1] - span[0]) if handle is None else handle
 
     def _is_held(self, storage: torch.UntypedStorage, nbytes: int) -> bool:
         """Whether somebody keeps these bytes in memory longer than the graph."""
-        index = self._index
+        index, pass_ = self._index, self._open_pass()
         if index.outlives_graphs(storage._cdata):
             return True
-        return index.is_kept_by_others(self._open_pass().next_spot(nbytes), storage)
+        return index.is_kept_by_others(pass_.next_spot(nbytes), storage)
 
     def _open_pass(self) -> PassTrace:
         pass_ = self._thread.pass_
         if pass_ is None or pass_.is_closed or pass_.step.is_abandoned:
+            self._index.note_forward()
             pass_ = self._thread.pass_ = self._schedule.new_pass()
         return pass_
 
