@@ -71,6 +71,7 @@ class ActivationStore:
         self._why_closed = ""  # to be said when more is saved
         self._is_inherited = False  # by a forked child that has saved nothing yet
         self._is_resting = False  # closed, while nothing moves
+        self._num_rests = 0
         self._has_declined = False  # and said so
         self._to_release: deque[tuple[SavedRecord, int]] = deque()
         _leave_to_parent_in_child(self)
@@ -83,9 +84,12 @@ class ActivationStore:
         if store is None and (self._is_resting or self._is_inherited):
             if self.counters.is_declining:
                 return None
+            rests = self._num_rests
             self._open_again(self.open)
-            self._is_resting = self._is_inherited = False  # last: other threads wait for it
-            store = self.source.store
+            with self.lock.mutex, self.lock:
+                if rests == self._num_rests:  # else another thread's step was over meanwhile, and it rests again
+                    self._is_resting = self._is_inherited = False  # last: other threads wait for it
+                store = self.source.store
         if store is None:
             if self._why_closed:
                 self.note_fallback(self._why_closed)
@@ -242,6 +246,7 @@ class ActivationStore:
                 return
             if store.is_idle and not store.pending.has_accelerators:
                 put_off, self._is_resting = self.writeback.put_off_records.copy(), True
+                self._num_rests += 1
                 self._close()
                 self.writeback.put_off_records.update(put_off)  # what this step has saved by now
                 self.counters.staging_nbytes = 0

@@ -133,6 +133,25 @@ def test_staging_that_the_plan_does_not_need_is_given_back(tmp_path: Path) -> No
         assert offload.plan is not None and source.buffers.staging_nbytes == 8 * MIB
 
 
+def test_an_engine_that_rests_again_while_another_thread_opens_it(tmp_path: Path) -> None:
+    """A step that is over in one thread, between the opening and its end in another: the next save opens once more."""
+    layers, plain = nn.Sequential(*blocks(4)), contextlib.nullcontext()
+    with ssdtrain.offload_activations(tmp_path, policy=SMALL) as offload:
+        store = inside.store(offload)
+        open_, rests = store.open, [True]
+
+        def open_and_rest() -> None:
+            open_()
+            if rests and rests.pop():
+                store._rest()
+
+        store._rest()
+        store.open = open_and_rest  # type: ignore[method-assign]
+        gradients(layers, 2048, plain)
+        assert store.source.store is not None and offload.stats.offloaded_nbytes > 0, offload.stats
+        del store.open
+
+
 def test_who_moves_nothing_has_the_peak_of_plain_training(tmp_path: Path) -> None:
     """What stays is in memory as it would be without us, and is stated as such."""
     with ssdtrain.offload_activations(tmp_path, policy={"min_nbytes": "1GiB"}) as offload:
