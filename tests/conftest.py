@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib.util
+import logging
 import os
 import shutil
 import signal
@@ -247,6 +248,18 @@ def gauges(offload: ssdtrain.ActivationOffload) -> tuple[int, int, int]:
         at.engine.drain()
         offload.stats  # noqa: B018  takes note of what the engine did
     return counters.held_nbytes, counters.prefetched_nbytes, at.space.in_use_nbytes if at is not None else 0
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Whatever `torch.compile` has compiled in this process is forgotten before and after."""
+    torch._dynamo.reset()
+    traces = logging.getLogger("torch.__trace")
+    level = traces.level
+    traces.setLevel(logging.CRITICAL)  # pytest would have the compiler write down all it does
+    yield
+    traces.setLevel(level)
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

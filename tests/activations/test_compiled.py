@@ -7,7 +7,6 @@ that has it in eager mode, and compiles what that calls. Everything else makes a
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import inside
 import pytest
 import torch
+from compiled_blocks import Block
 from conftest import MakeOffload, grads_of, same_bits, send
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -24,31 +24,12 @@ import ssdtrain
 
 pytestmark = [
     pytest.mark.cpu_only,
+    pytest.mark.usefixtures("fresh_compiler"),
     pytest.mark.filterwarnings("ignore", "error::pytest.PytestUnraisableExceptionWarning"),  # the compiler's own
 ]
 
 NUM_STEPS = 2
 Compile = Callable[[Any, Any], Any]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    traces = logging.getLogger("torch.__trace")
-    level = traces.level
-    traces.setLevel(logging.CRITICAL)  # pytest would have the compiler write down all it does
-    yield
-    traces.setLevel(level)
-    torch._dynamo.reset()
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(32), nn.Linear(32, 64), nn.Linear(64, 32)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
 
 
 @contextlib.contextmanager

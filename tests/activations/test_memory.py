@@ -11,7 +11,7 @@ import inside
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MakeOffload
+from conftest import MakeOffload, gauges
 from torch import nn
 
 import ssdtrain
@@ -150,6 +150,30 @@ def test_an_engine_that_rests_again_while_another_thread_opens_it(tmp_path: Path
         gradients(layers, 2048, plain)
         assert store.source.store is not None and offload.stats.offloaded_nbytes > 0, offload.stats
         del store.open
+
+
+def test_an_engine_that_has_bytes_is_not_given_back(tmp_path: Path) -> None:
+    """However much of its staging is idle: a graph is alive whose bytes only the drive has."""
+    layers, plain = nn.Sequential(*blocks(4)), contextlib.nullcontext()
+    expected = gradients(layers, 2048, plain)
+    layers.zero_grad()
+    torch.manual_seed(2048)
+    with ssdtrain.offload_activations(tmp_path, {"min_nbytes": 32 * KIB, "mode": "all"}) as offload:
+        loss = layers(torch.randn(2048, 64)).square().sum()
+        source, store = inside.source(offload), inside.store(offload)
+        engine = source.store.engine
+        source.buffers.note_planned(0)
+        assert source.has_idle_staging
+        gauges(offload)  # waits for the engine
+        store.note_step_over()
+        assert source.store is not None and source.store.engine is engine
+        loss.backward()
+        for parameter, want in zip(layers.parameters(), expected, strict=True):
+            assert parameter.grad is not None and torch.equal(parameter.grad, want)
+        assert offload.stats.read_nbytes > 0
+        gauges(offload)
+        store.note_step_over()
+        assert source.store is None  # it is not needed any more
 
 
 def test_who_moves_nothing_has_the_peak_of_plain_training(tmp_path: Path) -> None:

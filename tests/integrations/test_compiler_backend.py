@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from compiled_blocks import Block
 from conftest import MakeOffload, gauges, grads_of, same_bits
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -20,31 +20,12 @@ from ssdtrain.integrations.compiler import compile_backend
 
 pytestmark = [
     pytest.mark.cpu_only,
+    pytest.mark.usefixtures("fresh_compiler"),
     pytest.mark.filterwarnings("ignore", "error::pytest.PytestUnraisableExceptionWarning"),  # the compiler's own
 ]
 
 NUM_STEPS = 2
 PEAK_RATIO = 1.2  # of the whole model's peak, to that of its blocks compiled one by one
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    traces = logging.getLogger("torch.__trace")
-    level = traces.level
-    traces.setLevel(logging.CRITICAL)  # pytest would have the compiler write down all it does
-    yield
-    traces.setLevel(level)
-    torch._dynamo.reset()
-
-
-class Block(nn.Module):
-    def __init__(self, width: int = 32) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
 
 
 class Attention(nn.Module):

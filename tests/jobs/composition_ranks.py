@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -226,21 +227,10 @@ def pipeline(way: Way, name: str) -> Any:
         return [pipelining_worker.step(schedule, chunks, number) for number in range(2)]
 
 
-@RANKS.row("pipeline, GPipe")
-def gpipe(way: Way) -> Any:
-    return pipeline(way, "ScheduleGPipe")
-
-
-@RANKS.row("pipeline, 1F1B")
-def one_forward_one_backward(way: Way) -> Any:
-    return pipeline(way, "Schedule1F1B")
-
-
-@RANKS.row("pipeline, interleaved 1F1B")
-def interleaved(way: Way) -> Any:
-    return pipeline(way, "ScheduleInterleaved1F1B")
-
-
-@RANKS.row("pipeline, zero bubble")
-def zero_bubble(way: Way) -> Any:
-    return pipeline(way, "ScheduleInterleavedZeroBubble")
+for row, schedule_name in {
+    "GPipe": "ScheduleGPipe",
+    "1F1B": "Schedule1F1B",
+    "interleaved 1F1B": "ScheduleInterleaved1F1B",
+    "zero bubble": "ScheduleInterleavedZeroBubble",
+}.items():
+    RANKS.row(f"pipeline, {row}")(partial(pipeline, name=schedule_name))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from compiled_blocks import Block
 from conftest import same_bits
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -17,27 +16,10 @@ import ssdtrain
 
 NUM_BLOCKS = 3
 # Of warnings, the compiler's own are let pass.
-pytestmark = pytest.mark.filterwarnings("ignore", "error::pytest.PytestUnraisableExceptionWarning")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    traces = logging.getLogger("torch.__trace")
-    level = traces.level
-    traces.setLevel(logging.CRITICAL)  # pytest would have the compiler write down all it does
-    yield
-    traces.setLevel(level)
-    torch._dynamo.reset()
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(32), nn.Linear(32, 64), nn.Linear(64, 32)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+pytestmark = [
+    pytest.mark.usefixtures("fresh_compiler"),
+    pytest.mark.filterwarnings("ignore", "error::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 class Model(nn.Module):
