@@ -147,7 +147,7 @@ class FaultyBackend : public IoBackend {
         changed.nbytes = round_up(1 + random_() % (op.nbytes - kPage), 512);
       }
     }
-    // A refused operation still travels, as one that is harmless: completions come from the
+    // A refused operation still goes on, as one that is harmless: completions come from the
     // backend's own threads.
     if (error != 0) changed.kind = IoOp::Kind::kDropCache;
     changed.context = new Call{op.context, error};

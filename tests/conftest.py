@@ -371,11 +371,11 @@ def _bytes_of(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [plain.reshape(-1).view(torch.uint8)]
 
 
-def assert_same(run: Run, offload: ssdtrain.ActivationOffload, *, travels: bool | None = True) -> Any:
+def assert_same(run: Run, offload: ssdtrain.ActivationOffload, *, is_offloaded: bool | None = True) -> Any:
     """Runs `run` without and with ssdtrain: results must be equal to the bit. Returns what they were.
 
     `run` gets a function to call between forward and backward, which puts what was saved so far on the drive.
-    `travels`: whether bytes must, or must not, come back from there; None when it does not matter.
+    `is_offloaded`: whether bytes must, or must not, come back from there; None when it does not matter.
     """
     torch.manual_seed(0)
     expected = run(lambda: None)
@@ -385,7 +385,7 @@ def assert_same(run: Run, offload: ssdtrain.ActivationOffload, *, travels: bool 
         actual = run(send)
     assert same_bits(expected, actual), f"without ssdtrain: {expected}\nwith: {actual}"
     gauges(offload)  # with an accelerator a read counts when its copy is over
-    assert travels is None or travels == (offload.stats.read_nbytes > before), str(offload.stats)
+    assert is_offloaded is None or is_offloaded == (offload.stats.read_nbytes > before), str(offload.stats)
     return expected
 
 

@@ -177,7 +177,7 @@ def test_unknown_key_unlike_any() -> None:
 
 
 def test_a_cap_below_the_smallest_tensor() -> None:
-    """Nothing could ever travel: a mistake in one of the two numbers."""
+    """Nothing could ever leave: a mistake in one of the two numbers."""
     with pytest.raises(ValueError, match=r"disk_nbytes of at least min_nbytes \(2097152\), got 1048576"):
         ActivationPolicy(min_nbytes="2MiB", disk_nbytes="1MiB")
     assert ActivationPolicy(min_nbytes="1MiB", disk_nbytes="1MiB").disk_nbytes == 1 << 20

@@ -75,12 +75,12 @@ def transposed_weights() -> list[torch.Tensor]:
     return [weight.t() for weight in weights()]
 
 
-def travelling() -> list[torch.Tensor]:
+def offloaded() -> list[torch.Tensor]:
     """Activations of one page each."""
     return [torch.zeros(1024) for _ in range(NUM_SAVED)]
 
 
-def travelling_alone() -> list[torch.Tensor]:
+def offloaded_alone() -> list[torch.Tensor]:
     """Activations of half a slab."""
     return [torch.zeros(1 << 14) for _ in range(NUM_SAVED)]
 
@@ -113,7 +113,7 @@ class Case:
     make: Callable[[], list[torch.Tensor]]
     target: float
     policy: dict[str, Any] = field(default_factory=dict)
-    travels: bool = False
+    is_offloaded: bool = False
 
 
 CASES = [
@@ -121,20 +121,20 @@ CASES = [
     Case("weight of 4 MiB, passed through", weights, 2.0),
     Case("transposed weight, passed through", transposed_weights, 2.0),
     Case(
-        "activation of 4 KiB, travels",
-        travelling,
+        "activation of 4 KiB, offloaded",
+        offloaded,
         20.0,
         # Slabs of 128 KiB: 32 of the tensors fill one and leave together. All fit in flight: packing never waits.
         {"min_nbytes": 0, "mode": "all", "staging_nbytes": "2MiB"},
-        travels=True,
+        is_offloaded=True,
     ),
     Case(
-        "activation of 64 KiB, travels alone",
-        travelling_alone,
+        "activation of 64 KiB, offloaded alone",
+        offloaded_alone,
         50.0,
         # Half a slab each, so that every one is a request. Packing waits while 2 MiB are in flight.
         {"min_nbytes": 0, "mode": "all", "staging_nbytes": "2MiB"},
-        travels=True,
+        is_offloaded=True,
     ),
 ]
 
@@ -153,7 +153,7 @@ class Row:
     cpu_us: float
     moving_us: float
     target_us: float | None
-    travelled: float
+    offloaded: float
     pack_calls: float | None = None
     unpack_calls: float | None = None
     pack_locks: float | None = None
@@ -235,7 +235,7 @@ def measure(case: Case, directory: str, repeats: int) -> list[Row]:
     kinds: dict[str, tuple[Callable[[], AbstractContextManager[Any]], Callable[[], float]]] = {
         "bare hooks": (bare, lambda: 0.0),
         "save_on_cpu": (save_on_cpu, lambda: 0.0),
-        "ssdtrain": (lambda: offload, lambda: settle(offload) if case.travels else 0.0),
+        "ssdtrain": (lambda: offload, lambda: settle(offload) if case.is_offloaded else 0.0),
         "no hooks": (contextlib.nullcontext, lambda: 0.0),
     }
     rounds: dict[str, list[Round]] = {name: [] for name in kinds}
@@ -247,7 +247,7 @@ def measure(case: Case, directory: str, repeats: int) -> list[Row]:
             hooks, after_forward = kinds[name]
             rounds[name].append(run(case.make, hooks(), after_forward))
     stats = offload.stats
-    travelled = stats.num_offloaded / (NUM_SAVED * (repeats + 2))
+    offloaded = stats.num_offloaded / (NUM_SAVED * (repeats + 2))
     counts = [count(case.make, offload) for _ in range(NUM_COUNTED)]
     del keeper
     offload.close()
@@ -257,7 +257,7 @@ def measure(case: Case, directory: str, repeats: int) -> list[Row]:
             name,
             rounds[name][2:],
             rounds["bare hooks"][2:],
-            travelled if name == "ssdtrain" else 0.0,
+            offloaded if name == "ssdtrain" else 0.0,
             counts if name == "ssdtrain" else [],
         )
         for name in kinds
@@ -270,7 +270,7 @@ def row_of(
     name: str,
     rounds: list[Round],
     base: list[Round],
-    travelled: float,
+    offloaded: float,
     counts: list[tuple[Calls, Calls]],
 ) -> Row:
     """Medians of the differences, round by round, and the least that was counted: another thread may add to it."""
@@ -291,7 +291,7 @@ def row_of(
         round(per_tensor([ours.cpu - theirs.cpu for ours, theirs in pairs])[1], 3),
         round(per_tensor([ours.waiting for ours, _ in pairs])[1], 3),
         case.target if name == "ssdtrain" else None,
-        round(travelled, 3),
+        round(offloaded, 3),
         *least(counts),
     )
 

@@ -348,7 +348,7 @@ def test_disk_bound_holds(tmp_path: Path, plain: list[torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("mode", ["auto", "all"])
 def test_staging_bound_holds(tmp_path: Path, plain: list[torch.Tensor], mode: str) -> None:
-    """The smallest legal staging: tensors larger than all of it still travel, in pieces."""
+    """The smallest legal staging: tensors larger than all of it still leave, in pieces."""
     offload = ssdtrain.offload_activations(tmp_path, small_policy(mode=mode, staging_nbytes="64KiB"))
     for ours, theirs in zip(train(offload), plain, strict=True):
         assert torch.equal(ours, theirs)

@@ -1,4 +1,4 @@
-"""Activation checkpointing inside an offload context: what it saves travels, what it recomputes does not."""
+"""Activation checkpointing inside an offload context: what it saves is offloaded, what it recomputes does not."""
 
 from __future__ import annotations
 

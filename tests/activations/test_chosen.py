@@ -1,4 +1,4 @@
-"""Only some tensors travel: those marked, and inputs of checkpoints."""
+"""Only some tensors are offloaded: those marked, and inputs of checkpoints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def put(send: Send, offload: ssdtrain.ActivationOffload) -> None:
     gauges(offload)
 
 
-def test_marked_tensors_travel_and_others_stay(make_offload: MakeOffload) -> None:
+def test_marked_tensors_are_offloaded_and_others_stay(make_offload: MakeOffload) -> None:
     offload = make_offload(only="marked")
 
     def run(send: Send) -> Any:
@@ -36,7 +36,7 @@ def test_marked_tensors_travel_and_others_stay(make_offload: MakeOffload) -> Non
         loss.backward()
         return x.grad
 
-    assert_same(run, offload, travels=None)
+    assert_same(run, offload, is_offloaded=None)
     stats = offload.stats
     assert stats.read_nbytes == stats.offloaded_nbytes == 64 * 32 * 4, "the marked one, of which there are two views"
     assert stats.skipped[NOT_CHOSEN].count >= 3, stats
@@ -52,7 +52,7 @@ def test_marked_tensors_travel_and_others_stay(make_offload: MakeOffload) -> Non
     ],
     ids=["plain", "reentrant", "own"],
 )
-def test_inputs_of_checkpoints_travel_and_others_stay(
+def test_inputs_of_checkpoints_are_offloaded_and_others_stay(
     make_offload: MakeOffload, run_again: Callable[..., torch.Tensor]
 ) -> None:
     offload = make_offload(only="checkpoint_inputs")
@@ -68,7 +68,7 @@ def test_inputs_of_checkpoints_travel_and_others_stay(
         loss.backward()
         return [source.grad, *(p.grad for p in model.parameters())]
 
-    assert_same(run, offload, travels=None)
+    assert_same(run, offload, is_offloaded=None)
     stats = offload.stats
     assert 5 * 64 * 32 * 4 <= stats.offloaded_nbytes <= 6 * 64 * 32 * 4, (
         stats
@@ -89,7 +89,7 @@ def test_a_mark_is_on_the_memory_and_ends_with_it(make_offload: MakeOffload) -> 
 
 
 @pytest.mark.cpu_only
-def test_weights_and_what_cannot_travel_keep_their_reasons(make_offload: MakeOffload) -> None:
+def test_weights_and_what_cannot_leave_keep_their_reasons(make_offload: MakeOffload) -> None:
     offload, model = make_offload(only="marked"), mlp()
     with offload:
         model(torch.randn(4, 32)).sum().backward()

@@ -257,7 +257,7 @@ class SaveMany(torch.autograd.Function):
 def test_one_node_that_needs_everything_at_once(
     make_offload: MakeOffload, sizes: tuple[int, ...], is_said: bool
 ) -> None:
-    """Bytes travel and the peak does not fall: said once, with what to do."""
+    """Bytes leave and the peak does not fall: said once, with what to do."""
     with make_offload() as offload:
         for _ in range(3):
             x = torch.randn(1024, requires_grad=True)

@@ -1,4 +1,4 @@
-"""What autograd saves while backward runs: graphs of their own, which are walked later, travel like any other."""
+"""What autograd saves while backward runs: graphs of their own, walked later, are offloaded like others."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def grad_cache(send: Send) -> Any:
 
 
 @pytest.mark.parametrize("run", [gradient_penalty, maml, hessian_vector_product, grad_cache])
-def test_it_travels(make_offload: MakeOffload, run: Any) -> None:
+def test_it_is_offloaded(make_offload: MakeOffload, run: Any) -> None:
     offload = make_offload()
     assert_same(run, offload)
     stats = offload.stats
@@ -91,7 +91,7 @@ def test_it_travels(make_offload: MakeOffload, run: Any) -> None:
 def test_steps_with_a_penalty_are_planned_like_others(make_offload: MakeOffload, mode: str) -> None:
     offload = make_offload(mode=mode)
     for _ in range(3):
-        assert_same(gradient_penalty, offload, travels=None)
+        assert_same(gradient_penalty, offload, is_offloaded=None)
 
 
 def test_what_a_checkpoint_computes_again_stays(make_offload: MakeOffload) -> None:

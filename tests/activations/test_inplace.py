@@ -96,7 +96,7 @@ def test_inplace_change_after_save(offload: Offload, change: Callable[..., None]
         return leaf.grad
 
     if change in (change_untracked, change_nothing_saved):
-        assert_same(run, offload, travels=None)
+        assert_same(run, offload, is_offloaded=None)
     else:
         assert_same_error(run, offload, MODIFIED)
 
@@ -206,5 +206,5 @@ def test_an_operator_that_saves_before_it_fills(make_offload: MakeOffload, stagi
         return leaf.grad
 
     offload = make_offload(staging_nbytes=staging_nbytes)
-    assert_same(run, offload, travels=None)  # from a slab is as good
+    assert_same(run, offload, is_offloaded=None)  # from a slab is as good
     assert offload.stats.offloaded_nbytes >= 8 << 20

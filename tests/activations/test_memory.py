@@ -54,7 +54,7 @@ def test_what_the_user_holds_is_left_alone_after_two_steps(tmp_path: Path) -> No
     assert all(nbytes <= 9 * held for nbytes in per_step[2:]), per_step  # GELU's inputs and the first layer's
 
 
-def test_what_is_held_no_longer_travels_again(tmp_path: Path) -> None:
+def test_what_is_held_no_longer_is_offloaded_again(tmp_path: Path) -> None:
     layers = blocks(4)
     with ssdtrain.offload_activations(tmp_path, policy=SMALL | {"min_nbytes": 64 * KIB}) as offload:
         for step in range(300):
@@ -84,7 +84,7 @@ class Cast(nn.Module):
         return F.linear(x.to(torch.bfloat16), self.weight.to(torch.bfloat16)).float()
 
 
-def test_casts_of_weights_by_hand_count_and_travel(tmp_path: Path) -> None:
+def test_casts_of_weights_by_hand_count_and_are_offloaded(tmp_path: Path) -> None:
     """Nobody keeps such a copy but autograd: it is memory like any other."""
     model = nn.Sequential(*[Cast() for _ in range(4)])
     x = torch.randn(16, 512)

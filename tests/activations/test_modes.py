@@ -142,7 +142,7 @@ def test_compiled_function_inside(offload: Offload, backend: str) -> None:
 
 @pytest.mark.cpu_only
 def test_fake_tensor_mode(offload: Offload) -> None:
-    """Shape propagation through a whole step: nothing has bytes, nothing may travel."""
+    """Shape propagation through a whole step: nothing has bytes, nothing may leave."""
 
     def run(send: Send) -> Any:
         with torch._subclasses.FakeTensorMode():
@@ -151,7 +151,7 @@ def test_fake_tensor_mode(offload: Offload) -> None:
             loss.backward()
             return [tuple(g.shape) for g in grads_of(model) if g is not None]
 
-    assert_same(run, offload, travels=False)
+    assert_same(run, offload, is_offloaded=False)
     assert offload.stats.num_offloaded == 0
     assert offload.stats.skipped["tensor subclass"].count > 0
 
@@ -166,7 +166,7 @@ def test_no_grad_and_inference_mode(offload: Offload) -> None:
             second = model(x)
         return [first, second.clone()]
 
-    assert_same(run, offload, travels=False)
+    assert_same(run, offload, is_offloaded=False)
     assert offload.stats.num_saved == 0
 
 

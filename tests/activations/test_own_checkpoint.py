@@ -1,4 +1,4 @@
-"""`ssdtrain.checkpoint`: a drop-in for PyTorch's whose inputs all travel, however they reach the function."""
+"""`ssdtrain.checkpoint`: a drop-in for PyTorch's whose inputs are all offloaded, however they reach the function."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def through(checkpoint: Any, way: Way, send: Send) -> list[Any]:
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-def test_it_is_equal_to_pytorchs_and_its_inputs_travel(offload: Offload, way: Way) -> None:
+def test_it_is_equal_to_pytorchs_and_its_inputs_are_offloaded(offload: Offload, way: Way) -> None:
     assert_same(lambda send: through(ssdtrain.checkpoint, way, send), offload)
     torch.manual_seed(0)
     plain = through(torch_checkpoint, way, lambda: None)
@@ -103,7 +103,7 @@ def test_it_is_equal_to_pytorchs_and_its_inputs_travel(offload: Offload, way: Wa
     assert same_bits(plain, through(ssdtrain.checkpoint, way, lambda: None))
 
 
-def travelled(offload: Offload, run: Callable[[Send], Any]) -> int:
+def offloaded(offload: Offload, run: Callable[[Send], Any]) -> int:
     """Bytes that went to the drive."""
     with offload:
         run(send)
@@ -112,9 +112,9 @@ def travelled(offload: Offload, run: Callable[[Send], Any]) -> int:
 
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("way", WAYS[:-1], ids=lambda way: way.__name__)
-def test_bytes_travel_that_pytorchs_checkpoint_keeps(make_offload: Any, way: Way) -> None:
+def test_bytes_leave_that_pytorchs_checkpoint_keeps(make_offload: Any, way: Way) -> None:
     plain, own = (
-        travelled(make_offload(), lambda send, checkpoint=checkpoint: through(checkpoint, way, send))
+        offloaded(make_offload(), lambda send, checkpoint=checkpoint: through(checkpoint, way, send))
         for checkpoint in (torch_checkpoint, ssdtrain.checkpoint)
     )
     assert own - plain == 3 * 64 * (32 + 64) * 4  # the inputs of three blocks
@@ -185,13 +185,13 @@ def selective(checkpoint: Any, send: Send, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("options", [{}, {"allow_cache_entry_mutation": True}], ids=["fixed", "mutable"])
-def test_what_a_selective_checkpoint_keeps_travels(make_offload: Any, options: dict[str, Any]) -> None:
+def test_what_a_selective_checkpoint_keeps_is_offloaded(make_offload: Any, options: dict[str, Any]) -> None:
     """Unless it may be changed in place, which autograd would not allow."""
     result = assert_same(lambda send: selective(ssdtrain.checkpoint, send, **options), make_offload())
     torch.manual_seed(0)
     assert same_bits(result, selective(torch_checkpoint, lambda: None, **options))
     plain, own = (
-        travelled(make_offload(), lambda send, checkpoint=checkpoint: selective(checkpoint, send, **options))
+        offloaded(make_offload(), lambda send, checkpoint=checkpoint: selective(checkpoint, send, **options))
         for checkpoint in (torch_checkpoint, ssdtrain.checkpoint)
     )
     kept = 3 * 64 * (64 + 32) * 4  # what the products of three blocks made

@@ -66,7 +66,7 @@ def test_what_its_owner_refills_is_left_alone(make_offload: MakeOffload) -> None
 
 @pytest.mark.cpu_only  # simulated memory cannot be resized
 def test_emptied_before_it_was_sent(make_offload: MakeOffload) -> None:
-    """A storage freed behind autograd's back while its record waited does not travel: there is nothing to copy."""
+    """A storage freed behind autograd's back while its record waited is not offloaded: there is nothing to copy."""
     offload = make_offload()
     x = torch.randn(64, 64, requires_grad=True)
     with offload:

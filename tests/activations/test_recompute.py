@@ -100,7 +100,7 @@ def test_all_blocks_run_twice_and_results_are_equal(make_offload: MakeOffload, m
     assert "forward" not in model.blocks[0].__dict__, "outside the context the model is as it was"
 
 
-def test_inputs_of_blocks_travel_and_nothing_else(make_offload: MakeOffload) -> None:
+def test_inputs_of_blocks_are_offloaded_and_nothing_else(make_offload: MakeOffload) -> None:
     """Positional, keyword and nested: the checkpoint's closure must not hold them."""
     model = make()
     offload = make_offload(model, recompute="all")

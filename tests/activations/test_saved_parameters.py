@@ -74,7 +74,7 @@ def test_a_frozen_parameter_comes_back_itself(offload: ssdtrain.ActivationOffloa
         loss.backward()
         return x.grad
 
-    assert_same(run, offload, travels=None)
+    assert_same(run, offload, is_offloaded=None)
 
 
 def test_marked_weights_stay(make_offload: MakeOffload) -> None:

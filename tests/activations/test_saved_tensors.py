@@ -108,7 +108,7 @@ def test_views(offload: Offload, name: str) -> None:
     """A rebuilt view with another stride or offset gives the right numbers in the wrong places."""
     ((actual,),) = save_and_reload(offload, lambda: [VIEWS[name]()])
     expected = VIEWS[name]()
-    if expected.untyped_storage().nbytes() >= 4 * expected.nbytes:  # only the part it touches travelled
+    if expected.untyped_storage().nbytes() >= 4 * expected.nbytes:  # only the part it touches was offloaded
         assert (actual.size(), actual.stride()) == (expected.size(), expected.stride())
         assert torch.equal(actual, expected)
     else:
@@ -187,7 +187,7 @@ def test_sparse_and_nested_gradients_flow(offload: Offload) -> None:
 
 
 def test_complex_gradients(offload: Offload) -> None:
-    """Complex operators save conjugates: those stay, the rest travels."""
+    """Complex operators save conjugates: those stay, the rest is offloaded."""
 
     def grads() -> list[torch.Tensor | None]:
         x = torch.view_as_complex(grid(8, 2) / 7).requires_grad_()
@@ -213,7 +213,7 @@ def aliases() -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("backwards", [1, 2])
-def test_aliases_travel_once_and_share_again(offload: Offload, backwards: int) -> None:
+def test_aliases_are_offloaded_once_and_share_again(offload: Offload, backwards: int) -> None:
     """Fused qkv and SwiGLU save several views of one storage: copies would take more memory than they free."""
     shown = save_and_reload(offload, aliases, backwards)
     assert len(shown) == backwards

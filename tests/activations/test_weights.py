@@ -1,4 +1,4 @@
-"""Weights never travel: they stay in memory whatever autograd saves of them, so moving them frees nothing."""
+"""Weights are never offloaded: they stay in memory whatever autograd saves of them, so moving them frees nothing."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def step(model: nn.Module, precision: str, between: Callable[[], object] = send)
 
 
 COPIED_BY_HAND = ("cast by hand",)  # outside autocast nobody keeps these, see test_memory
-WITH_COPIES = ("frozen linear", "lora", "detached")  # under autocast, see test_uncached_copies_travel
+WITH_COPIES = ("frozen linear", "lora", "detached")  # under autocast, see test_uncached_copies_are_offloaded
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ WITH_COPIES = ("frozen linear", "lora", "detached")  # under autocast, see test_
     [(name, "float32") for name in MODELS if name not in COPIED_BY_HAND]
     + [(name, "autocast") for name in MODELS if name not in WITH_COPIES],
 )
-def test_weights_never_travel(make_offload: MakeOffload, name: str, precision: str) -> None:
+def test_weights_are_never_offloaded(make_offload: MakeOffload, name: str, precision: str) -> None:
     """Eager `Linear` saves `weight.t()`, autocast saves a low-precision copy: neither is the parameter itself."""
     torch.manual_seed(1)
     model = MODELS[name]()
@@ -139,7 +139,7 @@ def test_weights_never_travel(make_offload: MakeOffload, name: str, precision: s
 
 
 @pytest.mark.parametrize("name", WITH_COPIES)
-def test_uncached_copies_travel(make_offload: MakeOffload, name: str) -> None:
+def test_uncached_copies_are_offloaded(make_offload: MakeOffload, name: str) -> None:
     """Autocast copies a weight that needs no gradient anew for every use and does not keep the copy: only the graph
     holds it, so that sending it to the drive frees memory as with any activation."""
     torch.manual_seed(1)
@@ -193,7 +193,7 @@ def test_buffers(make_offload: MakeOffload, kind: str, is_named: bool) -> None:
 
 
 def test_a_computed_weight_is_an_activation(make_offload: MakeOffload) -> None:
-    """Weight normalisation makes a new weight in every forward: it lives as long as its graph, and travels."""
+    """Weight normalisation makes a new weight in every forward: it lives as long as its graph, and is offloaded."""
     torch.manual_seed(1)
     model = nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH))
     expected = step(model, "float32")

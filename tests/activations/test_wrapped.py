@@ -1,4 +1,4 @@
-"""Tensors of classes of their own: those made of others travel as those, those that only override functions as such."""
+"""Tensors of classes of their own: those made of others, and those that only override functions."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def two(width: int = 64) -> torch.Tensor:
 
 
 @pytest.mark.cpu_only
-def test_a_class_that_overrides_functions_travels(make_offload: MakeOffload) -> None:
+def test_a_class_that_overrides_functions_is_offloaded(make_offload: MakeOffload) -> None:
     offload = make_offload()
 
     def run(send: Send) -> Any:
@@ -78,7 +78,7 @@ def test_a_class_that_overrides_functions_travels(make_offload: MakeOffload) -> 
 
 @pytest.mark.cpu_only
 @jagged_warning
-def test_jagged_tensors_travel_and_keep_their_offsets(make_offload: MakeOffload) -> None:
+def test_jagged_tensors_are_offloaded_and_keep_their_offsets(make_offload: MakeOffload) -> None:
     """Other jagged tensors of the graph have the same offsets: as another object they would not fit together."""
     offload = make_offload(min_nbytes=512)
 
@@ -100,7 +100,7 @@ def test_jagged_tensors_travel_and_keep_their_offsets(make_offload: MakeOffload)
 
 
 @pytest.mark.cpu_only
-def test_what_it_is_made_of_travels(make_offload: MakeOffload) -> None:
+def test_what_it_is_made_of_is_offloaded(make_offload: MakeOffload) -> None:
     offload = make_offload()
 
     def run(send: Send) -> Any:
@@ -183,7 +183,7 @@ def tensor_parallel(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> d
 
 @pytest.mark.parametrize("kind", ["sequence parallel", "loss parallel", "batch sharded"])
 def test_tensor_parallel(tensor_parallel: dict[str, Any], kind: str) -> None:
-    """Nearly all travels, the bits are the same, and weights stay."""
+    """Nearly all is offloaded, the bits are the same, and weights stay."""
     found = tensor_parallel[kind]
     assert found["is_equal"], found
     assert found["offloaded_nbytes"] >= 0.85 * found["saved_nbytes"], found

@@ -31,7 +31,7 @@ def make(tmp_path: Path) -> Any:
         offload.close()
 
 
-def test_it_is_an_offload_whose_bytes_travel(make: Make) -> None:
+def test_it_is_an_offload_whose_bytes_leave(make: Make) -> None:
     offload = make(min_offload_size=0)
     assert isinstance(offload, ActivationOffload) and offload.policy.mode == "all"
     assert_same(lambda send: train_once(mlp(), send), offload)
@@ -39,7 +39,7 @@ def test_it_is_an_offload_whose_bytes_travel(make: Make) -> None:
 
 def test_small_tensors_stay(make: Make) -> None:
     assert make().policy.min_nbytes == 1024
-    assert_same(lambda send: train_once(mlp(width=32), send), make(min_offload_size=1 << 20), travels=False)
+    assert_same(lambda send: train_once(mlp(width=32), send), make(min_offload_size=1 << 20), is_offloaded=False)
 
 
 def test_weights_are_told(make: Make) -> None:

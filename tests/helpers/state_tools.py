@@ -1,4 +1,4 @@
-"""Small models of every kind whose parameters and optimizer state travel, their plain training, and comparison."""
+"""Small models of every kind, whose parameters and optimizer state are offloaded; plain training; comparison."""
 
 from __future__ import annotations
 

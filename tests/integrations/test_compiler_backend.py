@@ -225,7 +225,7 @@ def test_graphs_that_are_dropped(make_offload: MakeOffload) -> None:
 
 
 def test_backward_after_the_context_and_forward_outside(make_offload: MakeOffload) -> None:
-    """One compiled function, called where things travel and where they do not."""
+    """One compiled function, called where things are offloaded and where they are not."""
     model, offload = seeded(Block), make_offload()
     compiled, results = torch.compile(model, backend=ours()), list[Any]()
     for context in (contextlib.nullcontext(), offload, ssdtrain.keep_resident(), offload):

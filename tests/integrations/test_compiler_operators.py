@@ -174,7 +174,7 @@ def test_only_what_is_marked(make_offload: MakeOffload, ops: Operators) -> None:
     assert all(same_bits(ops.wait(handle, tensor), tensor) for handle, tensor in zip(handles, tensors, strict=True))
 
 
-def test_handles_do_not_travel(offload: ssdtrain.ActivationOffload, ops: Operators) -> None:
+def test_handles_are_not_offloaded(offload: ssdtrain.ActivationOffload, ops: Operators) -> None:
     """Autograd saves them with the hooks of the same context, whatever `min_nbytes` is."""
 
     class Save(torch.autograd.Function):

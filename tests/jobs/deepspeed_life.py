@@ -58,7 +58,7 @@ def _step(engine: Any, seed: int = 0) -> torch.Tensor:
 
 
 def loss_is_covered(directory: str) -> dict[str, Any]:
-    """What the user's loss saves travels too, backward begins without hooks, and the engine stays open in between."""
+    """What the user's loss saves is offloaded too, backward begins without hooks, the engine stays open in between."""
     engine = Case(zero(1)).build(section(directory))
     output = engine(_batch())
     before = engine.ssdtrain.stats
@@ -157,7 +157,7 @@ class _Detached(nn.Module):
 
 
 def weights_stay(directory: str) -> dict[str, Any]:
-    """With activations too small to travel nothing travels: parameters, gathered or not, are never taken for them."""
+    """With activations too small to leave nothing leaves: parameters, gathered or not, are never taken for them."""
     offloaded = {}
     for stage in (0, 1, 2, 3):
         alone = {"stage3_prefetch_bucket_size": 0} if stage == 3 else {}  # each is gathered in a buffer of its own
@@ -233,11 +233,11 @@ def ways_in(directory: str) -> dict[str, Any]:
         lambda: deepspeed.initialize(Namespace(deepspeed_config=str(file)), Model()),
         lambda: integration.initialize(None, Model(), config=dict(config)),
     ]
-    travelled = []
+    offloaded = []
     for way in ways:
         engine = way()[0]
         _step(engine)
-        travelled.append(engine.ssdtrain.stats.num_offloaded)
+        offloaded.append(engine.ssdtrain.stats.num_offloaded)
         end(engine)
     original = integration.initialize.__wrapped__  # type: ignore[attr-defined]
     assert inspect.signature(deepspeed.initialize) == inspect.signature(original)
@@ -248,7 +248,7 @@ def ways_in(directory: str) -> dict[str, Any]:
     integration.install()
     integration.install()
     disabled = _attributes(Case(zero(1)).build({"enabled": False, "activations": {"directory": "/nowhere"}}))
-    return {"travelled": travelled, "without": without, "ignored": ignored, "disabled": disabled}
+    return {"offloaded": offloaded, "without": without, "ignored": ignored, "disabled": disabled}
 
 
 def parameters_stay_theirs(directory: str) -> dict[str, Any]:

@@ -110,16 +110,18 @@ def two_ranks(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> list[Fa
     return run_cases(forks, tmp_path_factory.mktemp("two"), 2, names)
 
 
-def check_equal(facts: dict[str, Any], *, travels: bool = True) -> None:
+def check_equal(facts: dict[str, Any], *, is_offloaded: bool = True) -> None:
     assert facts["losses"] and facts["finite"] and facts["grads"] and facts["parameters"], facts
-    check_clean(facts, travels=travels)
+    check_clean(facts, is_offloaded=is_offloaded)
 
 
-def check_clean(facts: dict[str, Any], *, travels: bool = True) -> None:
-    """Bytes were on disk; nothing is left, nothing was given up. Where nothing can travel, that is said."""
-    assert not travels or (facts["written"] > 0 and facts["read"] > 0 and facts["disk"] > 0), facts
+def check_clean(facts: dict[str, Any], *, is_offloaded: bool = True) -> None:
+    """Bytes were on disk; nothing is left, nothing was given up. Where nothing can leave, that is said."""
+    assert not is_offloaded or (facts["written"] > 0 and facts["read"] > 0 and facts["disk"] > 0), facts
     assert facts["live"] == 0 and facts["files"] == 0, facts
-    assert [text for text in facts["fallbacks"] if travels or not text.startswith("nothing was offloaded")] == [], facts
+    assert [
+        text for text in facts["fallbacks"] if is_offloaded or not text.startswith("nothing was offloaded")
+    ] == [], facts
 
 
 def check_lower(facts: dict[str, Any], *, num_forwards: int = 1) -> None:
@@ -152,7 +154,7 @@ def test_training_on_two_ranks(two_ranks: list[Facts], name: str) -> None:
 @needs_deepspeed
 @pytest.mark.parametrize("name", RECOMPUTING)
 def test_recomputation(one_rank: Facts, name: str) -> None:
-    """Little is saved, and what there is travels."""
+    """Little is saved, and what there is leaves."""
     check_equal(one_rank[name])
 
 
@@ -167,7 +169,7 @@ def test_parameters_are_gathered_for_backward(two_ranks: list[Facts], name: str)
 @needs_deepspeed
 @pytest.mark.parametrize("name", CHECKPOINTING_TWO)
 def test_deepspeed_checkpointing(two_ranks: list[Facts], name: str) -> None:
-    """Activations split over the ranks, and on the CPU; what is not checkpointed travels."""
+    """Activations split over the ranks, and on the CPU; what is not checkpointed is offloaded."""
     for facts in two_ranks:
         check_equal(facts[name])
 
@@ -180,7 +182,7 @@ def test_pipeline(two_ranks: list[Facts], name: str) -> None:
     With everything recomputed only the loss saves something, on the last stage.
     """
     for facts in two_ranks:
-        check_equal(facts[name], travels=name == "pipeline" or facts is two_ranks[-1])
+        check_equal(facts[name], is_offloaded=name == "pipeline" or facts is two_ranks[-1])
         if name == "pipeline":
             check_lower(facts[name], num_forwards=2)
 
@@ -218,7 +220,7 @@ def test_interruptions_are_harmless(one_rank: Facts) -> None:
 
 
 @needs_deepspeed
-def test_weights_never_travel(one_rank: Facts, two_ranks: list[Facts]) -> None:
+def test_weights_are_never_offloaded(one_rank: Facts, two_ranks: list[Facts]) -> None:
     for facts in (one_rank, *two_ranks):
         assert facts["weights_stay"]["offloaded"] == {"0": 0, "1": 0, "2": 0, "3": 0}
 
@@ -243,7 +245,7 @@ def test_parameters_and_optimizer_stay_deepspeeds(one_rank: Facts) -> None:
 @needs_deepspeed
 def test_ways_in(one_rank: Facts) -> None:
     facts = one_rank["ways_in"]
-    assert len(facts["travelled"]) == 5 and all(facts["travelled"])
+    assert len(facts["offloaded"]) == 5 and all(facts["offloaded"])
     assert facts["without"] == [] and facts["ignored"] == [] and facts["disabled"] == ["ssdtrain"]
 
 
@@ -413,7 +415,7 @@ def test_recipe(forks: Forks, tmp_path: Path, name: str) -> None:
 
 @needs_deepspeed
 def test_benchmark(forks: Forks, tmp_path: Path) -> None:
-    """It measures, and something travels."""
+    """It measures, and something is offloaded."""
     size = "--layers 1 --width 64 --sequence 64 --rounds 2 --min-nbytes 16KiB --mode all".split()
     (output,) = run(forks, [ROOT / "recipes" / "benchmarks" / "deepspeed_overhead.py", tmp_path, *size])
     result = json.loads(next(line for line in reversed(output.splitlines()) if line.startswith("{")))

@@ -88,7 +88,7 @@ def test_equal_to_the_bit(seen: dict[str, list[dict[str, Any]]], name: str, rank
 
 @pytest.mark.parametrize("name, rank", CASES)
 def test_weights_stay(seen: dict[str, list[dict[str, Any]]], name: str, rank: int) -> None:
-    """Parameters that are views of one big buffer, their views and transposes, and `main_grad` never travel."""
+    """Parameters that are views of one big buffer, their views and transposes, and `main_grad` are never offloaded."""
     assert seen[name][rank]["weights_stay"]
 
 
@@ -108,7 +108,7 @@ def test_peak(seen: dict[str, list[dict[str, Any]]], name: str, rank: int) -> No
     )
     small_nbytes = small / num_forwards * result["num_in_flight"]
     predicted = result["kept_nbytes"] - (
-        small_nbytes  # what is too small to travel, of all forward steps that wait for their backward
+        small_nbytes  # what is too small to leave, of all forward steps that wait for their backward
         + STAGING  # on its way out while the last of it is being saved, or being read ahead of need
         + PREFETCH  # read, or read and lent to backward, before it is asked for
         + 2
@@ -268,7 +268,7 @@ def run_recipe(forks: Forks, *options: str) -> list[str]:
 
 
 def test_recipe(forks: Forks, tmp_path: Path) -> None:
-    """It prints the same losses with and without, and what travelled."""
+    """It prints the same losses with and without, and what was offloaded."""
     plain = run_recipe(forks)
     *losses, stats = run_recipe(
         forks, "--ssdtrain-dir", str(tmp_path), "--ssdtrain-mode", "all", "--ssdtrain-min-nbytes", "16KiB"

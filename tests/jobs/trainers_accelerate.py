@@ -21,7 +21,7 @@ from trainers_tools import (
     Texts,
     assert_clean,
     assert_equal,
-    assert_travelled,
+    assert_offloaded,
     llama,
     own_directory,
     raises,
@@ -85,7 +85,7 @@ def everything(folder: Path) -> None:
     expected = Run(None).train()
     ours = Run(own_directory(folder), **EVERYTHING)
     assert_equal(expected, ours.train(), "trained")
-    assert_travelled(ours.accelerator.ssdtrain)
+    assert_offloaded(ours.accelerator.ssdtrain)
     loss = ours.model(**next(iter(ours.loader))).loss  # without accumulate(): forwards are covered
     assert_clean()
     loss.backward()
@@ -127,7 +127,7 @@ def gradients_away(folder: Path) -> None:
     expected = Run(None).train()
     ours = Run(folder, activations=False, optimizer=PAGED | {"offload_gradients": True})
     assert_equal(expected, ours.train(), "trained")
-    assert_travelled(ours.accelerator.ssdtrain)
+    assert_offloaded(ours.accelerator.ssdtrain)
 
 
 def parameters_before_replicas(folder: Path) -> None:
@@ -137,7 +137,7 @@ def parameters_before_replicas(folder: Path) -> None:
     ours = Run(own_directory(folder), model=model, activations=ACTIVATIONS, optimizer=PAGED)
     assert_equal(expected, ours.train(), "trained")
     assert ssdtrain.parameter_offload(model).stats.read_nbytes
-    assert_travelled(ours.accelerator.ssdtrain)
+    assert_offloaded(ours.accelerator.ssdtrain)
 
 
 def sharded(folder: Path) -> None:
@@ -149,7 +149,7 @@ def sharded(folder: Path) -> None:
         losses, weights, _ = run.train()
         found.append([losses, {name: value.to_local() for name, value in weights.items()}])
     assert_equal(*found, "trained")
-    assert_travelled(run.accelerator.ssdtrain)
+    assert_offloaded(run.accelerator.ssdtrain)
 
 
 def plugin(**more: Any) -> FullyShardedDataParallelPlugin:
@@ -175,7 +175,7 @@ def own_offloading_when_sharded(folder: Path) -> None:
         )
         found.append(run.train()[0])
     assert_equal(*found, "trained")
-    assert_travelled(run.accelerator.ssdtrain)
+    assert_offloaded(run.accelerator.ssdtrain)
 
 
 def begin(_: Path, model: Any, kind: Any, directory: Any, **features: Any) -> None:

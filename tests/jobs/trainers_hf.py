@@ -28,7 +28,7 @@ from trainers_tools import (
     Texts,
     assert_clean,
     assert_equal,
-    assert_travelled,
+    assert_offloaded,
     llama,
     local,
     own_directory,
@@ -97,7 +97,7 @@ def compare(folder: Path, callback: Offload, **more: Any) -> None:
     ours = trainer(folder / "ours", callback, **more)
     ours.train()
     assert_equal(expected, outcome(ours), "trained")
-    assert_travelled(callback.session)
+    assert_offloaded(callback.session)
     assert_clean()
 
 
@@ -109,7 +109,7 @@ def everything(folder: Path) -> None:
 
 
 def checkpointing(folder: Path) -> None:
-    """The trainer's own switch; all that a layer is called with travels, not its positional arguments alone."""
+    """The trainer's own switch; all that a layer is called with is offloaded, not its positional arguments alone."""
     callback = Offload(own_directory(folder), activations=ACTIVATIONS)
     compare(folder, callback, activation_checkpointing=True)
 
@@ -148,7 +148,7 @@ def resumed_both_ways(folder: Path) -> None:
         assert_equal(expected["values"], found["values"], f"values from {start}")
         assert_equal(expected["state"], found["state"], f"state from {start}")
         if callback:
-            assert_travelled(callback.session)
+            assert_offloaded(callback.session)
 
 
 class Failing(Trainer):
@@ -218,7 +218,7 @@ def trained_twice(folder: Path) -> None:
             outcomes.append(outcome(own))
         found.append(outcomes)
     assert_equal(*found, "trained")
-    assert_travelled(callback.session)
+    assert_offloaded(callback.session)
 
 
 class Short(Trainer):
@@ -283,7 +283,7 @@ def lora(folder: Path) -> None:
     ours = trainer(folder / "ours", callback, model=model())
     ours.train()
     assert_equal(outcome(plain), outcome(ours), "trained")
-    assert_travelled(callback.session)
+    assert_offloaded(callback.session)
 
 
 def other_offloaders(folder: Path) -> None:
@@ -356,7 +356,7 @@ def parameters_before_replicas(folder: Path) -> None:
     ours.train()
     assert ssdtrain.parameter_offload(model).stats.read_nbytes
     assert_equal(outcome(plain), outcome(ours), "trained")
-    assert_travelled(callback.session)
+    assert_offloaded(callback.session)
 
 
 def forked_workers(folder: Path) -> None:
@@ -374,7 +374,7 @@ def _in_a_worker(folder: Path, used: Offload, held: Offload) -> None:
         ours = trainer(folder / "ours", callback)
         ours.train()
         assert_equal(outcome(plain), outcome(ours), "trained in a worker")
-        assert_travelled(callback.session)
+        assert_offloaded(callback.session)
     with raises(RuntimeError, "Expected the process that offloaded, got a forked child"):
         trainer(folder / "held", held).train()  # whose parameters and state are in the other process
 
@@ -404,7 +404,7 @@ def sharded(folder: Path) -> None:
         assert all(isinstance(p, DTensor) for p in own.model.model.layers.parameters())
         found.append(local(outcome(own)))
     assert_equal(*found, "trained")
-    assert_travelled(callback.session)
+    assert_offloaded(callback.session)
 
 
 def threads_of_dataparallel(folder: Path) -> None:
@@ -450,7 +450,7 @@ def swift_callback(folder: Path) -> None:
 
 
 def recipe(folder: Path) -> None:
-    """Equal to the bit, and all of it travels."""
+    """Equal to the bit, and all of it is offloaded."""
     losses = []
     for more in ([], ["--no-offload"]):
         losses.append(
@@ -461,7 +461,7 @@ def recipe(folder: Path) -> None:
 
 
 def long_context(folder: Path) -> None:
-    """All its methods come to the same losses, and inputs of checkpoints travel."""
+    """All its methods come to the same losses, and inputs of checkpoints are offloaded."""
     size = "--length 96 --steps 2 --layers 3 --width 64 --chunk 32 --min-nbytes 2KiB --staging-nbytes 256KiB".split()
     found = {}
     for method in ("plain", "checkpointing", "checkpointing with ssdtrain", "ssdtrain, recompute auto"):
@@ -519,7 +519,7 @@ def trl_sft_with_lora(folder: Path) -> None:
     small = {"min_nbytes": 0, "chunk_nbytes": "1KiB"}
     callback = Offload(own_directory(folder), **(EVERYTHING | {"optimizer": small}))
     assert_equal(sft(folder), sft(folder, callback), "trained")
-    assert_travelled(callback.session)
+    assert_offloaded(callback.session)
 
 
 def trl_own_switch(folder: Path) -> None:

@@ -25,7 +25,7 @@ from trainers_tools import (
     RANK,
     assert_clean,
     assert_equal,
-    assert_travelled,
+    assert_offloaded,
     local,
     own_directory,
     raises,
@@ -124,7 +124,7 @@ def everything(folder: Path) -> None:
     callback = Offload(own_directory(folder), **EVERYTHING)
     _, found = fit(folder, callback)
     assert_equal(expected, found, "trained")
-    assert_travelled(callback.session)
+    assert_offloaded(callback.session)
     assert_clean()
 
 
@@ -173,7 +173,7 @@ def parameters_before_replicas(folder: Path) -> None:
     found.fit(module, loader(), loader(8))
     assert_equal(expected, (module.losses, values(module), [state_of(each) for each in found.optimizers]), "trained")
     assert ssdtrain.parameter_offload(module).stats.read_nbytes
-    assert_travelled(callback.session)
+    assert_offloaded(callback.session)
 
 
 class Look(Callback):
@@ -184,7 +184,7 @@ class Look(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert trainer.world_size == 2
-        assert_travelled(self.offload.session)
+        assert_offloaded(self.offload.session)
         assert_clean()
 
 
@@ -211,7 +211,7 @@ def validated_before_and_again(folder: Path) -> None:
             assert_clean()
         found.append((module.losses, values(module), [state_of(each) for each in own.optimizers]))
     assert_equal(*found, "trained")
-    assert_travelled(callback.session)
+    assert_offloaded(callback.session)
 
 
 class Sharded(Module):
@@ -234,7 +234,7 @@ def sharded(folder: Path) -> None:
         assert all(isinstance(p, DTensor) for p in module.parameters())
         found.append(local([module.losses, values(module), [state_of(each)["state"] for each in own.optimizers]]))
     assert_equal(*found, "trained")
-    assert_travelled(callback.session)
+    assert_offloaded(callback.session)
 
 
 def begin(folder: Path, module: Any, kind: Any, directory: Any, **features: Any) -> None:
@@ -305,7 +305,7 @@ def fabric(folder: Path) -> None:
 
     callback = FabricOffload(own_directory(folder), activations=ACTIVATIONS)
     assert_equal(train(), train(callback), "trained")
-    assert_travelled(callback.session)
+    assert_offloaded(callback.session)
 
 
 def fabric_bad_input(folder: Path) -> None:

@@ -10,7 +10,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers import models as modules
 from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
-from trainers_tools import ACTIVATIONS, EVERYTHING, assert_clean, assert_equal, assert_travelled, own_directory, values
+from trainers_tools import ACTIVATIONS, EVERYTHING, assert_clean, assert_equal, assert_offloaded, own_directory, values
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 import ssdtrain
@@ -42,7 +42,7 @@ def pairs(num: int) -> dict[str, list[str]]:
 
 
 def cached_loss(folder: Path) -> None:
-    """In a plain loop: nearly all there is, is saved inside backward, and travels."""
+    """In a plain loop: nearly all there is, is saved inside backward, and offloaded."""
     model = bert(folder)
     loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=4)
     features = [model.preprocess(texts) for texts in pairs(16).values()]
@@ -99,7 +99,7 @@ def everything(folder: Path) -> None:
     features = {name: EVERYTHING[name] for name in ("activations", "optimizer")}
     callback = Offload(own_directory(folder), **features)
     assert_equal(trained(folder), trained(folder, callback), "trained")
-    assert_travelled(callback.session)
+    assert_offloaded(callback.session)
     stats = callback.session.stats
     assert stats is not None and "saved during backward" not in stats.skipped, stats
     assert_clean()

@@ -1,4 +1,4 @@
-"""What the children of `test_trainers.py` share: a tiny model and data, policies under which all travels, comparison.
+"""What the children of `test_trainers.py` share: a tiny model and data, policies that offload all, comparison.
 
 A child is one rank of a job on the CPU with gloo. Its cases raise where something does not hold.
 """
@@ -97,8 +97,8 @@ def assert_equal(expected: Any, actual: Any, what: str) -> None:
     assert same_bits(expected, actual), f"{what}: {expected}\n{actual}"
 
 
-def assert_travelled(session: Offload, *, state: bool = True) -> None:
-    """Of everything that was to travel something has, and come back; state in several chunks."""
+def assert_offloaded(session: Offload, *, state: bool = True) -> None:
+    """Of everything that was to be offloaded something was, and came back; state in several chunks."""
     section = session.section
     if section.activations is not None:
         stats = session.stats

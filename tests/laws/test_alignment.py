@@ -31,7 +31,9 @@ class Aligned(torch.autograd.Function):
 
 @pytest.mark.parametrize("offset", [0, 4, 8, 1000, 1012])
 @pytest.mark.parametrize("is_view", [True, False])
-def test_a_view_that_travels_alone_keeps_its_alignment(make_offload: MakeOffload, offset: int, is_view: bool) -> None:
+def test_a_view_that_is_offloaded_alone_keeps_its_alignment(
+    make_offload: MakeOffload, offset: int, is_view: bool
+) -> None:
     """Its record began at a multiple of 16 bytes, and came back at a multiple of 512."""
     offload = make_offload()
     Aligned.seen.clear()

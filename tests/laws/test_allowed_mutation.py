@@ -55,7 +55,7 @@ def test_a_change_trains_as_plain(make_offload: MakeOffload, recompute: str) -> 
     offload = make_offload(model, recompute=recompute)
     assert same_bits(train(model, offload), expected)
     assert any("allow_mutation_on_saved_tensors" in text for text in offload.stats.fallbacks)
-    with offload:  # outside of it changes are refused again, and things travel
+    with offload:  # outside of it changes are refused again, and things are offloaded
         assert offload.is_innermost
         loss = make()(torch.randn(4, 32)).sum()
         with pytest.raises(RuntimeError, match=MODIFIED):

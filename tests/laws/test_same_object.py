@@ -66,7 +66,7 @@ KINDS: dict[str, Callable[[], torch.Tensor]] = {
     "sparse": lambda: torch.eye(64).to_sparse(),
     "meta": lambda: torch.ones(64, 64, device="meta"),
 }
-POLICIES = {"all travel": {}, "small stay": {"min_nbytes": 1 << 20}, "auto": {"mode": "auto"}}
+POLICIES = {"all leave": {}, "small stay": {"min_nbytes": 1 << 20}, "auto": {"mode": "auto"}}
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -140,7 +140,7 @@ def test_keep_resident_hands_back_the_object(offload: Offload) -> None:
 
 
 def test_a_tensor_given_other_memory_is_not_what_was_saved(offload: Offload) -> None:
-    """`.data = ...` is no change to autograd: what has travelled comes back with the bytes that were saved."""
+    """`.data = ...` is no change to autograd: what was offloaded comes back with the bytes that were saved."""
     seen, tensor = [], torch.ones(64, 64)
     with offload:
         output = Show.apply(torch.zeros(1, requires_grad=True), seen, tensor)
@@ -171,7 +171,7 @@ def test_an_alive_tensor_that_was_changed_is_refused(offload: Offload) -> None:
 
 
 def test_the_handle_keeps_nothing_alive(offload: Offload) -> None:
-    """A travelling tensor leaves memory although it would come back itself if somebody held it."""
+    """A tensor that is offloaded leaves memory although it would come back itself if somebody held it."""
     seen, tensor = [], torch.ones(64, 64)
     gone = weakref.ref(tensor)
     with offload:

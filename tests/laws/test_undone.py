@@ -308,7 +308,7 @@ def test_never_entered_and_dropped(tmp_path: Path, told: Told, monkeypatch: pyte
 
 
 def test_saved_during_backward(make: Make, job: Job, told: Told) -> None:
-    """A reentrant checkpoint runs forward without gradients, and again in backward, where nothing may travel."""
+    """A reentrant checkpoint runs forward without gradients, and again in backward, where nothing may leave."""
 
     layers = nn.Sequential(nn.Linear(4, 512), nn.GELU(), nn.Linear(512, 4))
     with make(min_nbytes=16384) as offload:

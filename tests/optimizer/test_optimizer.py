@@ -464,7 +464,7 @@ def test_dropped_gradients_stay_dropped(tmp_path: Path) -> None:
 
 
 def test_sparse_gradients(tmp_path: Path) -> None:
-    """SparseAdam's state is dense and travels; its gradients stay."""
+    """SparseAdam's state is dense and offloaded; its gradients stay."""
 
     def run(folder: Path | None, **policy: bool) -> torch.Tensor:
         torch.manual_seed(0)

@@ -68,7 +68,7 @@ def test_starts_end_just_before_they_are_needed() -> None:
 
 
 def test_what_does_not_lower_the_peak_is_not_written() -> None:
-    """One huge record between small ones: only those alive with it can help, later ones travel for nothing."""
+    """One huge record between small ones: only those alive with it can help, later ones leave for nothing."""
     early = [Lifetime(MIB, float(i), 100.0 - i, 100.5 - i) for i in range(4)]
     huge = Lifetime(50 * MIB, 10.0, 11.0, 12.0)
     late = [Lifetime(MIB, 20.0 + i, 60.0 - i, 60.5 - i) for i in range(10)]
@@ -103,7 +103,7 @@ def test_a_record_that_is_never_needed_leaves_and_does_not_come_back() -> None:
 
 def test_what_is_larger_than_the_prefetch_bound_comes_back_alone() -> None:
     """A reload takes longer than the second between two needs: it would begin before the last one was asked for, so
-    every other record travels. With a bound that is not there at all nothing does."""
+    every other record leaves. With a bound that is not there at all nothing does."""
     slow = disk(1000, 0.75)
     plan = make_plan(tower(), replace(slow, prefetch_nbytes=MIB - 1), Goal())
     step, back = tower().records, moved(plan)

@@ -68,7 +68,7 @@ def one_f_one_b(num: int = 6, depth: int = 3) -> Step:
     return step
 
 
-def travelled(offload: ssdtrain.ActivationOffload, step: Step) -> int:
+def offloaded(offload: ssdtrain.ActivationOffload, step: Step) -> int:
     before = offload.stats.num_offloaded
     step()
     return offload.stats.num_offloaded - before
@@ -84,7 +84,7 @@ def test_a_plan_comes_with_the_third_step(make_offload: MakeOffload) -> None:
         step()
         assert offload.plan is None
         step()
-        count = travelled(offload, step)
+        count = offloaded(offload, step)
         plan = offload.plan
         step()
         stats = offload.stats

@@ -34,7 +34,7 @@ def test_the_lowest_counts(store: torch.distributed.HashStore) -> None:
     assert ranks[0].lowest((3e9, 6e9, *NO_HOST)) == (1e9, 5e9, *NO_HOST)
 
 
-def test_only_changes_travel(store: torch.distributed.HashStore) -> None:
+def test_only_changes_are_sent(store: torch.distributed.HashStore) -> None:
     one, other = (Consensus(store, rank, 2) for rank in range(2))
     one.lowest((1e9, 1e9, *NO_HOST))
     assert other.lowest((2e9, 2e9, *NO_HOST)) == (1e9, 1e9, *NO_HOST)

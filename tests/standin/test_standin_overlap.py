@@ -44,8 +44,8 @@ def _sent(rows: torch.Tensor, order: torch.Tensor, copies: torch.cuda.Stream) ->
 
 
 class Mixture(torch.nn.Module):
-    """Tokens travel to experts and back in two halves. Each half has a stream for its expert, both share one for the
-    copies: while one half is computed the other travels."""
+    """Tokens are sent to experts and back in two halves. Each half has a stream for its expert, both share one for the
+    copies: while one half is computed the other is sent."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()

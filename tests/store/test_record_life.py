@@ -134,7 +134,7 @@ class RecordLife(RuleBasedStateMachine):
         self.offload.__enter__()
         self.is_entered = True
         self.num_faults = num_faults
-        self.travels = disk_nbytes is None  # nothing has a reason to stay
+        self.all_leave = disk_nbytes is None  # nothing has a reason to stay
         self.held: list[Held] = []
         self.saved: list[Saved] = []
         self.filed: list[Filed] = []
@@ -373,7 +373,7 @@ class RecordLife(RuleBasedStateMachine):
         send()
         self.drain()
         self.offload.stats  # noqa: B018  takes note of what the engine did
-        if not self.travels:
+        if not self.all_leave:
             return
         for filed in self.filed:
             if not filed.may_be_home and filed.memory.cdata == filed.source.cdata:  # never reloaded
@@ -388,7 +388,7 @@ class RecordLife(RuleBasedStateMachine):
     def files_opened(self, flag: int) -> Iterator[None]:
         """Meanwhile the spill files can only be read, or only be written."""
         self.num_faults -= 1
-        self.travels = False  # directories that failed are not used any more
+        self.all_leave = False  # directories that failed are not used any more
         transport = inside.transport(self.offload)
         fds = [file.fd for file in transport.drive.files] if transport is not None else []
         originals = [os.dup(fd) for fd in fds]

@@ -29,14 +29,14 @@ def run(forks: Forks, script: str, *arguments: str) -> Any:
 
 
 def test_hooks(forks: Forks, tmp_path: Path) -> None:
-    """Tensors travelled in the case that says so, and in no other."""
+    """Tensors were offloaded in the case that says so, and in no other."""
     result = run(forks, "hooks.py", str(tmp_path), "--repeats", "3")
     assert {"processor", "cores", "torch", "ssdtrain"} <= result["machine"].keys()
     ours = {row["case"]: row for row in result["rows"] if row["hooks"] == "ssdtrain"}
     assert len(ours) == 5 and all(row["target_us"] > 0 for row in ours.values())
     for case, row in ours.items():
-        assert (row["travelled"] > 0.8) == ("travels" in case)
-        assert (row["pack_calls"] > 20 and row["unpack_locks"] >= 1) == ("travels" in case)
+        assert (row["offloaded"] > 0.8) == ("offloaded" in case)
+        assert (row["pack_calls"] > 20 and row["unpack_locks"] >= 1) == ("offloaded" in case)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -57,7 +57,7 @@ def test_engine(forks: Forks, tmp_path: Path) -> None:
 
 
 def test_gpu(forks: Forks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs without a GPU: every way gives the same gradients, and bytes travelled in ours."""
+    """What runs without a GPU: every way gives the same gradients, and bytes left in ours."""
     size = "--hidden 64 --heads 2 --layers 3 --sequence 64 --batch 2 --dtype float32 --repeats 1 --warm-up 1".split()
     policy = '{"min_nbytes": 0, "staging_nbytes": "256KiB"}'
     written = tmp_path / "gpu.json"
@@ -192,7 +192,7 @@ def test_state_compare(forks: Forks, tmp_path: Path) -> None:
 
 
 def test_state_cap(forks: Forks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under a cap that a toy does not feel: losses and parameters are those of plain training, and it travelled."""
+    """Under a cap that a toy does not feel: losses and parameters are those of plain training, and it was offloaded."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from memory_group import why_not
 

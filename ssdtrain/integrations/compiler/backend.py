@@ -20,7 +20,7 @@ _BACKENDS = ("inductor", "aot_eager")
 
 
 def compile_backend(name: str = "inductor", *, min_nbytes: Size = "1MiB") -> Backend:
-    """A backend for `torch.compile` that has what the compiled model saves travel inside `offload_activations`.
+    """A backend for `torch.compile` that has what the compiled model saves offloaded inside `offload_activations`.
 
     To autograd a compiled model is one operator: all that it has saved comes back at once in backward, and the peak of
     memory does not fall. Here each tensor comes back where the backward graph first uses it. Results are those of the

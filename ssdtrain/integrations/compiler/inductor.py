@@ -30,7 +30,7 @@ class Partitioner(CustomPartitionerFn):
     """What Inductor calls in the place of PyTorch's partitioner."""
 
     def __init__(self, min_nbytes: int) -> None:
-        """What is smaller does not travel."""
+        """What is smaller stays."""
         self._min_nbytes = min_nbytes
 
     def __call__(

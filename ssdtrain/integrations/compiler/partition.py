@@ -2,7 +2,7 @@
 
 Knows graphs and sizes; neither contexts nor drives.
 
-[Note: what travels]
+[Note: what is offloaded]
 What an operator of forward has made and backward needs, of at least `min_nbytes`. Not what shares memory with an input
 (weights, buffers, the batch) or with an output of the model, which the user holds anyway. With symbolic sizes only
 where backward is given the symbols.
@@ -43,7 +43,7 @@ def partition(
     may_change: bool = False,
     **options: Any,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """What PyTorch's own partitioner makes, edited: what forward saves of at least `min_nbytes` travels.
+    """What PyTorch's own partitioner makes, edited: what forward saves of at least `min_nbytes` is offloaded.
 
     `may_change`: whether what runs the backward graph may write to what comes back.
     """

@@ -58,7 +58,7 @@ def _start_processes(call: Mapping[str, Any]) -> None:
         dist_init_required=call["dist_init_required"],
     )
     device_rank = getattr(call["args"], "device_rank", None)
-    # DeepSpeed sets the device a little later; collectives of objects travel through it.
+    # DeepSpeed sets the device a little later; collectives of objects are sent through it.
     accelerator.set_device(local_rank() if device_rank is None or device_rank < 0 else device_rank)
 
 

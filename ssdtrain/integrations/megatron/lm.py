@@ -16,7 +16,7 @@ from ssdtrain.integrations.megatron.rank import Rank
 
 
 class _ForwardStep:
-    """A forward step whose saved activations travel; `offload` has the statistics once it has run."""
+    """A forward step whose saved activations are offloaded; `offload` has the statistics once it has run."""
 
     def __init__(self, forward_step_func: Callable[..., Any], args: object) -> None:
         functools.update_wrapper(self, forward_step_func)

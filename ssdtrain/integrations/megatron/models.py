@@ -53,7 +53,7 @@ def check_model(model: torch.nn.Module) -> None:
 
 
 def weights_of(model: torch.nn.Module) -> list[torch.Tensor]:
-    """What never travels: parameters, buffers, and the gradients that Megatron keeps beside them."""
+    """What is never offloaded: parameters, buffers, and the gradients that Megatron keeps beside them."""
     buffers = torch.nn.Module.buffers(model)  # Megatron's DDP has a list of that name
     weights = [*model.parameters(), *buffers]
     return [*weights, *(w.main_grad for w in weights if hasattr(w, "main_grad"))]
