@@ -4,8 +4,8 @@
 
 For each size a GPT trains a few steps in processes of their own: plain, with the defaults, and with
 `trim_memory="always"`. What counts is the largest resident size of each process (`ru_maxrss`), PyTorch and all code
-included. "estimated" is what a run with ssdtrain says its process would need without: its own size, and what was saved
-less what was held. Losses are compared. The last line is JSON.
+included. "estimated" is what a run with ssdtrain says its process would need without (`without_process_nbytes`; where
+nothing moves its own size). Losses are compared. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     if offload is None:
         return found
     stats = offload.stats
-    estimated = found["resident_nbytes"] + stats.without_nbytes - stats.peak_memory_nbytes
+    estimated = stats.without_process_nbytes or found["resident_nbytes"]
     held = {"saved_nbytes": stats.without_nbytes, "held_nbytes": stats.peak_memory_nbytes, "plan": stats.plan}
     return found | held | {"estimated_nbytes": estimated}
 

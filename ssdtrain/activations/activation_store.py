@@ -282,7 +282,7 @@ class ActivationStore:
                 self._release_all()
                 self._close_if_idle()
             if self.source.heap.is_due:
-                self.source.heap.give_back()
+                self.counters.note_process(self.source.heap.give_back())
 
     def _release_all(self) -> None:
         self.is_release_urgent = False

@@ -56,17 +56,25 @@ class CHeap:
             _LEAST_NBYTES, saved_nbytes // _SHARE
         )
 
-    def give_back(self) -> None:
-        """Gives back what is free, and learns what that costs. Takes milliseconds."""
+    def give_back(self) -> int:
+        """Gives back what is free, and learns what that costs. Takes milliseconds.
+
+        Returns:
+            Bytes of the process that are resident after it; 0 where the system does not say.
+        """
         self.is_due = False
         if self._trim is None:
-            return
+            return 0
         before, begin = self._resident_nbytes(), self._clock()
         self._trim()
-        end = self._clock()
-        returned = max(0, before - self._resident_nbytes())
-        cost, since = end - begin + returned * _SECONDS_PER_BYTE, end - self._last
-        freed, self._freed_nbytes, self._last = self._freed_nbytes, 0, end
+        end, after = self._clock(), self._resident_nbytes()
+        self._learn(end - begin, max(0, before - after), end)
+        return after
+
+    def _learn(self, seconds: float, returned: int, now: float) -> None:
+        """How often to have it given back, from what it cost this time."""
+        cost, since = seconds + returned * _SECONDS_PER_BYTE, now - self._last
+        freed, self._freed_nbytes, self._last = self._freed_nbytes, 0, now
         if self._is_always:
             return
         if cost > _MAX_COST * since or returned < min(freed, self._saved_nbytes) // _WORTH_SHARE:

@@ -103,6 +103,7 @@ class Counters:
         self.staging_nbytes = 0  # gauge: slabs that were ever in use, which stay in memory
         self.without_nbytes = self.peak_memory_nbytes = self.peak_memory_step = self.peak_process_nbytes = 0
         self.peak_allocated_nbytes = self.peak_reserved_nbytes = self.num_steps = 0
+        self.other_process_nbytes = 0  # most of the process, but for saved tensors and our buffers
         self.step_memory_nbytes = self.last_memory_nbytes = 0  # of the step that runs, and of the last one
         self.held_nbytes = 0  # gauge: bytes of saved tensors in memory now, staging excluded
         self.prefetched_nbytes = 0  # gauge: bytes reloaded, or being reloaded, and not asked for yet
@@ -203,6 +204,16 @@ class Counters:
 
     def _note_without(self) -> None:
         self.without_nbytes = max(self.without_nbytes, self.live_nbytes + self.resident_nbytes)
+
+    def note_process(self, nbytes: int) -> None:
+        """So much of the process is resident, with no freed memory in it."""
+        other_nbytes = nbytes - self.held_nbytes - self.staging_nbytes
+        self.other_process_nbytes = max(self.other_process_nbytes, other_nbytes)
+
+    @property
+    def without_process_nbytes(self) -> int:
+        """What the process would take without us; 0 where that is not known."""
+        return self.other_process_nbytes + self.without_nbytes if self.other_process_nbytes else 0
 
     def compute_seconds(self) -> float:
         """A clock that stands still while training waits for a drive."""

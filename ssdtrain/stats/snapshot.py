@@ -113,7 +113,11 @@ class Stats:
     without_nbytes: int = 0
     """An estimate of the peak of saved tensors without ssdtrain: most bytes of them alive at once."""
     peak_process_nbytes: int = 0
-    """Most resident memory of this process since it began, as the system reports."""
+    """Most resident memory of this process since it began, as the system reports,"""
+    without_process_nbytes: int = 0
+    """and an estimate of what it would be without ssdtrain, where tensors are saved in host memory: what is not saved
+    tensors, looked at whenever freed memory was given back to the system (`trim_memory`), and `without_nbytes`. 0
+    before that was done."""
     peak_allocated_nbytes: int = 0
     """What PyTorch reports of the current CUDA device, `max_memory_allocated`; 0 without one."""
     peak_reserved_nbytes: int = 0
@@ -179,13 +183,15 @@ class Stats:
 
     def _peak_lines(self) -> list[str]:
         allocated, reserved = nbytes_text(self.peak_allocated_nbytes), nbytes_text(self.peak_reserved_nbytes)
+        process = nbytes_text(self.without_process_nbytes)
+        without = f" (estimated without ssdtrain: {process})" if self.without_process_nbytes else ""
         device = f"; the device had {allocated} allocated, {reserved} reserved" if self.peak_reserved_nbytes else ""
         return [
             f"  the run   peak {nbytes_text(self.peak_memory_nbytes)} of saved tensors and our buffers, in step"
             f" {max(1, self.peak_memory_step)}; {nbytes_text(self.without_nbytes)} without ssdtrain (estimated)",
             f"            saved tensors alone {nbytes_text(self.peak_device_nbytes)},"
             f" staging {nbytes_text(self.peak_staging_nbytes)}, spill space {nbytes_text(self.peak_disk_nbytes)};"
-            f" the process took {nbytes_text(self.peak_process_nbytes)} at most{device}",
+            f" the process took {nbytes_text(self.peak_process_nbytes)} at most{without}{device}",
         ]
 
     def __repr__(self) -> str:

@@ -116,6 +116,22 @@ def test_the_peak_is_the_highest_of_the_run_and_names_its_step(tmp_path: Path) -
     assert stats._repr_html_().startswith("<pre>ssdtrain:")
 
 
+def test_what_the_process_would_take_without_is_estimated(tmp_path: Path) -> None:
+    """What is not saved tensors is looked at where freed memory has been given back; nothing is said where it never is."""
+    layers = nn.Sequential(*blocks(8))
+    said = {}
+    for when in ("always", "never"):
+        with ssdtrain.offload_activations(tmp_path, SMALL | {"trim_memory": when}) as offload:
+            for _ in range(3):
+                layers(torch.randn(32768, 64)).square().sum().backward()
+        said[when] = offload.stats
+    assert said["never"].without_process_nbytes == 0 and "estimated without" not in str(said["never"])
+    stats = said["always"]
+    assert stats.without_process_nbytes > stats.without_nbytes + 100 * MIB, "PyTorch's code is more than that"
+    assert stats.without_process_nbytes < stats.peak_process_nbytes + stats.without_nbytes
+    assert "at most (estimated without ssdtrain: " in str(stats)
+
+
 def test_staging_that_the_plan_does_not_need_is_given_back(tmp_path: Path) -> None:
     """Another engine takes its place between two steps; what it wrote still counts."""
     layers, plain = nn.Sequential(*blocks(12)), contextlib.nullcontext()
