@@ -92,10 +92,13 @@ def checkpoint(
 
 
 def _run(call: _Call, tensors: list[torch.Tensor], options: dict[str, Any], offloads_kept: bool) -> Any:
+    if "context_fn" in options and _has_switch():
+        pair = options["context_fn"]()
+        options["context_fn"] = lambda: pair
+        offloads_kept = offloads_kept and not _may_change(pair[1])
+        return plain.checkpoint(call, *tensors, respect_saved_tensors_hooks=offloads_kept, **options)
     if "context_fn" not in options or not offloads_kept:
         return plain.checkpoint(call, *tensors, **options)
-    if _has_switch():
-        return plain.checkpoint(call, *tensors, respect_saved_tensors_hooks=True, **options)
     modes: list[Any] = []
     options["context_fn"] = functools.partial(_noting, options["context_fn"], modes)
     result = plain.checkpoint(call, *tensors, **options)
@@ -221,20 +224,37 @@ def _partial(made: tuple[Any, Any, Any]) -> Any:
 # -- what a selective checkpoint keeps -----------------------------------------------------------------------------
 
 
+class _Save(torch.autograd.Function):
+    """A node of autograd that is only there to save a tensor: no backward ever comes to it."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        """`anchor` wants a gradient, or there would be no node, which what is returned owns."""
+        ctx.save_for_backward(tensor)
+        return anchor.clone()
+
+
 class _Kept:
     """An output that is kept, held by autograd's means: the hooks around see it. In place of PyTorch's own holder."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._saved: Any = torch._C._autograd._make_saved_tensor(tensor, is_output=False)
+        with torch.enable_grad():
+            anchor = torch.empty(0, device="cpu", requires_grad=True)
+            self._saved: Any = _Save.apply(anchor, tensor)  # type: ignore[no-untyped-call]
 
     def get_val(self, allow_cache_entry_mutation: bool) -> torch.Tensor:
         """What was kept, unless it was changed."""
-        tensor: torch.Tensor = self._saved.unpack()
+        tensor: torch.Tensor = self._saved.grad_fn.saved_tensors[0]
         return tensor
 
 
 def _has_switch() -> bool:
     return "respect_saved_tensors_hooks" in inspect.signature(plain.checkpoint).parameters
+
+
+def _may_change(again: Any) -> bool:
+    """Whether what is kept may be changed in place, which autograd would not allow."""
+    return bool(getattr(again, "allow_cache_entry_mutation", False))
 
 
 def _noting(context_fn: _Contexts, modes: list[Any]) -> Any:
@@ -246,7 +266,7 @@ def _noting(context_fn: _Contexts, modes: list[Any]) -> Any:
 def _send_kept(modes: list[Any]) -> None:
     """Has outputs that a selective checkpoint keeps offloaded, before the version of PyTorch that does so itself."""
     forward, again = modes
-    if isinstance(forward, plain._CachingTorchDispatchMode) and not getattr(again, "allow_cache_entry_mutation", False):
+    if isinstance(forward, plain._CachingTorchDispatchMode) and not _may_change(again):
         for key, entries in forward.storage.items():
             forward.storage[key] = tree_map(_kept, entries)
 
