@@ -59,11 +59,13 @@ class StateCounters:
         self.num_away += num
         self.away_nbytes += nbytes
 
-    def keep(self, reason: str, nbytes: int) -> None:
-        """Counts a tensor that stays in memory."""
+    def keep(self, reason: str, nbytes: int, num: int = 1) -> None:
+        """Counts a tensor that stays in memory, or, negative, does not any more."""
         entry = self.stays.setdefault(reason, [0, 0])
-        entry[0] += 1
+        entry[0] += num
         entry[1] += nbytes
+        if not entry[0]:
+            del self.stays[reason]
 
     def wait(self, direction: str, seconds: float) -> None:
         """Charges waiting time to reads or writes."""
@@ -118,7 +120,7 @@ class StateStats:
     peak_host_nbytes: int
     """Most bytes in the host tier at once."""
     stays: Mapping[str, Skipped] = field(default_factory=lambda: MappingProxyType({}))
-    """Tensors that stay in memory, by reason."""
+    """Tensors that stay in memory, by reason; of optimizer state since the last step."""
     engine: str = ""
     """Who executes the file requests."""
     engine_reason: str = ""

@@ -31,6 +31,9 @@ class _Leaf:
     pending: PendingRead | None = None
 
 
+_Stay = tuple[str, int]  # why a tensor stays in memory, and its bytes
+
+
 @dataclass(eq=False)
 class _StateValue:
     """One value of a parameter's state: a tensor, or what has tensors inside."""
@@ -47,6 +50,7 @@ class OffloadedState:
         self._store, self._counters, self._min_nbytes = store, counters, min_nbytes
         self._devices = store.devices()
         self._entries: dict[torch.Tensor, dict[str, _StateValue]] = {}
+        self._stays: dict[torch.Tensor, dict[str, list[_Stay]]] = {}
         self._copies = Copies[_Leaf](
             lambda leaf: (leaf.record.segments, leaf.record.storage), lambda leaf: leaf.record.name
         )
@@ -121,8 +125,8 @@ class OffloadedState:
         """
         if parameter in self.handed_out:
             return
-        for key in [key for key in self._entries.get(parameter, {}) if key not in state]:
-            self._discard(parameter, key)  # the optimizer has done away with it
+        for key in self._keys(parameter) - state.keys():
+            self._forget(parameter, key)  # the optimizer has done away with it
         for key in list(state):
             if not self._offload_value(parameter, key, name, state[key], host):
                 self._discard(parameter, key)
@@ -131,15 +135,18 @@ class OffloadedState:
 
     def _offload_value(self, parameter: torch.Tensor, key: str, name: str, value: Any, host: Device | None) -> bool:
         sources: list[tuple[torch.Tensor, Device, str]] = []
+        stays: list[_Stay] = []
 
         def leave(tensor: torch.Tensor, where: str) -> int | None:
             device = self._device_of(tensor, f"{key}{where}", host)
-            if device is None:
+            if isinstance(device, str):
+                stays.append((device, nbytes_of(tensor)))
                 return None
             sources.append((whole(tensor), device, f"{key}{where} of {name}"))
             return len(sources) - 1
 
         frame = take_apart(value, leave)
+        self._note_stays(parameter, key, stays)
         if not has_gaps(frame):
             return False
         entry = self._entries.setdefault(parameter, {}).setdefault(key, _StateValue())
@@ -156,16 +163,25 @@ class OffloadedState:
             self._store.write(leaf.record, source.untyped_storage(), device, prefers_host=host is not None)
         return True
 
-    def _device_of(self, tensor: torch.Tensor, what: str, host: Device | None) -> Device | None:
-        """Where a tensor leaves from; None when it stays, which is said unless it is small."""
+    def _note_stays(self, parameter: torch.Tensor, key: str, stays: list[_Stay]) -> None:
+        """Counts what stays of a value, in the place of what did before."""
+        noted = self._stays.setdefault(parameter, {})
+        for reason, nbytes in noted.pop(key, ()):
+            self._counters.keep(reason, -nbytes, -1)
+        for reason, nbytes in stays:
+            self._counters.keep(reason, nbytes)
+        if stays:
+            noted[key] = stays
+
+    def _device_of(self, tensor: torch.Tensor, what: str, host: Device | None) -> Device | str:
+        """Where a tensor leaves from, or why it stays, which is said unless it is small."""
         if tensor.layout is torch.strided and tensor.nbytes < max(1, self._min_nbytes):
-            return None
+            return "smaller than min_nbytes"
         is_special = tensor.requires_grad or isinstance(tensor, torch.nn.Parameter)
         reason = why_not(tensor) or ("a parameter or part of a graph" if is_special else None)
         device = reason or host or self._devices.of(tensor)
         if isinstance(device, str):
             self._store.note(f"{what} of a parameter stays in memory: {device}")
-            return None
         return device
 
     def hand_out(self, parameter: torch.Tensor, state: dict[str, Any]) -> None:
@@ -216,9 +232,17 @@ class OffloadedState:
         self._release(parameter)
 
     def _release(self, parameter: torch.Tensor) -> None:
-        for key in list(self._entries.get(parameter, {})):
-            self._discard(parameter, key)
+        for key in self._keys(parameter):
+            self._forget(parameter, key)
         self._entries.pop(parameter, None)
+        self._stays.pop(parameter, None)
+
+    def _keys(self, parameter: torch.Tensor) -> set[str]:
+        return {*self._entries.get(parameter, {}), *self._stays.get(parameter, {})}
+
+    def _forget(self, parameter: torch.Tensor, key: str) -> None:
+        self._discard(parameter, key)
+        self._note_stays(parameter, key, [])
 
     def _discard(self, parameter: torch.Tensor, key: str) -> None:
         entry = self._entries.get(parameter, {}).pop(key, None)
@@ -232,5 +256,5 @@ class OffloadedState:
     def forget(self) -> None:
         """Frees the space of all state."""
         self.handed_out.clear()
-        for parameter in self:
+        for parameter in {**self._entries, **self._stays}:
             self.drop(parameter)

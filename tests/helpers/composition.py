@@ -36,8 +36,7 @@ ABOUT = """What `ssdtrain` was tried together with: every row trains a tiny mode
 with offload, from the same seeds. *Equal* means losses, gradients and parameters, to the bit. *Offloaded* is what left
 memory, of what autograd saved apart from weights, or of the optimizer state and the parameters; what stayed is named
 with its reason and its size. What the last operator of a forward saves is "needed before it had left" always, which is
-much of a model as small as these, and tensors under 1 KiB are "smaller than min_nbytes" here, but for optimizer state,
-where they are not counted.
+much of a model as small as these, and tensors under 1 KiB are "smaller than min_nbytes" here.
 
 Measured with PyTorch {version} on the CPU, with `mode="all"` and `min_nbytes=1024`. A test runs every row.
 """

@@ -102,6 +102,28 @@ def test_state_is_not_in_memory_between_steps(tmp_path: Path) -> None:
     assert held == sum(2 * p.nbytes for p in model.parameters())
 
 
+@pytest.mark.parametrize("how", ["after backward", "step_in_backward", "update_on"])
+def test_what_stays_is_counted(tmp_path: Path, how: str) -> None:
+    """State below `min_nbytes` stayed without a word: what had left looked like all there was."""
+    model = model_of("mlp")
+    policy = {"after backward": {}, "step_in_backward": {how: True}, "update_on": {how: "cpu"}}[how]
+    optimizer = offloaded(adamw(model.parameters()), tmp_path, **policy)
+    assert not optimizer.stats.stays
+    for _ in range(2):
+        train(model, optimizer, 2)
+        found = [v for s in optimizer.state_dict()["state"].values() for v in s.values()]
+        small = [v.nbytes for v in found if v.nbytes < EAGER_STATE["min_nbytes"]]
+        stats = optimizer.stats
+        assert {reason: (s.count, s.nbytes) for reason, s in stats.stays.items()} == {
+            "smaller than min_nbytes": (len(small), sum(small))
+        }
+        assert stats.away_nbytes + sum(small) == sum(v.nbytes for v in found)
+        optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.state.clear()
+    assert not optimizer.stats.stays and not optimizer.stats.away_nbytes
+    optimizer.close()
+
+
 def test_gradients_are_freed_in_backward(tmp_path: Path) -> None:
     """With step_in_backward the gradients that wait are never more than a chunk, and none is left after backward."""
     model = model_of("gpt")
