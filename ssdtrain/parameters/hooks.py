@@ -114,13 +114,16 @@ class _Hook:
         return _Hook, (None,)
 
 
-class _Parallelisms(dict[str, Any]):
-    """A module's registry of PyTorch's composable parallelisms, which refuses those that take its parameters away."""
+class _Parallelisms(dict[Any, Any]):
+    """The states of PyTorch's composable parallelisms of a module, which refuses those that take its parameters away.
 
-    def __contains__(self, name: object) -> bool:
-        if name in ("fully_shard", "replicate"):
+    Only what is about to be applied is looked up in it; whoever asks what was applied looks elsewhere.
+    """
+
+    def __contains__(self, function: object) -> bool:
+        if getattr(function, "__name__", None) in ("fully_shard", "replicate"):
             raise ValueError(SHARDED)
-        return super().__contains__(name)
+        return super().__contains__(function)
 
     def __reduce__(self) -> Any:
         return dict, (dict(self),)
@@ -374,9 +377,9 @@ def _fits(r: ParameterRecord, value: Any) -> bool:
 
 def _refuse_sharding(module: torch.nn.Module) -> None:
     if dist.is_available():
-        from torch.distributed._composable.contract import REGISTRY_KEY
+        from torch.distributed._composable.contract import STATE_KEY
 
-        vars(module)[REGISTRY_KEY] = _Parallelisms(vars(module).get(REGISTRY_KEY, {}))
+        vars(module)[STATE_KEY] = _Parallelisms(vars(module).get(STATE_KEY, {}))
 
 
 def _allow_sharding(module: torch.nn.Module) -> None:

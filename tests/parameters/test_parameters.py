@@ -29,6 +29,7 @@ from state_tools import (
     values,
 )
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.utils.checkpoint import checkpoint
 
 import ssdtrain
@@ -80,6 +81,20 @@ def test_every_model_is_equal_to_the_bit(kind: str, has_activations: bool, optim
     owner.close()
     check_same(values(model), values(plain))
     check_same(train(model, steps, 2, first=10), train(plain, expected, 2, first=10))
+
+
+def test_state_dicts_of_distributed_checkpoints(tmp_path: Path) -> None:
+    """Asked which parallelisms the module has, its parameters' guard took the question for the wish to shard it."""
+    plain, model = model_of("mlp"), model_of("mlp")
+    expected, optimizer = adamw(plain.parameters()), adamw(model.parameters())
+    owner = offloaded(model, tmp_path)
+    for _ in range(2):
+        check_same(train(model, optimizer, 2), train(plain, expected, 2))
+        states = get_state_dict(model, optimizer), get_state_dict(plain, expected)
+        check_same(states[0], states[1])
+        for pair, state in zip(((model, optimizer), (plain, expected)), states, strict=True):
+            set_state_dict(*pair, model_state_dict=state[0], optim_state_dict=state[1])
+    owner.close()
 
 
 @pytest.mark.parametrize("optimizer", ["plain", "offloaded"])
