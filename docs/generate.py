@@ -51,7 +51,7 @@ Two more are about the package itself: `SSDTRAIN_NO_CPP=1` leaves the C++ engine
 and `SSDTRAIN_BUILD_JOBS` bounds the compilers that build it at once. Of launchers' variables `RANK`, `LOCAL_RANK` and
 `WORLD_SIZE` are read, to fill in `{rank}` and `{local_rank}` in paths."""
 _ALONE = {
-    "SSDTRAIN_DIR": "the directory; several with `:` between them",
+    "SSDTRAIN_DIR": "the directory, or [several](../how-to/drives.md#several) with `:` between them",
     "SSDTRAIN_CONFIG": "a file with all of it, YAML or JSON; none of the others then",
     "SSDTRAIN_ENABLED": "true or false: all of it",
 }

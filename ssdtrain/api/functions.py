@@ -39,12 +39,12 @@ def offload_activations(
     nothing is offloaded, one warning says why.
 
     Args:
-        directory: where the spill files go, on a fast local drive. Several are striped. ``~``, ``{rank}`` and
-            ``{local_rank}`` are filled in. The files are unlinked at once: nothing is ever left behind. Or what is
-            offloaded already, `parameter_offload(module)` or an offloaded optimizer: both then share its engine,
-            staging memory and host tier, what somebody waits for is read first, and the endurance budget counts what is
-            written for both; `disk_nbytes` bounds activations alone. None: tensors of an accelerator go to pinned host
-            memory only.
+        directory: where the spill files go, on a fast local drive. Several, in a list or a text with ``:`` between
+            them, are striped. ``~``, ``{rank}`` and ``{local_rank}`` are filled in. The files are unlinked at once:
+            nothing is ever left behind. Or what is offloaded already, `parameter_offload(module)` or an offloaded
+            optimizer: both then share its engine, staging memory and host tier, what somebody waits for is read first,
+            and the endurance budget counts what is written for both; `disk_nbytes` bounds activations alone. None:
+            tensors of an accelerator go to pinned host memory only.
         policy: an `ActivationPolicy` or a mapping with its fields.
         model: names modules in messages, marks its parameters and buffers as weights, and has the blocks that
             ``recompute`` is about. Never needed for correctness.
@@ -118,7 +118,8 @@ def offload_parameters(
             what is offloaded already, `parameter_offload(module)` or an offloaded optimizer: both then share its engine
             and staging memory, and its policy's bounds. None: pinned host memory only, for what is on an accelerator.
         policy: a `ParameterPolicy` or a mapping with its fields.
-        blocks: names of modules, or patterns such as ``"encoder.layers.*"``; by default the repeated layers.
+        blocks: names of modules, or patterns such as ``"encoder.layers.*"``; by default the repeated layers, or what
+            a ``Sequential`` without any runs in turn.
 
     Returns:
         The same module.

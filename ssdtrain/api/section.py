@@ -50,7 +50,7 @@ class Section:
     optimizer: OptimizerPolicy | None = None
     """How optimizer state does."""
     blocks: tuple[str, ...] | None = None
-    """The modules whose parameters are offloaded; None: the repeated layers."""
+    """The modules whose parameters are offloaded; None: the repeated layers, see `offload_parameters`."""
 
     @property
     def is_enabled(self) -> bool:
@@ -265,7 +265,7 @@ def _from_variables(found: Mapping[str, str], known: Mapping[str, tuple[str, str
         if feature:
             fields.setdefault(feature, {})[field] = text.split(",") if field == "blocks" else text
         elif field == "directory":
-            section[field] = text.split(os.pathsep) if os.pathsep in text else text
+            section[field] = text
         else:
             section[field] = _word_or_json(name, text)
     for feature, own in fields.items():

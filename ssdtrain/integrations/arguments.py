@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--ssdtrain-dir",
         nargs="+",
         metavar="DIR",
-        help="where spill files go, on a fast local drive; several are striped; {rank} and {local_rank} are replaced",
+        help="where spill files go, on a fast local drive; several, or one text with : between them, are striped; "
+        "{rank} and {local_rank} are replaced",
     )
     for name, field in ActivationPolicy.model_fields.items():
         option = f"--ssdtrain-{name.replace('_', '-')}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from ssdtrain.model_blocks import find_blocks
 from ssdtrain.parameters.parameter import ParameterRecord
 from ssdtrain.parameters.placeholder import OWNER
 from ssdtrain.state_stats import StateCounters
+
+_MAX_NAMES = 8
 
 
 class Block:
@@ -49,18 +51,15 @@ class Block:
 
 
 def choose_blocks(module: torch.nn.Module, names: Sequence[str] | None) -> dict[str, torch.nn.Module]:
-    """The repeated layers, or the modules that `names` (patterns such as ``"encoder.*"``) name.
+    """The repeated layers, else the layers of its ``Sequential``, or the modules that `names` (``"encoder.*"``) name.
 
     Raises:
         ValueError: there are none, a name fits none, or one is inside another.
     """
     if names is None:
-        found = find_blocks(module)
+        found = find_blocks(module) or _layers_in_sequence(module)
         if not found:
-            raise ValueError(
-                f"Expected a module with repeated layers, got {type(module).__name__} without any: name its blocks, "
-                "such as blocks=['encoder', 'decoder']"
-            )
+            raise _without_blocks(module)
         return found
     every = dict(module.named_modules())
     every.pop("", None)
@@ -68,7 +67,7 @@ def choose_blocks(module: torch.nn.Module, names: Sequence[str] | None) -> dict[
     for name in [names] if isinstance(names, str) else names:
         fitting = [known for known in every if fnmatch.fnmatchcase(known, name) and known.count(".") == name.count(".")]
         if not fitting:
-            some = ", ".join(list(every)[:8])
+            some = ", ".join(list(every)[:_MAX_NAMES])
             raise ValueError(f"Expected names of modules such as {some}, got {name!r}, which is none of them")
         chosen |= {known: every[known] for known in fitting if any(True for _ in every[known].parameters())}
     for outer in chosen:
@@ -76,6 +75,31 @@ def choose_blocks(module: torch.nn.Module, names: Sequence[str] | None) -> dict[
         if inner is not None:
             raise ValueError(f"Expected blocks apart from each other, got {inner!r} inside {outer!r}: name one of them")
     return chosen
+
+
+def _layers_in_sequence(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """What each ``Sequential`` of a module without repeated layers runs in turn, unless it has no parameters."""
+    found: dict[str, torch.nn.Module] = {}
+    inner = {id(m) for layer in module.modules() for m in _run_in_turn(layer)}
+    for name, layer in module.named_modules():  # each object once
+        if id(layer) in inner and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = layer
+    return found
+
+
+def _run_in_turn(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The layers of a ``Sequential`` that are none themselves and have parameters."""
+    for layer in module.children() if isinstance(module, torch.nn.Sequential) else ():
+        if not isinstance(layer, torch.nn.Sequential) and any(True for _ in layer.parameters()):
+            yield layer
+
+
+def _without_blocks(module: torch.nn.Module) -> ValueError:
+    """With the line to write."""
+    names = [name for name, child in module.named_children() if any(True for _ in child.parameters())]
+    kind = type(module).__name__
+    line = f"name its blocks: blocks={names[:_MAX_NAMES]}" if names else "one layer is in memory as a whole anyway"
+    return ValueError(f"Expected a module with repeated layers or a Sequential, got {kind} without any: {line}")
 
 
 def choose_parameters(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import inside
 import pytest
 import torch
 from conftest import same_bits
@@ -306,6 +307,30 @@ def test_ways_to_write_a_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("SSDTRAIN_DIR", f"{tmp_path}:{tmp_path}/b")
     found = Section.from_environment()
     assert found is not None and found.directories == (str(tmp_path), f"{tmp_path}/b")
+
+
+def test_several_directories_are_written_in_one_way(tmp_path: Path) -> None:
+    """In all places: a list, or a text with `:` between them; every one of them gets its part of what is offloaded."""
+    a, b = (str(tmp_path / name) for name in "ab")
+    for folder in (a, b):
+        Path(folder).mkdir()
+    both, listed = (a, b), f"{a}:{b}"
+    assert Section.given(listed).directories == Section.given([a, b]).directories == both
+    assert Section.of({"directory": listed}).directories == Section.of({"directory": [a, b]}).directories == both
+    from_environment = Section.from_environment({"SSDTRAIN_DIR": listed})
+    assert from_environment is not None and from_environment.directories == both
+    # Two folders on the faster of two drives: each folder gets a third of what is offloaded.
+    (tmp_path / "c").mkdir()
+    session = ssdtrain.Offload(f"{listed}:{tmp_path}/c", activations=False, optimizer=STATE | {"chunk_nbytes": "8KiB"})
+    net = model()
+    (optimizer,) = session.begin(net, torch.optim.AdamW(net.parameters()))
+    train(net, optimizer, session)
+    in_use = [extents.in_use_nbytes for extents in inside.space(optimizer.store)._extents]
+    assert len(in_use) == 3 and max(in_use) <= 2 * min(in_use) and min(in_use) > 0
+    session.close()
+    (tmp_path / "a:b").mkdir()
+    assert Section.given(tmp_path / "x:y").directories == (f"{tmp_path}/x:y",)  # a path object is one
+    assert Section.given(f"{tmp_path}/a:b").directories == (f"{tmp_path}/a:b",)  # its very name
 
 
 def test_directories_of_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

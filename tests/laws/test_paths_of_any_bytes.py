@@ -23,8 +23,8 @@ from ssdtrain.io.files.directories import check_directories
 from ssdtrain.report.data import describe
 from ssdtrain.run_log import read_run
 
-NAME = os.fsdecode(b"dr\xefve \xff\xfe")
-SHOWN = r"dr\udcefve \udcff\udcfe"
+NAME = os.fsdecode(b"dr\xefve:2 \xff\xfe")  # and what is between several, where there are several
+SHOWN = r"dr\udcefve:2 \udcff\udcfe"
 MODES = {"cpp": "auto", "python": "python"}
 
 

@@ -684,7 +684,49 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
         ssdtrain.load_safetensors(other, path)
 
 
+# -- which blocks ------------------------------------------------------------------------------------------------------
+
+
+def layers_in_sequence() -> nn.Module:
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU())
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), inner, nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH))
+
+
+def test_layers_of_a_sequential_are_blocks(tmp_path: Path) -> None:
+    """Of a model without repeated layers, to the bit; what has no parameters, and an empty container, is none."""
+    runs = []
+    for is_offloaded in (False, True):
+        model = layers_in_sequence()
+        if is_offloaded:
+            owner = offloaded(model, tmp_path, min_nbytes=0)
+            assert [block.name for block in inside.working_set(owner).blocks] == ["0", "2.0", "3", "4"]
+        optimizer = adamw(model.parameters())
+        losses = []
+        for step in range(3):
+            loss = model(batch(step)).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+        runs.append((losses, values(model)))
+    check_same(*[losses for losses, _ in runs])
+    check_same(*[final for _, final in runs])
+    assert owner.stats.read_nbytes > 0
+    shared = nn.Linear(WIDTH, WIDTH)
+    twice = nn.ModuleDict({"a": nn.Sequential(shared, nn.Tanh()), "b": nn.Sequential(nn.Identity(), shared)})
+    assert [block.name for block in inside.working_set(offloaded(twice, tmp_path)).blocks] == ["a.0"]
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+class Bilingual(nn.Module):
+    """Two layers and a function, in no container."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.there, self.back, self.act = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU()
 
 
 class Special(torch.Tensor):
@@ -692,8 +734,10 @@ class Special(torch.Tensor):
 
 
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"Expected a module with repeated layers, got Linear"):
+    with pytest.raises(ValueError, match=r"Sequential, got Linear without any: one layer is in memory as a whole"):
         offloaded(nn.Linear(64, 64), tmp_path)
+    with pytest.raises(ValueError, match=r"got Bilingual without any: name its blocks: blocks=\['there', 'back'\]"):
+        offloaded(Bilingual(), tmp_path)
     with pytest.raises(ValueError, match=r"Expected names of modules such as blocks, .*got 'layers'"):
         offloaded(MLP(), tmp_path, ["layers"])
     with pytest.raises(ValueError, match=r"'blocks.0.up' inside 'blocks.0'"):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import runpy
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import same_bits
 from typer.testing import CliRunner
 
 import ssdtrain
@@ -70,6 +74,70 @@ def test_code_runs(page: Path, world: dict[str, Any], tmp_path: Path) -> None:
         code = block.replace("/mnt/nvme", f"{tmp_path}/nvme").replace(f'{tmp_path}/nvme"', f'{tmp_path}"')
         code = code.replace(f"{tmp_path}/nvme/", f"{tmp_path}/").replace('record="run', f'record="{tmp_path}/run')
         exec(compile(code, name_of(page), "exec"), world)
+
+
+def test_a_run_that_is_resumed_ends_with_the_same_bits(tmp_path: Path) -> None:
+    """The script of the page, in a process of its own for each start: twice, and once with twice as many steps."""
+    (script,) = blocks_of(ROOT / "docs" / "how-to" / "resume.md")
+    ends = []
+    for name, code, starts in (("twice", script, 2), ("once", script.replace("first + 4", "first + 8"), 1)):
+        (tmp_path / name).mkdir()
+        for _ in range(starts):
+            command = [sys.executable, "-c", code.replace("/mnt/nvme", str(tmp_path / name))]
+            subprocess.run(command, check=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        ends.append(torch.load(tmp_path / name / "run.pt"))
+    twice, once = (torch.utils._pytree.tree_flatten(end) for end in ends)
+    assert twice[1] == once[1] and len(twice[0]) > 64
+    assert all(
+        same_bits(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(twice[0], once[0], strict=True)
+    )
+    assert ends[0]["step"] == 8
+
+
+def masked(text: str) -> dict[str, str]:
+    """The lines of a report by what they begin with; numbers and units are the same everywhere."""
+    text = re.sub(r" \(estimated without ssdtrain: .*?\)", "", text.strip())  # where the heap was looked at
+    lines = re.sub(r"[\d.]+( [KMGT]?i?B| %|%)?\b|[\d.]+", "#", text).splitlines()
+    return {re.split(r":| {2,}|(?<=step) peak", line.removeprefix("  "))[0]: line for line in lines}
+
+
+def test_what_it_did_is_shown_as_it_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The samples of the page have the words that are printed, and every line is explained."""
+    text = (ROOT / "docs" / "how-to" / "what-it-did.md").read_text()
+    samples = re.findall(r"^```text\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    explained = set(re.findall(r"^\| `([a-z ]+)` \|", text, re.MULTILINE))
+    record = str(tmp_path / "run.ssdtrain")
+    code = blocks_of(ROOT / "docs" / "how-to" / "what-it-did.md")[0]
+    exec(code.replace("/mnt/nvme", str(tmp_path)).replace("run.ssdtrain", record), {})
+    stats, _, plan = capsys.readouterr().out.partition("\nplan:")
+    report = CliRunner().invoke(app, ["report", record], env={"COLUMNS": "200"}).output
+    for sample, printed in zip(samples[:2], (stats, f"plan:{plan}"), strict=True):
+        shown, real = masked(sample), masked(printed)
+        assert {*shown, *real} - explained <= {""}, "a line that goes on has no name"
+        alike = shown.keys() & real.keys() - {"cost", "left", "plan", "engine"}
+        assert len(alike) > 4 and {label: shown[label] for label in alike} == {label: real[label] for label in alike}
+    assert len(samples[2].splitlines()) == len(report.splitlines()) == 3 and report.startswith("Saved tensors and our")
+
+
+WRONG = """
+policy = ssdtrain.ActivationPolicy(min_bytes="4MiB")
+ssdtrain.offload_activation("/mnt/nvme")
+ssdtrain.offload_activations(3.5)
+"""
+
+
+def test_code_has_the_types_that_it_is_given(tmp_path: Path) -> None:
+    """`make lint` has PyTorch's types too, and another checker. What is wrong is found."""
+    runpy.run_path(str(ROOT / "docs" / "code.py"))["main"](tmp_path)
+    settings = "[mypy]\ncheck_untyped_defs = True\nfollow_imports = silent\nignore_missing_imports = True\n"
+    settings += "[mypy-torch.*,pydantic.*,pydantic_core.*,typer.*,rich.*]\nfollow_imports = skip\n"
+    (tmp_path / "mypy.ini").write_text(settings)
+    command = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "--no-error-summary"]
+    options: dict[str, Any] = {"cwd": tmp_path, "env": os.environ | {"MYPYPATH": str(ROOT)}, "text": True}
+    assert subprocess.run([*command, "."], stdout=subprocess.PIPE, check=False, **options).stdout == ""
+    (tmp_path / "wrong.py").write_text(f"import ssdtrain\n{WRONG}")
+    found = subprocess.run([*command, "wrong.py"], stdout=subprocess.PIPE, check=False, **options).stdout
+    assert re.findall(r"^wrong.py:(\d+): error", found, re.MULTILINE) == ["3", "4", "5"], found
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -1,7 +1,8 @@
 """Paths as users pass them: checked, and absolute from the moment they are passed.
 
 Knows no files. What is relative is meant from the directory that is the current one now: a later `os.chdir` must not
-move it. A directory may begin with ``~``, and ``{rank}`` and ``{local_rank}`` in it are those of the process.
+move it. A directory may begin with ``~``, and ``{rank}`` and ``{local_rank}`` in it are those of the process. A text
+may list several with ``:`` between them, as the system's own lists of paths do.
 """
 
 from __future__ import annotations
@@ -93,18 +94,25 @@ def fill_in(directory: str, fields: Mapping[str, str | None] | None = None) -> s
 def absolute_directories(directories: object, fields: Mapping[str, str | None] | None = None) -> list[str]:
     """One directory or several, from the root, with placeholders filled in; `fields` as for `fill_in`.
 
+    ``"/mnt/nvme0:/mnt/nvme1"`` are two, unless there is a directory of that very name.
+
     Raises:
         TypeError: something is no path.
         ValueError: there is none, or one is not a path that can be used.
     """
     if isinstance(directories, str | bytes | os.PathLike):
-        return [_absolute_directory(directories, fields)]
+        directories = [directories]
     if not isinstance(directories, Iterable) or _stands_wrong(directories):
         raise TypeError(f"Expected a directory or several, got {_short(directories)}: {_hint(directories)}")
-    paths = [_absolute_directory(path, fields) for path in directories]
+    paths = [_absolute_directory(path, fields) for each in directories for path in _listed(each, fields)]
     if not paths:
         raise ValueError("Expected one directory or several, got none")
     return paths
+
+
+def _listed(text: object, fields: Mapping[str, str | None] | None) -> list[object]:
+    is_one = not isinstance(text, str) or os.pathsep not in text or os.path.isdir(fill_in(text, fields))
+    return [text] if is_one else [*str(text).split(os.pathsep)]
 
 
 def _absolute_directory(path: object, fields: Mapping[str, str | None] | None) -> str:

@@ -92,7 +92,13 @@ def _ask_child(directory: str, mode: str, timeout_seconds: float) -> dict[str, A
     environment = {"CUFILE_LOGFILE_PATH": os.devnull} | os.environ  # else a cufile.log appears where the user is
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     child = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env=environment,
     )
     try:
         output, errors = child.communicate(timeout=timeout_seconds)

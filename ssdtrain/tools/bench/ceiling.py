@@ -48,10 +48,11 @@ class Ceiling:
         return self._loop(direction, request_nbytes, depth)
 
     def _fio(self, direction: str, request_nbytes: int, depth: int) -> float:
-        command = ["fio", "--name=ceiling", f"--filename={self._path}", f"--rw={direction}", f"--size={self._nbytes}"]
+        name = self._path.replace(":", "\\:")  # which is between names of several files
+        command = ["fio", "--name=ceiling", f"--filename={name}", f"--rw={direction}", f"--size={self._nbytes}"]
         command += [f"--bs={request_nbytes}", f"--iodepth={depth}", "--ioengine=io_uring", "--direct=1", "--thread"]
         command += ["--fixedbufs=1", "--invalidate=0", "--output-format=json"]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if result.returncode:
             self.tool = "a loop of direct reads and writes (fio failed)"
             return self._loop(direction, request_nbytes, depth)

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from ssdtrain.io.files.directories import check_directories
-from ssdtrain.io.files.paths import absolute_directories
+from ssdtrain.io.files.paths import absolute_path, fill_in
 from ssdtrain.stats import nbytes_text
 from ssdtrain.tools.bench import Advice, Options, Report, Row, advise, bench_drive
 from ssdtrain.tools.cli.exit_codes import end, one_line
@@ -51,7 +51,7 @@ def bench(
             if quick
             else Options(nbytes_of("--size", size, _LEAST), nbytes_of("--total", total, _LEAST), seconds)
         )
-        (path,) = absolute_directories(directory)
+        path = absolute_path(fill_in(directory), "a directory")
         warnings = check_directories([path])
     except (ValueError, OSError) as error:
         end("bench", 2, one_line(error))

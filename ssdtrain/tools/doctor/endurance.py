@@ -41,7 +41,10 @@ def endurance_of(drive: str) -> Endurance | str:
 
 def _output(command: list[str]) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_SECONDS, check=False).stdout
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=_LIMIT_SECONDS, check=False
+        )
+        return done.stdout.decode(errors="replace")
     except (OSError, subprocess.TimeoutExpired):
         return ""
 
