@@ -117,7 +117,7 @@ def test_the_peak_is_the_highest_of_the_run_and_names_its_step(tmp_path: Path) -
 
 
 def test_what_the_process_would_take_without_is_estimated(tmp_path: Path) -> None:
-    """What is not saved tensors is looked at where freed memory has been given back; nothing is said where it never is."""
+    """What is not saved tensors is looked at where freed memory was given back; nothing is said where it never is."""
     layers = nn.Sequential(*blocks(8))
     said = {}
     for when in ("always", "never"):

@@ -141,7 +141,7 @@ def test_a_record_there_is_read_back(folder: Path) -> None:
     assert Path(directory["path"]).name == SHOWN
     assert run.policy["record"].endswith(rf"{SHOWN}/run.ssdtrain")
     json.dumps(describe(run), ensure_ascii=False).encode()
-    assert stats.written_nbytes > 0
+    assert stats.offloaded_nbytes > 0  # on a busy drive all of it may be forwarded
 
 
 def test_remarks_can_be_printed(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
