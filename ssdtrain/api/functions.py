@@ -74,6 +74,10 @@ def offload_activations(
         ...     return model(batch)
     """
     chosen = ActivationPolicy.of(policy)
+    if model is not None and not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"Expected model to be a torch.nn.Module, got {type(model).__name__}: pass one, or leave it out"
+        )
     if options:
         chosen = ActivationPolicy.of(chosen.model_dump(exclude_unset=True) | options)
     if record is not None:
@@ -137,7 +141,10 @@ def offload_parameters(
     """
     chosen = ParameterPolicy.of(policy)
     if not isinstance(module, torch.nn.Module):
-        raise TypeError(f"Expected a torch.nn.Module, got {type(module).__name__}")
+        raise TypeError(
+            f"Expected a torch.nn.Module, got {type(module).__name__}: pass it first, then the directory, as in "
+            "offload_parameters(model, directory)"
+        )
     if chosen.enabled:
         ParameterOffload(module, partial(_store_for, directory, chosen), chosen, blocks)
     return module

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import difflib
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,12 +27,13 @@ from types import EllipsisType
 from typing import Any
 
 import torch
+from typing_extensions import Never
 
 from ssdtrain.activations.offload import ActivationOffload
 from ssdtrain.api.functions import Directories, offload_activations, offload_parameters, page_optimizer
 from ssdtrain.api.other_offloaders import check_others, check_replicas
 from ssdtrain.api.ranks import agree
-from ssdtrain.api.section import Section
+from ssdtrain.api.section import FEATURES, Section
 from ssdtrain.api.wrappers import rewrap, unwrap
 from ssdtrain.optimizer.gradients.reached import Loop
 from ssdtrain.optimizer.optimizer import OffloadedOptimizer
@@ -60,6 +62,15 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.entered: ActivationOffload | None = None
         self.inside: list[bool] = []  # of each `with`, whether it entered
+
+
+def _unknown(name: str) -> TypeError:
+    """What to write instead of a keyword that there is not."""
+    near = difflib.get_close_matches(name, FEATURES, n=1)
+    hint = f"did you mean {near[0]}=?" if near else "see ssdtrain.Offload"
+    if name in ActivationPolicy.model_fields:
+        hint = f"fields of a policy stand in one of them, activations={{{name!r}: ...}}"
+    return TypeError(f"Expected keywords among directory, {', '.join(FEATURES)}, got {name!r}: {hint}")
 
 
 class Offload:
@@ -94,8 +105,11 @@ class Offload:
         activations: Feature | ActivationPolicy = True,
         parameters: Feature | ParameterPolicy = False,
         optimizer: Feature | OptimizerPolicy = False,
+        **unknown: Never,
     ) -> None:
         """Checks what is asked."""
+        if unknown:
+            raise _unknown(next(iter(unknown)))
         if isinstance(directory, EllipsisType):
             self.section = _of_environment()
         elif isinstance(directory, Section):

@@ -49,13 +49,21 @@ class _Policy(BaseModel):
     def _without_links(cls, data: Any, check: Callable[[Any], Self]) -> Self:
         """Errors of the same type and text, without a link to the library's pages below each."""
         try:
-            return check(data)
+            policy = check(data)
+            policy._check_together()
+            return policy
         except ValidationError as error:
-            plain: list[InitErrorDetails] = []
-            for item in error.errors(include_url=False):
-                kind = PydanticCustomError(item["type"], "{text}", {"text": item["msg"].removeprefix("Value error, ")})
-                plain.append({"type": kind, "loc": item["loc"], "input": item["input"]})
+            items = [(item["type"], item["msg"], item["loc"], item["input"]) for item in error.errors()]
+        except ValueError as error:
+            items = [("value_error", str(error), (), data)]
+        plain: list[InitErrorDetails] = []
+        for kind, text, where, value in items:
+            custom = PydanticCustomError(kind, "{text}", {"text": text.removeprefix("Value error, ")})
+            plain.append({"type": custom, "loc": where, "input": value})
         raise ValidationError.from_exception_data(cls.__name__, plain)
+
+    def _check_together(self) -> None:
+        """Raises ValueError where fields that are right by themselves do not go together."""
 
     @model_validator(mode="before")
     @classmethod
@@ -192,8 +200,8 @@ class ActivationPolicy(_Policy):
     checksum: bool = False
     """Verify a checksum of every byte read back. Without it, corruption by the drive itself goes undetected."""
 
-    @model_validator(mode="after")
-    def _fits(self) -> ActivationPolicy:
+    def _check_together(self) -> None:
+        """See there."""
         if self.disk_nbytes is not None and self.disk_nbytes < self.min_nbytes:
             raise ValueError(
                 f"Expected disk_nbytes of at least min_nbytes ({self.min_nbytes}), got {self.disk_nbytes}: "
@@ -204,7 +212,6 @@ class ActivationPolicy(_Policy):
                 "Expected memory_budget and mode 'auto' with recompute='auto', which recomputes what the budget needs; "
                 f"got memory_budget={self.memory_budget} and mode={self.mode!r}. Set them, or recompute='all'"
             )
-        return self
 
     @property
     def is_patient(self) -> bool:
@@ -326,8 +333,8 @@ class OptimizerPolicy(StatePolicy):
     gradients and parameters are in host memory meanwhile. Call ``flush()`` before a checkpoint, an evaluation and the
     end. Not with `step_in_backward`, `offload_gradients` or parameters in host memory."""
 
-    @model_validator(mode="after")
-    def _has_who_updates(self) -> OptimizerPolicy:
+    def _check_together(self) -> None:
+        """See there."""
         if self.master_weights and self.update_on != "cpu":
             raise ValueError("Expected update_on='cpu' with master_weights, got 'device': the CPU keeps them")
         if self.delayed_update and self.update_on != "cpu":
@@ -335,10 +342,5 @@ class OptimizerPolicy(StatePolicy):
         mode = next((m for m in ("step_in_backward", "offload_gradients") if getattr(self, m)), None)
         if self.delayed_update and mode:
             raise ValueError(f"Expected delayed_update or {mode}, got both: all gradients are taken at once, in step()")
-        return self
-
-    @model_validator(mode="after")
-    def _is_one_of_both(self) -> OptimizerPolicy:
         if self.step_in_backward and self.offload_gradients:
             raise ValueError("Expected step_in_backward or offload_gradients, got both: the first leaves no gradients")
-        return self

@@ -43,6 +43,36 @@ def test_a_model_in_the_place_of_something_else_is_said_so(tmp_path: Path) -> No
         ssdtrain.offload_activations(tmp_path, anything)
 
 
+def test_arguments_in_the_wrong_place_are_said_so(tmp_path: Path) -> None:
+    """And keywords of one function that another does not have."""
+    anything: Any = str(tmp_path)
+    with pytest.raises(TypeError, match=r"got str: pass the optimizer first, then the directory"):
+        ssdtrain.offload_optimizer(anything, tmp_path)
+    with pytest.raises(TypeError, match=r"got str: pass it first, then the directory, as in offload_parameters\(model"):
+        ssdtrain.offload_parameters(anything, tmp_path)
+    with pytest.raises(TypeError, match=r"Expected model to be a torch.nn.Module, got str"):
+        ssdtrain.offload_activations(tmp_path, model=anything)
+    with pytest.raises(TypeError, match=r"got 'mode': fields of a policy stand in one of them, activations={'mode'"):
+        ssdtrain.Offload(tmp_path, mode="all")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"got 'optimiser': did you mean optimizer="):
+        ssdtrain.Offload(tmp_path, optimiser=True)  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError) as caught, ssdtrain.offload_activations("s3://bucket/folder"):
+        pass
+    assert str(caught.value.filename).endswith("s3:/bucket/folder")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"recompute": "auto"}, {"disk_nbytes": "64KiB"}, {"delayed_update": True}, {"master_weights": True}],
+    ids=str,
+)
+def test_fields_that_do_not_go_together_link_nowhere(fields: Any) -> None:
+    kind = ssdtrain.OptimizerPolicy if next(iter(fields)) in ("delayed_update", "master_weights") else None
+    with pytest.raises(ValidationError, match=r"\n  Expected ") as caught:
+        (kind or ssdtrain.ActivationPolicy)(**fields)
+    assert "http" not in str(caught.value) and "Value error" not in str(caught.value)
+
+
 def test_a_bad_value_names_its_field_and_links_nowhere(tmp_path: Path) -> None:
     with pytest.raises(ValidationError) as caught:
         ssdtrain.offload_activations(tmp_path, {"min_nbytes": "4 {quux}", "mode": 3})

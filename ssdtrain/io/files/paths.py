@@ -111,7 +111,9 @@ def absolute_directories(directories: object, fields: Mapping[str, str | None] |
 
 
 def _listed(text: object, fields: Mapping[str, str | None] | None) -> list[object]:
-    is_one = not isinstance(text, str) or os.pathsep not in text or os.path.isdir(fill_in(text, fields))
+    is_one = (
+        not isinstance(text, str) or os.pathsep not in text.replace("://", "") or os.path.isdir(fill_in(text, fields))
+    )
     return [text] if is_one else [*str(text).split(os.pathsep)]
 
 

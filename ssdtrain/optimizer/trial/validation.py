@@ -6,6 +6,7 @@ Knows optimizers, their parameters and policies; moves nothing.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -24,7 +25,10 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Raises when the optimizer cannot update a few parameters at a time."""
     name = type(optimizer).__name__
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"Expected a torch.optim.Optimizer, got {name}: DeepSpeed and Megatron offload their own")
+        hint = "DeepSpeed and Megatron offload their own"
+        if isinstance(optimizer, str | os.PathLike | torch.nn.Module):
+            hint = "pass the optimizer first, then the directory: offload_optimizer(optimizer, directory)"
+        raise TypeError(f"Expected a torch.optim.Optimizer, got {name}: {hint}")
     if getattr(optimizer, "pages_parameters", False):
         raise ValueError("Expected an optimizer that is not offloaded yet, got one that is: call close() first")
     parameters = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
