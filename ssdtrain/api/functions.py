@@ -73,20 +73,30 @@ def offload_activations(
         ... def loss_of(batch):
         ...     return model(batch)
     """
-    chosen = ActivationPolicy.of(policy)
     if model is not None and not isinstance(model, torch.nn.Module):
         raise TypeError(
             f"Expected model to be a torch.nn.Module, got {type(model).__name__}: pass one, or leave it out"
         )
-    if options:
-        chosen = ActivationPolicy.of(chosen.model_dump(exclude_unset=True) | options)
-    if record is not None:
-        chosen = chosen.model_copy(update={"record": absolute_path(record, "a file for the record")})
+    chosen = _chosen(policy, options, record)
     if isinstance(directory, ParameterOffload | OffloadedOptimizer):
         return _attach(directory.store, chosen, model)
     return ActivationOffload(
         None if directory is None else absolute_directories(directory, path_fields()), chosen, model
     )
+
+
+def _chosen(
+    policy: ActivationPolicy | Mapping[str, Any] | None,
+    options: Mapping[str, Any],
+    record: str | os.PathLike[str] | None,
+) -> ActivationPolicy:
+    """The policy with what was said beside it."""
+    chosen = ActivationPolicy.of(policy)
+    if options:
+        chosen = ActivationPolicy.of({**chosen.model_dump(exclude_unset=True), **options})
+    if record is not None:
+        chosen = chosen.model_copy(update={"record": absolute_path(record, "a file for the record")})
+    return chosen
 
 
 def _attach(store: StateStore, policy: ActivationPolicy, model: torch.nn.Module | None) -> ActivationOffload:

@@ -46,7 +46,7 @@ def test_a_model_in_the_place_of_something_else_is_said_so(tmp_path: Path) -> No
 def test_arguments_in_the_wrong_place_are_said_so(tmp_path: Path) -> None:
     """And keywords of one function that another does not have."""
     anything: Any = str(tmp_path)
-    with pytest.raises(TypeError, match=r"got str: pass the optimizer first, then the directory"):
+    with pytest.raises(TypeError, match=r"Optimizer first, then the directory, got str in its place"):
         ssdtrain.offload_optimizer(anything, tmp_path)
     with pytest.raises(TypeError, match=r"got str: pass it first, then the directory, as in offload_parameters\(model"):
         ssdtrain.offload_parameters(anything, tmp_path)

@@ -24,11 +24,10 @@ from ssdtrain.store.state_store import StateStore
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Raises when the optimizer cannot update a few parameters at a time."""
     name = type(optimizer).__name__
+    if isinstance(optimizer, str | os.PathLike | torch.nn.Module):
+        raise TypeError(f"Expected a torch.optim.Optimizer first, then the directory, got {name} in its place")
     if not isinstance(optimizer, torch.optim.Optimizer):
-        hint = "DeepSpeed and Megatron offload their own"
-        if isinstance(optimizer, str | os.PathLike | torch.nn.Module):
-            hint = "pass the optimizer first, then the directory: offload_optimizer(optimizer, directory)"
-        raise TypeError(f"Expected a torch.optim.Optimizer, got {name}: {hint}")
+        raise TypeError(f"Expected a torch.optim.Optimizer, got {name}: DeepSpeed and Megatron offload their own")
     if getattr(optimizer, "pages_parameters", False):
         raise ValueError("Expected an optimizer that is not offloaded yet, got one that is: call close() first")
     parameters = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
