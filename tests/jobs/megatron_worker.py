@@ -290,12 +290,8 @@ def check_bridge(folder: Path) -> Any:
         if callback is not None:
             callback.on_train_start(context)
         for i in range(3):
-            if callback is not None:
-                callback.on_train_step_start(context)
             found += trainer.step(i, get_forward_backward_func())
-            if callback is not None:
-                callback.on_train_step_end(context)
-                assert innermost_hooks() is None
+            assert innermost_hooks() is None
         results.append(found + trainer.weights())
     callback.on_train_end(context)
     stats = callback.session.stats
@@ -304,6 +300,37 @@ def check_bridge(folder: Path) -> Any:
     conflict = message_of(lambda: Offload(folder).on_train_start(context))
     refusal = message_of(lambda: refused.on_train_start(context))
     return [is_equal, stats.read_nbytes, stats.skipped["refilled by its owner"].count, conflict, refusal]
+
+
+def check_bridge_raises(folder: Path) -> Any:
+    """Nothing tells a callback of an error: what is on when one comes, in forward and in backward, and afterwards."""
+    parallel_state.initialize_model_parallel()
+    trainer = models.Trainer(Case())
+    context, seen = types.SimpleNamespace(model=trainer.model), []
+    layer = next(m for m in trainer.model[0].modules() if type(m).__name__ == "TransformerLayer")
+
+    def fail(*_: Any) -> None:
+        seen.append(innermost_hooks() is not None)
+        raise RuntimeError("out of luck")
+
+    def train(callback: Offload, register: Any) -> None:
+        callback.on_train_start(context)
+        trainer.step(0, get_forward_backward_func())
+        with contextlib.closing(types.SimpleNamespace(close=register(fail).remove)):
+            assert "out of luck" in message_of(lambda: trainer.step(1, get_forward_backward_func()))
+        seen.append(innermost_hooks() is None)
+
+    def is_plain() -> bool:
+        return not any("forward" in vars(chunk) for chunk in trainer.model)
+
+    train(Offload(folder, activations=POLICY), layer.register_forward_hook)
+    gc.collect()
+    seen.append(is_plain())  # the callback is gone, and what it had put there
+    with Offload(folder, activations=POLICY) as callback:
+        train(callback, layer.register_full_backward_hook)
+        seen.append(not is_plain())
+    seen += [is_plain(), "closed" in repr(callback.session) or callback.session.stats.num_live_records == 0]
+    return seen
 
 
 _PREFIX = "check_"

@@ -255,7 +255,7 @@ def test_ignite(run: Run) -> None:
 # -- against the source ------------------------------------------------------------------------------------------------
 
 OF_COMPOSER = ("fit_start", "before_train_batch", "after_train_batch", "fit_end", "close")
-OF_BRIDGE = ("on_train_start", "on_train_step_start", "on_train_step_end", "on_train_end")
+OF_BRIDGE = ("on_train_start", "on_train_end")
 SEAMS = [
     ("torchtitan", "trainer.py", "Trainer", {"forward_backward_step": ["input_dict", "labels", "global_valid_tokens"]}),
     ("composer", "core/callback.py", "Callback", {event: ["state", "logger"] for event in OF_COMPOSER}),

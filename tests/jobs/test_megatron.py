@@ -33,7 +33,7 @@ PAIR = (
     "tensor sequence sequence-selective distributed-checkpoints pipeline pipeline-megatron-lm pipeline-keeps-outputs"
     " pipeline-full-recompute interleaved context data data-distributed-optimizer experts-parallel"
 ).split()
-CHECKS_ALONE = ["emptied", "alone", "bridge"]
+CHECKS_ALONE = ["emptied", "alone", "bridge", "bridge-raises"]
 CHECKS_PAIR = "missing-directory missing-directory-in-pipeline conflicts schedules".split()
 CASES = [(name, rank) for names, ranks in ((ALONE, [0]), (PAIR, [0, 1])) for name in names for rank in ranks]
 
@@ -137,6 +137,11 @@ def test_events_of_megatron_bridge(seen: dict[str, list[dict[str, Any]]]) -> Non
     is_equal, read_nbytes, num_refilled, conflict, refusal = seen["bridge"][0]["result"]
     assert is_equal and read_nbytes and num_refilled
     assert "Expected cpu_offloading off" in conflict and "Expected activations alone with Megatron" in refusal
+
+
+def test_nothing_stays_on_when_training_under_megatron_bridge_raises(seen: dict[str, list[dict[str, Any]]]) -> None:
+    """In forward the hooks are on until it raises; in backward they are off; what covers the model goes too."""
+    assert seen["bridge-raises"][0]["result"] == [True, True, True, False, True, True, True, True]
 
 
 # -- errors on every rank ----------------------------------------------------------------------------------------------
