@@ -64,8 +64,8 @@ class ActivationStore:
         self.is_release_urgent = False
         """Whether `process_releases` is to be called when the lock is free: see [Note: the lock]."""
         self.writeback = Writeback(source, self.lock)
-        self.reloads = Reloads(source)
-        self._limits = Limits(source.policy, source.counters, source.buffers)
+        self.limits = Limits(source.policy, source.counters, source.buffers)
+        self.reloads = Reloads(source, self.limits)
         self._on_reset, self._on_fork = on_reset, on_fork
         self._num_entered = 0  # contexts that are active now
         self._why_closed = ""  # to be said when more is saved
@@ -221,7 +221,7 @@ class ActivationStore:
 
     def note_step_over(self) -> None:
         """A step was reviewed. Where moving does not pay there is no need for an engine, nor for its slabs."""
-        if not self._limits.note_step_over():
+        if not self.limits.note_step_over():
             if self.source.has_idle_staging:
                 self._rest()
             return
@@ -261,7 +261,7 @@ class ActivationStore:
         self.counters.save(record.nbytes)
         store = self.source.store
         self.counters.hold(record.nbytes, store.engine.staging_in_use_nbytes if store is not None else 0)
-        if self._limits.note_saved(record):
+        if self.limits.note_saved(record):
             self.source.allow_in_flight()
         if store is not None and self.source.is_staging_short and not store.pending.has_accelerators:
             self.source.grow_staging(store.drive)  # nothing is pinned; else see `prepare`

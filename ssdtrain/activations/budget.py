@@ -40,8 +40,10 @@ class Budget:
     def make_room(self, record: SavedRecord) -> None:
         """Waits until there is room for what is saved after `record`. Without the lock."""
         self._largest_nbytes = max(self._largest_nbytes, record.nbytes)
+        self._store.limits.note_plan(self._schedule.needed_nbytes)
         reserve, coming = reserve_nbytes(self._nbytes, self._largest_nbytes), self._schedule.next_nbytes
-        self._free(reserve_nbytes(self._nbytes) if coming is None else max(coming, reserve), record)
+        is_unplanned = coming is None and self._allowed(record.device) <= self._nbytes
+        self._free(reserve_nbytes(self._nbytes) if is_unplanned else max(coming or 0, reserve), record)
 
     def make_room_for(self, record: SavedRecord) -> None:
         """Waits until there is room for a record that backward asks for. Without the lock."""
@@ -49,15 +51,16 @@ class Budget:
             self._free(record.nbytes, record)
 
     def _free(self, nbytes: int, record: SavedRecord) -> None:
-        store = self._store
-        if self._used(record.device) + nbytes <= self._nbytes:
+        store, most = self._store, self._allowed(record.device) - nbytes
+        if self._used(record.device) <= most:
+            self._note_excess(record.device)  # where more than the budget is allowed
             return
         used: list[SavedRecord] | None = None
-        while self._used(record.device) + nbytes > self._nbytes:
+        while self._used(record.device) > most:
             with store.lock.mutex, store.lock:
                 store.settle()
                 store.reloads.drop_expired()
-                excess = self._used(record.device) + nbytes - self._nbytes
+                excess = self._used(record.device) - most
                 used = self._used_before() if used is None else used
                 wait = self._send(excess, used) if excess > 0 else None
                 is_helpless = excess > 0 and wait is None and not store.reloads.drop_prefetched(excess)
@@ -66,6 +69,9 @@ class Budget:
             if wait is not None:
                 store.writeback.wait_for_room(wait, record)
         self._note_excess(record.device)
+
+    def _allowed(self, device: Device) -> int:
+        return int(self._store.limits.allowed_nbytes(is_on_host=device.driver is None))
 
     def _used(self, device: Device) -> int:
         return self._store.counters.committed_nbytes(is_on_host=device.driver is None)
@@ -98,5 +104,6 @@ class Budget:
             self._is_over = True
             self._store.note_fallback(
                 f"memory_budget={self._nbytes}: {nbytes_text(used)} are held, of which nothing can leave now: what one "
-                "operator saves leaves after it is over, and `print(stats)` says what stays and why; raise the budget"
+                "operator saves leaves after it is over, and `print(stats)` says what stays and why; raise the budget: "
+                "once there is a plan, it says to how much"
             )

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 import torch
 
 from ssdtrain.activations.open_drive import DriveSource
+from ssdtrain.scheduling.in_flight import Limits
 from ssdtrain.store.identity import live_storage
 from ssdtrain.store.pending import Problem, Segment, are_done, hand_out
 from ssdtrain.store.poisonable_lock import ClosedError
@@ -32,10 +33,10 @@ HandedOut = tuple[torch.UntypedStorage, int, int]
 class Reloads:
     """Records that backward wants, or will soon."""
 
-    def __init__(self, source: DriveSource) -> None:
+    def __init__(self, source: DriveSource, limits: Limits) -> None:
         """Nothing is under way."""
         self._source, self._counters, self._timeout_seconds = source, source.counters, source.policy.io_timeout_seconds
-        self._budget = source.policy.memory_budget
+        self._limits = limits
         self._under_way: dict[SavedRecord, None] = {}  # being read, or read and not asked for yet
         self._prefetched: deque[SavedRecord] = deque()
         self.shared: dict[SavedRecord, None] = {}
@@ -76,10 +77,8 @@ class Reloads:
         counters, nbytes = self._counters, record.nbytes
         ahead, most = counters.prefetched_nbytes, counters.prefetch_limit_nbytes
         most = min(most, self._source.buffers.prefetch_nbytes)
-        if self._budget is not None:
-            held = counters.committed_nbytes(is_on_host=record.device.driver is None)
-            if held + nbytes > self._budget:
-                return False
+        if not self._limits.may_come_back(nbytes, is_on_host=record.device.driver is None):
+            return False
         if ahead + nbytes > most and (ahead or not most):  # one may always come
             return False
         try:

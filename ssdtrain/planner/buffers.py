@@ -12,7 +12,7 @@ what is sent, lets it shrink there; pinned memory of an accelerator stays.
 
 from __future__ import annotations
 
-from ssdtrain.policy import ActivationPolicy
+from ssdtrain.policy import ActivationPolicy, staging_under
 
 _LEAST_NBYTES = 16 << 20  # of staging and of prefetching: a few requests of a fast drive
 _LEAST_PLANNED_NBYTES = 8 << 20  # of staging: a plan knows that the drive is busy with so much
@@ -21,6 +21,7 @@ _IDLE_SHARE = 32
 _HOST_TIMES = 10  # the buffers begun with: moving from host memory pays when so much is saved, as glibc keeps much too
 _DEVICE_TIMES = 4  # what comes back early: the other buffers are not in an accelerator's memory
 _FIRST_TIMES = 2  # the buffers begun with: before that nothing sets out while it is not known whether it pays
+_FEW_MIB = 32 << 20
 _RESERVE_SHARE = 4  # of a memory budget, at most, for a tensor that no plan knows of
 
 
@@ -28,6 +29,26 @@ def reserve_nbytes(budget: int, largest_nbytes: int | None = None) -> int:
     """What of a memory budget stays free for a tensor that no plan knows of, the largest so far where that is known."""
     most = budget // _RESERVE_SHARE
     return most if largest_nbytes is None else min(most, largest_nbytes)
+
+
+def smallest_budget(held_nbytes: int, staging_nbytes: int, *, is_set: bool) -> int:
+    """The budget that leaves so much room for what is held.
+
+    `staging_nbytes`: what staging takes of this memory, 0 where it is in another. `is_set`: it is that, whatever the
+    budget.
+    """
+    if is_set or not staging_nbytes:
+        return held_nbytes + staging_nbytes
+    budget = held_nbytes + staging_nbytes
+    while (needed := held_nbytes + staging_under(budget)) > budget:
+        budget = needed
+    return budget
+
+
+def budget_text(nbytes: int) -> str:
+    """As a policy takes it, rounded up."""
+    unit, name = (1 << 20, "MiB") if nbytes >= _FEW_MIB else (1 << 10, "KiB")
+    return f'"{-(-nbytes // unit)}{name}"'
 
 
 def staging_nbytes_for(sent_nbytes: float, limit: int, least: int = _LEAST_PLANNED_NBYTES) -> int:

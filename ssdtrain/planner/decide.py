@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
 
-from ssdtrain.planner.buffers import staging_nbytes_for
+from ssdtrain.planner.buffers import budget_text, reserve_nbytes, smallest_budget, staging_nbytes_for
 from ssdtrain.planner.plan import SECONDS_PER_DAY, Goal, Plan
 from ssdtrain.planner.predict import Prediction, latest_starts, predict
 from ssdtrain.planner.recorded_step import Machine, Step, Tier, Where
@@ -18,6 +19,7 @@ _LEAST_GAIN = 0.01  # of the peak: for less nothing moves
 _WORK = 100_000  # records times shares
 _MIN_PLAYS, _MAX_PLAYS = 6, 200  # so many shares of the records are told apart
 _LONG_STRIDES = 16  # plays before those around the best
+_NEAR_LOWEST = 1.02  # of the lowest peak: where a budget cannot be met, less than that is not worth waiting for
 
 
 def make_plan(step: Step, machine: Machine, goal: Goal) -> Plan:
@@ -112,31 +114,41 @@ class _Decision:
     # -- with waits ----------------------------------------------------------------------------------------------
 
     def _plan_with_waits(self, budget: int) -> Plan:
-        """The least wait under the budget, or the lowest peak when nothing gets under it."""
+        """The least wait under the budget, or near the lowest peak when nothing gets under it."""
         best, outcome = self._least_wait(budget)
         cost = f"at a cost of {self._cost(outcome)}"
-        asked, peak = nbytes_text(self._goal.memory_budget or 0), outcome.peak_nbytes + self._goal.buffers_nbytes
+        asked = nbytes_text(self._goal.memory_budget or 0)
         if outcome.peak_nbytes <= budget:
             return self._as_plan(best, f"under the budget of {asked} {cost}", is_patient=True)
-        statement = f"the budget of {asked} cannot be met: the lowest peak is {nbytes_text(peak)}, {cost}"
-        return self._as_plan(best, statement, is_patient=True)
+        peak, needed = outcome.peak_nbytes + self._goal.buffers_nbytes, self._smallest_budget(outcome.peak_nbytes)
+        statement = (
+            f"the budget of {asked} cannot be met: the lowest peak is {nbytes_text(peak)}, {cost}; "
+            f"memory_budget={budget_text(needed)} is the smallest that can"
+        )
+        return replace(self._as_plan(best, statement, is_patient=True), needed_nbytes=needed)
+
+    def _smallest_budget(self, peak: int) -> int:
+        """What would have to be allowed for this peak."""
+        largest, goal = max(self._timeline.nbytes, default=0), self._goal
+        staging = goal.buffers_nbytes - reserve_nbytes(goal.memory_budget or 0, largest)
+        return smallest_budget(peak + largest, max(0, staging), is_set=goal.is_staging_set)
 
     def _least_wait(self, budget: int) -> tuple[list[int], Prediction]:
         """Sends more and more of the rest: in long strides first, then in shorter ones around the best of them."""
         num = max(_MIN_PLAYS, min(_MAX_PLAYS, _WORK // len(self._kept)))
-        best, outcome = self._search.best, predict(self._timeline, self._search.best, is_patient=True)
+        tried = {0: (self._search.best, predict(self._timeline, self._search.best, is_patient=True))}
         best_k, stride = 0, -(-num // _LONG_STRIDES)
         ks = list(range(stride, num, stride)) + [num]
         while ks:
             for k in ks:
                 placement = self._with_rest(k / num)
                 if self._is_within_endurance(placement):
-                    new = predict(self._timeline, placement, is_patient=True)
-                    if _rank(new, budget) < _rank(outcome, budget):
-                        best, outcome, best_k = placement, new, k
+                    tried[k] = placement, predict(self._timeline, placement, is_patient=True)
+            most = most_nbytes(budget, [outcome.peak_nbytes for _, outcome in tried.values()])
+            best_k = min(tried, key=lambda k: _rank(tried[k][1], most))
             stride //= 2
             ks = [k for k in (best_k - stride, best_k + stride) if 0 < k <= num] if stride else []
-        return best, outcome
+        return tried[best_k]
 
     def _with_rest(self, share: float) -> list[int]:
         """What moves without a wait, and a share of the rest: what is away the longest first."""
@@ -180,6 +192,12 @@ class _Decision:
         )
 
 
-def _rank(outcome: Prediction, budget: int) -> tuple[float, float]:
-    """Under the budget the least wait counts, above it the least memory."""
-    return max(0, outcome.peak_nbytes - budget), outcome.stall_seconds
+def most_nbytes(budget: int, peaks: Iterable[int]) -> int:
+    """What to stay under: the budget, or where no plan gets there, a little more than the lowest peak of them."""
+    lowest = min(peaks)
+    return budget if lowest <= budget else int(_NEAR_LOWEST * lowest)
+
+
+def _rank(outcome: Prediction, most: int) -> tuple[float, float]:
+    """Up to `most` bytes the least wait counts, above it the least memory."""
+    return max(0, outcome.peak_nbytes - most), outcome.stall_seconds

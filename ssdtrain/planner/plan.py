@@ -29,6 +29,9 @@ class Goal:
     staging_limit_nbytes: int = 0
     """Most staging in the memory that tensors are saved in; see `ssdtrain.planner.buffers`. 0: it is in another."""
 
+    is_staging_set: bool = True
+    """Whether staging takes the same of any budget."""
+
     @property
     def own_daily_nbytes(self) -> float:
         """What is left per day for saved activations."""
@@ -65,6 +68,8 @@ class Plan:
     """What is written to it per day for parameters and optimizer state."""
     recomputed: tuple[str, ...] = ()
     """Names of the blocks that run a second time in backward instead of keeping what they saved."""
+    needed_nbytes: int = 0
+    """The smallest budget that can be met, where the one that was asked for cannot; else 0."""
     measured_peak_nbytes: int = 0
     """Peak of the last step that followed it to its end,"""
     measured_seconds: float = 0.0

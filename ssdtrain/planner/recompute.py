@@ -1,16 +1,18 @@
 """Which blocks to recompute instead of keeping what they saved: a step with some of them recomputed is another step.
 
 A block that is recomputed keeps its input only. Its forward runs again when backward comes to it, and what it saves
-then is in memory at once. The input is offloaded like any other record.
+then is in memory at once, with what is too small to be a record. The input is offloaded like any other record.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
-from ssdtrain.planner.decide import make_plan
+from ssdtrain.planner.decide import make_plan, most_nbytes
 from ssdtrain.planner.plan import Goal, Plan
 from ssdtrain.planner.recorded_step import Lifetime, Machine, Step, Where
 
@@ -28,6 +30,10 @@ class _Run:
     """When backward comes to it."""
     released: float
     nbytes: int
+    small_nbytes: int
+    """What it saved that no record stands for,"""
+    ended: float
+    """until so many seconds of the step, and from its first record on."""
 
 
 def choose(
@@ -51,18 +57,25 @@ def choose(
     if budget is None or _rank(plan, budget) == (0, plan.compute_seconds):
         return frozenset(), plan
     order = _worth(step, blocks, plan)
-    best, best_plan = frozenset[str](), plan
+    plans = {frozenset[str](): plan}
+    for chosen in _options(order, kept):
+        least, other = min(_rank(plan, budget) for plan in plans.values()), recomputed(step, chosen)
+        if least > (0, other.seconds):  # else it could not even be better if nothing waited
+            plans[chosen] = make_plan(other, machine, goal)
+    most = most_nbytes(budget, [plan.peak_nbytes for plan in plans.values()])
+    best = min(plans, key=lambda chosen: _rank(plans[chosen], most, 1.01 if chosen and chosen == kept else 1.0))
+    return best, _explained(plans[best], best, step, len(order)) if best else plan
+
+
+def _options(order: list[str], kept: frozenset[str]) -> Iterator[frozenset[str]]:
+    """What was chosen before, then more and more, of many blocks in strides."""
+    kept &= frozenset(order)
+    if kept:
+        yield kept
     stride = max(1, math.ceil(len(order) / _MAX_PLANS))
-    options = [frozenset(order[:k]) for k in range(stride, len(order) + 1, stride)]
-    options += [frozenset(order)] if len(order) % stride else []
-    for chosen in [*([kept & set(order)] if kept else []), *options]:
-        least, other = _rank(best_plan, budget, 1.01 if best == kept and kept else 1.0), recomputed(step, chosen)
-        if least <= (0, other.seconds):  # it could not even be better if nothing waited
-            continue
-        new = make_plan(other, machine, goal)
-        if _rank(new, budget) < least:
-            best, best_plan = chosen, new
-    return best, _explained(best_plan, best, step, len(order)) if best else best_plan
+    yield from (frozenset(order[:k]) for k in range(stride, len(order) + 1, stride))
+    if len(order) % stride:
+        yield frozenset(order)
 
 
 def recomputed(step: Step, blocks: frozenset[str]) -> Step:
@@ -89,7 +102,9 @@ def recomputed(step: Step, blocks: frozenset[str]) -> Step:
 
 def _other(step: Step, runs: list[_Run], later: Callable[[float], float]) -> tuple[tuple[float, int], ...]:
     """Memory that no placement changes, and what blocks save when they run again."""
-    changes = [(later(run.needed), run.nbytes) for run in runs] + [(later(run.released), -run.nbytes) for run in runs]
+    changes = [(run.ended, -run.small_nbytes) for run in runs]
+    changes += [(later(run.needed), run.nbytes + run.small_nbytes) for run in runs]
+    changes += [(later(run.released), -run.nbytes - run.small_nbytes) for run in runs]
     before = 0
     for at, nbytes in step.other:
         changes.append((later(at), nbytes - before))
@@ -119,17 +134,25 @@ def _runs(step: Step, blocks: Sequence[str]) -> list[_Run]:
 
 
 def _run(step: Step, block: str, begin: int, end: int) -> _Run:
-    records = step.records[begin:end]
+    records, began = step.records[begin:end], step.records[begin].saved
     first_use = min(record.needed for record in step.records[begin:end])
     after = step.records[end].saved if end < len(step.records) else min(first_use, step.seconds)
     return _Run(
         block,
         tuple(range(begin, end)),
-        max(0.0, after - records[0].saved),
+        max(0.0, after - began),
         first_use,
         max(record.released for record in records),
         sum(record.nbytes for record in records),
+        max(0, _other_at(step, after) - _other_at(step, began)),
+        after,
     )
+
+
+def _other_at(step: Step, at: float) -> int:
+    """Memory that no placement changes."""
+    i = bisect_right(step.other, at, key=itemgetter(0))
+    return step.other[i - 1][1] if i else 0
 
 
 def _owner(module: str, blocks: Sequence[str]) -> str:
@@ -142,7 +165,7 @@ def _worth(step: Step, blocks: Sequence[str], plan: Plan) -> list[str]:
     seconds: dict[str, float] = {}
     for run in _runs(step, blocks):
         kept = sum(_held(step.records[i], plan.placement[i], is_input=i == run.records[0]) for i in run.records)
-        held[run.block] = held.get(run.block, 0.0) + kept
+        held[run.block] = held.get(run.block, 0.0) + kept + run.small_nbytes
         seconds[run.block] = seconds.get(run.block, 0.0) + run.seconds
     return sorted((block for block in held if held[block]), key=lambda b: (-held[b] / (seconds[b] or 1e-9), b))
 

@@ -9,6 +9,7 @@ from ssdtrain.policy.fields import (
     OptimizerPolicy,
     ParameterPolicy,
     StatePolicy,
+    staging_under,
 )
 from ssdtrain.policy.options import ActivationOptions, OptimizerOptions, ParameterOptions
 from ssdtrain.policy.sizes import Nbytes, parse_nbytes, size_text
@@ -25,4 +26,5 @@ __all__ = [
     "StatePolicy",
     "parse_nbytes",
     "size_text",
+    "staging_under",
 ]

@@ -24,6 +24,7 @@ from ssdtrain.policy.sizes import Nbytes, size_text
 
 MIN_STAGING_NBYTES = 64 * 1024
 _STAGING_SHARE = 8  # of a memory budget
+_STAGING_NBYTES = 128 << 20  # unless it is set
 _MAX_SECONDS = 1e9  # 31 years; clocks overflow beyond
 
 # A path may have bytes that are no text, which pydantic would refuse.
@@ -32,6 +33,11 @@ _Path = Annotated[
     Field(min_length=1),
     WrapValidator(lambda path, check: path if isinstance(path, str) and path else check(path)),
 ]
+
+
+def staging_under(memory_budget: int) -> int:
+    """What staging takes of a budget where it was not set."""
+    return min(_STAGING_NBYTES, max(MIN_STAGING_NBYTES, memory_budget // _STAGING_SHARE))
 
 
 def _shown(name: str, value: object) -> str:
@@ -133,7 +139,7 @@ class ActivationPolicy(_Policy):
     """How many of the tensors saved last stay, as backward needs them at once: a guess for mode ``"all"`` and steps
     without a plan. A plan knows better, and with a `memory_budget` this is not used."""
 
-    staging_nbytes: Nbytes = Field(default=128 << 20, ge=MIN_STAGING_NBYTES)
+    staging_nbytes: Nbytes = Field(default=_STAGING_NBYTES, ge=MIN_STAGING_NBYTES)
     """Most host memory for bytes on their way to the drive, and the bound on bytes in flight. What exceeds it is waited
     for (``"all"``), queued where a plan sends it, else kept (``"auto"``). Used are 16 MiB, or a sixteenth of what is
     saved."""
@@ -222,8 +228,7 @@ class ActivationPolicy(_Policy):
         """The same with less staging, unless that was set: under a memory budget at most an eighth of it."""
         if self.memory_budget is None or "staging_nbytes" in self.model_fields_set:
             return self
-        most = max(MIN_STAGING_NBYTES, self.memory_budget // _STAGING_SHARE)
-        return self.model_copy(update={"staging_nbytes": min(self.staging_nbytes, most)})
+        return self.model_copy(update={"staging_nbytes": staging_under(self.memory_budget)})
 
     @property
     def may_decline(self) -> bool:

@@ -6,6 +6,11 @@ the next sets out only when the last has arrived. So where a bound was not set, 
 that an accelerator saves, as far as an eighth of the memory that is free there allows: that memory holds them
 meanwhile. A bound that was set stays, and none grows under a memory budget, which counts every byte.
 
+[Note: a budget that cannot be met]
+What is too small to be moved, say, may take more than a memory budget by itself. Were everything else then waited for,
+training would wait for every transfer alone, and memory be what it is anyway. So a few records may be there beside what
+cannot leave, two of them ahead of need; and once there is a plan, as much as it needs.
+
 [Note: declining]
 What moving takes (staging, what comes back early, what the C library keeps of freed memory) does not pay where little
 is saved. In the first step nobody knows how much that will be: what is saved is put off until a little more is alive
@@ -16,6 +21,7 @@ too.
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 from ssdtrain.devices.base import Accelerator
@@ -26,6 +32,7 @@ from ssdtrain.stats import Counters
 from ssdtrain.store.record import SavedRecord
 
 _NUM_RECORDS = 2
+_NUM_BESIDE = 4  # records beside what cannot leave
 _FREE_SHARE = 8
 _SPARE_TIMES = 4
 _FIRST_STEPS, _ASK_EVERY = 4, 64  # after which it is asked what memory there is: that takes a millisecond
@@ -42,6 +49,10 @@ class Limits:
     def __init__(self, policy: ActivationPolicy, counters: Counters, buffers: Buffers) -> None:
         """Those of the policy, within which `buffers` grow."""
         self._largest_nbytes = self._num_reviewed = self._sent_before = 0
+        self.budget_nbytes = policy.memory_budget
+        """What was asked for."""
+        self._planned_nbytes = 0  # what the plan that is followed needs, where that is more
+        self._resident_nbytes = self._resident_before = 0  # at most, in this step and in the last one
         self._buffers = buffers
         least = buffers.begins_at_nbytes(is_on_host=True)
         self._may_decline = policy.may_decline and not _is_short(least)
@@ -50,6 +61,30 @@ class Limits:
         names = ("staging_nbytes", "prefetch_nbytes") if policy.memory_budget is None else ()
         self._may_grow = [name not in policy.model_fields_set for name in names] or [False, False]
         counters.staging_limit_nbytes, counters.prefetch_limit_nbytes = policy.staging_nbytes, policy.prefetch_nbytes
+
+    def note_plan(self, needed_nbytes: int) -> None:
+        """The plan that is followed needs so much; 0: no more than the budget."""
+        self._planned_nbytes = needed_nbytes
+
+    def allowed_nbytes(self, *, is_on_host: bool) -> float:
+        """The budget, or where that cannot be met, what must be allowed; see [Note: a budget that cannot be met]."""
+        if self.budget_nbytes is None:
+            return math.inf
+        counters, largest = self._counters, self._largest_nbytes
+        staging = counters.staging_limit_nbytes if is_on_host else 0
+        self._resident_nbytes = max(self._resident_nbytes, counters.resident_nbytes)
+        if max(self._resident_nbytes, self._resident_before) + staging + largest <= self.budget_nbytes:
+            return self.budget_nbytes
+        beside = counters.resident_nbytes + staging + _NUM_BESIDE * largest
+        return max(self.budget_nbytes, self._planned_nbytes, beside)
+
+    def may_come_back(self, nbytes: int, *, is_on_host: bool) -> bool:
+        """Whether the budget allows to reload so many bytes ahead of need."""
+        counters, allowed = self._counters, self.allowed_nbytes(is_on_host=is_on_host)
+        if counters.committed_nbytes(is_on_host=is_on_host) + nbytes <= allowed:
+            return True
+        is_beyond = self.budget_nbytes is not None and allowed > self.budget_nbytes
+        return is_beyond and counters.prefetched_nbytes + nbytes <= _NUM_RECORDS * self._largest_nbytes
 
     def note_saved(self, record: SavedRecord) -> bool:
         """A record more is alive; whether other bounds are in force."""
@@ -74,6 +109,7 @@ class Limits:
         """It is known by now how much a step saves; whether that is too little for moving to pay."""
         counters, saved = self._counters, self._buffers.saved_nbytes
         self._num_reviewed += 1
+        self._resident_before, self._resident_nbytes = self._resident_nbytes, 0
         self._buffers.note_sent(counters.offloaded_nbytes - self._sent_before)
         self._sent_before = counters.offloaded_nbytes
         self._may_decline = self._may_decline and saved < counters.pays_at_nbytes

@@ -32,7 +32,7 @@ from functools import partial
 from ssdtrain.io.host_space import host_limit_nbytes
 from ssdtrain.io.timed_calls import run
 from ssdtrain.planner import Buffers, Goal, Machine, Plan, Step, Tier, choose, make_plan, make_probe, reserve_nbytes
-from ssdtrain.policy import ActivationPolicy
+from ssdtrain.policy import ActivationPolicy, staging_under
 from ssdtrain.scheduling.bandwidth import DRIFT, FIRST_PATIENCE, MAX_PATIENCE, Meter, Others, Speeds, differs
 from ssdtrain.scheduling.consensus import Consensus, consensus_of_job
 from ssdtrain.scheduling.plan_cursor import PreparedPlan, Shape
@@ -183,9 +183,9 @@ class Replanner:
         reserve = reserve_nbytes(self._goal.memory_budget or 0, largest)
         if self._buffers is None or measured.is_accelerated:
             return replace(self._goal, buffers_nbytes=reserve, staging_limit_nbytes=0)
-        own = self._buffers.staging_nbytes
-        limit = self._buffers.staging_limit_nbytes if self._goal.memory_budget is None else own
-        return replace(self._goal, buffers_nbytes=reserve + own, staging_limit_nbytes=limit)
+        own = most = self._buffers.staging_limit_nbytes  # a budget counts what may come to be in use
+        own = self._buffers.staging_nbytes if self._goal.memory_budget is None else own
+        return replace(self._goal, buffers_nbytes=reserve + own, staging_limit_nbytes=most)
 
     def _fit_buffers(self, measured: Measured) -> None:
         """Staging follows what the plans send; under a budget it was fixed."""
@@ -216,7 +216,8 @@ class Replanner:
             own = make_plan(step, self._planned_for, self._goal)
             return replace(own, recomputed=plan.recomputed, statement=f"{own.statement}; {self._statement}")
         self.recomputed, self._statement = chosen, plan.statement.rpartition("; ")[2]
-        return make_plan(step, self._planned_for, self._goal)
+        own = make_plan(step, self._planned_for, self._goal)  # for steps that still look like this one
+        return replace(own, statement=plan.statement) if chosen else own
 
     def _has_drifted(self, prepared: PreparedPlan, step: Step, measured: Measured, now: Machine) -> bool:
         """Whether the plan holds no more. A wait under another plan, a probe perhaps, says nothing of this one."""
@@ -302,4 +303,6 @@ def _goal(policy: ActivationPolicy, directories: Sequence[str]) -> Goal:
     if policy.endurance_tbw is not None:
         endurance = policy.endurance_tbw * 1e12
         daily = min(daily, endurance / (policy.drive_life_years * 365.25))
-    return Goal(policy.memory_budget, daily, endurance)
+    budget = policy.memory_budget
+    is_set = budget is None or policy.staging_nbytes != staging_under(budget)
+    return Goal(budget, daily, endurance, is_staging_set=is_set)

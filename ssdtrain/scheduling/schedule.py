@@ -119,6 +119,12 @@ class Schedule:
         return self._cursor.prepared is not None
 
     @property
+    def needed_nbytes(self) -> int:
+        """What the plan that is followed needs beyond a budget that cannot be met; 0 where it can."""
+        prepared = self._cursor.prepared
+        return prepared.plan.needed_nbytes if prepared is not None else 0
+
+    @property
     def next_nbytes(self) -> int | None:
         """How much is saved next, by the plan that is followed; None where nobody knows."""
         prepared, position = self._cursor.prepared, len(self._step.shape)

@@ -274,6 +274,16 @@ def test_what_was_chosen_stays_unless_another_choice_is_clearly_better() -> None
     assert again == chosen
 
 
+def test_small_tensors_of_a_block_go_when_it_is_recomputed() -> None:
+    """No record stands for them and nothing moves them, so that a budget may be met by recomputation alone."""
+    levels = tuple((0.1 * i + 0.025 * k, (4 * i + k) * 10 * MIB) for i in range(8) for k in range(4))
+    step = replace(tower(), other=levels)
+    fast, goal = Machine(Tier(100e9, 100e9)), Goal(memory_budget=160 * MIB)
+    assert make_plan(step, fast, goal).peak_nbytes >= 300 * MIB
+    chosen, plan = choose(step, BLOCKS, fast, goal)
+    assert chosen and plan.peak_nbytes <= 160 * MIB and "cannot be met" not in plan.statement
+
+
 def test_a_recomputed_step() -> None:
     """Only inputs stay; backward of the block begins with its forward; then all it saved is in memory."""
     step = recomputed(tower(2), frozenset({"h.1"}))

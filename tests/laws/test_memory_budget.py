@@ -35,6 +35,36 @@ def test_what_a_budget_cannot_bound_is_said(tmp_path: Path) -> None:
     assert "of which nothing can leave now" in text and "raise the budget" in text
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_under_a_budget_that_cannot_be_met_reloads_come_ahead_of_need(tmp_path: Path, num_steps: int) -> None:
+    """Small tensors take ten times the budget: the others still leave, and backward waits for hardly any of them."""
+    num = 40
+
+    def grads(context: AbstractContextManager[object]) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        layers = nn.ModuleList([nn.Linear(32, 32) for _ in range(num)])
+        for _ in range(num_steps):
+            small, large = torch.ones(128, 32), torch.ones(512, 32)
+            with context:
+                for layer in layers:
+                    large = layer(large).tanh()
+                    for _ in range(8):
+                        small = layer(small).sigmoid()
+            (small.sum() + large.sum()).backward()
+        return [grad for p in layers.parameters() if (grad := p.grad) is not None]
+
+    expected = grads(nullcontext())
+    policy = {"memory_budget": "512KiB", "staging_nbytes": "128KiB", "min_nbytes": 32 * KIB}
+    offload = ssdtrain.offload_activations(tmp_path, policy)
+    assert all(map(torch.equal, grads(offload), expected))
+    stats = offload.stats
+    assert stats.num_offloaded > 0.8 * num * num_steps and stats.num_demand_reloads < 0.1 * stats.num_offloaded
+    small_nbytes = 2 * 8 * num * 128 * 32 * 4  # each is saved by two operators
+    assert small_nbytes > 8 * (512 * KIB) and stats.peak_saved_nbytes < small_nbytes + 1024 * KIB
+    if offload.plan is not None:
+        assert "the smallest that can" in offload.plan.statement
+
+
 def test_staging_takes_an_eighth_of_a_budget_unless_it_is_set(tmp_path: Path) -> None:
     with ssdtrain.offload_activations(tmp_path, memory_budget="16MiB") as offload:
         assert offload.stats.staging_limit_nbytes == 2 << 20

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from steps import MIB, pipeline, scattered, some_machine, ten_thousand
 
-from ssdtrain.planner import Goal, Lifetime, Machine, Plan, Step, Tier, Where, make_plan
+from ssdtrain.planner import Goal, Lifetime, Machine, Plan, Step, Tier, Where, make_plan, reserve_nbytes
 from ssdtrain.planner.predict import predict
 from ssdtrain.planner.timeline import Timeline
+from ssdtrain.policy import parse_nbytes, staging_under
 
 FAST = Machine(Tier(1000 * MIB, 1000 * MIB))
 
@@ -194,6 +195,33 @@ def test_a_budget_that_cannot_be_met() -> None:
     plan = make_plan(replace(tower(), other=((0.0, 5 * MIB),)), disk(0.5, 1000), Goal(memory_budget=4 * MIB))
     assert "the budget of 4.0 MiB cannot be met: the lowest peak is" in plan.statement
     assert 5 * MIB < plan.peak_nbytes < plan.kept_peak_nbytes
+
+
+@pytest.mark.parametrize("is_set", [True, False])
+@pytest.mark.parametrize("step", [tower(), replace(tower(), other=((0.0, 50 * MIB),)), tower(30, 2 * MIB)])
+def test_the_smallest_budget_that_can_be_met_is_said(step: Step, is_set: bool) -> None:
+    """With the buffers that the context would have under it; a tenth less does not do."""
+    machine, text = disk(0.5, 1000, staging_nbytes=2 * MIB), ""
+
+    def plan_under(budget: int) -> Plan:
+        buffers = reserve_nbytes(budget, step.records[0].nbytes) + (MIB if is_set else staging_under(budget))
+        goal = Goal(memory_budget=budget, buffers_nbytes=buffers, is_staging_set=is_set)
+        return make_plan(step, machine, goal)
+
+    plan = plan_under(2 * MIB)
+    (text,) = re.findall(r'memory_budget="(\w+)" is the smallest that can', plan.statement)
+    smallest = parse_nbytes(text)
+    assert plan.needed_nbytes <= smallest < plan.needed_nbytes + MIB
+    assert "cannot be met" not in plan_under(smallest).statement
+    assert "cannot be met" in plan_under(smallest * 9 // 10).statement
+
+
+def test_a_budget_that_cannot_be_met_is_not_waited_for_in_vain() -> None:
+    """Sending the last hundredth of what is in memory would take longer than the step."""
+    large = replace(tower(), other=((0.0, 1000 * MIB),))
+    plan = make_plan(large, disk(0.1, 1000, staging_nbytes=MIB), Goal(memory_budget=4 * MIB))
+    lowest = make_plan(large, disk(1000, 1000), Goal()).peak_nbytes
+    assert plan.peak_nbytes <= 1.02 * lowest and plan.stall_seconds == 0
 
 
 # -- statements ------------------------------------------------------------------------------------------------------
