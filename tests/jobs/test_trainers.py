@@ -1,7 +1,8 @@
 """Trainers, the real ones, on the CPU with gloo: equal to the bit with everything offloaded, and nothing left behind.
 
 The cases run in few child processes, one or two ranks each, because importing a trainer takes seconds; see
-`trainers_hf.py`, `trainers_accelerate.py` and `trainers_lightning.py`.
+`trainers_hf.py`, `trainers_accelerate.py`, `trainers_lightning.py`; `trainers_compiled.py` and `trainers_combined.py`
+use several of them.
 """
 
 from __future__ import annotations
@@ -45,10 +46,13 @@ CASES = {
         parameters_before_replicas fabric fabric_bad_input sharded""".split(),
     ("trl", 1): ["trl_sft_with_lora", "trl_own_switch"],
     ("trl", 2): ["trl_sft_with_lora"],
+    ("combined", 1): """by_hand_with_two_optimizers goes_on_after_an_error best_at_the_end
+        averaged_weights""".split(),
     ("sentence_transformers", 1): ["cached_loss", "everything"],
     ("sentence_transformers", 2): ["everything"],
 }
-MODULES = {"trl": "hf", "sentence_transformers": "sentence"}  # whose cases are in a file of another name
+MODULES = {"trl": "hf", "sentence_transformers": "sentence", "packing": "combined"}  # cases in a file of another name
+PACKAGES = {"hf": "transformers", "packing": "trl", "combined": "lightning", "compiled": "lightning"}
 
 
 def run_job(forks: Forks, folder: Path, trainer: str, num_ranks: int) -> list[dict[str, str]]:
@@ -81,7 +85,7 @@ def results_of(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Callab
     found: dict[tuple[str, int], Results | Exception] = {}
 
     def results(trainer: str, num_ranks: int) -> Results:
-        package = {"hf": "transformers"}.get(trainer, trainer)
+        package = PACKAGES.get(trainer, trainer)
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed; `make test` installs what its tests need")
         job = trainer, num_ranks
