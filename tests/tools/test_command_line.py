@@ -70,6 +70,7 @@ def test_former_names_of_options_are_understood_and_not_shown(tmp_path: Path) ->
         (["bench", ".", "--size", "lots"], "--size: Expected a size such as"),
         (["bench", ".", "--total", "1MiB"], "Expected a size of at least 8.0 MiB for --total, got '1MiB'"),
         (["demo", ".", "--memory-limit", "lots"], "--memory-limit: Expected a size such as"),
+        (["demo", ".", "--memory-limit", "8"], "1.0 MiB for --memory-limit, got '8'; with no unit it is bytes"),
         (["demo", ".", "--width", "33"], "Expected --width to be a multiple of --heads, got"),
         (["demo", ".", "--policy", "mode=any"], "mode: Input should be 'auto' or 'all', got 'any'"),
         (["demo", ".", "--directory", "."], "DIRECTORY or --directory"),

@@ -153,6 +153,9 @@ def test_one_choice_is_recommended_and_where_nothing_fits_what_would() -> None:
     assert "nothing fits 8 GB: the least is" in says and "split the model" in says
     values = documented("plan", run("--json", "--host-memory", "64GB").output)
     assert {"activations", "optimizer_state", "memory_nbytes", "cost", "fits"} <= set(values["choices"][0])
+    for words in (("--host-memory", "128"), ("--gpu", "400:48")):
+        refused = run(*words)
+        assert refused.exit_code == 2 and "without a unit is bytes" in " ".join(refused.output.split())
     assert run("--host-memory", "much").exit_code == 2 and run("--host-gbs", "20").exit_code == 2
     assert run("--sharding", "some").exit_code == 2
 

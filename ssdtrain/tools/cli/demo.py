@@ -19,6 +19,7 @@ from ssdtrain.tools.demo.compare import Comparison, LimitError, compare
 from ssdtrain.tools.demo.process import WorkerError
 from ssdtrain.tools.demo.report import ProgressLines, print_json, print_table
 from ssdtrain.tools.demo.settings import DEFAULT_POLICY, DemoSettings
+from ssdtrain.tools.estimate.gpu import LEAST_MEMORY_NBYTES
 
 _FIELDS = ", ".join(ActivationPolicy.model_fields)
 _OPTIONS = {"width": "--width", "heads": "--heads"}
@@ -118,7 +119,7 @@ def _parse_limit(text: str | None) -> int | Literal["auto"] | None:
         return None
     if text == "auto":
         return "auto"
-    return nbytes_of("--memory-limit", text)
+    return nbytes_of("--memory-limit", text, LEAST_MEMORY_NBYTES)
 
 
 def _directory(argument: str | None, option: str | None) -> str:

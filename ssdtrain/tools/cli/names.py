@@ -71,7 +71,9 @@ def nbytes_of(option: str, text: str, at_least: int = 1) -> int:
     except ValueError as error:
         raise ValueError(f"{option}: {error}") from None
     if not isinstance(nbytes, int) or nbytes < at_least:
-        raise ValueError(f"Expected a size of at least {nbytes_text(at_least)} for {option}, got {text!r}")
+        raise ValueError(
+            f"Expected a size of at least {nbytes_text(at_least)} for {option}, got {text!r}; with no unit it is bytes"
+        )
     return nbytes
 
 

@@ -13,7 +13,7 @@ from itertools import takewhile
 
 from ssdtrain.policy import parse_nbytes
 from ssdtrain.tools.estimate.drives import Drives
-from ssdtrain.tools.estimate.gpu import Gpu
+from ssdtrain.tools.estimate.gpu import LEAST_MEMORY_NBYTES, Gpu
 from ssdtrain.tools.estimate.run import Estimate, estimate
 from ssdtrain.tools.estimate.shape import Shape
 
@@ -39,8 +39,11 @@ def host_of(memory: str | None, gbs: float) -> Host | None:
     if memory is None:
         return None
     nbytes = parse_nbytes(memory)
-    if not (isinstance(nbytes, int) and nbytes > 0 and 0 < gbs < math.inf):
-        raise ValueError(f"Expected host_memory and host_gbs above 0, got {memory!r} and {gbs}")
+    if not (isinstance(nbytes, int) and nbytes >= LEAST_MEMORY_NBYTES and 0 < gbs < math.inf):
+        raise ValueError(
+            f"Expected host_memory and host_gbs such as 128GB and 25, got {memory!r} and {gbs:g}; a number without a "
+            "unit is bytes"
+        )
     return Host(float(nbytes), gbs)
 
 

@@ -32,6 +32,10 @@ GPUS = {
 }
 
 
+LEAST_MEMORY_NBYTES = 1 << 20
+"""What is less was meant in another unit."""
+
+
 def gpu_of(text: str) -> Gpu:
     """A GPU by name, in capitals or not, or one of the user's own: ``"400:48GB"``, TFLOP/s and memory.
 
@@ -48,6 +52,8 @@ def gpu_of(text: str) -> Gpu:
         flops, nbytes = float(rate) * 1e12, parse_nbytes(memory)
     except ValueError as error:
         raise ValueError(f"Expected TFLOP/s and memory of a GPU such as 400:48GB, got {text!r}: {error}") from error
-    if not (isinstance(nbytes, int) and nbytes > 0 and 0 < flops < 1e21):
-        raise ValueError(f"Expected TFLOP/s and memory of a GPU above 0, got {text!r}")
+    if not (isinstance(nbytes, int) and nbytes >= LEAST_MEMORY_NBYTES and 0 < flops < 1e21):
+        raise ValueError(
+            f"Expected TFLOP/s and memory of a GPU such as 400:48GB, got {text!r}; a number without a unit is bytes"
+        )
     return Gpu(text, flops, float(nbytes))
