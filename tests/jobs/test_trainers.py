@@ -46,8 +46,11 @@ CASES = {
         parameters_before_replicas fabric fabric_bad_input sharded""".split(),
     ("trl", 1): ["trl_sft_with_lora", "trl_own_switch"],
     ("trl", 2): ["trl_sft_with_lora"],
+    ("packing", 1): ["packed_lora_resumed"],
     ("combined", 1): """by_hand_with_two_optimizers goes_on_after_an_error best_at_the_end
         averaged_weights""".split(),
+    ("compiled", 1): """switch_of_trainer own_backend_in_trainer dynamo_plugin_of_accelerate
+        whole_module_in_lightning own_backend_in_lightning blocks_in_lightning""".split(),
     ("sentence_transformers", 1): ["cached_loss", "everything"],
     ("sentence_transformers", 2): ["everything"],
 }

@@ -42,8 +42,10 @@ class Run:
     """Accumulation, clipping and evaluation in between, as in Accelerate's examples."""
 
     def __init__(self, directory: Any, kind: Any = torch.optim.AdamW, model: Any = None, **features: Any) -> None:
-        plugin = features.pop("plugin", None)
-        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, fsdp_plugin=plugin)
+        plugin, dynamo = features.pop("plugin", None), features.pop("dynamo", None)
+        self.accelerator = Accelerator(
+            cpu=True, gradient_accumulation_steps=2, fsdp_plugin=plugin, dynamo_plugin=dynamo
+        )
         if plugin is not None:  # which Accelerate leaves aside without a GPU
             plugin.cpu_offload = None
             state = self.accelerator.state
