@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import json
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,11 +17,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import same_bits
 from typer.testing import CliRunner
 
 import ssdtrain
-from ssdtrain import policy, verdict
+from ssdtrain import launch, policy, verdict
+from ssdtrain.api.section import Section
+from ssdtrain.integrations.arguments import add_arguments, asked_for
 from ssdtrain.tools.cli import app
 
 ROOT = Path(ssdtrain.__file__).parents[1]
@@ -92,6 +97,28 @@ def test_a_run_that_is_resumed_ends_with_the_same_bits(tmp_path: Path) -> None:
         same_bits(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(twice[0], once[0], strict=True)
     )
     assert ends[0]["step"] == 8
+
+
+def test_a_policy_is_written_as_the_table_says() -> None:
+    """Every line that is no Python means the same: mode "all", where there is optimizer state in chunks of 64 MiB."""
+    page = (ROOT / "docs" / "reference" / "policies.md").read_text().split("## Where you write them\n")[1]
+    rows = {name.split(" (")[0]: line for name, line in re.findall(r"^\| (.+?) \| `(.+)` \|$", page, re.MULTILINE)}
+    variables = dict(word.split("=", 1) for word in shlex.split(rows["[the environment](environment.md)"]))
+    launched, rest = launch.options(shlex.split(rows["`ssdtrain.launch`"]))
+    parser = add_arguments(argparse.ArgumentParser())
+    megatron = asked_for(parser.parse_args(shlex.split(rows["Megatron"])))
+    sections = [
+        Section.from_environment(variables),
+        Section.from_environment(launched),
+        Section.of(yaml.safe_load(rows["YAML"])["ssdtrain"]),
+        Section.of(json.loads(f"{{{rows['the JSON of DeepSpeed']}}}")["ssdtrain"]),
+    ]
+    policies = [section.policy for section in sections if section is not None]
+    assert len(policies) == 4 and rest == [] and megatron is not None
+    assert [found.mode for found in (*policies, megatron[1])] == ["all"] * 5
+    chunks = [section.optimizer.chunk_nbytes for section in sections if section is not None and section.optimizer]
+    assert chunks == [64 << 20] * 3
+    assert [section.directories for section in sections if section is not None] == [("/mnt/nvme",)] * 4
 
 
 def masked(text: str) -> dict[str, str]:
