@@ -3,6 +3,7 @@ r"""The longest sequence that trains, and what a token costs: checkpointing, its
     python recipes/transformers/long_context.py /mnt/nvme --cap 2GiB              # a table, on any machine, as root
     python recipes/transformers/long_context.py /mnt/nvme --method "checkpointing with ssdtrain" --device cuda \
         --model meta-llama/Llama-3.1-8B --dtype bfloat16 --length 500000          # one method, one length, a GPU
+    python recipes/transformers/long_context.py /mnt/nvme --cap 2GiB --method plain --length 64    # null: needs more
 
 Transformers' model is not touched: its own switch turns checkpointing on, `use_checkpoint` offloads all that a
 layer is called with, and the head runs on `--chunk` tokens at a time, recomputed in backward: one layer stays in
@@ -129,7 +130,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     if isinstance(offload, ssdtrain.ActivationOffload):
         stats = offload.stats
         found |= {"written_nbytes": stats.written_nbytes, "stall_seconds": stats.stall_seconds}
-        found |= {"fallbacks": list(stats.fallbacks)}
+        found |= {"num_demand_reloads": stats.num_demand_reloads, "num_prefetched": stats.num_prefetched}
+        found |= {"seconds": seconds, "plan": stats.plan, "fallbacks": list(stats.fallbacks)}
     return found
 
 
@@ -221,11 +223,11 @@ def main() -> None:
     parser.add_argument("--prefetch-nbytes", default="4MiB")
     parser.add_argument("--budget", default="48MiB", help="memory_budget of recompute='auto'")
     args = parser.parse_args()
-    if args.method:
-        print(json.dumps(train(args)))
-        return
     if args.cap and why_not():
         raise SystemExit(f"Expected to be able to cap memory, got: {why_not()}")
+    if args.method:
+        print(json.dumps(trial(args.method, args.length, args, args.steps) if args.cap else train(args)))
+        return
     print(json.dumps(table(args)))
 
 
