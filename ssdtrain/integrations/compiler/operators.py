@@ -1,6 +1,7 @@
-"""Operators of compiled graphs that stand where autograd would call hooks: `offload`, `reload` and `wait_tensor`.
+"""Operators of compiled graphs that stand where autograd would call hooks: `offload`, `reload`, `wait_tensor`.
 
     handle = torch.ops.ssdtrain.offload(tensor)  # forward: the trip begins
+    other = torch.ops.ssdtrain.again(handle)  # of the same, where the compiler has a place for each
     handle = torch.ops.ssdtrain.reload(handle)  # backward: a prefetch begins
     tensor = torch.ops.ssdtrain.wait_tensor(handle, size, stride, dtype=dtype, device=device)
 
@@ -40,6 +41,11 @@ from ssdtrain.store.identity import view_of, view_spec
 from ssdtrain.store.record import Handle
 
 _NUMBER = struct.Struct("q")
+_COPIED = (
+    "Expected a handle that ssdtrain::offload returned in forward, got a copy of one: saved-tensor hooks that copy, as "
+    "those of torch.autograd.graph.save_on_cpu, were entered inside the offload context, or without one round the "
+    "compiled model. Leave them out, or compile with another backend"
+)
 
 
 class SavedValue(bytearray):
@@ -72,11 +78,7 @@ class SavedValue(bytearray):
             number = 0  # nobody's
         value = _LIVE.get(number)
         if value is None:
-            raise RuntimeError(
-                "Expected in backward a handle that ssdtrain::offload returned in forward, got a copy of one: "
-                "saved-tensor hooks that copy, as those of torch.autograd.graph.save_on_cpu, were entered inside the "
-                "offload context. Leave them out, or compile with another backend"
-            )
+            raise RuntimeError(_COPIED)
         return value
 
     def prefetch(self) -> None:
@@ -125,6 +127,11 @@ def reload(handle: torch.Tensor) -> torch.Tensor:
     return value.handle()
 
 
+def again(handle: torch.Tensor) -> torch.Tensor:
+    """Another handle of the same."""
+    return SavedValue.of(handle).handle()
+
+
 def wait_tensor(
     handle: torch.Tensor,
     size: Sequence[int],
@@ -167,6 +174,7 @@ def _register(name: str, schema: str, call: Callable[..., torch.Tensor], fake: C
 
 OFFLOAD = _register("offload", "(Tensor tensor)", offload, _fake_handle)
 RELOAD = _register("reload", "(Tensor handle)", reload, _fake_handle)
+AGAIN = _register("again", "(Tensor handle)", again, _fake_handle)
 WAIT_TENSOR = _register(
     "wait_tensor",
     "(Tensor handle, SymInt[] size, SymInt[] stride, *, ScalarType dtype, Device device, bool may_change=False)",

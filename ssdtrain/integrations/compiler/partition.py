@@ -5,7 +5,7 @@ Knows graphs and sizes; neither contexts nor drives.
 [Note: what is offloaded]
 What an operator of forward has made and backward needs, of at least `min_nbytes`. Not what shares memory with an input
 (weights, buffers, the batch) or with an output of the model, which the user holds anyway. With symbolic sizes only
-where backward is given the symbols.
+where backward is given the symbols. Several views of one memory go as one: see `sources`.
 
 [Note: where operators stand]
 `offload` right after the last use of the memory in forward, which may go from there on. `wait_tensor` right before the
@@ -26,9 +26,10 @@ import torch
 from torch import fx
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-from ssdtrain.integrations.compiler.operators import OFFLOAD, RELOAD, WAIT_TENSOR
+from ssdtrain.integrations.compiler.operators import AGAIN, OFFLOAD, RELOAD, WAIT_TENSOR
 from ssdtrain.integrations.compiler.roots import Roots
 from ssdtrain.integrations.compiler.sizes import Sizes, hint_nbytes
+from ssdtrain.integrations.compiler.sources import Source, sources_of, view_in
 
 _AHEAD = 2  # waits
 _KEPT_META = ("autograd_backward", "desc", "partitioner_tag")
@@ -58,8 +59,9 @@ def partition(
         if roots.is_own(node) and sizes.are_known(node)
     ]
     if chosen:
-        _offload(forward, roots, chosen)
-        _reload(backward, sizes, [placeholders[node.name] for node in chosen], may_change=may_change)
+        sources = sources_of(chosen, roots)
+        _offload(forward, roots, sources)
+        _reload(backward, sizes, placeholders, sources, may_change=may_change)
         for module in graphs:
             module.graph.lint()
             module.recompile()
@@ -82,31 +84,46 @@ def _is_plain(value: Any) -> bool:
     )
 
 
-def _offload(graph: fx.Graph, roots: Roots, nodes: list[fx.Node]) -> None:
+def _offload(graph: fx.Graph, roots: Roots, sources: list[Source]) -> None:
     handles = dict[Any, fx.Node]()
-    for node in nodes:
-        with graph.inserting_after(roots.last_use(node)):
-            handles[node] = graph.call_function(OFFLOAD, (node,))
-        handles[node].meta = _meta_of_handle(node) | {"eager_input_vals": ((node.meta["val"],), {})}
+    for source, saved in sources:
+        with graph.inserting_after(roots.last_use(source)):
+            handle = graph.call_function(OFFLOAD, (source,))
+        handle.meta = _meta_of_handle(source) | {"eager_input_vals": ((source.meta["val"],), {})}
+        handles[saved[0]] = handle
+        for node in saved[1:]:  # the compiler has a place for each
+            with graph.inserting_after(handle):
+                handles[node] = graph.call_function(AGAIN, (handle,))
+            handles[node].meta = _meta_of_handle(source)
     output = graph.output_node()
     outputs: Any = output.args[0]
     output.update_arg(0, tuple(handles.get(value, value) for value in outputs))
 
 
-def _reload(graph: fx.Graph, sizes: Sizes, placeholders: list[fx.Node], *, may_change: bool) -> None:
+def _reload(
+    graph: fx.Graph, sizes: Sizes, placeholders: dict[str, fx.Node], sources: list[Source], *, may_change: bool
+) -> None:
     order = {node: i for i, node in enumerate(graph.nodes)}
-    first_uses = {node: min(node.users, key=order.__getitem__) for node in placeholders}
+
+    def first_use(nodes: list[fx.Node]) -> fx.Node:
+        return min([user for node in nodes for user in placeholders[node.name].users], key=order.__getitem__)
+
     waits = list[fx.Node]()
-    for node in sorted(placeholders, key=lambda node: order[first_uses[node]]):
-        value, users = node.meta["val"], list(node.users)
+    for source, saved in sorted(sources, key=lambda source: order[first_use(source.saved)]):
+        value = source.meta["val"]
         size, stride = sizes.arguments(value.size()), sizes.arguments(value.stride())
-        with graph.inserting_before(first_uses[node]):
+        uses = {node: (list(placeholders[node.name].users), first_use([node])) for node in saved}
+        with graph.inserting_before(first_use(saved)):
             how = {"dtype": value.dtype, "device": value.device, "may_change": may_change}
-            wait = graph.call_function(WAIT_TENSOR, (node, size, stride), how)
-        wait.meta = dict(node.meta)
-        node.meta = _meta_of_handle(node)
-        for user in users:
-            user.replace_input_with(node, wait)
+            wait = graph.call_function(WAIT_TENSOR, (placeholders[saved[0].name], size, stride), how)
+        wait.meta = dict(placeholders[saved[0].name].meta) | {"val": value}
+        for node, (users, first) in uses.items():
+            placeholder = placeholders[node.name]
+            placeholder.meta = _meta_of_handle(placeholder)
+            with graph.inserting_before(first):
+                result = wait if node is source else view_in(graph, wait, node)
+            for user in users:
+                user.replace_input_with(placeholder, result)
         waits.append(wait)
     for i, wait in enumerate(waits):
         handle = wait.all_input_nodes[0]

@@ -38,6 +38,11 @@ class Roots:
         """Whether nobody but the graph holds its memory: it is no input's and no output's of the model."""
         return self._others.isdisjoint(self._roots[node])
 
+    def only(self, node: fx.Node) -> fx.Node | None:
+        """The one node that has made its memory, if it is one."""
+        roots = self._roots[node]
+        return next(iter(roots)) if len(roots) == 1 else None
+
     def last_use(self, node: fx.Node) -> fx.Node:
         """The last node that uses its memory, if only by a view; `node` itself where none does."""
         order = {n: i for i, n in enumerate(self._roots)}
