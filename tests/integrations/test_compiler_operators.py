@@ -219,6 +219,17 @@ def test_a_copy_of_a_handle_is_none(offload: ssdtrain.ActivationOffload, ops: Op
     del handle
 
 
+@pytest.mark.parametrize("has_context", [False, True])
+def test_hooks_that_copy_are_refused_in_forward(
+    offload: ssdtrain.ActivationOffload, ops: Operators, has_context: bool
+) -> None:
+    """The error came in the first backward, far from what was to be left out."""
+    tensor = make()
+    with offload if has_context else contextlib.nullcontext(), torch.autograd.graph.save_on_cpu():
+        with pytest.raises(RuntimeError, match=r"got a copy of one.*save_on_cpu"):
+            ops.offload(tensor)
+
+
 def test_after_close(make_offload: MakeOffload, ops: Operators) -> None:
     tensor, offload = make(), make_offload()
     with offload:

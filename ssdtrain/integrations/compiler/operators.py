@@ -34,11 +34,13 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
+from torch.autograd.graph import save_on_cpu
 
 from ssdtrain.activations.hooks import Saved
 from ssdtrain.activations.offload import ActivationOffload, innermost_offload
 from ssdtrain.store.identity import view_of, view_spec
 from ssdtrain.store.record import Handle
+from ssdtrain.store.saved_tensors import innermost_hooks
 
 _NUMBER = struct.Struct("q")
 _COPIED = (
@@ -116,7 +118,14 @@ _LIVE: WeakValueDictionary[int, SavedValue] = WeakValueDictionary()
 
 
 def offload(tensor: torch.Tensor) -> torch.Tensor:
-    """The handle of a tensor whose trip begins, if this thread is in an offload context."""
+    """The handle of a tensor whose trip begins, if this thread is in an offload context.
+
+    Raises:
+        RuntimeError: the handle would be copied by the hooks that it is for.
+    """
+    hooks = innermost_hooks()
+    if hooks is not None and getattr(hooks[0], "__qualname__", "").startswith(f"{save_on_cpu.__qualname__}."):
+        raise RuntimeError(_COPIED)
     return SavedValue(tensor).handle()
 
 
