@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib.util
+import inspect
 import logging
 import os
 import shutil
@@ -29,6 +30,7 @@ from fault_tools import Lab
 from folders import HELPERS
 from forks import Forks
 from run_tools import browser
+from torch.utils.checkpoint import checkpoint
 
 import ssdtrain
 from ssdtrain.devices.simulated import SimulatedDevice
@@ -321,6 +323,14 @@ def small_tmpfs(tmp_path: Path) -> Iterator[Drive]:
     """A tmpfs of 6 MiB."""
     with tmpfs_drive(tmp_path / "tmpfs", 6 << 20) as drive:
         yield drive
+
+
+def unhooked() -> dict[str, Any]:
+    """Options of PyTorch's own selective checkpoints, which since 2.14 warn inside hooks unless told what to do."""
+    return {"respect_saved_tensors_hooks": False} if "respect_saved_tensors_hooks" in _OF_CHECKPOINT else {}
+
+
+_OF_CHECKPOINT = inspect.signature(checkpoint).parameters
 
 
 def send() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Send, assert_same
+from conftest import Send, assert_same, unhooked
 from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -90,7 +90,7 @@ def selective(model: nn.ModuleList, x: torch.Tensor, reentrant: bool) -> torch.T
 
     for block in model:
         contexts = partial(create_selective_checkpoint_contexts, decide)
-        x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+        x = checkpoint(block, x, use_reentrant=False, context_fn=contexts, **unhooked())
     return x
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import inspect
 import pickle
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import Send, assert_same, same_bits, send
+from conftest import Send, assert_same, same_bits, send, unhooked
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
@@ -190,8 +189,7 @@ def test_what_a_selective_checkpoint_keeps_is_offloaded(make_offload: Any, optio
     """Unless it may be changed in place, which autograd would not allow."""
     result = assert_same(lambda send: selective(ssdtrain.checkpoint, send, **options), make_offload())
     torch.manual_seed(0)
-    has_switch = "respect_saved_tensors_hooks" in inspect.signature(torch_checkpoint).parameters  # and warns without
-    torchs = partial(torch_checkpoint, respect_saved_tensors_hooks=False) if has_switch else torch_checkpoint
+    torchs = partial(torch_checkpoint, **unhooked())
     assert same_bits(result, selective(torchs, lambda: None, **options))
     plain, own = (
         offloaded(make_offload(), lambda send, checkpoint=checkpoint: selective(checkpoint, send, **options))
