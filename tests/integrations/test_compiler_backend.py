@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -72,12 +73,18 @@ def mixed() -> nn.Module:
     return nn.Sequential(Attention(), Checkpointed())
 
 
-def step(model: nn.Module, compiled: Any, seed: int, num_rows: int = 64) -> list[Any]:
+def settled(context: Any) -> Callable[[], Any]:
+    """Waits until what has set out is on the drive, for it to be read."""
+    return partial(gauges, context) if isinstance(context, ssdtrain.ActivationOffload) else lambda: None
+
+
+def step(model: nn.Module, compiled: Any, seed: int, num_rows: int = 64, settle: Any = lambda: None) -> list[Any]:
     """Loss and gradients, and what else the model returned or changed."""
     torch.manual_seed(seed)
     returned = compiled(torch.randn(num_rows, 32, requires_grad=True))
     loss, *others = returned if isinstance(returned, tuple) else (returned.square().mean(),)
     kept = [other.detach().clone() for other in others]
+    settle()
     loss.backward()
     assert same_bits([other.detach() for other in others], kept)
     grads = [None if grad is None else grad.clone() for grad in grads_of(model)]
@@ -90,7 +97,7 @@ def train(make: Callable[[], nn.Module], backend: Any, context: Any = None, **op
     compiled = torch.compile(model, backend=backend, **options)
     rows = (64, 48, 80) if options.get("dynamic") else (64,) * NUM_STEPS
     with context if context is not None else contextlib.nullcontext():
-        return [step(model, compiled, seed, num_rows) for seed, num_rows in enumerate(rows)]
+        return [step(model, compiled, seed, num_rows, settled(context)) for seed, num_rows in enumerate(rows)]
 
 
 def ours(name: str = "aot_eager") -> Any:
