@@ -214,9 +214,9 @@ Said = tuple[str, bool, str]
 
 
 def run_all(forks: Forks, folder: Path) -> Tables:
-    """The rows of every group: those of one process in one, those of two ranks in one job."""
+    """The rows of every group: those of one process in one, those of several ranks in a job."""
     tables: Tables = {}
-    for kind, environments in (("alone", ranks(1)), ("ranks", ranks(2))):
+    for kind, environments in (("alone", ranks(1)), ("two", ranks(2)), ("four", ranks(4))):
         done = forks.run([WORKER, folder, kind], environments)
         assert [rank.returncode for rank in done] == [0] * len(done), "".join(rank.stderr for rank in done)
         each = [json.loads(rank.stdout.splitlines()[-1]) for rank in done]

@@ -129,6 +129,21 @@ def whole_ours(way: Way) -> Any:
     return compiled(way, backend=compile_backend("aot_eager", min_nbytes=1024))
 
 
+@COMPILED.row("every block, Inductor")
+def inductor_blocks(way: Way) -> Any:
+    return compiled(way, where="blocks", backend="inductor")
+
+
+@COMPILED.row("the whole model, Inductor")
+def inductor(way: Way) -> Any:
+    return compiled(way, backend="inductor")
+
+
+@COMPILED.row("the whole model, Inductor, `compile_backend`")
+def inductor_ours(way: Way) -> Any:
+    return compiled(way, backend="inductor" if way.folder is None else compile_backend(min_nbytes=1024))
+
+
 @COMPILED.row("the whole model, fullgraph")
 def fullgraph(way: Way) -> Any:
     return compiled(way, fullgraph=True)

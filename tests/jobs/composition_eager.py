@@ -386,6 +386,31 @@ def function(way: Way) -> Any:
     return train(way, mlp(), lambda model, x: mean(model, Halve.apply(model[0](x))))
 
 
+class InFloat8(torch.autograd.Function):
+    """A linear layer that saves its input in float8, with one scale for all of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        scale = x.abs().amax().clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
+        ctx.save_for_backward((x / scale).to(torch.float8_e4m3fn), scale, weight)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        x, scale, weight = ctx.saved_tensors
+        return grad @ weight, grad.t() @ (x.float() * scale)
+
+
+@EAGER.row("layers that save in float8")
+def float8(way: Way) -> Any:
+    def loss_of(model: Any, x: torch.Tensor) -> torch.Tensor:
+        for block in model:
+            x = x + InFloat8.apply(F.gelu(InFloat8.apply(block.norm(x), block.up.weight)), block.down.weight)
+        return x.square().mean()
+
+    return train(way, mlp(), loss_of)
+
+
 @EAGER.row("operators in place")
 def in_place(way: Way) -> Any:
     def loss_of(model: Any, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The table's rows of two ranks: replicas, shards, tensor parallelism and pipelines, in one job."""
+"""The table's rows of two and four ranks: replicas, shards, tensor parallelism and pipelines, in one job."""
 
 from __future__ import annotations
 
@@ -16,27 +16,32 @@ import torch
 import torch.distributed as dist
 from composition import Group, Way
 from composition_eager import batch, grads, mean, mlp
+from composition_state import resumed
 from torch import nn
+from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 RANKS = Group("Two ranks")
+FOUR = Group("Four ranks")
 
 
 @contextlib.contextmanager
 def job(folder: Path) -> Iterator[None]:
     """The ranks have met."""
-    rank = int(os.environ["RANK"])
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting-of-{size}", rank=rank, world_size=size)
     yield
     dist.destroy_process_group()
 
 
-def mesh() -> DeviceMesh:
-    return init_device_mesh("cpu", (2,))
+def mesh(*shape: int) -> DeviceMesh:
+    shape = shape or (2,)
+    return init_device_mesh("cpu", shape, mesh_dim_names=tuple(map(str, range(len(shape)))))
 
 
 def steps(way: Way, model: Any, optimizer: Any = None, *, micro_batches: int = 1, loss_of: Any = mean) -> list[Any]:
@@ -137,9 +142,9 @@ def fsdp1_blocks(way: Way) -> Any:
     return steps(way, FullyShardedDataParallel(model, device_id=cpu, use_orig_params=True))
 
 
-def sharded(way: Way, *, pages_optimizer: bool = False, **options: Any) -> Any:
+def sharded(way: Way, *shape: int, pages_optimizer: bool = False) -> Any:
     """The model of the job that shards; it is as wide as its batches."""
-    model = sharded_worker.sharded_model(mesh())
+    model = sharded_worker.sharded_model(mesh(*shape))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     if pages_optimizer:
         optimizer = way.optimizer(optimizer)
@@ -180,6 +185,28 @@ def fsdp2_checkpoints(way: Way) -> Any:
         return x.square().mean()
 
     return steps(way, model, loss_of=loss_of)
+
+
+@RANKS.row("FSDP2, optimizer state offloaded, saved and loaded (DCP)")
+def fsdp2_saved(way: Way) -> Any:
+    def make() -> Any:
+        model = sharded_worker.sharded_model(mesh())
+        return model, way.optimizer(torch.optim.AdamW(model.parameters(), lr=1e-2))
+
+    return resumed(make, sharded_worker.train)
+
+
+@RANKS.row("a collective that is under way (AsyncCollectiveTensor)")
+def under_way(way: Way) -> Any:
+    newer = getattr(collectives, "all_gather_single_autograd", None)  # the name since PyTorch 2.13
+    all_gather = newer or collectives.all_gather_tensor_autograd
+
+    def loss_of(model: Any, x: torch.Tensor) -> torch.Tensor:
+        gathered = all_gather(model[0](x), 0, dist.group.WORLD)
+        assert isinstance(gathered, collectives.AsyncCollectiveTensor)
+        return mean(model[1:], gathered.sin() * gathered)
+
+    return steps(way, mlp(), loss_of=loss_of)
 
 
 # -- tensor parallelism ------------------------------------------------------------------------------------------------
@@ -234,3 +261,34 @@ for row, schedule_name in {
     "zero bubble": "ScheduleInterleavedZeroBubble",
 }.items():
     RANKS.row(f"pipeline, {row}")(partial(pipeline, name=schedule_name))
+
+
+# -- four --------------------------------------------------------------------------------------------------------------
+
+
+@FOUR.row("HSDP: FSDP2 on two replicas of two shards")
+def hsdp(way: Way) -> Any:
+    return sharded(way, 2, 2)
+
+
+@FOUR.row("HSDP, optimizer state offloaded")
+def hsdp_state(way: Way) -> Any:
+    return sharded(way, 2, 2, pages_optimizer=True)
+
+
+@FOUR.row("HSDP, optimizer state offloaded, saved and loaded (DCP)")
+def hsdp_saved(way: Way) -> Any:
+    def make() -> Any:
+        model = sharded_worker.sharded_model(mesh(2, 2))
+        return model, way.optimizer(torch.optim.AdamW(model.parameters(), lr=1e-2))
+
+    return resumed(make, sharded_worker.train)
+
+
+@FOUR.row("FSDP2 of tensor parallel blocks")
+def two_dimensions(way: Way) -> Any:
+    whole, model = mesh(2, 2), mlp()
+    for block in model:
+        parallelize_module(block, whole["1"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        fully_shard(block, mesh=whole["0"])
+    return steps(way, fully_shard(model, mesh=whole["0"]))

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from composition import Group, Way
 from composition_eager import batch, grads, mean, mlp
+from kept_state import Momentum
 from state_tools import LoRA, trainable
 from state_tools import batch as tokens
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 STATE = Group("Optimizer state and parameters")
 NUM_STEPS = 3
@@ -102,6 +108,32 @@ def lora(way: Way) -> Any:
     return away(way, model, optimizer, way.activations(), lambda step: model(tokens(step)))
 
 
+@STATE.row("momentum of a byte per element, in a tensor subclass")
+def quantised(way: Way) -> Any:
+    model = mlp()
+    optimizer = way.optimizer(Momentum(model.parameters(), "quantised"))
+    return away(way, model, optimizer)
+
+
+@STATE.row("AdamW, saved and loaded (DCP)")
+def adamw_saved(way: Way) -> Any:
+    def make() -> Any:
+        model = mlp()
+        return model, way.optimizer(torch.optim.AdamW(model.parameters(), lr=1e-2))
+
+    return resumed(make, train)
+
+
+@STATE.row("parameters and AdamW, saved and loaded (DCP)")
+def both_saved(way: Way) -> Any:
+    def make() -> Any:
+        model = mlp()
+        owner = way.parameters(model)
+        return model, way.optimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), owner)
+
+    return resumed(make, train)
+
+
 @STATE.row("parameters")
 def parameters(way: Way) -> Any:
     model = mlp()
@@ -151,3 +183,48 @@ def away(way: Way, model: nn.Module, optimizer: Any, context: Any = None, loss_o
         optimizer.step()
         optimizer.zero_grad()
     return [*found, *[v.clone() for v in model.state_dict().values()]]
+
+
+# -- checkpoints of training -------------------------------------------------------------------------------------------
+
+
+def train(model: nn.Module, optimizer: Any, numbers: range) -> list[float]:
+    losses = []
+    for step in numbers:
+        loss = mean(model, batch(step))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def resumed(make: Any, steps: Any) -> list[Any]:
+    """Losses and parameters of training that is saved half way and goes on with another model and optimizer."""
+    model, optimizer = make()
+    losses = steps(model, optimizer, range(2))
+    with common_folder() as folder:
+        dcp.save(state_of(model, optimizer), checkpoint_id=folder)
+        model, optimizer = make()
+        state = state_of(model, optimizer)
+        state["model"] = {name: value.clone() for name, value in state["model"].items()}  # to write to
+        dcp.load(state, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    losses += steps(model, optimizer, range(2, 4))
+    return [*losses, *[value.clone() for value in model.state_dict().values()]]
+
+
+def state_of(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+
+
+@contextlib.contextmanager
+def common_folder() -> Iterator[str]:
+    """One folder for all ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        names = [folder]
+        if dist.is_initialized():
+            dist.broadcast_object_list(names)
+        yield names[0]
+        if dist.is_initialized():
+            dist.barrier()

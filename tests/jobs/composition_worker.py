@@ -14,11 +14,11 @@ from ssdtrain.devices.vector_math import settle_vector_math
 def main(folder: Path, kind: str) -> None:
     torch.set_num_threads(1)
     settle_vector_math()
-    if kind == "ranks":
+    if kind != "alone":
         import composition_ranks
 
         with composition_ranks.job(folder):
-            composition.answer([composition_ranks.RANKS], folder)
+            composition.answer([{"two": composition_ranks.RANKS, "four": composition_ranks.FOUR}[kind]], folder)
         return
     from composition_compiled import CHECKPOINTS, COMPILED, SUBCLASSES
     from composition_eager import EAGER
