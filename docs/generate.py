@@ -29,11 +29,13 @@ numbers differ, or something is broken; 2 options or a directory that cannot be 
 one line of [JSON](json.md). Into a pipe nothing is wrapped. Names that options had in earlier versions are still
 understood.
 """
-TRIED = """All tests run with the last version of PyTorch in its row, those of the CUDA path with the middle one, and
-comparisons with plain training with the first.
+TRIED = """All tests run with PyTorch 2.13.0, and those of the CUDA path with 2.11.0. On the CPU those of saved
+activations and of compiled models run with 2.11.0 and 2.14.1 too, with 2.9.1 those of compiled models, checkpoints and
+tensors of other classes, and [what offload was tried together with](composition.md) with all four.
 
-`ssdtrain.integrations.compiler.compile_backend` uses seams of PyTorch's compiler that are not public: tried with 2.11.0
-and 2.13.0 on the CPU, and refused by name where they are missing.
+`ssdtrain.integrations.compiler.compile_backend` uses seams of PyTorch's compiler that are not public: tried with all
+four, and refused by name where they are missing. Before PyTorch 2.12 a broadcast by hand of an offloaded parameter
+needs `gathered()` around it.
 
 Linux, CPython 3.10 to 3.14, x86-64; wheels for aarch64 are configured and not tried. One wheel serves every PyTorch:
 the extension knows bytes, not tensors. `ssdtrain doctor` compares what is installed with this table; another version

@@ -46,8 +46,8 @@ READ_VERSIONS = MappingProxyType(
 )
 """Of packages that the tests do not install: the version, or commit, in whose source was read what is used of it."""
 
-TESTED_TORCH = ("2.9.1", "2.11.0", "2.13.0")
-"""Versions of PyTorch tried, oldest first: all tests ran with the last one, those of CUDA with the middle one."""
+TESTED_TORCH = ("2.9.1", "2.11.0", "2.13.0", "2.14.1")
+"""Versions of PyTorch tried, oldest first; which tests ran with which stands in the documentation."""
 
 
 def require(package: str, install: str) -> ModuleType:

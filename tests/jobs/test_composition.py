@@ -29,7 +29,7 @@ def rows(tables: Tables) -> Iterator[Row]:
 
 def test_every_row_is_equal_to_plain_training(tables: Tables) -> None:
     assert [row.name for row in rows(tables) if not row.is_equal] == []
-    assert sum(1 for _ in rows(tables)) >= 80
+    assert sum(1 for _ in rows(tables)) >= 115
 
 
 def test_what_left_memory_came_back(tables: Tables) -> None:

@@ -53,8 +53,8 @@ def compile_backend(name: str = "inductor", *, min_nbytes: Size = "1MiB") -> Bac
         return _backend(name, number)
     except (ImportError, AttributeError) as error:
         raise RuntimeError(
-            f"Expected PyTorch 2.11 or later, whose compiler lets a backend edit its graphs, got {torch.__version__}: "
-            f"{error}. Compile every block instead: block.compile()"
+            "Expected a PyTorch whose compiler lets a backend edit its graphs, as 2.9 to 2.14 do, got "
+            f"{torch.__version__}: {error}. Compile every block instead: block.compile()"
         ) from error
 
 
