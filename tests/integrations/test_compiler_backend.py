@@ -329,7 +329,7 @@ def test_inductor(make_offload: MakeOffload) -> None:
     plain = run("inductor", contextlib.nullcontext())
     assert same_bits(plain, run(ours("inductor"), offload))
     gauges(offload)
-    assert offload.stats.read_nbytes > 0 and set(offload.stats.skipped) <= {"weight", "empty"}, str(offload.stats)
+    assert offload.stats.offloaded_nbytes > 0 and set(offload.stats.skipped) <= {"weight", "empty"}, str(offload.stats)
 
 
 def test_a_pytorch_without_the_seams(monkeypatch: pytest.MonkeyPatch) -> None:
