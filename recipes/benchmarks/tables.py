@@ -159,11 +159,15 @@ def state_compare_table(result: dict[str, Any]) -> str:
 
 def throttle_table(result: dict[str, Any]) -> str:
     """What plans predict and what happens, on a drive that the kernel slows down."""
-    size = result["size"]
+    size, copies = result["size"], ""
+    if "beside_copies" in result:
+        copies = (
+            f"; a plain step while another core does nothing but copy memory takes {_ratio(result['beside_copies'])}"
+        )
     rows = [
         f"A drive too slow to take everything (`recipes/benchmarks/throttle.py`; a GPT of {size['layers']} layers,"
         f" width {size['width']}, {size['batch']} x {size['sequence']}; throttled to parts of what writing everything"
-        f" during forward needs; plain against plain this comparison says {_ratio(result['plain_twice'])}):",
+        f" during forward needs; plain against plain this comparison says {_ratio(result['plain_twice'])}{copies}):",
         "",
         "| bandwidth | peak of saved tensors predicted | measured | moved per step | forward's worth of the drive"
         " | stalled | step against plain, quartiles |",

@@ -7,10 +7,11 @@ A GPT trains with ssdtrain on the drive as it is, then with the drive throttled 
 root) to parts of what it would take to write everything during forward. The same GPT trains without ssdtrain in a
 second process; the two take steps in turn, one at a time, and the ratio is the median of those of a step and of the
 two plain steps around it, so that a machine whose speed changes cancels out. First both processes train without it:
-what that ratio is off by, and how far its quartiles are apart, the others may be too. A row begins after
-`SETTLING_STEPS`. A turn is the time from one step's beginning to the next one's, the plain step included. "allowed"
-is what the drive could write during forward, which is what could lower a peak at its end; "moved" is what was
-written.
+what that ratio is off by, and how far its quartiles are apart, the others may be too. Then the second one copies memory
+on one thread during every other step: where cores share caches, memory or a physical core, that alone slows a step
+down, and so does moving bytes, whoever moves them. A row begins after `SETTLING_STEPS`. A turn is the time from one
+step's beginning to the next one's, the plain step included. "allowed" is what the drive could write during forward,
+which is what could lower a peak at its end; "moved" is what was written.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from ssdtrain.tools.demo.model import GPT, GPTConfig
 
 CGROUPS = Path("/sys/fs/cgroup/blkio")
 SETTLING_STEPS = 10
+COPIED_NBYTES = 64 << 20
+"""More than processors cache."""
 
 
 @dataclass
@@ -100,17 +103,38 @@ class Plain:
 
     def step(self) -> float:
         """Takes one step; its seconds."""
-        self._connection.send(None)
+        self._connection.send("step")
         seconds: float = self._connection.recv()
         return seconds
+
+    @contextlib.contextmanager
+    def copying(self) -> Iterator[None]:
+        """Inside, it copies memory on one thread and does nothing else."""
+        self._connection.send("copy")
+        self._connection.recv()
+        try:
+            yield
+        finally:
+            self._connection.send("stop")
+            self._connection.recv()
 
 
 def _serve(options: argparse.Namespace, connection: Connection) -> None:
     trainer = Trainer(options)
+    source = torch.zeros(COPIED_NBYTES, dtype=torch.uint8)
+    target = torch.zeros_like(source)
     with contextlib.suppress(EOFError, BrokenPipeError):  # the benchmark is over
         while True:
-            connection.recv()
-            connection.send(trainer.step())
+            if connection.recv() == "step":
+                connection.send(trainer.step())
+                continue
+            connection.send(None)
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            while not connection.poll():
+                target.copy_(source)
+            torch.set_num_threads(threads)
+            connection.send(connection.recv())
 
 
 @contextlib.contextmanager
@@ -148,6 +172,16 @@ def calibrate(trainer: Trainer, plain: Plain, options: argparse.Namespace) -> tu
         seconds.append(trainer.step())
         plains.append(plain.step())
     return compare(plains, seconds)
+
+
+def beside_copies(trainer: Trainer, plain: Plain, options: argparse.Namespace) -> tuple[float, tuple[float, float]]:
+    """A plain step while another core copies memory all the time, against plain steps by themselves."""
+    alone, beside = [trainer.step()], []
+    for _ in range(options.steps):
+        with plain.copying():
+            beside.append(trainer.step())
+        alone.append(trainer.step())
+    return compare(alone, beside)
 
 
 def measure(trainer: Trainer, plain: Plain, options: argparse.Namespace, drive: str, bandwidth: float | None) -> Row:
@@ -229,6 +263,8 @@ def main() -> None:
     print(f"{nbytes / 2**20:.1f} MiB saved in {trainer.forward_seconds:.3f} s of forward: {need / 1e6:.1f} MB/s")
     equal, (low, high) = calibrate(trainer, plain, options)
     print(f"{'plain twice':>15}  x {equal:.3f} ({low:.3f} to {high:.3f})", flush=True)
+    copies, copies_quartiles = beside_copies(trainer, plain, options)
+    print(f"{'beside copies':>15}  x {copies:.3f} ({copies_quartiles[0]:.3f} to {copies_quartiles[1]:.3f})", flush=True)
     rows: list[Row] = []
     drives: list[tuple[str, float | None]] = [("as it is", None)]
     drives += [(f"{share:g} of the need", share * need) for share in options.shares]
@@ -239,9 +275,8 @@ def main() -> None:
     machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), **versions}
     size = {name: getattr(options, name) for name in ("layers", "width", "batch", "sequence", "steps")}
     plain_twice = {"ratio": equal, "ratio_quartiles": (low, high)}
-    print(
-        json.dumps({**machine, "size": size, "need": need, "plain_twice": plain_twice, "rows": list(map(asdict, rows))})
-    )
+    found = {"plain_twice": plain_twice, "beside_copies": {"ratio": copies, "ratio_quartiles": copies_quartiles}}
+    print(json.dumps({**machine, "size": size, "need": need, **found, "rows": list(map(asdict, rows))}))
 
 
 if __name__ == "__main__":
