@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -212,6 +213,24 @@ def test_a_kept_output_that_was_changed_raises(offload: Offload) -> None:
             y.add_(1)
         with pytest.raises(RuntimeError, match=r"modified by an inplace operation|has been mutated"):
             z.sum().backward()
+
+
+def test_a_kept_output_that_the_function_changed_raises(offload: Offload) -> None:
+    """It has the wrong values by the time that it would be noted what it was like."""
+
+    def change(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        y = x @ weight
+        z = y.exp()
+        y.mul_(2)
+        return z * y
+
+    x, weight = torch.randn(8, 8, requires_grad=True), torch.randn(8, 8, requires_grad=True)
+    contexts = partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+    for context in (contextlib.nullcontext(), offload):
+        with context:
+            y = ssdtrain.checkpoint(change, x, weight, context_fn=contexts)
+        with pytest.raises(RuntimeError, match=r"has been mutated|modified by an inplace operation"):
+            y.sum().backward()
 
 
 def test_pytorchs_own_switch_is_set_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -272,5 +272,6 @@ def _send_kept(modes: list[Any]) -> None:
 
 
 def _kept(entry: Any) -> Any:
+    """What has been changed since it was kept stays PyTorch's, which raises when it is asked for."""
     is_tensor = isinstance(entry, plain._VersionWrapper) and isinstance(entry.val, torch.Tensor)
-    return _Kept(entry.val) if is_tensor else entry
+    return _Kept(entry.val) if is_tensor and entry.val._version == entry.version else entry
