@@ -360,7 +360,7 @@ def test_grad_scaler_reaches_a_fused_optimizer(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     model = model_of("mlp")
-    with pytest.raises(TypeError, match=r"Expected a torch.optim.Optimizer, got MLP"):
+    with pytest.raises(TypeError, match=r"Expected a torch.optim.Optimizer first, .* got MLP"):
         ssdtrain.offload_optimizer(model, tmp_path)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="LBFGS, which evaluates it repeatedly"):
         ssdtrain.offload_optimizer(torch.optim.LBFGS(model.parameters()), tmp_path)
