@@ -29,7 +29,8 @@ class Budget:
     def __init__(self, nbytes: int, store: ActivationStore, schedule: Schedule) -> None:
         """Bounds what `store` holds to `nbytes`."""
         self._nbytes, self._store, self._schedule = nbytes, store, schedule
-        self._largest_nbytes = 0
+        self._largest_nbytes = self._largest_resident_nbytes = 0
+        self._last: SavedRecord | None = None
         self._is_over = False
 
     @classmethod
@@ -39,11 +40,21 @@ class Budget:
 
     def make_room(self, record: SavedRecord) -> None:
         """Waits until there is room for what is saved after `record`. Without the lock."""
-        self._largest_nbytes = max(self._largest_nbytes, record.nbytes)
+        self._last, self._largest_nbytes = record, max(self._largest_nbytes, record.nbytes)
         self._store.limits.note_plan(self._schedule.needed_nbytes)
         reserve, coming = reserve_nbytes(self._nbytes, self._largest_nbytes), self._schedule.next_nbytes
         is_unplanned = coming is None and self._allowed(record.device) <= self._nbytes
         self._free(reserve_nbytes(self._nbytes) if is_unplanned else max(coming or 0, reserve), record)
+
+    def stay(self, nbytes: int) -> None:
+        """Bytes more are in memory that no record stands for; waits until there is room for as many. Without the lock.
+
+        What does not leave may follow the last record, after which nobody else looks.
+        """
+        self._store.counters.stay(nbytes)
+        self._largest_resident_nbytes = max(self._largest_resident_nbytes, nbytes)
+        if nbytes and self._last is not None:
+            self._free(reserve_nbytes(self._nbytes, self._largest_resident_nbytes), self._last)
 
     def make_room_for(self, record: SavedRecord) -> None:
         """Waits until there is room for a record that backward asks for. Without the lock."""

@@ -138,7 +138,7 @@ class SavedTensorHooks:
     def _stay(self, tensor: torch.Tensor, reason: str, nbytes: int) -> Resident:
         self._counters.skip(reason, nbytes)
         nbytes = 0 if reason == _OUTLIVES else nbytes  # in memory anyway
-        self._counters.stay(nbytes)
+        (self._budget or self._counters).stay(nbytes)
         return Resident(tensor, nbytes, self._counters)
 
     def _stay_weight(self, tensor: torch.Tensor, nbytes: int) -> Resident:
@@ -184,7 +184,7 @@ class SavedTensorHooks:
         handles = {name: self._pack_part(part, tensor, probe) for name, part in parts.items()}
         if any([isinstance(handle, Handle | Wrapped) for handle in handles.values()]):
             return Wrapped(tensor, handles, context, probe)
-        self._counters.stay(nbytes)
+        (self._budget or self._counters).stay(nbytes)
         return Resident(tensor, nbytes, self._counters)
 
     def _pack_part(self, part: Any, outer: torch.Tensor, probe: torch.Tensor) -> Any:

@@ -123,7 +123,7 @@ class _Decision:
         peak, needed = outcome.peak_nbytes + self._goal.buffers_nbytes, self._smallest_budget(outcome.peak_nbytes)
         statement = (
             f"the budget of {asked} cannot be met: the lowest peak is {nbytes_text(peak)}, {cost}; "
-            f"memory_budget={budget_text(needed)} is the smallest that can"
+            f"by this estimate memory_budget={budget_text(needed)} can be met"
         )
         return replace(self._as_plan(best, statement, is_patient=True), needed_nbytes=needed)
 

@@ -112,7 +112,7 @@ def _other(step: Step, runs: list[_Run], later: Callable[[float], float]) -> tup
     total, levels = 0, []
     for at, change in sorted(change for change in changes if change[0] < math.inf):
         total += change
-        levels.append((at, total))
+        levels.append((at, max(0, total)))  # several micro-batches: some of it has been seen to go
     return tuple(levels)
 
 

@@ -70,12 +70,12 @@ class Limits:
         """The budget, or where that cannot be met, what must be allowed; see [Note: a budget that cannot be met]."""
         if self.budget_nbytes is None:
             return math.inf
-        counters, largest = self._counters, self._largest_nbytes
+        counters = self._counters
         staging = counters.staging_limit_nbytes if is_on_host else 0
         self._resident_nbytes = max(self._resident_nbytes, counters.resident_nbytes)
-        if max(self._resident_nbytes, self._resident_before) + staging + largest <= self.budget_nbytes:
+        if max(self._resident_nbytes, self._resident_before) + staging <= self.budget_nbytes:
             return self.budget_nbytes
-        beside = counters.resident_nbytes + staging + _NUM_BESIDE * largest
+        beside = counters.resident_nbytes + staging + _NUM_BESIDE * self._largest_nbytes
         return max(self.budget_nbytes, self._planned_nbytes, beside)
 
     def may_come_back(self, nbytes: int, *, is_on_host: bool) -> bool:

@@ -217,7 +217,7 @@ class Replanner:
             return replace(own, recomputed=plan.recomputed, statement=f"{own.statement}; {self._statement}")
         self.recomputed, self._statement = chosen, plan.statement.rpartition("; ")[2]
         own = make_plan(step, self._planned_for, self._goal)  # for steps that still look like this one
-        return replace(own, statement=plan.statement) if chosen else own
+        return replace(own, statement=plan.statement, needed_nbytes=plan.needed_nbytes) if chosen else own
 
     def _has_drifted(self, prepared: PreparedPlan, step: Step, measured: Measured, now: Machine) -> bool:
         """Whether the plan holds no more. A wait under another plan, a probe perhaps, says nothing of this one."""

@@ -209,7 +209,7 @@ def test_the_smallest_budget_that_can_be_met_is_said(step: Step, is_set: bool) -
         return make_plan(step, machine, goal)
 
     plan = plan_under(2 * MIB)
-    (text,) = re.findall(r'memory_budget="(\w+)" is the smallest that can', plan.statement)
+    (text,) = re.findall(r'memory_budget="(\w+)" can be met', plan.statement)
     smallest = parse_nbytes(text)
     assert plan.needed_nbytes <= smallest < plan.needed_nbytes + MIB
     assert "cannot be met" not in plan_under(smallest).statement
