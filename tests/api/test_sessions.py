@@ -331,6 +331,8 @@ def test_several_directories_are_written_in_one_way(tmp_path: Path) -> None:
     (tmp_path / "a:b").mkdir()
     assert Section.given(tmp_path / "x:y").directories == (f"{tmp_path}/x:y",)  # a path object is one
     assert Section.given(f"{tmp_path}/a:b").directories == (f"{tmp_path}/a:b",)  # its very name
+    for name in ("run-14:30", "run:", "run::/x"):  # whose parts are no paths
+        assert Section.given(f"{tmp_path}/{name}").directories == (f"{tmp_path}/{name}",)
 
 
 def test_directories_of_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,10 +111,12 @@ def absolute_directories(directories: object, fields: Mapping[str, str | None] |
 
 
 def _listed(text: object, fields: Mapping[str, str | None] | None) -> list[object]:
-    is_one = (
-        not isinstance(text, str) or os.pathsep not in text.replace("://", "") or os.path.isdir(fill_in(text, fields))
-    )
-    return [text] if is_one else [*str(text).split(os.pathsep)]
+    """A text with colons names several directories, unless there is one of that name or its parts are no paths alike."""
+    if not isinstance(text, str) or os.path.isdir(fill_in(text, fields)):
+        return [text]
+    parts = text.split(os.pathsep)
+    are_paths = "://" not in text and all(parts) and len({part[0] in "/~{." for part in parts}) == 1
+    return [*parts] if are_paths else [text]
 
 
 def _absolute_directory(path: object, fields: Mapping[str, str | None] | None) -> str:
