@@ -66,7 +66,7 @@ test-standin: $(if $(filter $(STANDIN_OWN),$(STANDIN_VENV)),$(STANDIN_OWN)/.stan
 $(STANDIN_OWN)/.standin:
 	[ -x $(STANDIN_OWN)/bin/python ] || $(PYTHON) -m venv $(STANDIN_OWN)
 	env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT $(STANDIN_OWN)/bin/pip install torch==2.11.0 'setuptools>=77,<82' pybind11 \
-	    pydantic typer rich numpy pytest pytest-xdist hypothesis expecttest scipy psutil
+	    'nvidia-cuda-crt==13.0.*' pydantic typer rich numpy pytest pytest-xdist hypothesis expecttest scipy psutil
 	@touch $@
 
 # -- documentation and distributions: environments of their own --
