@@ -135,13 +135,13 @@ def test_bytes_that_no_path_has_are_still_refused() -> None:
 
 def test_a_record_there_is_read_back(folder: Path) -> None:
     """What is written has characters that every program can read."""
-    path, stats = recorded_run(folder, 3)
+    path, stats = recorded_run(folder, 3, mode="all", staging_nbytes="64KiB")  # which has to be written to have room
     run = read_run(path)
     (directory,) = run.environment["directories"]
     assert Path(directory["path"]).name == SHOWN
     assert run.policy["record"].endswith(rf"{SHOWN}/run.ssdtrain")
     json.dumps(describe(run), ensure_ascii=False).encode()
-    assert stats.offloaded_nbytes > 0  # on a busy drive all of it may be forwarded
+    assert stats.written_nbytes > 0
 
 
 def test_remarks_can_be_printed(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
