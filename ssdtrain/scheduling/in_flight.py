@@ -49,8 +49,7 @@ class Limits:
     def __init__(self, policy: ActivationPolicy, counters: Counters, buffers: Buffers) -> None:
         """Those of the policy, within which `buffers` grow."""
         self._largest_nbytes = self._num_reviewed = self._sent_before = 0
-        self.budget_nbytes = policy.memory_budget
-        """What was asked for."""
+        self._budget_nbytes = policy.memory_budget
         self._planned_nbytes = 0  # what the plan that is followed needs, where that is more
         self._resident_nbytes = self._resident_before = 0  # at most, in this step and in the last one
         self._buffers = buffers
@@ -68,22 +67,22 @@ class Limits:
 
     def allowed_nbytes(self, *, is_on_host: bool) -> float:
         """The budget, or where that cannot be met, what must be allowed; see [Note: a budget that cannot be met]."""
-        if self.budget_nbytes is None:
+        if self._budget_nbytes is None:
             return math.inf
         counters = self._counters
         staging = counters.staging_limit_nbytes if is_on_host else 0
         self._resident_nbytes = max(self._resident_nbytes, counters.resident_nbytes)
-        if max(self._resident_nbytes, self._resident_before) + staging <= self.budget_nbytes:
-            return self.budget_nbytes
+        if max(self._resident_nbytes, self._resident_before) + staging <= self._budget_nbytes:
+            return self._budget_nbytes
         beside = counters.resident_nbytes + staging + _NUM_BESIDE * self._largest_nbytes
-        return max(self.budget_nbytes, self._planned_nbytes, beside)
+        return max(self._budget_nbytes, self._planned_nbytes, beside)
 
     def may_come_back(self, nbytes: int, *, is_on_host: bool) -> bool:
         """Whether the budget allows to reload so many bytes ahead of need."""
         counters, allowed = self._counters, self.allowed_nbytes(is_on_host=is_on_host)
         if counters.committed_nbytes(is_on_host=is_on_host) + nbytes <= allowed:
             return True
-        is_beyond = self.budget_nbytes is not None and allowed > self.budget_nbytes
+        is_beyond = self._budget_nbytes is not None and allowed > self._budget_nbytes
         return is_beyond and counters.prefetched_nbytes + nbytes <= _NUM_RECORDS * self._largest_nbytes
 
     def note_saved(self, record: SavedRecord) -> bool:

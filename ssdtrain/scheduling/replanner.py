@@ -183,8 +183,8 @@ class Replanner:
         reserve = reserve_nbytes(self._goal.memory_budget or 0, largest)
         if self._buffers is None or measured.is_accelerated:
             return replace(self._goal, buffers_nbytes=reserve, staging_limit_nbytes=0)
-        own = most = self._buffers.staging_limit_nbytes  # a budget counts what may come to be in use
-        own = self._buffers.staging_nbytes if self._goal.memory_budget is None else own
+        most = self._buffers.staging_limit_nbytes
+        own = self._buffers.staging_nbytes if self._goal.memory_budget is None else most  # which may come to be in use
         return replace(self._goal, buffers_nbytes=reserve + own, staging_limit_nbytes=most)
 
     def _fit_buffers(self, measured: Measured) -> None:

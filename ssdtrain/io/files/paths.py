@@ -111,7 +111,7 @@ def absolute_directories(directories: object, fields: Mapping[str, str | None] |
 
 
 def _listed(text: object, fields: Mapping[str, str | None] | None) -> list[object]:
-    """A text with colons names several directories, unless there is one of that name or its parts are no paths alike."""
+    """A text with colons names several directories, unless there is one of that name, or its parts are no paths."""
     if not isinstance(text, str) or os.path.isdir(fill_in(text, fields)):
         return [text]
     parts = text.split(os.pathsep)
