@@ -46,6 +46,8 @@ class TimedCall(Generic[T]):
 
     def wait(self, seconds: float) -> bool:
         """Whether the call is over, after at most `seconds`."""
+        if sys.is_finalizing():  # its thread never runs again
+            return self._ended.is_set()
         return self._ended.wait(max(0.0, seconds))
 
     def take(self) -> T:

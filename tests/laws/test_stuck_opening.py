@@ -244,6 +244,21 @@ def test_neither_close_nor_the_end_of_the_process_waits(lab: Lab, tmp_path: Path
     lab.run(ends, tmp_path, engine, how)
 
 
+def ends_while_files_are_shortened(directory: str, engine: str) -> None:
+    offload = ssdtrain.offload_activations(directory, policy(engine, io_timeout_seconds=3600))
+    check_equal(Trainer().step(offload, lambda: stick(SHORTENS, directory)), plain_steps(1)[0])
+    cycle: list[object] = [offload]
+    cycle.append(cycle)
+
+
+@every_engine
+def test_the_end_of_the_process_does_not_wait_for_threads_that_run_no_more(
+    lab: Lab, tmp_path: Path, engine: str
+) -> None:
+    """Once the interpreter shuts down daemon threads never come back: a script took a minute more to end."""
+    lab.run(ends_while_files_are_shortened, tmp_path, engine)
+
+
 # -- state dicts -------------------------------------------------------------------------------------------------------
 
 
