@@ -77,12 +77,11 @@ def train(
         loss.backward()
         before_update = time.perf_counter()
         optimizer.step()
+        update_seconds.append(time.perf_counter() - before_update)
         optimizer.zero_grad()
-        now = time.perf_counter()
+        seconds.append(time.perf_counter() - begin)
         between()
         losses.append(loss.item().hex())
-        seconds.append(now - begin)
-        update_seconds.append(now - before_update)
         print(f"  step {step + 1} of {args.steps}: {seconds[-1]:.1f} s", file=sys.stderr, flush=True)
     return {"losses": losses, "seconds": seconds, "update_seconds": update_seconds}
 
@@ -200,7 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", help="a directory on the drive")
     for name, default in {
-        "layers": 12, "width": 1024, "sequence": 256, "batch": 2, "vocabulary": 256, "steps": 5,
+        "layers": 12, "width": 1024, "sequence": 256, "batch": 2, "vocabulary": 256, "steps": 8,
     }.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--share", type=float, default=0.25, help="of the memory that plain training needs")

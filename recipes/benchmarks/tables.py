@@ -2,8 +2,8 @@
 
 Fresh data: `ssdtrain demo --json | tail -1 > recipes/benchmarks/results/demo.json`, and
 `python recipes/benchmarks/compare.py DIR | tail -1 > recipes/benchmarks/results/compare.json`, the same for `curve`,
-`memory_cap`, `resident`, `state_cap`, `state_compare`, `throttle` and `throttle_large`; what `gpu.py` left in the
-results of `gpu.sh` (`host-*.json`, `drive-*.json`) goes to `results/gpu/`; then run this file.
+`engine`, `memory_cap`, `resident`, `state_cap`, `state_compare`, `throttle` and `throttle_large`; what `gpu.py` left in
+the results of `gpu.sh` (`host-*.json`, `drive-*.json`) goes to `results/gpu/`; then run this file.
 """
 
 from __future__ import annotations
@@ -114,11 +114,6 @@ def state_cap_table(result: dict[str, Any]) -> str:
     update, moved, ceiling = bandwidth_of(result["paged"])
     _, moved_slowly, low_ceiling = bandwidth_of(result["throttled"])
     waits = waiting_seconds(capped) / size["steps"]
-    has_ceiling = "ceiling" in size  # before that was noted, half of the ceiling's bytes never saw the drive
-
-    def of(ceiling: float) -> str:
-        return f", where plain direct I/O moves {ceiling:.2f} GB/s" if has_ceiling else ""
-
     lines = [
         f"A GPT of {plain['parameters'] / 1e6:.0f} M parameters with AdamW, {size['batch']} x {size['sequence']} tokens"
         f" a step (`recipes/benchmarks/state_cap.py`; the kernel kills what needs more than {size['share']:g} of the"
@@ -132,8 +127,8 @@ def state_cap_table(result: dict[str, Any]) -> str:
         f" | {'yes' if result['is_equal'] else 'NO'} |",
         "",
         f"With the state alone on the drive, `optimizer.step()` after backward takes {update:.2f} s and moves"
-        f" {moved:.2f} GB/s in and out together{of(ceiling)}; on the drive cut to {size['throttle']:g} GB/s each way it"
-        f" moves {moved_slowly:.2f} GB/s{of(low_ceiling)}.",
+        f" {moved:.2f} GB/s in and out together, {moved / ceiling:.0%} of plain direct I/O; on the drive cut to"
+        f" {size['throttle']:g} GB/s each way {moved_slowly:.2f} GB/s, {moved_slowly / low_ceiling:.0%}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -209,6 +204,24 @@ def resident_table(result: dict[str, Any]) -> str:
     return "\n".join(rows) + "\n"
 
 
+def engine_table(result: dict[str, Any]) -> str:
+    """The engines beside fio as Markdown."""
+    machine = result["machine"]
+    rows = [
+        f"The engines beside {machine['fio']} (`recipes/benchmarks/engine.py`; the same file, request size and depth on"
+        f" both sides, direct I/O, runs taken in turn, {machine['cores']} cores of {machine['processor']} that others"
+        f" used too; the share is the median over the runs; seconds of processor time per GB):",
+        "",
+        "| | request, depth | engine | GB/s | of fio | processor |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        size = f"{row['request_mib']:g} MiB, {row['depth']}"
+        cells = [row["direction"], size, row["engine"], f"{row['gb_per_second']:.2f}", f"{row['fraction_of_fio']:.0%}"]
+        rows.append(f"| {' | '.join(cells)} | {row['cpu_seconds_per_gb']:.3f} |")
+    return "\n".join(rows) + "\n"
+
+
 def _ratio(row: dict[str, Any]) -> str:
     low, high = row["ratio_quartiles"]
     return f"x {row['ratio']:.2f}, {low:.2f} to {high:.2f}"
@@ -216,6 +229,7 @@ def _ratio(row: dict[str, Any]) -> str:
 
 TABLES = {
     "state_compare": state_compare_table,
+    "engine": engine_table,
     "demo": demo_table,
     "compare": compare_table,
     "curve": curve_table,

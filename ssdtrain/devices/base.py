@@ -62,6 +62,13 @@ class Device(Protocol):
             torch.OutOfMemoryError: there is none left on an accelerator.
         """
 
+    def bring(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
+        """What is in another device's memory in this one's, complete when this returns; itself, where it is there.
+
+        Raises:
+            MemoryError, torch.OutOfMemoryError: there is none left.
+        """
+
     def share(self, storage: torch.UntypedStorage, stream: int) -> None:
         """`stream` uses memory that another stream allocated: freed, it is reused only after what is queued there."""
 

@@ -48,6 +48,14 @@ class CpuDevice:
     def share(self, storage: torch.UntypedStorage, stream: int) -> None:
         """See `Device`."""
 
+    def bring(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
+        """See `Device`. Whichever stream has computed it: that is rare."""
+        if storage.device.type == "cpu":
+            return storage
+        torch.get_device_module(storage.device).synchronize(storage.device)
+        there: torch.UntypedStorage = storage.cpu()
+        return there
+
     def allocate(self, nbytes: int, alignment: int, block_nbytes: int) -> Allocation:
         """See `Device`. The storage starts at the aligned address: offsets of rebuilt views equal the saved ones."""
         capacity = -(-nbytes // block_nbytes) * block_nbytes

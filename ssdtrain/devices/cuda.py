@@ -87,6 +87,12 @@ class CudaDevice:
         storage = memory.untyped_storage()
         return Allocation(storage, memory.data_ptr(), nbytes, StorageWeakRef(storage))
 
+    def bring(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
+        """See `Device`."""
+        if storage.device == self._device:
+            return storage
+        return torch.UntypedStorage(storage.nbytes(), device=self._device).copy_(storage)
+
     def share(self, storage: torch.UntypedStorage, stream: int) -> None:
         """See `Device`."""
         tensor = torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)

@@ -84,10 +84,6 @@ class OffloadedState:
                 num_begun += 1
         return num_begun
 
-    def is_kept(self, parameter: torch.Tensor) -> bool:
-        """Whether the drive had no room for some of it, which is where it came from."""
-        return any(leaf.record.storage is not None for leaf in self._leaves(parameter))
-
     def reload(self, parameter: torch.Tensor, state: dict[str, Any], device: Device | None = None) -> None:
         """Puts a parameter's state where the optimizer looks for it, in memory as `prefetch` says.
 

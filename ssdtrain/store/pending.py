@@ -84,7 +84,7 @@ class PendingWrite:
 class PendingRead:
     """Reads of a record to fresh memory, usable in the order of the stream it was allocated on.
 
-    Without segments the memory is the record's own: its bytes never left.
+    Without segments the bytes never left: the memory is the record's own, or a copy.
     """
 
     record: Any
@@ -94,6 +94,7 @@ class PendingRead:
     stream: int
     reads: list[Read] = field(default_factory=list)
     is_ahead: bool = False  # nobody waits for it yet
+    is_copy: bool = False  # in another device's memory than the record's own
 
     @property
     def is_over(self) -> bool:
@@ -114,7 +115,7 @@ class PendingRead:
     @property
     def has_left(self) -> bool:
         """Whether the memory is fresh, and so the caller's."""
-        return bool(self.reads)
+        return self.is_copy or bool(self.reads)
 
     def wait(self, timeout_seconds: float) -> bool:
         """Blocks, without a lock, until `is_issued`; false when a drive has owed an answer for so long."""
@@ -143,7 +144,7 @@ class PendingRead:
 
     def use(self) -> None:
         """The current stream uses the memory from here on, after the copies into it."""
-        if self.device.driver is not None and self.reads:
+        if self.device.driver is not None and self.has_left:
             hand_out(self.memory.storage, self.device, self.stream, self.reads)
 
 

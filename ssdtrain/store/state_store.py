@@ -231,8 +231,9 @@ class StateStore:
             storage = record.storage
             assert storage is not None or record.segments, f"{record.name} was never written"
             if storage is not None:
-                memory = Allocation(storage, storage.data_ptr(), storage.nbytes(), StorageWeakRef(storage))
-                return PendingRead(record, (), device, memory, device.current_stream())
+                there = device.bring(storage)
+                memory = Allocation(there, there.data_ptr(), there.nbytes(), StorageWeakRef(there))
+                return PendingRead(record, (), device, memory, device.current_stream(), is_copy=there is not storage)
             if not all([segment.is_readable(device) for segment in record.segments]):
                 return None
             pending = self._store.read(record, device)

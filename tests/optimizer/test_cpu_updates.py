@@ -120,6 +120,29 @@ def test_parameters_that_are_away_are_updated_where_they_are(
     check_same(values(model), values(plain))
 
 
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("full_from", [0, 1, 2])
+def test_new_values_that_the_drive_has_no_room_for(
+    how: str, full_from: int, device: SimulatedDevice | None, device_kind: str, tmp_path: Path
+) -> None:
+    """They stay in host memory, and are brought to the device from there."""
+    losses, _, plain = run_on_copies(adamw, 3)
+    model = model_of("mlp")
+    policy = ParameterPolicy(**EAGER_STATE, prefetch_nbytes=40_000)
+    owner = ParameterOffload(model, lambda: store_of(tmp_path, device, policy), policy, None)
+    optimizer = OffloadedOptimizer(adamw(trainable(model)), owner.store.share, OptimizerPolicy(**(ON_CPU | HOW[how])))
+    found = train(model, optimizer, full_from)
+    found += train(model, optimizer, 1, first=full_from, between=lambda: inside.space(owner.store).retire(0, "full"))
+    found += train(model, optimizer, 2 - full_from, first=full_from + 1)
+    assert any("no room on the drive" in text for text in owner.stats.fallbacks)
+    check_same(found, losses)
+    check_same(values(model), values(plain))
+    assert {p.device.type for p in model.parameters()} == {"cuda" if device_kind == "cuda" else "cpu"}
+    optimizer.close()
+    owner.close()
+    check_same(values(model), values(plain))
+
+
 def test_a_graph_that_saved_an_updated_parameter_says_so(
     device: SimulatedDevice | None, device_kind: str, tmp_path: Path
 ) -> None:

@@ -129,7 +129,7 @@ def test_gpu_script_is_well_formed() -> None:
 
 def test_readme_shows_the_recorded_results(tmp_path: Path) -> None:
     """Tables and pictures of README and docs are made from the data, not by hand."""
-    names = "demo compare curve memory_cap resident state_cap state_compare throttle throttle_large".split()
+    names = "demo compare curve engine memory_cap resident state_cap state_compare throttle throttle_large".split()
     results = [f"recipes/benchmarks/results/{name}.json" for name in names]
     scripts = [f"recipes/benchmarks/{name}.py" for name in ("tables", "gpu_tables", "picture", "state_figures")]
     pages = ["README.md", "docs/explanation/benchmarks.md", "docs/explanation/on-a-gpu.md"]

@@ -139,6 +139,10 @@ class SimulatedDevice:
         storage, block = self._machine.allocate(nbytes, capacity=capacity, alignment=alignment)
         return Allocation(storage, block.address, block.nbytes, StorageWeakRef(storage))
 
+    def bring(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
+        """Its memory is the host's."""
+        return storage
+
     def share(self, storage: torch.UntypedStorage, stream: int) -> None:
         """When `storage` dies, its memory is handed out again after what is queued on `stream` by then.
 
