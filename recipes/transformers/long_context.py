@@ -125,6 +125,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         losses.append(loss.item())
         seconds.append(time.perf_counter() - begin)
         cpu_seconds.append(time.process_time() - cpu)
+        print(f"step {len(seconds)} of {args.steps}: {seconds[-1]:.1f} s", file=sys.stderr, flush=True)
     found = {"method": args.method, "length": args.length, "losses": losses, "token_seconds": seconds[-1] / args.length}
     found |= {"token_cpu_seconds": cpu_seconds[-1] / args.length}
     if isinstance(offload, ssdtrain.ActivationOffload):
