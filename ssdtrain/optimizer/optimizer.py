@@ -75,7 +75,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         )
         self._progress = self._stepper.progress
         try:
-            check_devices(self._store, self.param_groups)
+            check_devices(self._store, self.param_groups, on_cpu=policy.update_on == "cpu")
             if policy.update_on == "device" or self._store.directory is not None:  # else it stays in host memory
                 self._store.reserve(state_nbytes, "optimizer state")
             self._regroup()

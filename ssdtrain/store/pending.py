@@ -190,7 +190,7 @@ class Pending:
 
     def producer(self, device: Device, stream: int) -> Fence | None:
         """The point of a stream of an accelerator after which what is queued there by now has been computed."""
-        self._get_ready(device)
+        self.get_ready(device)
         return fence(device.driver, stream)
 
     def prepare(self, device: Device, nbytes: int, *, prefers_host: bool) -> None:
@@ -198,11 +198,16 @@ class Pending:
         if device.driver is None or self._drive.is_closed:
             return
         with contextlib.suppress(RuntimeError):  # closed meanwhile, or it says so again when it is used
-            self._get_ready(device)
+            self.get_ready(device)
             if prefers_host:
                 self._drive.prepare(nbytes)
 
-    def _get_ready(self, device: Device) -> None:
+    def get_ready(self, device: Device) -> None:
+        """The engine learns of an accelerator.
+
+        Raises:
+            RuntimeError: it moves host memory only.
+        """
         if device.driver is None or device in self._devices:
             return
         why = self._drive.add_driver(device.driver)

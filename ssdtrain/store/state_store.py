@@ -138,6 +138,15 @@ class StateStore:
         """Whether `close` was called."""
         return self.drive.is_closed
 
+    def check_engine(self, device: Device) -> None:
+        """Before anything is written from `device`.
+
+        Raises:
+            RuntimeError: the engine asked for by name moves host memory only.
+        """
+        with self._lock:
+            self._store.pending.get_ready(device)
+
     # -- out -----------------------------------------------------------------------------------------------------
 
     def write(

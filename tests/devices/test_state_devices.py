@@ -61,6 +61,19 @@ def test_host_memory_is_no_place_for_host_memory(device_kind: str) -> None:
 
 
 @pytest.mark.accelerator_only
+def test_an_engine_for_host_memory_alone_is_refused_at_once(
+    device: SimulatedDevice | None, device_kind: str, tmp_path: Path
+) -> None:
+    """Not in the middle of the first step, with some parameters updated."""
+    model = model_of("mlp")
+    policy = OptimizerPolicy(**EAGER_STATE, engine="python")
+    inner = adamw(model.parameters())
+    with pytest.raises(RuntimeError, match="Expected host memory, got an accelerator's"):
+        OffloadedOptimizer(inner, lambda: StateStore([str(tmp_path)], policy, device), policy)
+    train(model, inner, 1)
+
+
+@pytest.mark.accelerator_only
 def test_the_host_tier_first_then_the_drive(device: SimulatedDevice | None, device_kind: str, tmp_path: Path) -> None:
     """A host tier too small for all of it: the rest is on the drive."""
     plain = model_of("mlp")

@@ -113,11 +113,13 @@ def check_settings(policy: OptimizerPolicy, groups: Iterable[Mapping[str, Any]])
         raise ValueError("Expected capturable=False with update_on='cpu', got True: the CPU captures no graph")
 
 
-def check_devices(store: StateStore, groups: Iterable[Mapping[str, Any]]) -> None:
-    """Parameters may be where nothing is offloaded from."""
+def check_devices(store: StateStore, groups: Iterable[Mapping[str, Any]], *, on_cpu: bool) -> None:
+    """Parameters may be where nothing is offloaded from; `on_cpu`: their state is not there."""
     devices = store.devices()
     for parameter in [p for group in groups for p in group["params"] if not p.is_meta]:
-        reason = devices.of(parameter)
-        if isinstance(reason, str):
+        device = devices.of(parameter)
+        if isinstance(device, str):
             where = "memory of the CPU or of CUDA" if store.directory else "memory of an accelerator"
-            raise ValueError(f"Expected parameters in {where}, got {reason}: pass another directory or device")
+            raise ValueError(f"Expected parameters in {where}, got {device}: pass another directory or device")
+        if not on_cpu:
+            store.check_engine(device)
