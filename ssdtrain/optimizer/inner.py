@@ -95,8 +95,11 @@ def load_part(
         state.update({n: v.clone() for n, v in state.items() if isinstance(v, torch.Tensor) and id(v) in own})
 
 
-def load_own_state(optimizer: torch.optim.Optimizer) -> None:
-    """Takes state of parameters that are in groups to the devices and dtypes that `load_state_dict` gives it."""
+def load_own_state(optimizer: torch.optim.Optimizer, likes: Mapping[torch.Tensor, torch.Tensor]) -> None:
+    """Takes state of parameters that are in groups to the devices and dtypes that `load_state_dict` gives it.
+
+    `likes`: see `load_part`.
+    """
     own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     orphans = {key: s for key, s in optimizer.state.items() if isinstance(key, torch.Tensor) and id(key) not in own}
     for parameter in orphans:
@@ -107,7 +110,7 @@ def load_own_state(optimizer: torch.optim.Optimizer) -> None:
         found = optimizer.state_dict()
     finally:
         vars(optimizer).update(hooks)
-    load_part(optimizer, found["state"], found["param_groups"], {})
+    load_part(optimizer, found["state"], found["param_groups"], likes)
     optimizer.state.update(orphans)
 
 

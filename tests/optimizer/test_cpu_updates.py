@@ -120,6 +120,23 @@ def test_parameters_that_are_away_are_updated_where_they_are(
     check_same(values(model), values(plain))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_state_of_a_model_that_was_cast_is_given_back_as_it_was(
+    dtype: torch.dtype, device: SimulatedDevice | None, device_kind: str, tmp_path: Path
+) -> None:
+    """As the plain optimizer has it, whose state no cast of the model touches."""
+    _, expected, _ = run_on_copies(adamw, 2)
+    model = model_of("mlp")
+    inner = adamw(model.parameters())
+    optimizer = on_cpu(inner, tmp_path, device)
+    train(model, optimizer, 2)
+    model.to(dtype)
+    optimizer.close()
+    moments = [value for state in inner.state.values() for key, value in state.items() if key != "step"]
+    assert {value.dtype for value in moments} == {torch.float32}
+    check_same_state(inner.state_dict(), expected.state_dict())
+
+
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("full_from", [0, 1, 2])
 def test_new_values_that_the_drive_has_no_room_for(

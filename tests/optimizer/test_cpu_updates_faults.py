@@ -266,7 +266,7 @@ def test_close_without_room_on_the_device_closes(
     weight.grad = torch.ones(64, 64)
     optimizer.step()
 
-    def refuse(_: torch.optim.Optimizer) -> None:
+    def refuse(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("ssdtrain.optimizer.cpu.cpu_updates.load_own_state", refuse)

@@ -350,11 +350,25 @@ class CpuUpdates:
             self._pool = None
         if self._devices:
             settings = [dict(group) for group in self._inner.param_groups]
-            load_own_state(self._inner)
+            load_own_state(self._inner, self._other_dtypes())
             for group, own in zip(self._inner.param_groups, settings, strict=True):  # the same objects as before
                 group.update({key: value for key, value in own.items() if key != "params"})
         for parameter in self._devices:
             self._inner.state.get(parameter, {}).pop(_MASTER, None)
+
+    def _other_dtypes(self) -> dict[torch.Tensor, torch.Tensor]:
+        """For parameters with state of another dtype than their own, as after a cast: that one, on their device."""
+        likes = {}
+        for parameter in self._devices:
+            state = self._inner.state.get(parameter, {})
+            dtypes = {
+                v.dtype
+                for k, v in state.items()
+                if k != "step" and isinstance(v, torch.Tensor) and v.is_floating_point()
+            }
+            if _MASTER not in state and len(dtypes) == 1 and dtypes != {parameter.dtype}:
+                likes[parameter] = torch.empty(0, dtype=dtypes.pop(), device=parameter.device)
+        return likes
 
     # -- state that others have made -----------------------------------------------------------------------------
 
