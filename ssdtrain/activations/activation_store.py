@@ -7,7 +7,7 @@ counters aside) lives and ends with it.
 [Note: the lock]
 One lock guards records, extents and requests; every change is also bracketed, see [Note: unfinished changes]. It is
 never held while bytes move or a thread waits, and nothing that runs in a destructor waits for it: a dying handle leaves
-a note in `_to_release`. Where only room on the drive hangs on the note, the next hook works it off; else whoever leaves
+a note in `releases`. Where only room on the drive hangs on the note, the next hook works it off; else whoever leaves
 it, or whoever has the lock just then.
 """
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from ssdtrain.activations.open_drive import DriveSource
@@ -29,7 +28,7 @@ from ssdtrain.devices.registry import Devices
 from ssdtrain.scheduling.in_flight import Limits
 from ssdtrain.stats import Counters
 from ssdtrain.store.poisonable_lock import PoisonableLock
-from ssdtrain.store.record import Residency, SavedRecord
+from ssdtrain.store.record import Releases, Residency, SavedRecord
 from ssdtrain.tracing.spans import span
 from ssdtrain.verdict import why_declined
 
@@ -73,7 +72,7 @@ class ActivationStore:
         self._is_resting = False  # closed, while nothing moves
         self._num_rests = 0
         self._has_declined = False  # and said so
-        self._to_release: deque[tuple[SavedRecord, int]] = deque()
+        self.releases = Releases(self._look_after)
         _leave_to_parent_in_child(self)
 
     # -- life ----------------------------------------------------------------------------------------------------
@@ -128,6 +127,7 @@ class ActivationStore:
             self._close_if_idle()
         self.process_releases()
         self.source.settle()
+        self.releases.raise_interruption()
 
     def close(self) -> None:
         """Ends the engine and frees slabs and spill files. Records whose bytes were only there are lost."""
@@ -266,12 +266,10 @@ class ActivationStore:
         if store is not None and self.source.is_staging_short and not store.pending.has_accelerators:
             self.source.grow_staging(store.drive)  # nothing is pinned; else see `prepare`
 
-    def release_later(self, note: tuple[SavedRecord, int]) -> None:
+    def _look_after(self, record: SavedRecord) -> None:
         """A handle of a record died. Called from destructors, on any thread: see [Note: the lock]."""
-        notes, record = self._to_release, note[0]
-        notes.append(note)
         is_in_memory = record.storage is not None or not record.residency & _ON_DRIVE_ONLY
-        if is_in_memory or len(notes) >= self.counters.num_live_records:
+        if is_in_memory or len(self.releases.notes) >= self.counters.num_live_records:
             self.is_release_urgent = True
             self.process_releases()
 
@@ -286,7 +284,7 @@ class ActivationStore:
 
     def _release_all(self) -> None:
         self.is_release_urgent = False
-        notes = self._to_release
+        notes = self.releases.notes
         while notes:
             record, epoch = notes.popleft()
             record.num_handles -= 1
@@ -364,7 +362,7 @@ class ActivationStore:
 
     def settle(self) -> None:
         """Takes note of handles that died and of what the engine finished. The caller holds the lock."""
-        if self._to_release:
+        if self.releases.notes:
             self._release_all()
         if len(self.reloads.shared) > _MAX_SHARED:
             self.reloads.drop_expired()

@@ -4,12 +4,20 @@ The record of a parameter, a gradient or optimizer state lives as long as its ow
 has changed. A `SavedRecord` is created when autograd saves a tensor of a storage range nobody filed yet, is shared by
 all saved tensors of that range, and is released when the last of their handles is gone. Only what moves a record
 changes its residency.
+
+[Note: the end of a handle]
+A handle dies wherever autograd lets go of it, so a signal (Ctrl-C, SIGTERM, an alarm) is often answered just there, by
+the first line of Python that the main thread comes to. Whatever a `__del__` raises, Python prints and drops, also what
+a signal's handler raises as it begins: the loop would run on. So handles have none. Each owns a generator that waits
+within `try`, which Python ends when it is collected: what comes up there is caught, and raised by the next hook.
 """
 
 from __future__ import annotations
 
 import enum
 import weakref
+from collections import deque
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +25,7 @@ import torch
 from ssdtrain.store.identity import ViewSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -198,28 +206,69 @@ class SavedRecord(Record):
 class Resident:
     """Handle of a saved tensor that stays in memory: keeps it, its version, and the account of held bytes."""
 
-    __slots__ = ("counters", "nbytes", "tensor", "version")
+    __slots__ = ("life", "tensor", "version")
 
     def __init__(self, tensor: torch.Tensor, nbytes: int, counters: Counters) -> None:
         """Holds the tensor's memory, `nbytes` of which were added to `counters`."""
-        self.nbytes = nbytes  # first what `__del__` needs, should the rest raise
-        self.counters = counters
+        self.life = None
+        if nbytes:
+            self.life = _held(nbytes, counters)
+            next(self.life)
         # The object itself, as without hooks: it may carry attributes, and ZeRO-3 frees a parameter's memory by giving
         # it other data, which an alias would hold. Of what has a node an alias: an operator's own output would keep
         # that node alive, and autograd makes a new object of it anyway.
         self.tensor = tensor if tensor.is_leaf else tensor.detach()
         self.version = tensor._version
 
-    def __del__(self) -> None:
-        """Takes the bytes off the account."""
-        self.counters.held_nbytes -= self.nbytes
-        self.counters.resident_nbytes -= self.nbytes
+
+def _held(nbytes: int, counters: Counters) -> Iterator[None]:
+    """Takes the bytes off the account when the handle dies. See [Note: the end of a handle]."""
+    try:
+        yield
+    finally:
+        counters.held_nbytes -= nbytes
+        counters.resident_nbytes -= nbytes
+
+
+class Releases:
+    """What handles leave when they die, on any thread. See [Note: the end of a handle]."""
+
+    __slots__ = ("interruptions", "look", "notes")
+
+    def __init__(self, look: Callable[[SavedRecord], None]) -> None:
+        """`look(record)` is called after each note; it must not block."""
+        self.notes: deque[list[Any]] = deque()  # record, and the reload that the handle was unpacked in last
+        self.interruptions: list[tuple[int, BaseException]] = []
+        self.look = look
+
+    def raise_interruption(self) -> None:
+        """Raises what a handler of a signal raised in this thread while a handle died."""
+        for entry in self.interruptions:
+            if entry[0] == get_ident():
+                self.interruptions.remove(entry)
+                try:
+                    raise entry[1] from None
+                finally:
+                    del entry  # which the error would hold by this frame, and itself
+
+
+def _noted(releases: Releases, note: list[Any]) -> Iterator[None]:
+    """Leaves a note when the handle dies."""
+    try:
+        yield
+    finally:
+        try:
+            releases.notes.append(note)
+            releases.look(note[0])
+        except BaseException as error:
+            error.__context__ = None  # nor anything else that keeps frames
+            releases.interruptions.append((get_ident(), error.with_traceback(None)))
 
 
 class Handle:
     """What autograd holds for one saved tensor that may be offloaded. When it dies, the record learns of it."""
 
-    __slots__ = ("epoch", "probe", "record", "release_later", "source", "spec", "task", "version")
+    __slots__ = ("life", "note", "probe", "record", "source", "spec", "task", "version")
 
     def __init__(
         self,
@@ -228,20 +277,28 @@ class Handle:
         spec: ViewSpec,
         probe: torch.Tensor,
         version: int,
-        release_later: Any,
+        releases: Releases,
     ) -> None:
         """Keeps nothing of `tensor` alive, and knows the object where autograd gives it back: without grad.
 
-        `release_later(record, epoch)` is called when autograd lets go; it must not block.
+        `releases` is told when autograd lets go.
         """
         self.record = record
         self.spec = spec
         self.probe = probe
         self.version = version
-        self.epoch = self.task = -1  # the reload, and the graph task, that it was unpacked in last
-        self.release_later = release_later
+        self.task = -1  # the graph task that it was unpacked in last
+        self.note: list[Any] = [record, -1]  # the reload that it was unpacked in last
         self.source = None if tensor.requires_grad else weakref.ref(tensor)
 
-    def __del__(self) -> None:
-        """Runs on any thread, in the middle of anything: only leaves a note."""
-        self.release_later((self.record, self.epoch))
+        self.life = _noted(releases, self.note)
+        next(self.life)
+
+    @property
+    def epoch(self) -> int:
+        """The reload that it was unpacked in last; -1 before the first."""
+        return self.note[1]  # type: ignore[no-any-return]
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self.note[1] = epoch

@@ -493,7 +493,7 @@ class RecordLife(RuleBasedStateMachine):
             self.forget(self.saved.pop())
         counters, store = inside.counters(self.offload), inside.store(self.offload)
         assert (counters.num_live_records, counters.held_nbytes, counters.prefetched_nbytes) == (0, 0, 0)
-        assert not (store.index._records or store.reloads.shared or store.reloads._prefetched or store._to_release)
+        assert not (store.index._records or store.reloads.shared or store.reloads._prefetched or store.releases.notes)
         assert inside.transport_of(store) is None
         self.held.clear()
         assert all(memory.expired() for memory in self.memories)
