@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import random
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -298,6 +299,18 @@ def test_callbacks(engine: FileEngine, path: Path, caplog: pytest.LogCaptureFixt
         assert finished.wait(60)
         assert sorted(map(id, done)) == sorted(map(id, requests)) and all(request.done() for request in done)
     assert "A callback of <write of 5000 bytes" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["io_uring", "threads"])
+def test_what_was_called_back_is_let_go(path: Path, kind: str) -> None:
+    """An engine whose last callback knew it stayed open, with its threads and memory, until the process ended."""
+    engine = FileEngine(block_nbytes=BLOCK, queue_depth=4, engine=kind)
+    owner, called = weakref.ref(engine), threading.Event()
+    with engine.open(path, "w") as file:
+        file.write(bytes(BLOCK)).add_done_callback(lambda _, known=engine: called.set())  # type: ignore[misc]
+    assert called.wait(60)
+    del engine, file
+    assert eventually(lambda: gc.collect() >= 0 and owner() is None)
 
 
 def test_cancelling(path: Path) -> None:

@@ -177,10 +177,16 @@ class Watcher:
                         return
                     self._changed.wait()
                     continue
-            for request, callback in due:
-                _call(callback, request)
-            if not due:
+            if due:
+                _call_all(due)
+            else:
                 self._engine.wait_event(num_events, None)
+
+
+def _call_all(due: list[tuple[Request, Callable[[Request], object]]]) -> None:
+    """Empties the list: a thread that waits keeps nothing of what it has called."""
+    while due:
+        _call(*due.pop(0)[::-1])
 
 
 def _call(callback: Callable[[Request], object], request: Request) -> None:
