@@ -7,8 +7,7 @@ counters aside) lives and ends with it.
 [Note: the lock]
 One lock guards records, extents and requests; every change is also bracketed, see [Note: unfinished changes]. It is
 never held while bytes move or a thread waits, and nothing that runs in a destructor waits for it: a dying handle leaves
-a note in `releases`. Where only room on the drive hangs on the note, the next hook works it off; else whoever leaves
-it, or whoever has the lock just then.
+a note in `releases`. If only room on the drive hangs on it the next hook works it off, else who leaves or has the lock.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ class ActivationStore:
         self._is_resting = False  # closed, while nothing moves
         self._num_rests = 0
         self._has_declined = False  # and said so
-        self.releases = Releases(self._look_after)
+        self.releases = Releases()
         _leave_to_parent_in_child(self)
 
     # -- life ----------------------------------------------------------------------------------------------------
@@ -266,7 +265,12 @@ class ActivationStore:
         if store is not None and self.source.is_staging_short and not store.pending.has_accelerators:
             self.source.grow_staging(store.drive)  # nothing is pinned; else see `prepare`
 
-    def _look_after(self, record: SavedRecord) -> None:
+    def work_off(self) -> None:
+        """Takes note of handles that died, and raises what a signal's handler raised meanwhile."""
+        self.process_releases()
+        self.releases.raise_interruption()
+
+    def look_after(self, record: SavedRecord) -> None:
         """A handle of a record died. Called from destructors, on any thread: see [Note: the lock]."""
         is_in_memory = record.storage is not None or not record.residency & _ON_DRIVE_ONLY
         if is_in_memory or len(self.releases.notes) >= self.counters.num_live_records:

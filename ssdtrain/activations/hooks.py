@@ -271,7 +271,7 @@ class SavedTensorHooks:
                     record.version, record.probe, record.spec = version, probe, spec
             if record is not None:
                 record.num_handles += 1
-                handle = Handle(record, tensor, spec, probe, version, store.releases)
+                handle = Handle(record, tensor, spec, probe, version, store.releases, store.look_after)
             if is_planned:
                 store.reloads.prefetch_all(self._schedule.due())
         if blocked:
@@ -279,8 +279,7 @@ class SavedTensorHooks:
         if self._budget is not None and record is not None:
             self._budget.make_room(record)
         if store.is_release_urgent or store.releases.interruptions:
-            store.process_releases()
-            store.releases.raise_interruption()
+            store.work_off()
         return self._stay(tensor, reason, span[1] - span[0]) if handle is None else handle
 
     def _is_held(self, storage: torch.UntypedStorage, nbytes: int) -> bool:
@@ -411,8 +410,7 @@ class SavedTensorHooks:
             if event is not None:
                 pass_.step.note_wait(event, is_for_reload=True)
         if store.is_release_urgent or store.releases.interruptions:
-            store.process_releases()
-            store.releases.raise_interruption()
+            store.work_off()
         storage, shift, handle.epoch = handed_out
         task = _graph_task()
         if task != -1 and (task == handle.task or self._item_by_item.kinds):

@@ -233,13 +233,12 @@ def _held(nbytes: int, counters: Counters) -> Iterator[None]:
 class Releases:
     """What handles leave when they die, on any thread. See [Note: the end of a handle]."""
 
-    __slots__ = ("interruptions", "look", "notes")
+    __slots__ = ("interruptions", "notes")
 
-    def __init__(self, look: Callable[[SavedRecord], None]) -> None:
-        """`look(record)` is called after each note; it must not block."""
+    def __init__(self) -> None:
+        """Nothing yet."""
         self.notes: deque[list[Any]] = deque()  # record, and the reload that the handle was unpacked in last
-        self.interruptions: list[tuple[int, BaseException]] = []
-        self.look = look
+        self.interruptions: list[tuple[int, BaseException]] = []  # and the thread
 
     def raise_interruption(self) -> None:
         """Raises what a handler of a signal raised in this thread while a handle died."""
@@ -252,14 +251,14 @@ class Releases:
                     del entry  # which the error would hold by this frame, and itself
 
 
-def _noted(releases: Releases, note: list[Any]) -> Iterator[None]:
+def _noted(releases: Releases, look_after: Callable[[SavedRecord], None], note: list[Any]) -> Iterator[None]:
     """Leaves a note when the handle dies."""
     try:
         yield
     finally:
         try:
             releases.notes.append(note)
-            releases.look(note[0])
+            look_after(note[0])
         except BaseException as error:
             error.__context__ = None  # nor anything else that keeps frames
             releases.interruptions.append((get_ident(), error.with_traceback(None)))
@@ -278,10 +277,11 @@ class Handle:
         probe: torch.Tensor,
         version: int,
         releases: Releases,
+        look_after: Callable[[SavedRecord], None],
     ) -> None:
         """Keeps nothing of `tensor` alive, and knows the object where autograd gives it back: without grad.
 
-        `releases` is told when autograd lets go.
+        When autograd lets go `releases` has a note, and `look_after(record)` is called; it must not block.
         """
         self.record = record
         self.spec = spec
@@ -290,8 +290,7 @@ class Handle:
         self.task = -1  # the graph task that it was unpacked in last
         self.note: list[Any] = [record, -1]  # the reload that it was unpacked in last
         self.source = None if tensor.requires_grad else weakref.ref(tensor)
-
-        self.life = _noted(releases, self.note)
+        self.life = _noted(releases, look_after, self.note)
         next(self.life)
 
     @property

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import inside
 import pytest
 import torch
 from conftest import MakeOffload, assert_same, mlp, train_once
@@ -329,6 +332,21 @@ def test_accumulate_left_in_any_order(tmp_path: Path) -> None:
     optimizer.step()
     assert not torch.equal(model.weight, before)
     optimizer.close()
+
+
+@pytest.mark.cpu_only
+def test_what_is_dropped_is_gone_at_once(tmp_path: Path) -> None:
+    """Engine, slabs and files go with the last reference: no cycle has them wait for the garbage collector."""
+    gc.disable()
+    try:
+        offload = ssdtrain.offload_activations(tmp_path, mode="all", min_nbytes=0)
+        with offload:
+            nn.Linear(64, 64)(torch.randn(64, 64)).sum().backward()
+        store = weakref.ref(inside.store(offload))
+        del offload
+        assert store() is None
+    finally:
+        gc.enable()
 
 
 def test_an_optimizer_after_close(tmp_path: Path) -> None:
