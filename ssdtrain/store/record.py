@@ -9,7 +9,8 @@ changes its residency.
 A handle dies wherever autograd lets go of it, so a signal (Ctrl-C, SIGTERM, an alarm) is often answered just there, by
 the first line of Python that the main thread comes to. Whatever a `__del__` raises, Python prints and drops, also what
 a signal's handler raises as it begins: the loop would run on. So handles have none. Each owns a generator that waits
-within `try`, which Python ends when it is collected: what comes up there is caught, and raised by the next hook.
+within `try`, which Python ends when it is collected: what comes up there is caught, and raised by the next hook. One
+that calls nothing there answers no signal.
 """
 
 from __future__ import annotations
@@ -296,7 +297,8 @@ class Handle:
     @property
     def epoch(self) -> int:
         """The reload that it was unpacked in last; -1 before the first."""
-        return self.note[1]  # type: ignore[no-any-return]
+        epoch: int = self.note[1]
+        return epoch
 
     @epoch.setter
     def epoch(self, epoch: int) -> None:

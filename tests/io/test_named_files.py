@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -306,8 +307,12 @@ def test_what_was_called_back_is_let_go(path: Path, kind: str) -> None:
     """An engine whose last callback knew it stayed open, with its threads and memory, until the process ended."""
     engine = FileEngine(block_nbytes=BLOCK, queue_depth=4, engine=kind)
     owner, called = weakref.ref(engine), threading.Event()
+
+    def note(known: FileEngine, request: object) -> None:
+        called.set()
+
     with engine.open(path, "w") as file:
-        file.write(bytes(BLOCK)).add_done_callback(lambda _, known=engine: called.set())  # type: ignore[misc]
+        file.write(bytes(BLOCK)).add_done_callback(partial(note, engine))
     assert called.wait(60)
     del engine, file
     assert eventually(lambda: gc.collect() >= 0 and owner() is None)

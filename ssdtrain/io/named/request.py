@@ -186,7 +186,8 @@ class Watcher:
 def _call_all(due: list[tuple[Request, Callable[[Request], object]]]) -> None:
     """Empties the list: a thread that waits keeps nothing of what it has called."""
     while due:
-        _call(*due.pop(0)[::-1])
+        request, callback = due.pop(0)
+        _call(callback, request)
 
 
 def _call(callback: Callable[[Request], object], request: Request) -> None:
